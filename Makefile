@@ -1,0 +1,162 @@
+# data -> models -> pseudo labels -> models -> out/EXP/submission.csv; `make` alone prints the commands and knobs.
+#   make -j2 submit               whatever is missing, two jobs at once
+#   make train FOLD=0 SCALE=512   one slice of the grid
+#   make submit EXP=lr3 LR=3e-4   the same graph again, kept apart in out/lr3
+MAKEFLAGS   += --no-builtin-rules --warn-undefined-variables
+SHELL       := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# ---- knobs ------------------------------------------------------------------
+DATA       ?= data
+EXP        ?= main
+MODELS     ?= fpn/tu-tf_efficientnet_lite0
+SCALES     ?= 512
+FOLDS      ?= 0 1 2 3 4
+ROUNDS     ?= 1
+MODEL      ?= $(MODELS)
+SCALE      ?= $(SCALES)
+FOLD       ?= $(FOLDS)
+ROUND      ?=
+NFOLDS     ?= 5
+PAINT      ?= area
+EPOCHS     ?= 40
+BATCH      ?= 8
+LR         ?= 1e-3
+SEED       ?= 0
+WEIGHTS    ?= imagenet
+TTA        ?= flip
+IMAGE_ID   ?= id
+TRAIN_ARGS ?=
+INFER_ARGS ?=
+PSEUDO_ARGS ?=
+DEVICE     ?= auto
+PY         ?= .venv/bin/python
+STRICT     ?=
+about.DATA        := folder of the competition, with train.json and test.json
+about.EXP         := name of the experiment; everything lands in out/EXP
+about.MODELS      := DECODER/ENCODER, one or more; MODEL= picks some for train and score
+about.SCALES      := sides of the training image, multiples of 32; SCALE= picks
+about.FOLDS       := folds to train, of NFOLDS; FOLD= picks
+about.ROUNDS      := rounds of pseudo labels before the submission
+about.ROUND       := the one round of train (default 0), pseudo (1) or score (ROUNDS)
+about.NFOLDS      := folds that the training images are split into
+about.PAINT       := which object wins where they overlap: area (the smaller), id, order
+about.EPOCHS      := of every run
+about.BATCH       := images in a training step
+about.LR          := peak learning rate
+about.SEED        := of everything random
+about.WEIGHTS     := of the encoder: imagenet (downloaded), none, or a file
+about.TTA         := views averaged in prediction: none, flip
+about.IMAGE_ID    := what names an image in the submission: id, file_name
+about.TRAIN_ARGS  := more arguments for train.py, INFER_ARGS and PSEUDO_ARGS likewise: see python train.py --help
+about.DEVICE      := auto takes an idle GPU, or the CPU
+about.PY          := python to use; PY=python takes the current environment
+about.STRICT      := 1: an edited script rebuilds what it made
+KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT EPOCHS BATCH LR SEED WEIGHTS TTA \
+         IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS DEVICE PY STRICT
+typos := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(filter-out $(KNOBS),$v)))
+$(if $(strip $(typos)),$(error unknown knob: $(strip $(typos)); there are $(KNOBS)))
+$(foreach v,DATA EXP MODEL SCALE FOLD ROUNDS NFOLDS,$(if $(strip $($v)),,$(error $v is empty)))
+
+# ---- the grid: a run is rROUND/DECODER/ENCODER/sSCALE/fFOLD -----------------
+OUT    := out/$(EXP)
+CACHE  := out/cache
+digits := 0 1 2 3 4 5 6 7 8 9
+upto    = $(if $(filter 0,$1),0,$(call upto,$(call prev,$1)) $1)
+prev    = $(word $1,$(digits))
+$(foreach r,$(ROUNDS) $(ROUND),$(if $(filter $r,$(digits)),,$(error ROUNDS and ROUND go from 0 to 9, not $r)))
+grid    = $(foreach r,$1,$(foreach m,$2,$(foreach s,$3,$(foreach f,$4,$(OUT)/r$r/$m/s$s/f$f))))
+FINAL  := $(call grid,$(ROUNDS),$(MODELS),$(SCALES),$(FOLDS))
+JSON   := $(firstword $(wildcard $(DATA)/train_all.json) $(DATA)/train.json) $(DATA)/test.json
+
+# ---- stamps: remade only when their text changes, so a changed knob rebuilds what reads it
+flags.data   := --data $(DATA) --folds $(NFOLDS) --paint $(PAINT)
+flags.train  := --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) $(TRAIN_ARGS)
+flags.infer  := --tta $(TTA) $(INFER_ARGS)
+flags.pseudo := $(PSEUDO_ARGS) $(MODELS) $(SCALES)
+flags.submit := --image-id $(IMAGE_ID) $(FINAL)
+STAMPS := $(patsubst flags.%,$(OUT)/.flags/%,$(filter flags.%,$(.VARIABLES)))
+text    = $(strip $(flags.$(notdir $1)))
+.PHONY: $(foreach s,$(STAMPS),$(if $(findstring [$(call text,$s)],[$(file <$s)]),,$s))
+$(STAMPS): ; @mkdir -p $(@D) && printf %s '$(call text,$@)' >$@
+
+# ---- graph: scripts are prerequisites only under STRICT=1 --------------------
+SETUP := $(filter .venv/.installed,$(PY:.venv/bin/python=.venv/.installed))
+code   = $(if $(STRICT),$1 common.py)
+# as many threads as each of the -j jobs has cores: more would only wait for each other
+cores := $(shell nproc)
+jobs   = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
+export OMP_NUM_THREADS = $(shell n=$$(( $(cores) / $(jobs) )); echo $$(( n > 0 ? n : 1 )))
+
+$(OUT)/folds.csv: $(JSON) $(OUT)/.flags/data | $(SETUP)
+	$(PY) train.py --check --exp $(OUT) --cache $(CACHE) $(flags.data)
+	@touch $@
+
+# $1 folder of the run, $2 round, $3 model, $4 scale, $5 fold
+define run
+$1/model.pt: $(OUT)/folds.csv $(OUT)/.flags/train $(if $(filter-out 0,$2),$(OUT)/r$2/pseudo/f$5/index.csv) \
+             $(call code,train.py) | $(SETUP)
+	$(if $(STRICT),rm -f $1/model.pt)
+	$(PY) train.py --exp $(OUT) --cache $(CACHE) $(flags.data) --model $3 --scale $4 --fold $5 --round $2 \
+	    $(flags.train) --device $(DEVICE) --replace
+$1/valid.npy $1/valid.json $1/test.npy $1/test.json &: $1/model.pt $(OUT)/.flags/infer $(call code,infer.py) | $(SETUP)
+	$(PY) infer.py --data $(DATA) --cache $(CACHE) --checkpoint $1/model.pt $(flags.infer) --device $(DEVICE)
+endef
+
+# $1 round, $2 fold: the labels that this round learns from, by all models of the round before and the same fold
+define pseudo
+$(foreach file,labels.npy manifest.json index.csv,$(OUT)/r$1/pseudo/f$2/$(file)) &: \
+    $(addsuffix /test.json,$(call grid,$(call prev,$1),$(MODELS),$(SCALES),$2)) \
+    $(addsuffix /test.npy,$(call grid,$(call prev,$1),$(MODELS),$(SCALES),$2)) \
+    $(OUT)/.flags/pseudo $(call code,pseudo_label.py) | $(SETUP)
+	$(PY) pseudo_label.py --data $(DATA) --cache $(CACHE) --exp $(OUT) --round $1 --fold $2 $(PSEUDO_ARGS) \
+	    $$(filter %.json,$$^)
+endef
+
+every := $(sort $(foreach r,$(ROUNDS) $(ROUND) 1,$(call upto,$r)))
+$(foreach r,$(every),$(foreach m,$(sort $(MODELS) $(MODEL)),$(foreach s,$(sort $(SCALES) $(SCALE)),$(foreach \
+    f,$(sort $(FOLDS) $(FOLD)),$(eval $(call run,$(OUT)/r$r/$m/s$s/f$f,$r,$m,$s,$f))))))
+$(foreach r,$(filter-out 0,$(every)),$(foreach f,$(sort $(FOLDS) $(FOLD)),$(eval $(call pseudo,$r,$f))))
+
+$(OUT)/submission.csv: $(FINAL:=/test.json) $(FINAL:=/test.npy) $(OUT)/.flags/submit $(call code,ensemble.py) | $(SETUP)
+	$(PY) ensemble.py soft --data $(DATA) --cache $(CACHE) --image-id $(IMAGE_ID) --out $@ $(FINAL)
+$(filter-out $(wildcard $(JSON)),$(JSON)):
+	@echo 'no $@: DATA=$(DATA) must be the folder of the competition with train.json, test.json and the photos' >&2; exit 1
+
+.venv/.installed: requirements.txt
+	@for p in python3 python3.11 python3.12 python3.13; do \
+	    if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$p; break; fi; done; \
+	    $${python:?no Python 3.11 or newer found} -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# ---- commands ---------------------------------------------------------------
+.PHONY: help setup check train pseudo submit score demo test test-all lint clean
+help: ## show this text
+	@echo 'usage: make COMMAND [KNOB=VALUE ...]'
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo 'knobs, with their values now:'
+	@printf '  %-10s %-30s %s\n' $(foreach k,$(filter-out MODEL SCALE FOLD INFER_ARGS PSEUDO_ARGS,$(KNOBS)),\
+	    $k '$($k)' '$(about.$k)')
+setup: .venv/.installed ## make .venv from requirements.txt, once; every command that needs it does
+check: $(JSON) | $(SETUP) ## check the data and list all faults at once
+	$(PY) train.py --check --exp $(OUT) --cache $(CACHE) $(flags.data)
+train: $(addsuffix /model.pt,$(call grid,$(or $(ROUND),0),$(MODEL),$(SCALE),$(FOLD))) ## the models; narrow with MODEL= SCALE= FOLD= ROUND=
+pseudo: $(foreach f,$(FOLD),$(OUT)/r$(or $(ROUND),1)/pseudo/f$f/index.csv) ## pseudo labels for the test photos
+submit: $(OUT)/submission.csv ## everything up to out/EXP/submission.csv
+score: $(addsuffix /valid.json,$(call grid,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))) ## out-of-fold scores of every recipe and of their vote
+	@$(PY) ensemble.py score --data $(DATA) --cache $(CACHE) --batch $(BATCH) $(^:/valid.json=)
+demo: | $(SETUP) ## draw a small dataset and run the whole graph on it, in out/demo
+	$(PY) tests/demo_data.py out/demo/data
+	$(MAKE) --no-print-directory -j2 submit score DATA=out/demo/data EXP=demo MODELS='fpn/tu-tf_efficientnet_lite0 \
+	    unet/resnet18' SCALES=128 FOLDS='0 1' NFOLDS=2 ROUNDS=1 EPOCHS=10 WEIGHTS=none PY=$(PY)
+test: | $(SETUP) ## quick tests: unit, property and end to end
+	$(PY) -m pytest -q -m 'not slow'
+test-all: | $(SETUP) ## all tests
+	$(PY) -m pytest -q
+lint: | $(SETUP) ## ruff
+	$(PY) -m ruff check .
+clean: ## remove out/EXP with all its models
+	rm -rf $(OUT)

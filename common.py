@@ -1,0 +1,795 @@
+"""What more than one script needs: files, data, augmentation, models, losses, metrics, TTA, pictures.
+
+Shapes are fixed here and nowhere else:
+    image   uint8   [H, W, 3]      RGB as read from the file; [B, H, W, 3] in a batch
+    mask    uint8   [H, W]         class ids, IGNORE_INDEX where unlabelled; [B, H, W] in a batch
+    logits  float32 [B, C, H, W]   before softmax
+    probs   float32 [B, C, H, W]   after softmax: 0..1, sums to 1 over C
+    store   uint8   [N, C, SUBMIT_SIZE, SUBMIT_SIZE]   probs x 255 on disk
+Importing this file does nothing and is quick: torch, smp and albumentations take seconds to import, so the functions
+that use them import them.
+"""
+import csv
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import socket
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+BACKGROUND = "Background"
+IGNORE_INDEX = 255
+SUBMIT_SIZE = 256  # side of a submitted mask, pixels: the competition's
+MAX_PIXELS = 100_000_000  # of one photo: 300 MB decoded
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# ---- files and devices ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_write(path):
+    """Yield a scratch path beside `path`; flush it and rename it into place only if the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        yield scratch
+        with open(scratch, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with atomic_write(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path):
+    """The parsed file; raises SystemExit with one line when it is missing or no JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as e:
+        raise SystemExit(f"{path}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise SystemExit(f"{path}: not JSON: {e}") from None
+
+
+def write_csv(path, rows):
+    """Write `rows`, a non-empty list of dicts with the same keys."""
+    with atomic_write(path) as scratch, open(scratch, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path, columns):
+    """Rows as dicts of strings; raises SystemExit when the file is missing or lacks one of `columns`."""
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            reader = csv.DictReader(f)
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise SystemExit(f"{path}: {e}") from None
+    if lacking := [c for c in columns if c not in (reader.fieldnames or [])]:
+        raise SystemExit(f"{path}: no column {', '.join(lacking)} in its first line")
+    return rows
+
+
+def file_hash(path):
+    """The first 16 hex digits of the file's SHA-256."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+def run_folder(exp, round_, model, scale, fold):
+    """Where a run lives: EXP/rROUND/DECODER/ENCODER/sSCALE/fFOLD."""
+    return Path(exp) / f"r{round_}" / model / f"s{scale}" / f"f{fold}"
+
+
+def pseudo_folder(exp, round_, fold):
+    """Where the pseudo labels are that a run of this round and fold learns from."""
+    return Path(exp) / f"r{round_}" / "pseudo" / f"f{fold}"
+
+
+@contextmanager
+def lock(folder, wait=False):
+    """Hold `folder` for this process. The kernel drops the lock when the process dies, so none is ever stale.
+
+    Raises SystemExit naming the holder when another process has it, unless `wait`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            f.seek(0)
+            raise SystemExit(f"{folder} is in use by {f.read().strip() or 'another process'}: "
+                             "wait for it or stop it") from None
+        f.seek(0)
+        f.truncate()
+        f.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        f.flush()
+        yield
+
+
+def save_checkpoint(path, **state):
+    """Write tensors and plain values, so that loading needs no pickle."""
+    import torch
+    with atomic_write(path) as scratch:
+        torch.save(state, scratch)
+
+
+def load_checkpoint(path):
+    """The dict that save_checkpoint wrote, on the CPU; raises SystemExit when the file is not one."""
+    import torch
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise SystemExit(f"{path}: no such checkpoint") from None
+    except Exception as e:  # torch raises many types on a damaged or foreign file
+        raise SystemExit(f"{path}: not a checkpoint that can be loaded safely: {str(e).splitlines()[0]}") from None
+
+
+def tune_process():
+    """Settings of this process that cost nothing and save time; call before torch is imported.
+
+    Waiting OpenMP threads sleep: two jobs on the same cores otherwise slow each other down 8 times. glibc keeps large
+    blocks instead of handing them back to the kernel after every step: 1.3 to 1.5 times as many images/s on a CPU.
+    """
+    import ctypes
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network on import
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # names in malloc.h
+        for option, value in ((mmap_max, 0), (trim_threshold, 2 ** 31 - 1), (top_pad, 2 ** 26)):
+            ctypes.CDLL("libc.so.6").mallopt(option, value)
+
+
+def claim_device(name="auto"):
+    """The torch device to use; "auto" holds the first idle GPU until this process exits, or takes the CPU."""
+    import torch
+    if name != "auto" or not torch.cuda.is_available():
+        return torch.device("cpu" if name == "auto" else name)
+    while True:
+        for index in range(torch.cuda.device_count()):
+            path = Path(tempfile.gettempdir()) / f"gpu-{torch.cuda.get_device_properties(index).uuid}.lock"
+            gpu_lock = open(path, "w")  # noqa: SIM115  kept open: an open file keeps the lock until the process exits
+            try:
+                fcntl.flock(gpu_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                gpu_lock.close()
+                continue
+            claim_device.lock = gpu_lock
+            return torch.device("cuda", index)
+        time.sleep(5)
+
+
+# ---- data: reading and checking -------------------------------------------------------------------------------------
+
+PAINT_ORDERS = ("area", "id", "order")
+
+
+def is_int(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def rle_counts(text):
+    """Run lengths from COCO's compressed string; raises ValueError.
+
+    Five bits a character from 48 on, low bits first, the sixth bit says that more follow, the value is signed; from
+    the fourth run on it is the difference to the run two before.
+    """
+    counts, value, shift = [], 0, 0
+    for code in text.encode("latin-1", "replace"):
+        if not 48 <= code < 112 or shift > 30:
+            raise ValueError("compressed RLE is damaged")
+        value |= (code - 48 & 31) << shift
+        shift += 5
+        if not code - 48 & 32:
+            value -= (1 << shift) if code - 48 & 16 else 0
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("compressed RLE is cut off")
+    return counts
+
+
+def segmentation_fault(segmentation, height, width):
+    """What is wrong with one COCO segmentation, or None. pycocotools crashes the process on what this refuses."""
+    if isinstance(segmentation, dict):
+        try:
+            counts = segmentation.get("counts")
+            counts = rle_counts(counts) if isinstance(counts, str) else counts
+        except ValueError as e:
+            return str(e)
+        if segmentation.get("size") != [height, width]:
+            return f"RLE of size {segmentation.get('size')}, the image is {[height, width]}"
+        if not isinstance(counts, list) or not all(is_int(c) and c >= 0 for c in counts):
+            return "RLE counts are not whole numbers"
+        if sum(counts) != height * width:
+            return f"RLE of {sum(counts)} pixels, the image has {height * width}"
+        return None
+    if not isinstance(segmentation, list) or not segmentation:
+        return "no polygon and no RLE"
+    limit = 10 * max(height, width)
+    for polygon in segmentation:
+        if not isinstance(polygon, list) or not all(isinstance(v, (int, float)) for v in polygon):
+            return "a polygon that is not a list of numbers"
+        if len(polygon) < 6 or len(polygon) % 2:
+            return f"a polygon of {len(polygon)} numbers: at least three points, two numbers each"
+        if not all(abs(v) <= limit for v in polygon):  # false for NaN and infinity too
+            return "a polygon with NaN, infinite or absurdly large coordinates"
+    return None
+
+
+def object_mask(segmentation, height, width):
+    """bool [height, width] of a segmentation that segmentation_fault has passed."""
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        counts = rle_counts(counts) if isinstance(counts, str) else counts
+        return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+    from pycocotools import mask as coco_mask
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))).astype(bool)
+
+
+def paint_mask(objects, height, width, paint):
+    """uint8 [height, width] from (class_id, segmentation) pairs; where objects overlap the later painted wins.
+
+    `paint`: "area" the largest first, "id" by class id, "order" as listed.
+    """
+    shapes = [(class_id, object_mask(segmentation, height, width)) for class_id, segmentation in objects]
+    if paint != "order":
+        shapes.sort(key=lambda shape: shape[0] if paint == "id" else -shape[1].sum())
+    mask = np.zeros((height, width), np.uint8)
+    for class_id, shape in shapes:
+        mask[shape] = class_id
+    return mask
+
+
+def read_image(path, height, width):
+    """The photo as uint8 RGB [height, width, 3]; grey, palette and CMYK are converted, alpha is dropped.
+
+    The size in the JSON decides: pixels are turned by the EXIF orientation only if they don't have that size as stored.
+    Raises OSError on a damaged file and ValueError on another size.
+    """
+    from PIL import Image, ImageOps
+    with Image.open(path) as image:
+        stored = image.size
+        if stored != (width, height) and stored == (height, width):
+            image = ImageOps.exif_transpose(image)
+        if image.size != (width, height):
+            raise ValueError(f"is {stored[0]}x{stored[1]}, the JSON says {width}x{height}")
+        if image.mode.startswith("I"):  # 16 bits a pixel
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return np.asarray(image.convert("RGB"))
+
+
+def photo_faults(photo, root, seen):
+    """What is wrong with one entry of "images"; `seen` collects the ids so far."""
+    if not isinstance(photo, dict):
+        return ["is not an object"]
+    faults = []
+    name, size = photo.get("file_name"), (photo.get("height"), photo.get("width"))
+    if not is_int(photo.get("id")):
+        faults.append("has no whole number as id")
+    elif photo["id"] in seen:
+        faults.append("has an id that another image has too")
+    if not isinstance(name, str) or not name or "\0" in name:
+        faults.append("has no file_name")
+    elif not (root / name).resolve().is_relative_to(root.resolve()):
+        faults.append("has a file_name that leads out of DATA")
+    elif not (root / name).is_file():
+        faults.append("is missing")
+    if not all(is_int(side) and side > 0 for side in size):
+        faults.append(f"has no valid height and width: {size}")
+    elif size[0] * size[1] > MAX_PIXELS:
+        faults.append(f"of {size[0]} x {size[1]} pixels does not fit in memory")
+    return faults
+
+
+def read_photos(coco, path):
+    """({id: photo}, faults) of the list "images"; a photo has id, file_name, height, width, group, no objects yet."""
+    photos, faults, seen = {}, [], set()
+    for position, photo in enumerate(coco["images"]):
+        wrong = photo_faults(photo, path.parent, seen)
+        name = f"images[{position}]"
+        if isinstance(photo, dict):
+            name = f"image {photo.get('id')} ({photo.get('file_name')})"
+        faults += [f"{path.name}: {name} {fault}" for fault in wrong]
+        if not wrong:
+            group = photo.get("group")
+            photos[photo["id"]] = {**{k: photo[k] for k in ("id", "file_name", "height", "width")},
+                                   "group": None if group is None else str(group), "objects": []}
+    return photos, faults if coco["images"] else [f"{path.name}: no images"]
+
+
+def read_categories(coco, path):
+    """({category id: name} by id, faults)."""
+    valid = {c["id"]: c["name"] for c in coco["categories"]
+             if isinstance(c, dict) and is_int(c.get("id")) and isinstance(c.get("name"), str)}
+    faults = []
+    if len(valid) < len(coco["categories"]) or len(set(valid.values())) < len(valid):
+        faults.append(f"{path.name}: every category needs a whole number as id and a name, all different")
+    if not 0 < len(valid) < IGNORE_INDEX:
+        faults.append(f"{path.name}: {len(valid)} categories; 1 to {IGNORE_INDEX - 1} can be told apart")
+    return dict(sorted(valid.items())), faults
+
+
+def read_coco(path, labelled):
+    """(photos, categories, faults) of one COCO file, which is not trusted in anything.
+
+    photos: dicts with id, file_name, height, width, group and objects, a list of (class_id, segmentation), where class
+    ids count the categories from 1 by id. faults: one line each; when there are any, the rest is not to be used.
+    """
+    coco = read_json(path)
+    lists = ("images", "categories", "annotations") if labelled else ("images", "categories")
+    if not isinstance(coco, dict) or not all(isinstance(coco.get(k), list) for k in lists):
+        return [], {}, [f"{path.name}: not a COCO file: it needs the lists {', '.join(lists)}"]
+    photos, faults = read_photos(coco, path)
+    categories, more = read_categories(coco, path)
+    faults += more
+    if labelled and not coco["annotations"]:
+        faults.append(f"{path.name}: no annotations")
+    class_ids = {category: class_id for class_id, category in enumerate(categories, 1)}
+    listed = {p["id"] for p in coco["images"] if isinstance(p, dict) and is_int(p.get("id"))}
+    seen = set()
+    for position, annotation in enumerate(coco["annotations"] if labelled else []):
+        if fault := annotation_fault(annotation, class_ids, listed, photos, seen):
+            name = f"annotation {annotation.get('id')}" if isinstance(annotation, dict) else f"annotations[{position}]"
+            faults.append(f"{path.name}: {name} {fault}")
+        elif photo := photos.get(annotation["image_id"]):
+            photo["objects"].append((class_ids[annotation["category_id"]], annotation["segmentation"]))
+    return list(photos.values()), categories, faults
+
+
+def annotation_fault(annotation, class_ids, listed, photos, seen):
+    """What is wrong with one entry of "annotations", or None; `seen` collects the ids so far."""
+    if not isinstance(annotation, dict):
+        return "is not an object"
+    number, image_id = annotation.get("id"), annotation.get("image_id")
+    if not is_int(number):
+        return "has no whole number as id"
+    if number in seen:
+        return "has an id that another annotation has too"
+    seen.add(number)
+    if not is_int(image_id) or image_id not in listed:
+        return f"is of image {image_id}, which is not in images"
+    category = annotation.get("category_id")
+    if not is_int(category) or category not in class_ids:
+        return f"of image {image_id} has the unknown category {category}"
+    photo = photos.get(image_id)  # an image with a fault of its own has been reported
+    fault = photo and segmentation_fault(annotation.get("segmentation"), photo["height"], photo["width"])
+    return f"of image {image_id} ({photo['file_name']}) has {fault}" if fault else None
+
+
+# ---- data: masks, folds, samples ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Split:
+    """The photos of train or test in the JSON's order, with their painted masks."""
+    root: Path
+    classes: list  # names by class id
+    ids: list
+    file_names: list
+    sizes: list  # (height, width)
+    groups: list  # a label each; photos that must stay on one side of a fold share it
+    pixels: list  # [class_id] pixel counts each; empty for test
+    masks: np.ndarray | None  # the masks one after another, flat; None for test
+    fingerprint: str  # of the JSON and the paint order
+
+    def image(self, index):
+        return read_image(self.root / self.file_names[index], *self.sizes[index])
+
+    @cached_property
+    def starts(self):
+        return np.cumsum([0] + [height * width for height, width in self.sizes])
+
+    def mask(self, index):
+        return self.masks[self.starts[index]:self.starts[index + 1]].reshape(self.sizes[index])
+
+    def truth(self, index):
+        """The mask as the leaderboard sees it: for 512 x 512 that is mask[::2, ::2], the competition's own resize."""
+        import cv2
+        return cv2.resize(self.mask(index), (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_NEAREST)
+
+
+def load_data(data, cache, paint="area"):
+    """(train, test) Splits of the folder `data`, checked in one pass; raises SystemExit that lists all faults at once.
+
+    Masks are painted once into `cache` under a content hash of the JSON files and the settings, so a stale cache is
+    never read; photos that changed since are checked again. Nothing is written under `data`.
+    """
+    data = Path(data)
+    if not data.is_dir():
+        raise SystemExit(f"{data}: no such folder; DATA is the competition's folder with train.json and test.json")
+    train_json = data / "train_all.json"
+    paths = (train_json if train_json.exists() else data / "train.json", data / "test.json")
+    if missing := [str(p) for p in paths if not p.is_file()]:
+        raise SystemExit(f"no {' and no '.join(missing)}; DATA is the competition's folder")
+    folder = Path(cache) / hashlib.sha256(f"1 {paint} {[file_hash(p) for p in paths]}".encode()).hexdigest()[:16]
+    splits = open_cache(folder, data)
+    if splits is None:
+        with lock(folder, wait=True):
+            if (splits := open_cache(folder, data)) is None:
+                build_cache(folder, paths, paint)
+                splits = open_cache(folder, data)
+    return splits
+
+
+def open_cache(folder, data):
+    """The Splits in `folder`, or None when it isn't finished or a photo has changed since."""
+    if not (folder / "index.json").exists():
+        return None
+    splits = []
+    for name, entry in read_json(folder / "index.json").items():
+        stamps = entry.pop("stamps")
+        if [photo_stamp(data / file_name) for file_name in entry["file_names"]] != stamps:
+            return None
+        masks = np.load(folder / "masks.npy", mmap_mode="r") if name == "train" else None
+        splits.append(Split(root=data, masks=masks, **entry))
+    return tuple(splits)
+
+
+def photo_stamp(path):
+    """Size and time of change; None when there is no such file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def build_cache(folder, paths, paint):
+    """Check everything, paint all masks on all cores, and write masks.npy and, last, index.json into `folder`."""
+    (train, categories, faults), (test, test_categories, test_faults) = (
+        read_coco(path, labelled) for path, labelled in zip(paths, (True, False), strict=True))
+    faults += test_faults
+    if categories != test_categories and not faults:
+        faults.append(f"{paths[0].name} and {paths[1].name} have different categories")
+    jobs = [(paths[0].parent, photo, paint) for photo in train + test]
+    with atomic_write(folder / "masks.npy") as scratch:
+        sizes = [p["height"] * p["width"] for p in train]
+        masks = np.lib.format.open_memmap(scratch, "w+", np.uint8, (sum(sizes),))
+        starts, digests, pixels = np.cumsum([0, *sizes]), [], []
+        with ProcessPoolExecutor(mp_context=get_context("forkserver")) as pool:
+            results = pool.map(check_photo, jobs, chunksize=8)
+            for i, (fault, digest, mask) in enumerate(tqdm(results, "checking photos", len(jobs), disable=None)):
+                faults += [fault] if fault else []
+                digests.append(digest)
+                if not fault and i < len(train):
+                    masks[starts[i]:starts[i + 1]] = mask.ravel()
+                    pixels.append(np.bincount(mask.ravel(), minlength=len(categories) + 1).tolist())
+        stop_on(faults)
+        masks.flush()
+    common = {"classes": [BACKGROUND, *categories.values()], "fingerprint": folder.name}
+    write_json(folder / "index.json", {
+        "train": index_entry(paths[0].parent, train, digests[:len(train)], pixels) | common,
+        "test": index_entry(paths[0].parent, test, digests[len(train):], []) | common})
+
+
+def index_entry(data, photos, digests, pixels):
+    return {"ids": [p["id"] for p in photos], "file_names": [p["file_name"] for p in photos],
+            "sizes": [(p["height"], p["width"]) for p in photos], "groups": merge_groups(photos, digests),
+            "pixels": pixels, "stamps": [photo_stamp(data / p["file_name"]) for p in photos]}
+
+
+def stop_on(faults):
+    """Raise SystemExit that lists the faults, if there are any."""
+    if faults:
+        raise SystemExit("\n".join([*faults, f"{len(faults)} fault(s) in the data: mend or remove what is listed"]))
+
+
+def check_photo(job):
+    """(fault or None, content hash, painted mask) of one photo."""
+    root, photo, paint = job
+    path, height, width = root / photo["file_name"], photo["height"], photo["width"]
+    try:
+        read_image(path, height, width)
+    except Exception as e:  # decoders raise many types on damaged files; every one is reported with the file's name
+        return f"image {photo['id']} ({photo['file_name']}) {str(e) or type(e).__name__}", "", None
+    return None, file_hash(path), paint_mask(photo["objects"], height, width, paint)
+
+
+def merge_groups(photos, digests):
+    """A label for each photo: equal for those linked, over any number of steps, by group or by identical content."""
+    parents = {}
+
+    def find(key):
+        while parents.setdefault(key, key) != key:
+            key = parents[key]
+        return key
+
+    for photo, digest in zip(photos, digests, strict=True):
+        for key in (("content", digest),) + (("group", photo["group"]),) * (photo["group"] is not None):
+            parents[find(("photo", photo["id"]))] = find(key)
+    return [" ".join(map(str, find(("photo", photo["id"])))) for photo in photos]
+
+
+def make_folds(present, groups, n_folds):
+    """Fold of every image: multilabel-stratified (Sechidis et al. 2011, iterative stratification), groups kept whole.
+
+    present: bool [N, K], which classes an image has; groups: N labels. Rarest class first, its largest group goes to
+    the fold that still wants most of that class. No randomness, so folds don't depend on the seed.
+    """
+    names, group_of = np.unique(groups, return_inverse=True)
+    if n_folds > len(names):
+        raise SystemExit(f"{n_folds} folds of {len(names)} group(s) of images: ask for fewer folds")
+    counts = np.zeros((len(names), present.shape[1] + 1), int)  # images with the class; in the last column all images
+    np.add.at(counts, group_of, np.column_stack([present, np.ones(len(present), int)]))
+    wanted = np.tile(counts.sum(0) / n_folds, (n_folds, 1))
+    fold_of = np.full(len(names), -1)
+    while (fold_of < 0).any():
+        left = np.where((fold_of < 0)[:, None], counts, 0)
+        totals = left.sum(0)
+        rarest = np.where(totals > 0, totals, totals.max() + 1).argmin()
+        group = left[:, rarest].argmax()
+        fold_of[group] = fold = np.lexsort((-wanted[:, -1], -wanted[:, rarest]))[0]
+        wanted[fold] -= counts[group]
+    return fold_of[group_of]
+
+
+def load_folds(exp, train, n_folds, renew=False):
+    """Fold of every training image, from EXP/folds.csv, which is written when it isn't there.
+
+    One that is of other images or another number of folds is an error, or with `renew` replaced, saying so.
+    """
+    path = Path(exp) / "folds.csv"
+    if path.exists():
+        rows = read_csv(path, ("image_id", "group", "fold"))
+        folds = np.array([int(row["fold"]) if row["fold"].isdecimal() else -1 for row in rows])
+        wrong = ("lists other images than DATA" if [row["image_id"] for row in rows] != [str(i) for i in train.ids] else
+                 f"has the folds {sorted(set(folds.tolist()))}, not 0 to {n_folds - 1}"
+                 if set(folds.tolist()) != set(range(n_folds)) else None)
+        if wrong is None:
+            return folds
+        if not renew:
+            raise SystemExit(f"{path} {wrong}: choose another EXP, or run train.py --check to make it anew")
+        print(f"{path} {wrong}: made anew")
+    folds = make_folds(np.array(train.pixels)[:, 1:] > 0, train.groups, n_folds)
+    write_csv(path, [{"image_id": i, "group": g, "fold": f}
+                     for i, g, f in zip(train.ids, train.groups, folds.tolist(), strict=True)])
+    return folds
+
+
+class EvalPhotos:
+    """Items for a DataLoader: (image uint8 [scale, scale, 3], truth uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) of `indices`.
+
+    Photos are squashed to the square that the network sees. Without masks every pixel of the truth is IGNORE_INDEX.
+    """
+
+    def __init__(self, split, indices, scale):
+        self.split, self.indices, self.scale = split, indices, scale
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, item):
+        import cv2
+        index = self.indices[item]
+        image = cv2.resize(self.split.image(index), (self.scale, self.scale), interpolation=cv2.INTER_AREA)
+        truth = (np.full((SUBMIT_SIZE, SUBMIT_SIZE), IGNORE_INDEX, np.uint8) if self.split.masks is None
+                 else self.split.truth(index))
+        return image, truth
+
+
+# ---- augmentation ---------------------------------------------------------------------------------------------------
+
+# name -> what happens to a training image and its mask together, ending at SCALE x SCALE; A is albumentations
+AUGMENTATIONS = {
+    "none": lambda A, size, resize: [A.Resize(*size, **resize)],
+    "basic": lambda A, size, resize: [A.RandomResizedCrop(size, scale=(0.25, 1), **resize), A.D4(p=1)],
+}
+
+
+def make_augmentation(name, scale):
+    """A function (image, mask, rng) -> (image, mask) of SCALE x SCALE; all randomness comes from the two generators."""
+    import random
+
+    import albumentations as A
+    import cv2
+    resize = {"interpolation": cv2.INTER_LINEAR, "mask_interpolation": cv2.INTER_NEAREST_EXACT}
+    transform = A.Compose(AUGMENTATIONS[name](A, (scale, scale), resize))
+
+    def augment(image, mask, rng):
+        transform.set_random_state(rng, random.Random(int(rng.integers(2 ** 32))))
+        out = transform(image=image, mask=mask)
+        return out["image"], out["mask"]
+    return augment
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+DECODERS = ("unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "deeplabv3", "deeplabv3plus", "pan", "upernet",
+            "segformer", "dpt")  # segmentation-models-pytorch's
+STRIDE = 32  # of the deepest encoder map: what the sides of an input must be a multiple of
+
+
+def build_model(name, n_classes, weights="none"):
+    """A segmentation model DECODER/ENCODER that turns float [B, 3, H, W] into logits [B, n_classes, H, W].
+
+    weights: "none", "imagenet" (downloaded), or a file with a plain timm or torchvision state dict of the encoder.
+    Raises SystemExit when the name, the pair or the weights don't work, with the reason.
+    """
+    import segmentation_models_pytorch as smp
+    decoder, encoder = name.split("/", 1)
+    options = {"encoder_weights": None}
+    if weights == "imagenet":
+        options["encoder_weights"] = True if encoder.startswith("tu-") else weights
+    elif weights != "none" and encoder.startswith("tu-"):
+        check_timm_weights(encoder.removeprefix("tu-"), weights)
+        options = {"encoder_weights": True, "pretrained_cfg_overlay": {"file": str(weights)}}
+    try:
+        model = smp.create_model(decoder, encoder, classes=n_classes, **options)
+        if weights not in ("none", "imagenet") and not encoder.startswith("tu-"):
+            model.encoder.load_state_dict(load_checkpoint(weights))
+    except Exception as e:  # smp, timm and the hub raise many types; the reason is in the message
+        cure = "; to work without the network bring the weights as --weights FILE, or take --weights none"
+        raise SystemExit(f"{name} with weights {weights}: {e}{cure if weights == 'imagenet' else ''}") from None
+    return model
+
+
+def check_timm_weights(encoder, path):
+    """Raise SystemExit that lists the keys by which the state dict in `path` differs from timm's `encoder`."""
+    import timm
+    import torch
+    try:
+        with torch.device("meta"):
+            ours = {k: tuple(v.shape) for k, v in timm.create_model(encoder).state_dict().items()}
+    except RuntimeError as e:  # timm: unknown model
+        raise SystemExit(f"tu-{encoder}: {e}") from None
+    theirs = {k: tuple(v.shape) for k, v in load_checkpoint(path).items()}
+    wrong = sorted({k for k, shape in ours.items() if theirs.get(k) != shape} | (theirs.keys() - ours))
+    if wrong:
+        shown = ", ".join(f"{k} {theirs.get(k, 'missing')} for {ours.get(k, 'no such key')}" for k in wrong[:10])
+        raise SystemExit(f"{path} doesn't fit timm's {encoder}: {len(wrong)} keys differ: {shown}"
+                         + (", ..." if len(wrong) > 10 else ""))
+
+
+def encoder_mean_std(name):
+    """(mean, std) per RGB channel, of values 0..1, that the encoder's pretrained weights were made with."""
+    encoder = name.split("/", 1)[1]
+    if encoder.startswith("tu-"):
+        import timm
+        known = timm.models.get_pretrained_cfg(encoder.removeprefix("tu-"))
+        if known is not None:
+            return tuple(known.mean), tuple(known.std)
+    return IMAGENET_MEAN, IMAGENET_STD
+
+
+def normalise(images, mean, std):
+    """float32 [B, 3, H, W] in channels_last memory from uint8 [B, H, W, 3], on the images' device."""
+    import torch
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) * 255 for v in (mean, std))
+    return images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
+
+
+def load_model(path, device):
+    """(model in eval mode, the checkpoint's other content), from the checkpoint alone."""
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or not {"model", "recipe", "classes"} <= state.keys():
+        raise SystemExit(f"{path}: not a model.pt of train.py")
+    import torch
+    model = build_model(state["recipe"]["model"], len(state["classes"]))
+    model.load_state_dict(state.pop("model"))
+    return model.to(device, memory_format=torch.channels_last).eval(), state
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+def iou_ce(logits, mask, iou_weight=0.4):
+    """iou_weight x (1 - soft IoU) + (1 - iou_weight) x cross-entropy over the labelled pixels; a float32 scalar.
+
+    logits [B, C, H, W]; mask int64 [B, H, W] with IGNORE_INDEX where unlabelled. Soft IoU (Rahman and Wang 2016) is
+    taken over the whole batch and averaged over the classes in its truth. Without a labelled pixel the loss is 0.
+    """
+    labelled = mask != IGNORE_INDEX
+    if not labelled.any():
+        return logits.float().sum() * 0
+    target = mask.where(labelled, 0)
+    log_probs = logits.float().log_softmax(dim=1)
+    log_true = log_probs.gather(1, target[:, None]).squeeze(1)  # [B, H, W], of the true class
+    cross_entropy = -(log_true * labelled).sum() / labelled.sum()
+    per_class = log_probs.new_zeros(logits.shape[1])
+    overlap = per_class.scatter_add(0, target.flatten(), (log_true.exp() * labelled).flatten())
+    truth = per_class.scatter_add(0, target.flatten(), labelled.flatten().float())
+    predicted = (log_probs.exp() * labelled[:, None]).sum((0, 2, 3))
+    present = truth > 0
+    iou = (overlap / (truth + predicted - overlap))[present].mean()
+    return iou_weight * (1 - iou) + (1 - iou_weight) * cross_entropy
+
+
+# ---- metrics --------------------------------------------------------------------------------------------------------
+
+
+def confusion(pred, mask, n_classes):
+    """int64 [C, C] pixel counts of one image, rows the truth; pred, mask uint8 [H, W], IGNORE_INDEX left out."""
+    labelled = mask != IGNORE_INDEX
+    codes = mask[labelled].astype(np.int64) * n_classes + pred[labelled]
+    return np.bincount(codes, minlength=n_classes ** 2).reshape(n_classes, n_classes)
+
+
+def class_iou(confusion):
+    """IoU by class from [..., C, C] pixel counts; NaN for a class in neither truth nor prediction."""
+    hits = np.einsum("...ii->...i", confusion).astype(float)
+    union = confusion.sum(-1) + confusion.sum(-2) - hits
+    return np.divide(hits, union, out=np.full(hits.shape, np.nan), where=union > 0)
+
+
+def image_miou(confusions):
+    """[N] mIoU of each of the [N, C, C] counts: a class only in the prediction counts 0, one in neither is skipped."""
+    return np.nanmean(class_iou(confusions), axis=-1)
+
+
+def scores(confusions, batch_size):
+    """v1, v2, v3 mIoU and the per-class IoU of v2, from the counts [N, C, C] of each image in order.
+
+    v1: mean over batches of `batch_size` (the official baseline's), v2: of the summed counts, v3: mean over images
+    (the leaderboard's).
+    """
+    batches = np.add.reduceat(confusions, np.arange(0, len(confusions), batch_size))
+    iou = class_iou(confusions.sum(0))
+    return {"v1": image_miou(batches).mean(), "v2": np.nanmean(iou), "v3": image_miou(confusions).mean(), "iou": iou}
+
+
+# ---- TTA and stores -------------------------------------------------------------------------------------------------
+
+# name -> views; a view is (apply, undo) on [B, C, H, W], undo(apply(x)) == x
+TTA = {"none": [(lambda x: x, lambda x: x)]}
+TTA["flip"] = TTA["none"] + [(lambda x: x.flip(-1), lambda x: x.flip(-1)), (lambda x: x.flip(-2), lambda x: x.flip(-2))]
+
+
+def predict_probs(model, images, tta="none"):
+    """probs [B, C, H, W] averaged over the views of a TTA set; images normalised [B, 3, H, W]."""
+    import torch
+    views = TTA[tta]
+    with torch.inference_mode():
+        return sum(undo(model(apply(images)).float().softmax(dim=1)) for apply, undo in views) / len(views)
+
+
+def resize_probs(probs):
+    """probs at the submission's size, [B, C, SUBMIT_SIZE, SUBMIT_SIZE]."""
+    from torch.nn.functional import interpolate
+    return interpolate(probs, size=(SUBMIT_SIZE, SUBMIT_SIZE), mode="bilinear", align_corners=False)
+
+
+def open_store(path):
+    """(uint8 memmap [N, C, SUBMIT_SIZE, SUBMIT_SIZE], its JSON) of the store whose JSON is `path`.
+
+    Raises SystemExit when either is missing or they don't agree.
+    """
+    path = Path(path)
+    info = read_json(path)
+    try:
+        probs = np.load(path.with_suffix(".npy"), mmap_mode="r")
+        expected = (len(info["image_ids"]), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise SystemExit(f"{path}: not a whole store: {e}; run infer.py again") from None
+    if probs.shape != expected or probs.dtype != np.uint8:
+        raise SystemExit(f"{path} is of uint8 {expected}, the .npy of {probs.dtype} {probs.shape}; run infer.py again")
+    return probs, info
+
+
+def soft_vote(stores, weights):
+    """Yield float32 probs [C, SUBMIT_SIZE, SUBMIT_SIZE] of each image: the weighted mean of uint8 stores of one shape.
+
+    One image at a time, so memory stays the same however many stores vote.
+    """
+    weights = np.float32(weights) / np.float32(255 * np.sum(weights))
+    for images in zip(*stores, strict=True):
+        yield sum(weight * image for weight, image in zip(weights, images, strict=True))
