@@ -76,7 +76,7 @@ flags.data   := --data $(DATA) --folds $(NFOLDS) --paint $(PAINT)
 flags.train  := --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) $(TRAIN_ARGS)
 flags.infer  := --tta $(TTA) $(INFER_ARGS)
 flags.pseudo := $(PSEUDO_ARGS) $(MODELS) $(SCALES)
-flags.submit := --image-id $(IMAGE_ID) $(FINAL)
+flags.submit := --image-id $(IMAGE_ID) --batch $(BATCH) $(FINAL)
 STAMPS := $(patsubst flags.%,$(OUT)/.flags/%,$(filter flags.%,$(.VARIABLES)))
 text    = $(strip $(flags.$(notdir $1)))
 .PHONY: $(foreach s,$(STAMPS),$(if $(findstring [$(call text,$s)],[$(file <$s)]),,$s))
@@ -120,8 +120,9 @@ $(foreach r,$(every),$(foreach m,$(sort $(MODELS) $(MODEL)),$(foreach s,$(sort $
     f,$(sort $(FOLDS) $(FOLD)),$(eval $(call run,$(OUT)/r$r/$m/s$s/f$f,$r,$m,$s,$f))))))
 $(foreach r,$(filter-out 0,$(every)),$(foreach f,$(sort $(FOLDS) $(FOLD)),$(eval $(call pseudo,$r,$f))))
 
-$(OUT)/submission.csv: $(FINAL:=/test.json) $(FINAL:=/test.npy) $(OUT)/.flags/submit $(call code,ensemble.py) | $(SETUP)
-	$(PY) ensemble.py soft --data $(DATA) --cache $(CACHE) --image-id $(IMAGE_ID) --out $@ $(FINAL)
+$(OUT)/submission.csv: $(foreach file,valid.npy valid.json test.npy test.json,$(FINAL:=/$(file))) \
+                       $(OUT)/.flags/submit $(call code,ensemble.py) | $(SETUP)
+	$(PY) ensemble.py soft --data $(DATA) --cache $(CACHE) --image-id $(IMAGE_ID) --batch $(BATCH) --out $@ $(FINAL)
 $(filter-out $(wildcard $(JSON)),$(JSON)):
 	@echo 'no $@: DATA=$(DATA) must be the folder of the competition with train.json, test.json and the photos' >&2; exit 1
 
@@ -150,8 +151,8 @@ score: $(addsuffix /valid.json,$(call grid,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(S
 	@$(PY) ensemble.py score --data $(DATA) --cache $(CACHE) --batch $(BATCH) $(^:/valid.json=)
 demo: | $(SETUP) ## draw a small dataset and run the whole graph on it, in out/demo
 	$(PY) tests/demo_data.py out/demo/data
-	$(MAKE) --no-print-directory -j2 submit score DATA=out/demo/data EXP=demo MODELS='fpn/tu-tf_efficientnet_lite0 \
-	    unet/resnet18' SCALES=128 FOLDS='0 1' NFOLDS=2 ROUNDS=1 EPOCHS=10 WEIGHTS=none PY=$(PY)
+	$(MAKE) --no-print-directory -j2 submit DATA=out/demo/data EXP=demo PY=$(PY) WEIGHTS=none SCALES=128 \
+	    MODELS='fpn/tu-tf_efficientnet_lite0 unet/resnet18' FOLDS='0 1' NFOLDS=2 ROUNDS=1 EPOCHS=10
 test: | $(SETUP) ## quick tests: unit, property and end to end
 	$(PY) -m pytest -q -m 'not slow'
 test-all: | $(SETUP) ## all tests

@@ -1,0 +1,59 @@
+"""What the tests share: the project on the path, a drawn data set, and data sets written by hand."""
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks the network on import
+
+from demo_data import draw_data  # noqa: E402
+
+settings.register_profile("project", max_examples=60, deadline=None, derandomize=True)  # the same on every machine
+settings.load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """Folder with 14 training and 4 test photos of 64 x 64 in all 12 classes; tests only read it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    draw_data(folder, train=14, test=4, size=64)
+    return folder
+
+
+def write_photo(path, height, width, seed):
+    """Noise, another for each seed, in the format that the name's ending says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def write_coco(folder, images, annotations=(), categories=((0, "Paper"), (1, "Metal")), test_images=None, photos=True):
+    """Write train.json, test.json and the photos that are not there yet; returns the folder.
+
+    images: (id, height, width) or dicts as in COCO, where what is lacking is filled in: size 8 x 8, a file name by id.
+    annotations: (image_id, category_id, segmentation) or whole dicts. categories: (id, name) or dicts. test_images:
+    like images; by default one photo of 8 x 8 with id 9000. photos=False writes the JSON files alone.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    test_images = [(9000, 8, 8)] if test_images is None else test_images
+    categories = [c if isinstance(c, dict) else {"id": c[0], "name": c[1]} for c in categories]
+    annotations = [a if isinstance(a, dict) else
+                   {"id": i, "image_id": a[0], "category_id": a[1], "segmentation": a[2]}
+                   for i, a in enumerate(annotations, 1)]
+    for name, listed in (("train.json", images), ("test.json", test_images)):
+        listed = [i if isinstance(i, dict) else {"id": i[0], "height": i[1], "width": i[2]} for i in listed]
+        listed = [{"height": 8, "width": 8, "file_name": f"batch_01/{i['id']:04}.png"} | i for i in listed]
+        coco = {"images": listed, "categories": categories, "annotations": annotations if name == "train.json" else []}
+        (folder / name).write_text(json.dumps(coco))
+        for image in listed if photos else ():
+            if not (path := folder / image["file_name"]).exists():
+                write_photo(path, image["height"], image["width"], image["id"])
+    return folder

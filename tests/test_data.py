@@ -1,0 +1,879 @@
+"""Files, and data from the competition's folder to masks and folds; pycocotools is the reference for shapes."""
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT, write_coco, write_photo
+from demo_data import CLASSES, draw_data
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+import common
+from common import IGNORE_INDEX, PAINT_ORDERS, SUBMIT_SIZE
+
+TRIANGLE = [[1, 1, 6, 1, 6, 6]]
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """load_data with this test's own cache, without the second that starting processes takes."""
+    monkeypatch.setattr(common, "ProcessPoolExecutor", lambda **_: ThreadPoolExecutor(2), raising=False)
+    return lambda data, paint="area": common.load_data(data, tmp_path / "cache", paint)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A faultless folder: images 11 (8 x 8) and 12 (6 high, 10 wide) with annotations 1 and 2, test image 9000."""
+    return write_coco(tmp_path / "data", [(11, 8, 8), (12, 6, 10)], [(11, 0, TRIANGLE), (12, 1, TRIANGLE)])
+
+
+def snapshot(folder):
+    """What would differ if anything in `folder` were written, even with the same content."""
+    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns, p.is_file() and p.read_bytes())
+            for p in sorted(folder.rglob("*")) if p.name != ".lock"}
+
+
+def edit(path, change):
+    """Apply change(dict) to a JSON file."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def rle(mask):
+    """Uncompressed RLE as COCO defines it: down the columns, beginning with the zeros."""
+    counts = [len(list(run)) for _, run in groupby(mask.ravel(order="F").tolist())]
+    return {"size": list(mask.shape), "counts": [0, *counts] if mask[0, 0] else counts}
+
+
+def compressed(mask):
+    return {"size": list(mask.shape),
+            "counts": coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode("ascii")}
+
+
+def refusal(load, data):
+    """The text with which loading `data` is refused; in any case nothing is written there."""
+    before = snapshot(data)
+    with pytest.raises(SystemExit) as stop:
+        load(data)
+    assert snapshot(data) == before
+    assert isinstance(stop.value.code, str)
+    return stop.value.code
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_importing_common_imports_no_slow_library():
+    code = "import sys, common; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "cv2", "albumentations", "segmentation_models_pytorch", "PIL"} & set(modules.split())
+
+
+def test_atomic_write_shows_the_file_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with common.atomic_write(path) as scratch:
+        scratch.write_text("half")
+        assert not path.exists()
+    assert path.read_text() == "half"
+    assert os.listdir(path.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_atomic_write_keeps_the_old_file_on_failure(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(error), common.atomic_write(path) as scratch:
+        scratch.write_text("new")
+        raise error
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_json_comes_back_as_written(tmp_path):
+    value = {"classes": ["Background", "Glasflasche, grün"], "lr": 1e-3, "ids": [3, 10]}
+    common.write_json(tmp_path / "a.json", value)
+    assert common.read_json(tmp_path / "a.json") == value
+
+
+def test_json_with_nan_is_not_written(tmp_path):
+    common.write_json(tmp_path / "a.json", {"v3": 0.5})
+    with pytest.raises(ValueError, match="JSON"):
+        common.write_json(tmp_path / "a.json", {"v3": float("nan")})
+    assert common.read_json(tmp_path / "a.json") == {"v3": 0.5}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, b"9" * 5000, None])
+def test_unreadable_json_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit, match=r"a\.json"):
+        common.read_json(path)
+
+
+def test_csv_comes_back_as_strings(tmp_path):
+    rows = [{"image_id": 3, "note": 'comma, "quote"\nline'}, {"image_id": 10, "note": "grün"}]
+    common.write_csv(tmp_path / "a.csv", rows)
+    assert common.read_csv(tmp_path / "a.csv", ("note", "image_id")) == [{k: str(v) for k, v in r.items()} for r in rows]
+
+
+@pytest.mark.parametrize("content", [b"", b"image_id\n3\n", b"image_id,fold\n3,\xff\n", None])
+def test_unreadable_csv_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "a.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit, match=r"a\.csv"):
+        common.read_csv(path, ("image_id", "fold"))
+
+
+def test_file_hash_is_the_start_of_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert common.file_hash(tmp_path / "a") == "ba7816bf8f01cfea"
+
+
+def test_folders_of_runs_and_pseudo_labels():
+    assert str(common.run_folder("out/a", 1, "fpn/resnet18", 256, 3)) == "out/a/r1/fpn/resnet18/s256/f3"
+    assert str(common.pseudo_folder("out/a", 1, 3)) == "out/a/r1/pseudo/f3"
+
+
+def start_python(code, *args):
+    """A second process; `code` may import common."""
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+HOLD = """import sys, common
+with common.lock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()"""
+
+
+def test_lock_names_its_holder_and_ends_with_the_process(tmp_path):
+    with start_python(HOLD, tmp_path / "run") as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(SystemExit, match=rf"run is in use by pid {holder.pid}\b"), common.lock(tmp_path / "run"):
+                pass
+        finally:
+            holder.kill()
+    with common.lock(tmp_path / "run"):
+        assert f"pid {os.getpid()} " in (tmp_path / "run" / ".lock").read_text()
+
+
+def test_lock_is_free_after_a_failure_inside(tmp_path):
+    for _ in range(2):
+        with pytest.raises(KeyError), common.lock(tmp_path):
+            raise KeyError
+
+
+WAIT = """import sys, common
+print("waiting", flush=True)
+with common.lock(sys.argv[1], wait=True), open(sys.argv[2], "a") as f:
+    f.write("waiter")"""
+
+
+def test_lock_can_wait_for_its_turn(tmp_path):
+    with common.lock(tmp_path):
+        waiter = start_python(WAIT, tmp_path, tmp_path / "order.txt")
+        assert waiter.stdout.readline() == "waiting\n"
+        (tmp_path / "order.txt").write_text("holder ")
+    waiter.communicate()
+    assert waiter.returncode == 0
+    assert (tmp_path / "order.txt").read_text() == "holder waiter"
+
+
+def test_checkpoint_of_tensors_and_plain_values_comes_back(tmp_path):
+    import torch
+    common.save_checkpoint(tmp_path / "a.pt", model={"w": torch.arange(3.)}, epoch=2, classes=["Background"], best=None)
+    state = common.load_checkpoint(tmp_path / "a.pt")
+    assert torch.equal(state.pop("model")["w"], torch.arange(3.))
+    assert state == {"epoch": 2, "classes": ["Background"], "best": None}
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
+    import torch
+    torch.save({"model": SimpleNamespace()}, tmp_path / "pickle.pt")  # loading it could run any code
+    common.save_checkpoint(tmp_path / "torn.pt", model=torch.zeros(1000))
+    (tmp_path / "torn.pt").write_bytes((tmp_path / "torn.pt").read_bytes()[:2000])
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    for name in ("pickle.pt", "torn.pt", "text.pt", "absent.pt"):
+        with pytest.raises(SystemExit, match=name):
+            common.load_checkpoint(tmp_path / name)
+
+
+# ---- segmentations --------------------------------------------------------------------------------------------------
+
+
+def test_rle_runs_down_the_columns_from_zeros():
+    mask = common.object_mask({"size": [2, 3], "counts": [1, 2, 3]}, 2, 3)
+    assert mask.tolist() == [[False, True, False], [True, False, False]]
+
+
+def test_polygon_by_hand():
+    mask = common.object_mask([[2, 1, 5, 1, 5, 4, 2, 4]], 6, 8)
+    expected = np.zeros((6, 8), bool)
+    expected[1:4, 2:5] = True
+    assert np.array_equal(mask, expected)
+
+
+BLOCK = np.zeros((9, 14), bool)
+BLOCK[2:7, 0:5] = BLOCK[0:3, 9:12] = True
+
+
+@pytest.mark.parametrize("segmentation", [
+    pytest.param([[1.5, 0.5, 11.2, 3.3, 4.1, 7.9]], id="polygon"),
+    pytest.param([[0, 0, 4, 0, 4, 4], [6, 2, 13, 2, 13, 8, 6, 8]], id="parts"),
+    pytest.param([[0, 0, 8, 0, 8, 8], [4, 2, 13, 2, 13, 8, 4, 8]], id="overlapping parts"),
+    pytest.param([[-5, -3, 20, 4, 3, 12]], id="leaving the image"),
+    pytest.param([[50, 50, 60, 50, 60, 60]], id="outside the image"),
+    pytest.param([[3, 3, 3, 3, 3, 3]], id="no area"),
+    pytest.param(rle(BLOCK), id="uncompressed RLE"),
+    pytest.param(rle(~BLOCK), id="uncompressed RLE from ones"),
+    pytest.param(compressed(BLOCK), id="compressed RLE"),
+    pytest.param(rle(BLOCK & False), id="nothing in RLE")])
+def test_object_mask_agrees_with_pycocotools(segmentation):
+    assert common.segmentation_fault(segmentation, 9, 14) is None
+    reference = COCO()
+    reference.imgs = {1: {"height": 9, "width": 14}}
+    expected = reference.annToMask({"image_id": 1, "segmentation": segmentation})
+    mask = common.object_mask(segmentation, 9, 14)
+    assert mask.dtype == bool
+    assert np.array_equal(mask, expected)
+
+
+@given(st.lists(st.integers(1, 40_000), min_size=1, max_size=8), st.booleans())
+def test_compressed_rle_is_read_as_pycocotools_writes_it(runs, ones_first):
+    column = np.repeat((np.arange(len(runs)) + ones_first) % 2, runs)[:, None]
+    assert common.rle_counts(compressed(column)["counts"]) == [0] * ones_first + runs
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2 ** 32 - 1))
+def test_both_forms_of_rle_give_the_mask_back(height, width, seed):
+    mask = np.random.default_rng(seed).random((height, width)) < 0.5
+    for segmentation in (rle(mask), compressed(mask)):
+        assert common.segmentation_fault(segmentation, height, width) is None
+        assert np.array_equal(common.object_mask(segmentation, height, width), mask)
+
+
+numbers = st.one_of(st.integers(), st.floats(), st.floats(-20, 20))
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, st.text(max_size=8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=8), st.dictionaries(st.sampled_from(["size", "counts"]), inner)))
+
+
+@given(st.one_of(json_values, st.lists(st.lists(numbers, min_size=4, max_size=9), min_size=1, max_size=3),
+                 st.builds(lambda counts: {"size": [5, 7], "counts": counts}, st.text("014?NOPo", max_size=8)),
+                 st.builds(lambda counts: {"size": [5, 7], "counts": counts}, st.lists(st.integers(-1, 36), max_size=4))))
+def test_any_segmentation_is_either_refused_or_painted(segmentation):
+    fault = common.segmentation_fault(segmentation, 5, 7)
+    assert fault is None or (fault and isinstance(fault, str))
+    if fault is None:
+        assert common.object_mask(segmentation, 5, 7).shape == (5, 7)
+
+
+# ---- photos ---------------------------------------------------------------------------------------------------------
+
+
+def test_rgb_is_read_as_stored(tmp_path):
+    write_photo(tmp_path / "a.png", 3, 5, seed=1)
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 5, 3), dtype=np.uint8)
+    assert np.array_equal(common.read_image(tmp_path / "a.png", 3, 5), pixels)
+
+
+@pytest.mark.parametrize(("mode", "colour", "name", "expected"), [
+    ("L", 77, "a.png", (77, 77, 77)),
+    ("1", 1, "a.png", (255, 255, 255)),
+    ("LA", (77, 0), "a.png", (77, 77, 77)),
+    ("RGBA", (10, 20, 30, 0), "a.png", (10, 20, 30)),
+    ("CMYK", (0, 255, 255, 0), "a.tif", (255, 0, 0)),
+    ("CMYK", (0, 255, 255, 0), "a.jpg", (254, 0, 0)),
+    ("I;16", 0x1234, "a.png", (0x12, 0x12, 0x12)),
+    ("I;16", 0xFFFF, "a.tif", (255, 255, 255)),
+    ("I", 0x1234, "a.tif", (0x12, 0x12, 0x12))])
+def test_other_kinds_of_photo_become_rgb(tmp_path, mode, colour, name, expected):
+    Image.new(mode, (5, 3), colour).save(tmp_path / name)
+    image = common.read_image(tmp_path / name, 3, 5)
+    assert image.dtype == np.uint8
+    assert np.array_equal(image, np.tile(np.uint8(expected), (3, 5, 1)))
+
+
+@pytest.mark.parametrize("transparency", [{}, {"transparency": 1}])
+def test_palette_photo_gets_the_colours_of_its_palette(tmp_path, transparency):
+    image = Image.new("P", (5, 3), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.save(tmp_path / "a.png", **transparency)
+    assert np.array_equal(common.read_image(tmp_path / "a.png", 3, 5), np.tile(np.uint8((10, 20, 30)), (3, 5, 1)))
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+@pytest.mark.parametrize(("orientation", "asked", "turns"), [
+    pytest.param(1, (16, 32), 0, id="upright"),
+    pytest.param(6, (32, 16), -1, id="turned clockwise to the size in the JSON"),
+    pytest.param(8, (32, 16), 1, id="turned counterclockwise to the size in the JSON"),
+    pytest.param(6, (16, 32), 0, id="left as stored when the JSON has that size"),
+    pytest.param(3, (16, 32), 0, id="never turned upside down")])
+def test_exif_orientation_is_obeyed_only_when_the_size_asks_for_it(tmp_path, ending, orientation, asked, turns):
+    stored = np.zeros((16, 32, 3), np.uint8)
+    stored[:8, :16] = 255  # white top left quarter
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{ending}"
+    Image.fromarray(stored).save(path, exif=exif, quality=100)
+    image = common.read_image(path, *asked)
+    assert np.abs(image.astype(int) - np.rot90(stored, turns)).max() <= 3
+
+
+def test_photo_of_another_size_is_refused_naming_both_sizes(tmp_path):
+    write_photo(tmp_path / "a.png", 16, 32, seed=1)
+    for height, width in ((32, 16), (16, 31), (32, 32)):
+        with pytest.raises(ValueError, match=f"32x16.*{width}x{height}"):
+            common.read_image(tmp_path / "a.png", height, width)
+
+
+# ---- splits ---------------------------------------------------------------------------------------------------------
+
+
+def columns(first, last):
+    """RLE of the whole columns from first to last in a 2 x 6 image."""
+    mask = np.zeros((2, 6), bool)
+    mask[:, first:last + 1] = True
+    return rle(mask)
+
+
+@pytest.mark.parametrize(("paint", "row"), [("order", [1, 2, 2, 2, 2, 2]), ("id", [1, 2, 3, 3, 2, 2]),
+                                            ("area", [1, 1, 3, 3, 2, 2])])
+def test_paint_order_decides_overlaps(tmp_path, load, paint, row):
+    data = write_coco(tmp_path / "data", [(1, 2, 6)],
+                      [(1, 3, columns(2, 3)), (1, 1, columns(0, 1)), (1, 2, columns(1, 5))],
+                      categories=[(1, "a"), (2, "b"), (3, "c")])
+    train, _ = load(data, paint)
+    assert train.mask(0).tolist() == [row, row]
+    assert train.pixels == [np.bincount(row * 2, minlength=4).tolist()]
+
+
+def test_there_is_a_test_for_every_paint_order():
+    assert set(PAINT_ORDERS) == {"order", "id", "area"}
+
+
+@pytest.mark.parametrize(("categories", "class_ids"), [
+    pytest.param([(0, "UNKNOWN"), (1, "General trash"), (2, "Paper")], [1, 2, 3], id="first edition, ids from 0"),
+    pytest.param([(1, "General trash"), (2, "Paper"), (3, "Paper pack")], [1, 2, 3], id="later editions, ids from 1"),
+    pytest.param([(10, "Clothing"), (2, "Paper"), (7, "Styrofoam")], [3, 1, 2], id="any ids in any order")])
+def test_classes_are_background_and_the_categories_by_id(tmp_path, load, categories, class_ids):
+    data = write_coco(tmp_path / "data", [(i, 8, 8) for i in (907, 3, 55)],
+                      [(image_id, category[0], TRIANGLE) for image_id, category in zip((907, 3, 55), categories)],
+                      categories=categories)
+    train, test = load(data)
+    assert train.classes == test.classes == ["Background", *(name for _, name in sorted(categories))]
+    assert [int(train.mask(i).max()) for i in range(3)] == class_ids
+
+
+def test_image_ids_keep_the_order_of_the_json_and_need_not_be_contiguous(tmp_path, load):
+    data = write_coco(tmp_path / "data", [(907, 8, 8), (3, 6, 10), (55, 10, 6)],
+                      [(55, 1, TRIANGLE), (3, 0, TRIANGLE), (55, 0, [[0, 7, 5, 7, 5, 10]])],
+                      test_images=[(70, 5, 4), (8, 4, 5)])
+    train, test = load(data)
+    assert (train.ids, test.ids) == ([907, 3, 55], [70, 8])
+    assert (train.sizes[1], test.sizes[0]) == ([6, 10], [5, 4])
+    assert [sorted(set(train.mask(i).flat)) for i in range(3)] == [[0], [0, 1], [0, 1, 2]]
+    assert [train.mask(i).shape for i in range(3)] == [(8, 8), (6, 10), (10, 6)]
+    assert np.array_equal(train.image(1), np.random.default_rng(3).integers(0, 256, (6, 10, 3), dtype=np.uint8))
+    assert test.image(0).shape == (5, 4, 3)
+    assert test.masks is None
+
+
+def test_train_all_is_preferred(data, load):
+    shutil.copy(data / "train.json", data / "train_all.json")
+    edit(data / "train.json", lambda train: train["images"].clear())
+    assert load(data)[0].ids == [11, 12]
+
+
+def test_a_photo_without_annotations_is_background(data, load):
+    edit(data / "train.json", lambda train: train["annotations"].pop())
+    assert not load(data)[0].mask(1).any()
+
+
+@pytest.mark.parametrize(("height", "width"), [(512, 512), (360, 480), (100, 300)])
+def test_truth_is_the_nearest_pixel_above_and_left(tmp_path, load, height, width):
+    mask = np.random.default_rng(0).random((height, width)) < 0.5
+    train, _ = load(write_coco(tmp_path / "data", [(1, height, width)], [(1, 0, compressed(mask))]))
+    assert np.array_equal(train.mask(0), mask)
+    side = np.arange(SUBMIT_SIZE)
+    expected = mask[side * height // SUBMIT_SIZE][:, side * width // SUBMIT_SIZE]
+    assert np.array_equal(train.truth(0), expected)
+    if height == width == 512:
+        assert np.array_equal(expected, mask[::2, ::2])
+
+
+def test_evaluation_items_are_square_and_unlabelled_without_masks(data, load):
+    train, test = load(data)
+    image, truth = common.EvalPhotos(train, [1, 0], 32)[0]
+    assert (image.shape, image.dtype, truth.dtype) == ((32, 32, 3), np.uint8, np.uint8)
+    assert np.array_equal(truth, train.truth(1))
+    photos = common.EvalPhotos(test, range(1), 32)
+    assert len(photos) == 1
+    assert photos[0][1].shape == (SUBMIT_SIZE, SUBMIT_SIZE)
+    assert (photos[0][1] == IGNORE_INDEX).all()
+
+
+@pytest.fixture(scope="module")
+def tiny_splits(tiny_data, tmp_path_factory):
+    return common.load_data(tiny_data, tmp_path_factory.mktemp("cache"))
+
+
+def test_masks_painted_by_many_processes_agree_with_pycocotools(tiny_data, tiny_splits):
+    train, _ = tiny_splits
+    coco = json.loads((tiny_data / "train.json").read_text())
+    reference = COCO()
+    reference.imgs = {i["id"]: i for i in coco["images"]}
+    for index, image_id in enumerate(train.ids):
+        shapes = [(a["category_id"] + 1, reference.annToMask(a)) for a in coco["annotations"] if a["image_id"] == image_id]
+        expected = np.zeros((64, 64), np.uint8)
+        for class_id, shape in sorted(shapes, key=lambda s: -int(s[1].sum())):
+            expected[shape > 0] = class_id
+        assert np.array_equal(train.mask(index), expected)
+        assert train.pixels[index] == np.bincount(expected.ravel(), minlength=12).tolist()
+
+
+# ---- groups and folds -----------------------------------------------------------------------------------------------
+
+
+def test_identical_photos_and_group_keys_link_over_any_number_of_steps(tmp_path, load):
+    linked = [{"id": 1, "group": "drive"}, {"id": 2, "group": "drive"}, {"id": 3}, {"id": 4, "group": "park"},
+              {"id": 5, "group": "park"}]
+    alone = [{"id": 6}, {"id": 7, "group": "kitchen"}, {"id": 8, "group": None}]
+    data = write_coco(tmp_path / "data", linked + alone, [(1, 0, TRIANGLE)])
+    for copy, original in ((3, 2), (4, 3)):
+        shutil.copy(data / f"batch_01/{original:04}.png", data / f"batch_01/{copy:04}.png")
+    groups = load(data)[0].groups
+    assert len(set(groups[:5])) == 1
+    assert len({groups[0], *groups[5:]}) == 4
+
+
+@given(st.lists(st.tuples(st.sampled_from([None, "a", "b", "c", "d"]), st.sampled_from("pqrstuvw")), max_size=9))
+def test_groups_are_the_connected_parts(photos):
+    groups = common.merge_groups([{"id": i, "group": group} for i, (group, _) in enumerate(photos)],
+                                 [digest for _, digest in photos])
+    linked = np.array([[a[1] == b[1] or (a[0] is not None and a[0] == b[0]) for b in photos] for a in photos], bool)
+    for _ in photos:
+        linked = linked @ linked
+    assert [[a == b for b in groups] for a in groups] == linked.tolist()
+
+
+@st.composite
+def fold_problems(draw, grouped=True):
+    """(present, groups, n_folds) that can be split."""
+    n = draw(st.integers(2, 30))
+    rng = np.random.default_rng(draw(st.integers(0, 2 ** 32 - 1)))
+    present = rng.random((n, draw(st.integers(1, 6)))) < rng.random() * rng.random()
+    groups = [str(g) for g in (rng.integers(0, draw(st.integers(2, n)), n) if grouped else range(n))]
+    return present, groups, draw(st.integers(1, min(5, len(set(groups)))))
+
+
+@given(fold_problems())
+def test_folds_keep_groups_whole_and_none_is_empty(problem):
+    present, groups, n_folds = problem
+    folds = common.make_folds(present, groups, n_folds)
+    assert folds.shape == (len(present),)
+    assert set(folds.tolist()) == set(range(n_folds))
+    assert len({*zip(groups, folds.tolist(), strict=True)}) == len(set(groups))
+    assert np.array_equal(common.make_folds(present, groups, n_folds), folds)
+
+
+@given(fold_problems(grouped=False))
+def test_the_rarest_class_is_shared_out_evenly(problem):
+    present, groups, n_folds = problem
+    folds = common.make_folds(present, groups, n_folds)
+    totals = present.sum(0)
+    if totals.any():
+        rarest = np.where(totals > 0, totals, len(present) + 1).argmin()
+        counts = np.bincount(folds[present[:, rarest]], minlength=n_folds)
+        assert counts.max() - counts.min() <= 1
+    else:
+        sizes = np.bincount(folds)
+        assert sizes.max() - sizes.min() <= 1
+
+
+def test_every_class_of_an_imbalanced_set_is_shared_out():
+    rng = np.random.default_rng(0)
+    present = rng.random((300, 6)) < (0.6, 0.3, 0.15, 0.08, 0.04, 0.02)
+    folds = common.make_folds(present, [str(i) for i in range(300)], 5)
+    counts = np.array([np.bincount(folds[has], minlength=5) for has in present.T])
+    assert (counts.max(1) - counts.min(1)).max() <= 2
+    assert np.bincount(folds).tolist() == pytest.approx([60] * 5, abs=2)
+
+
+def test_more_folds_than_groups_are_refused():
+    with pytest.raises(SystemExit, match="3 folds of 2"):
+        common.make_folds(np.ones((4, 1), bool), ["a", "a", "b", "b"], 3)
+
+
+def test_drawn_scenes_stay_on_one_side(tiny_splits, tmp_path):
+    train, _ = tiny_splits
+    folds = common.load_folds(tmp_path, train, 3)
+    assert set(folds.tolist()) == {0, 1, 2}
+    assert folds[0] == folds[1] and folds[5] == folds[6] and folds[10] == folds[11]
+
+
+def test_folds_are_written_once_and_may_be_edited(tiny_splits, tmp_path):
+    train, _ = tiny_splits
+    folds = common.load_folds(tmp_path / "exp", train, 3)
+    rows = common.read_csv(tmp_path / "exp/folds.csv", ("image_id", "group", "fold"))
+    assert [int(r["image_id"]) for r in rows] == train.ids
+    assert [r["group"] for r in rows] == train.groups
+    assert [int(r["fold"]) for r in rows] == folds.tolist()
+    moved = [r | {"fold": (int(r["fold"]) + 1) % 3} for r in rows]
+    common.write_csv(tmp_path / "exp/folds.csv", moved)
+    before = snapshot(tmp_path)
+    assert common.load_folds(tmp_path / "exp", train, 3).tolist() == ((folds + 1) % 3).tolist()
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["", "image_id\n", "image_id,group,fold\n", "image_id,group,fold\n1,a,0\n3,b,1\n",
+                                  "image_id,group,fold\n2,b,0\n1,a,1\n", "image_id,group,fold\n1,a,0\n2,b,2\n",
+                                  "image_id,group,fold\n1,a,0\n2,b,x\n", "image_id,group,fold\n1,a,0\n2,b\n",
+                                  "image_id,group,fold\n1,a,0\n2,b,-1\n", "image_id,group,fold\n1,a,0\n2,b,0\n"])
+def test_folds_of_other_images_or_another_number_are_refused_by_name(tmp_path, text):
+    train = SimpleNamespace(ids=[1, 2], groups=["a", "b"], pixels=[[3, 1], [4, 0]])
+    (tmp_path / "folds.csv").write_text(text)
+    with pytest.raises(SystemExit, match=r"folds\.csv"):
+        common.load_folds(tmp_path, train, 2)
+    assert (tmp_path / "folds.csv").read_text() == text
+
+
+def test_folds_of_other_images_are_renewed_on_request(tmp_path, capsys):
+    train = SimpleNamespace(ids=[1, 2], groups=["a", "b"], pixels=[[3, 1], [4, 0]])
+    (tmp_path / "folds.csv").write_text("image_id,group,fold\n1,a,0\n3,b,1\n")
+    assert sorted(common.load_folds(tmp_path, train, 2, renew=True).tolist()) == [0, 1]
+    assert "folds.csv" in capsys.readouterr().out
+    assert [r["image_id"] for r in common.read_csv(tmp_path / "folds.csv", ("image_id",))] == ["1", "2"]
+
+
+# ---- faults ---------------------------------------------------------------------------------------------------------
+
+
+def image(**values):
+    return lambda train, test, data: train["images"][0].update(values)
+
+
+def annotation(**values):
+    return lambda train, test, data: train["annotations"][0].update(values)
+
+
+def shape(segmentation):
+    return annotation(segmentation=segmentation)
+
+
+def counts(value, size=(8, 8)):
+    return shape({"size": list(size), "counts": value})
+
+
+def photo(change, name="batch_01/0011.png"):
+    return lambda train, test, data: change(data / name)
+
+
+def category(**values):
+    """Change the first category on both sides: they would differ otherwise."""
+    return lambda train, test, data: [coco["categories"][0].update(values) for coco in (train, test)]
+
+
+def cut_jpeg(train, test, data):
+    train["images"][0]["file_name"] = "batch_01/0011.jpg"
+    write_photo(data / "batch_01/0011.jpg", 8, 8, seed=11)
+    (data / "batch_01/0011.jpg").write_bytes((data / "batch_01/0011.jpg").read_bytes()[:-10])
+
+
+def photo_beside_data(train, test, data):
+    train["images"][0]["file_name"] = "../out.png"
+    write_photo(data.parent / "out.png", 8, 8, seed=11)
+
+
+def many_categories(train, test, data):
+    for coco in (train, test):
+        coco["categories"] = [{"id": i, "name": f"c{i}"} for i in range(IGNORE_INDEX)]
+
+
+NAN, INFINITY = float("nan"), float("inf")
+PHOTO, OBJECT = ("11", "0011.png"), ("annotation 1",)
+# what is wrong: (change(train, test, data), what the message must say)
+FAULTS = {
+    "photo missing": (photo(os.unlink), (*PHOTO, "missing")),
+    "photo is a folder": (image(file_name="batch_01"), ("11", "batch_01")),
+    "photo under a photo": (image(file_name="batch_01/0012.png/a.png"), ("11", "0012.png/a.png")),
+    "test photo missing": (photo(os.unlink, "batch_01/9000.png"), ("9000", "9000.png", "missing")),
+    "photo empty": (photo(lambda path: path.write_bytes(b"")), PHOTO),
+    "photo is text": (photo(lambda path: path.write_text("<html>404</html>")), PHOTO),
+    "PNG cut off": (photo(lambda path: path.write_bytes(path.read_bytes()[:150])), PHOTO),
+    "JPEG cut off": (cut_jpeg, ("11", "0011.jpg")),
+    "test photo cut off": (photo(lambda path: path.write_bytes(path.read_bytes()[:150]), "batch_01/9000.png"),
+                           ("9000", "9000.png")),
+    "photo of another size": (image(height=9), (*PHOTO, "8x8", "8x9")),
+    "photo too large": (image(height=20_000, width=20_000), (*PHOTO, "memory")),
+    "height zero": (image(height=0), PHOTO),
+    "width negative": (image(width=-8), PHOTO),
+    "height fractional": (image(height=8.5), PHOTO),
+    "width a string": (image(width="8"), PHOTO),
+    "height absent": (image(height=None), PHOTO),
+    "file name leads out": (photo_beside_data, ("11", "../out.png", "out of DATA")),
+    "file name absolute": (image(file_name="/etc/hostname"), ("11", "/etc/hostname", "out of DATA")),
+    "file name absent": (image(file_name=None), ("image 11", "file_name")),
+    "file name empty": (image(file_name=""), ("image 11", "file_name")),
+    "file name a number": (image(file_name=3), ("image 11", "file_name")),
+    "file name with NUL": (image(file_name="a\0b.png"), ("image 11",)),
+    "file name no text": (image(file_name="\ud800.png"), ("image 11",)),
+    "file name too long": (image(file_name="a" * 300 + ".png"), ("image 11",)),
+    "image id twice": (lambda train, test, data: train["images"].append(train["images"][0]), PHOTO),
+    "test image id twice": (lambda train, test, data: test["images"].append(test["images"][0]), ("9000",)),
+    "image id a string": (image(id="11"), ("0011.png", "id")),
+    "image id absent": (image(id=None), ("0011.png", "id")),
+    "image not an object": (lambda train, test, data: train["images"].append(7), ("train.json", "images[2]")),
+    "no images": (lambda train, test, data: train["images"].clear(), ("train.json", "no images")),
+    "no test images": (lambda train, test, data: test["images"].clear(), ("test.json", "no images")),
+    "no categories": (lambda train, test, data: [coco["categories"].clear() for coco in (train, test)],
+                      ("train.json", "0 categories")),
+    "more classes than a byte holds": (many_categories, ("train.json", "255 categories")),
+    "category id twice": (category(id=1), ("train.json", "category")),
+    "category name twice": (category(name="Metal"), ("train.json", "category")),
+    "category without name": (category(name=None), ("train.json", "category")),
+    "category id a string": (category(id="0"), ("train.json", "category")),
+    "other categories in test": (lambda train, test, data: test["categories"].pop(), ("train.json", "test.json")),
+    "other names in test": (lambda train, test, data: test["categories"][0].update(name="Glass"),
+                            ("train.json", "test.json")),
+    "no annotations": (lambda train, test, data: train["annotations"].clear(), ("train.json", "no annotations")),
+    "annotation not an object": (lambda train, test, data: train["annotations"].append([]),
+                                 ("train.json", "annotations[2]")),
+    "annotation id twice": (annotation(id=2), ("annotation 2",)),
+    "annotation id absent": (annotation(id=None), ("annotation None", "id")),
+    "annotation of unknown image": (annotation(image_id=999), (*OBJECT, "image 999")),
+    "annotation of a test image": (annotation(image_id=9000), (*OBJECT, "image 9000")),
+    "unknown category": (annotation(category_id=7), (*OBJECT, "category 7")),
+    "category a list": (annotation(category_id=[0]), (*OBJECT, "category [0]")),
+    "no segmentation": (shape(None), OBJECT),
+    "segmentation empty": (shape([]), OBJECT),
+    "segmentation a string": (shape("PPYo0"), OBJECT),
+    "polygon not a list": (shape([1, 1, 6, 1, 6, 6]), OBJECT),
+    "polygon of strings": (shape([["1", "1", "6", "1", "6", "6"]]), OBJECT),
+    "polygon of two points": (shape([[1, 1, 6, 6]]), (*OBJECT, "three points")),
+    "polygon with half a point": (shape([[1, 1, 6, 1, 6, 6, 2]]), OBJECT),
+    "second part of two points": (shape([*TRIANGLE, [1, 1, 6, 6]]), (*OBJECT, "three points")),
+    "polygon with NaN": (shape([[1, 1, NAN, 1, 6, 6]]), (*OBJECT, "NaN")),
+    "polygon with infinity": (shape([[1, 1, INFINITY, 1, 6, 6]]), (*OBJECT, "infinite")),
+    "polygon with minus infinity": (shape([[1, 1, 6, -INFINITY, 6, 6]]), (*OBJECT, "infinite")),
+    "polygon far away": (shape([[1, 1, 1e9, 1, 6, 6]]), (*OBJECT, "large")),
+    "polygon with 400 digits": (shape([[1, 1, -10 ** 400, 1, 6, 6]]), (*OBJECT, "large")),
+    "RLE too short": (counts([10, 20]), (*OBJECT, "30", "64")),
+    "RLE too long": (counts([10, 20, 35]), (*OBJECT, "65", "64")),
+    "RLE of another size": (counts([64], size=(4, 16)), (*OBJECT, "[4, 16]", "[8, 8]")),
+    "RLE without counts": (counts(None), OBJECT),
+    "RLE with a negative run": (counts([70, -6]), OBJECT),
+    "RLE with half a pixel": (counts([63.5, 0.5]), OBJECT),
+    "compressed RLE too short": (counts("4"), (*OBJECT, "4", "64")),
+    "compressed RLE damaged": (counts("4 4"), (*OBJECT, "damaged")),
+    "compressed RLE cut off": (counts("PP"), (*OBJECT, "cut off")),
+    "compressed RLE of endless digits": (counts("o" * 50), (*OBJECT, "damaged")),
+}
+
+
+def with_faults(data, *changes):
+    train, test = (json.loads((data / name).read_text()) for name in ("train.json", "test.json"))
+    for change in changes:
+        change(train, test, data)
+    (data / "train.json").write_text(json.dumps(train))
+    (data / "test.json").write_text(json.dumps(test))
+    return data
+
+
+def test_faultless_data_is_accepted(data, load):
+    train, test = load(data)
+    assert (len(train.ids), len(test.ids)) == (2, 1)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_named(data, load, fault):
+    change, words = FAULTS[fault]
+    text = refusal(load, with_faults(data, change))
+    assert [word for word in words if word not in text] == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "[]", "{}", '{"images": [], "categories": {}}', "\udcff"])
+@pytest.mark.parametrize("name", ["train.json", "test.json"])
+def test_what_is_no_coco_file_is_refused_by_name(data, load, name, content):
+    (data / name).write_bytes(content.encode(errors="surrogateescape"))
+    assert name in refusal(load, data)
+
+
+@pytest.mark.parametrize("name", ["train.json", "test.json"])
+def test_absent_json_is_named(data, load, name):
+    (data / name).unlink()
+    assert str(data / name) in refusal(load, data)
+
+
+def test_absent_folder_is_named(tmp_path, load):
+    assert str(tmp_path / "nowhere") in refusal(load, tmp_path / "nowhere")
+
+
+def test_all_faults_are_listed_at_once(tmp_path, load):
+    bad = [[1, 1, NAN, 1, 6, 6]]
+    data = write_coco(
+        tmp_path / "data", [{"id": i} for i in range(1, 9)] + [{"id": 9, "file_name": "/etc/hostname"}],
+        [(8, 0, TRIANGLE), (8, 0, bad), (8, 5, TRIANGLE), (99, 0, TRIANGLE), (8, 0, {"size": [8, 8], "counts": [9]}),
+         (1, 0, bad)], photos=False)
+    for number in (2, 3, 4, 5, 6, 7, 8, 9000):
+        write_photo(data / f"batch_01/{number:04}.png", 8, 8 + (number == 4), seed=number)
+    (data / "batch_01/0002.png").write_bytes(b"")
+    (data / "batch_01/0003.png").write_bytes((data / "batch_01/0003.png").read_bytes()[:150])
+    (data / "batch_01/9000.png").write_text("no photo")
+    edit(data / "train.json", lambda train: train["images"].append(train["images"][7]))
+    edit(data / "test.json", lambda test: test["categories"].pop())
+    text = refusal(load, data)
+    expected = ["image 1 ", "image 2 ", "image 3 ", "image 4 ", "image 8 ", "image 9 ", "image 9000 ", "annotation 2 ",
+                "annotation 3 ", "annotation 4 ", "annotation 5 ", "annotation 6 ", "categories"]
+    lines = text.splitlines()
+    assert [e for e in expected if not any(e in line for line in lines)] == []
+    assert not [line for line in lines if "annotation 1 " in line or "image 5 " in line]
+
+
+def test_refused_data_leaves_no_cache_behind(data, tmp_path, load):
+    good = (data / "batch_01/0011.png").read_bytes()
+    (data / "batch_01/0011.png").write_bytes(good[:150])
+    for _ in range(2):
+        assert "0011.png" in refusal(load, data)
+    (data / "batch_01/0011.png").write_bytes(good)
+    assert load(data)[0].ids == [11, 12]
+
+
+# ---- the cache of masks ---------------------------------------------------------------------------------------------
+
+
+def test_loading_writes_nothing_into_the_data(data, load):
+    before = snapshot(data)
+    load(data)
+    assert snapshot(data) == before
+
+
+def test_second_load_reads_the_cache(data, tmp_path, load):
+    first, _ = load(data)
+    before = snapshot(tmp_path)
+    second, _ = load(data)
+    assert snapshot(tmp_path) == before
+    assert np.array_equal(first.masks, second.masks)
+    assert (first.pixels, first.groups, first.sizes, first.fingerprint) == (
+        second.pixels, second.groups, second.sizes, second.fingerprint)
+
+
+def test_changed_json_is_noticed(data, load):
+    first, _ = load(data)
+    edit(data / "train.json", lambda train: train["annotations"][0].update(category_id=1))
+    second, _ = load(data)
+    assert (first.mask(0).max(), second.mask(0).max()) == (1, 2)
+    assert first.fingerprint != second.fingerprint
+    edit(data / "test.json", lambda test: test["images"][0].update(id=9001))
+    assert load(data)[1].ids == [9001]
+
+
+def test_changed_paint_order_is_noticed(data, load):
+    edit(data / "train.json", lambda train: train["annotations"].append(
+        {"id": 3, "image_id": 11, "category_id": 1, "segmentation": [[0, 0, 8, 0, 8, 8, 0, 8]]}))
+    splits = {paint: load(data, paint)[0] for paint in ("area", "order", "area")}
+    assert (splits["area"].mask(0).min(), splits["order"].mask(0).min()) == (1, 2)
+    assert splits["area"].fingerprint != splits["order"].fingerprint
+
+
+def set_time(path, seconds):
+    """File times are coarser than these tests are quick."""
+    os.utime(path, (seconds, seconds))
+
+
+def test_changed_photo_is_noticed(tmp_path, load):
+    data = write_coco(tmp_path / "data", [(11, 8, 8), (12, 8, 8)], [(11, 0, TRIANGLE)])
+    path = data / "batch_01/0011.png"
+    set_time(path, 1000)
+    assert len(set(load(data)[0].groups)) == 2
+    shutil.copy(data / "batch_01/0012.png", path)
+    set_time(path, 1001)
+    assert len(set(load(data)[0].groups)) == 1
+    path.write_bytes(path.read_bytes()[:150])
+    set_time(path, 1001)
+    assert "0011.png" in refusal(load, data)
+    path.unlink()
+    assert "0011.png" in refusal(load, data)
+
+
+def test_another_folder_with_the_same_json_is_checked_by_itself(data, tmp_path, load):
+    load(data)
+    shutil.copytree(data, tmp_path / "copy")
+    write_photo(tmp_path / "copy/batch_01/0011.png", 8, 8, seed=77)
+    image = load(tmp_path / "copy")[0].image(0)
+    assert np.array_equal(image, np.random.default_rng(77).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    assert np.array_equal(load(data)[0].image(0), np.random.default_rng(11).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+
+
+KILLED_BEFORE_INDEX = """import os, signal, sys, common
+common.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+common.load_data(sys.argv[1], sys.argv[2])"""
+
+
+def test_cache_whose_building_was_killed_is_built_again(data, tmp_path, load):
+    with start_python(KILLED_BEFORE_INDEX, data, tmp_path / "cache") as killed:
+        killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    masks, = (tmp_path / "cache").rglob("masks.npy")
+    masks.write_bytes(b"torn")
+    masks.with_name(".masks.npy.tmp").write_bytes(b"torn")
+    train, _ = load(data)
+    assert [int(train.mask(i).max()) for i in range(2)] == [1, 2]
+
+
+# ---- drawn data -----------------------------------------------------------------------------------------------------
+
+
+def test_drawn_data_has_every_class_in_two_photos_and_every_kind_of_segmentation(tiny_data):
+    coco = json.loads((tiny_data / "train.json").read_text())
+    images_of = {c["id"]: {a["image_id"] for a in coco["annotations"] if a["category_id"] == c["id"]}
+                 for c in coco["categories"]}
+    assert [c["name"] for c in coco["categories"]] == list(CLASSES)
+    assert min(map(len, images_of.values())) >= 2
+    per_photo = [sum(a["image_id"] == i["id"] for a in coco["annotations"]) for i in coco["images"]]
+    assert (min(per_photo) >= 1, max(per_photo) <= 6) == (True, True)
+    kinds = {type(s["counts"]) if isinstance(s, dict) else len(s) for s in (a["segmentation"] for a in coco["annotations"])}
+    assert kinds == {list, str, 1, 2}
+    assert any("group" in i for i in coco["images"]) and not all("group" in i for i in coco["images"])
+
+
+def test_same_options_draw_the_same_bytes(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        draw_data(tmp_path / name, train=4, test=2, size=64, seed=seed)
+    digests = [[hashlib.sha256(p.read_bytes()).digest() for p in sorted((tmp_path / n).rglob("*")) if p.is_file()]
+               for n in "abc"]
+    assert digests[0] == digests[1]
+    assert len(digests[0]) == 9
+    assert sum(a != c for a, c in zip(digests[0], digests[2], strict=True)) == 8  # all but the header of the CSV
+
+
+def test_drawing_again_does_nothing_and_other_options_draw_anew(tmp_path):
+    draw_data(tmp_path, train=4, test=2, size=64)
+    before = snapshot(tmp_path)
+    draw_data(tmp_path, train=4, test=2, size=64)
+    assert snapshot(tmp_path) == before
+    draw_data(tmp_path, train=3, test=2, size=64)
+    assert len(json.loads((tmp_path / "train.json").read_text())["images"]) == 3
+
+
+def test_data_of_others_is_never_drawn_over(data):
+    before = snapshot(data)
+    with pytest.raises(SystemExit, match=r"train\.json"):
+        draw_data(data, train=2, test=1, size=64)
+    assert snapshot(data) == before

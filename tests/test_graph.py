@@ -1,0 +1,431 @@
+"""The Makefile as a build graph, driven in a copy of the project whose scripts are stubs.
+
+A stub takes exactly the flags that the Makefile passes and writes the files that the real script writes. The text of a
+file is a digest of all it was made from, so two folders with the same texts were made alike.
+"""
+import importlib
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAKEFILE = (ROOT / "Makefile").read_text()
+KNOBS = re.findall(r"^([A-Z_]+) +\?=", MAKEFILE, re.M)
+STUBS = {"common.py": '''
+import argparse, os, sys, zlib
+def parse(flags, optional="", switches="", inputs=False):
+    """Arguments; what runs is noted in the file "trace" with its number of threads."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for flag in flags.split(): parser.add_argument("--" + flag, required=True)
+    for flag in optional.split(): parser.add_argument("--" + flag)
+    for flag in switches.split(): parser.add_argument("--" + flag, action="store_true")
+    if inputs: parser.add_argument("inputs", nargs="+")
+    with open("trace", "a") as f: print(os.environ["OMP_NUM_THREADS"], *sys.argv, file=f)
+    return parser.parse_args([a for a in sys.argv[1:] if a not in ("soft", "score")])
+def digest(*made_of): return format(zlib.crc32(repr(made_of).encode()), "08x")
+def read(*paths): return [open(path).read() for path in paths]
+def write(path, text):
+    """FAIL names a file whose writing fails; at the file STOP the stub says "here" and waits for its end."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{folder}/.{name}.tmp", "w") as f: f.write(text)
+    if os.environ.get("FAIL") == path: sys.exit("the stub fails")
+    if os.environ.get("STOP") == path:
+        os.write(os.open("here", os.O_WRONLY), b"x")
+        open("never")
+    os.replace(f"{folder}/.{name}.tmp", path)
+''', "train.py": '''
+from common import *
+check = "--check" in sys.argv
+a = parse("exp cache data folds paint" + (not check) * " model scale fold round epochs batch lr seed weights device",
+          optional="augment", switches="check replace")
+json = a.data + ("/train_all.json" if os.path.exists(a.data + "/train_all.json") else "/train.json")
+folds = digest(a.folds, *read(json, a.data + "/test.json"))
+if check and not (os.path.exists(a.exp + "/folds.csv") and read(a.exp + "/folds.csv") == [folds]):
+    write(a.exp + "/folds.csv", folds)
+if read(a.exp + "/folds.csv") != [folds]: sys.exit("folds.csv is of other data or folds")
+if check: sys.exit()
+out = f"{a.exp}/r{a.round}/{a.model}/s{a.scale}/f{a.fold}/model.pt"
+labels = [f"{a.exp}/r{a.round}/pseudo/f{a.fold}/{n}" for n in ("labels.npy", "manifest.json", "index.csv")]
+recipe = digest(folds, a.paint, a.model, a.scale, a.fold, a.round, a.epochs, a.batch, a.lr, a.seed, a.weights,
+                a.augment, read(*labels) if a.round != "0" else "")
+if os.path.exists(out) and read(out)[0].split()[0] == recipe: os.utime(out); sys.exit()
+if os.path.exists(out) and not a.replace: sys.exit(out + " was made with another recipe")
+write(out, recipe + " code 1")
+''', "infer.py": '''
+from common import *
+a = parse("data cache checkpoint tta device", optional="batch")
+for name in ("valid.npy", "valid.json", "test.npy", "test.json"):
+    write(a.checkpoint.replace("model.pt", name), digest(name, a.tta, a.batch, read(a.checkpoint)))
+''', "pseudo_label.py": '''
+from common import *
+a = parse("data cache exp round fold", optional="confident", inputs=True)
+made_of = a.confident, read(*a.inputs, *(path.replace(".json", ".npy") for path in a.inputs))
+if os.path.exists(f"{a.exp}/r{a.round}/pseudo/f{a.fold}/index.csv"):
+    os.remove(f"{a.exp}/r{a.round}/pseudo/f{a.fold}/index.csv")
+for name in ("labels.npy", "manifest.json", "index.csv"):
+    write(f"{a.exp}/r{a.round}/pseudo/f{a.fold}/{name}", digest(name, made_of))
+''', "ensemble.py": '''
+from common import *
+if sys.argv[1] == "soft":
+    a = parse("data cache image-id out", inputs=True)
+    write(a.out, digest(a.image_id, read(*(f"{run}/test.{kind}" for run in a.inputs for kind in ("json", "npy")))))
+else:
+    a = parse("data cache batch", inputs=True)
+    print("score", digest(read(*(f"{run}/valid.{kind}" for run in a.inputs for kind in ("json", "npy")))))
+'''}
+PY = f"{sys.executable} -SE"  # the stubs need no site-packages
+GRID = {"MODELS": "fpn/a unet/b", "SCALES": 64, "FOLDS": "0 1", "NFOLDS": 2, "PY": PY}
+ENV = {"PATH": os.environ["PATH"], "LC_ALL": "C"}  # no MAKEFLAGS or knobs of a make that runs the tests
+CHANGED = {"NFOLDS": 3, "LR": "2e-3", "TTA": "none", "PSEUDO_ARGS": "--confident 0.9", "IMAGE_ID": "file_name"}
+A0, B1 = "r0/fpn/a/s64/f0", "r1/unet/b/s64/f1"  # a run without and one with pseudo labels
+AFTER_LABELS = ["train r1/*/f0", "infer r1/*/f0", "soft"]
+AFTER_A0 = ["pseudo r1/f0", *AFTER_LABELS]
+FROM_LABELS, FROM_INFER, FROM_TRAIN, EVERYTHING = (
+    ["pseudo *", "* r1/*", "soft"], ["infer *", "pseudo *", "train r1/*", "soft"],
+    ["train *", "infer *", "pseudo *", "soft"], ["*"])
+
+
+def new_folder(folder):
+    for name, text in STUBS.items():
+        (folder / name).write_text(text)
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "data").mkdir()
+    for name in ("train.json", "test.json"):
+        (folder / "data" / name).write_text(name)
+    return folder
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    return new_folder(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    folder = new_folder(tmp_path_factory.mktemp("template"))
+    make(folder, "-j4", "submit")
+    return folder
+
+
+@pytest.fixture
+def built(template, tmp_path):
+    """A folder in which `make submit` has run."""
+    return shutil.copytree(template, tmp_path / "built")
+
+
+@pytest.fixture(scope="module")
+def changed_texts(tmp_path_factory):
+    """What `make submit` with the knobs CHANGED writes in a new folder."""
+    folder = new_folder(tmp_path_factory.mktemp("changed"))
+    make(folder, "-j4", "submit", **CHANGED)
+    return texts(folder)
+
+
+def command(*words, **knobs):
+    return ["make", *words, *(f"{k}={v}" for k, v in (GRID | knobs).items())]
+
+
+def make(folder, *words, code=0, env=(), **knobs):
+    done = subprocess.run(command(*words, **knobs), cwd=folder, env=ENV | dict(env), text=True, capture_output=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "undefined variable" not in done.stderr
+    return done
+
+
+def step(argv):
+    """A short name for one call of a script: "train r0/fpn/a/s64/f0"."""
+    script, flags = argv[0].removesuffix(".py"), dict(zip(argv, argv[1:], strict=False))
+    if script == "train":
+        run = "train r{--round}/{--model}/s{--scale}/f{--fold}"
+        return "check" if "--check" in argv else run.format_map(flags)
+    if script == "infer":
+        return re.sub(r"^out/\w+/(.*)/model.pt$", r"infer \1", flags["--checkpoint"])
+    return "pseudo r{--round}/f{--fold}".format_map(flags) if script == "pseudo_label" else argv[1]
+
+
+def calls(folder, *goals, **knobs):
+    """Command lines of the scripts as `make -n` prints them, without the interpreter."""
+    text = make(folder, "-n", *goals, **knobs).stdout.replace("\\\n", " ")
+    return [shlex.split(line.removeprefix(PY)) for line in text.splitlines() if line.startswith(PY)]
+
+
+def plan(folder, *goals, **knobs):
+    return sorted(map(step, calls(folder, *goals, **knobs)))
+
+
+def trace(folder):
+    """[threads, script, argument, ...] of every call so far."""
+    return [line.split() for line in (folder / "trace").read_text().splitlines()] if (folder / "trace").exists() else []
+
+
+def remade(folder, *goals, **knobs):
+    """Names of the steps that ran; they are what was planned, and after them there is nothing left to do."""
+    planned, before = plan(folder, *goals, **knobs), len(trace(folder))
+    make(folder, "-j4", *goals, **knobs)
+    ran = sorted(step(argv) for _, *argv in trace(folder)[before:])
+    assert ran == planned
+    make(folder, "-q", *goals, code=int("score" in goals), **knobs)  # score always prints
+    return ran
+
+
+def texts(folder):
+    """{path: text} of everything under out, stamps and left-overs too."""
+    return {str(p.relative_to(folder)): p.read_text() for p in (folder / "out").rglob("*") if p.is_file()}
+
+
+def steps(*patterns, models=("fpn/a", "unet/b"), scales=(64,), folds=(0, 1), rounds=(0, 1)):
+    """Those of all steps up to a submission whose names match one of the patterns; every pattern matches something."""
+    runs = [f"r{r}/{m}/s{s}/f{f}" for r in rounds for m in models for s in scales for f in folds]
+    every = ["check", *(f"{script} {run}" for run in runs for script in ("train", "infer")),
+             *(f"pseudo r{r}/f{f}" for r in rounds if r for f in folds), "soft"]
+    assert all(any(fnmatch(name, pattern) for name in every) for pattern in patterns)
+    return sorted(name for name in every if any(fnmatch(name, pattern) for pattern in patterns))
+
+
+# ---- help, the plan, mistakes at the command line -------------------------------------------------------------------
+
+
+def test_help_is_the_default_and_lists_every_command_and_knob_with_its_value(fresh):
+    out = make(fresh, "help", LR="7e-7").stdout
+    commands = re.search(r"^\.PHONY: (help .*)$", MAKEFILE, re.M)[1].split()
+    assert out == make(fresh, LR="7e-7").stdout
+    assert len(commands) > 8 and all(re.search(rf"^  {c} +\w", out, re.M) for c in commands)
+    assert len(KNOBS) > 20 and all(re.search(rf"\b{k}\b", out) for k in KNOBS)
+    assert re.search(r"^  LR +7e-7 +peak", out, re.M) and re.search(r"^  MODELS +fpn/a unet/b ", out, re.M)
+
+
+@pytest.mark.parametrize("rounds, runs, labels", [(0, 8, 0), (1, 16, 2), (2, 24, 4)])
+def test_dry_run_plans_the_whole_grid_without_a_warning_and_writes_nothing(fresh, rounds, runs, labels):
+    before = sorted(fresh.rglob("*"))
+    scripts = [argv[0] for argv in calls(fresh, "submit", SCALES="64 96", ROUNDS=rounds)]
+    assert [scripts.count(f"{script}.py") for script in ("train", "infer", "pseudo_label", "ensemble")] == [
+        1 + runs, runs, labels, 1]
+    assert make(fresh, "-n", "submit", SCALES="64 96", ROUNDS=rounds).stderr == ""
+    assert sorted(fresh.rglob("*")) == before
+
+
+@pytest.mark.parametrize("knobs, message", [
+    *(({typo: 1}, f"unknown knob: {typo};") for typo in ("FLOD", "lr", "OMP_NUM_THREADS")),
+    *(({knob: ""}, f" {knob} is empty") for knob in KNOBS if knob not in ("ROUND", "STRICT") and "_ARGS" not in knob),
+    ({"ROUNDS": 10}, "not 10"), ({"ROUND": "x"}, "not x"), ({"DATA": "my data"}, "DATA"), ({"EXP": "my exp"}, "EXP")])
+def test_mistaken_knob_is_an_error_of_one_line_that_names_it_and_writes_nothing(fresh, knobs, message):
+    shutil.copytree(fresh / "data", fresh / "my data")
+    error = make(fresh, "submit", code=2, **knobs).stderr
+    assert message in error and error.count("\n") == 1 and not (fresh / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["train.json", "test.json"])
+def test_missing_data_is_told_in_one_line_before_anything_runs(fresh, name):
+    (fresh / "data" / name).unlink()
+    error = [x for x in make(fresh, "submit", code=2).stderr.splitlines() if not x.startswith("make: ***")]
+    assert len(error) == 1 and f"no data/{name}" in error[0] and "DATA=data" in error[0] and not trace(fresh)
+
+
+def test_real_scripts_accept_what_make_passes_and_get_every_knob(fresh, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    shutil.copytree(fresh / "data", fresh / "new")
+    knobs = {"DATA": "new", "EXP": "e", "MODELS": "unet/b", "SCALES": 96, "FOLDS": 3, "NFOLDS": 4, "PAINT": "order",
+             "EPOCHS": 7, "BATCH": 9, "LR": "2e-5", "SEED": 11, "WEIGHTS": "none", "TTA": "none", "DEVICE": "cpu",
+             "IMAGE_ID": "file_name", "TRAIN_ARGS": "--augment none --ema 0.5", "INFER_ARGS": "--batch 13",
+             "PSEUDO_ARGS": "--confident 0.75"}
+    values = {}  # {script: every value that its arguments ever had}
+    for changed in ({}, knobs):
+        for script, *argv in calls(fresh, "submit", "score", "check", **changed):
+            args = vars(importlib.import_module(script.removesuffix(".py")).parse_args(argv))
+            values.setdefault(script, set()).update(map(str, args.values()))
+    wanted = {"train.py": "new out/e unet/b 96 3 4 order 7 9 2e-05 11 none cpu 0.5 out/cache True 0 1",
+              "infer.py": "new none 13 cpu out/cache", "pseudo_label.py": "new out/e 3 0.75 out/cache 1",
+              "ensemble.py": "new file_name 9 out/e/submission.csv out/cache"}
+    assert {script: set(text.split()) - values[script] for script, text in wanted.items()} == dict.fromkeys(values, set())
+
+
+@pytest.mark.parametrize("goal, knobs, patterns", [
+    ("train", {"FOLD": 1}, ["train r0/[fu]*/f1"]),
+    ("train", {"MODEL": "pan/c", "SCALE": 96, "FOLD": 2}, ["train r0/pan/c/s96/f2"]),
+    ("train", {"MODEL": "fpn/a", "FOLD": 0, "ROUND": 1}, ["* r0/[fu]*/s64/f0", "pseudo r1/f0", "train r1/fpn/*/s64/f0"]),
+    ("train", {"MODEL": "pan/c", "FOLD": 2, "ROUND": 1}, ["* r0/[fu]*/f2", "pseudo r1/f2", "train r1/pan/*/s64/f2"]),
+    ("pseudo", {}, ["* r0/[fu]*/f[01]", "pseudo r1/f[01]"]),
+    ("pseudo", {"FOLD": 1, "ROUND": 2}, ["* r[01]/[fu]*/f1", "pseudo r[12]/f1"]),
+    ("score", {}, ["* r[01]/[fu]*/f[01]", "pseudo r1/f[01]"]),
+    ("score", {"ROUND": 0}, ["* r0/[fu]*/f[01]"]),
+    ("score", {"MODEL": "pan/c", "SCALE": 96, "FOLD": 2, "ROUND": 0}, ["* r0/pan/c/s96/f2"]),
+])
+def test_model_scale_fold_and_round_pick_a_slice_of_the_grid_or_outside_it(fresh, goal, knobs, patterns):
+    scales = [knobs.get("SCALE", 64)]
+    wanted = steps("check", *patterns, models=("fpn/a", "unet/b", "pan/c"), scales=scales, folds=(0, 1, 2),
+                   rounds=(0, 1, 2))
+    assert plan(fresh, goal, **knobs) == sorted([*wanted, "score"] if goal == "score" else wanted)
+
+
+# ---- what is remade, and nothing else -------------------------------------------------------------------------------
+
+
+def test_second_submit_has_nothing_to_do_and_neither_has_it_after_a_check(built):
+    assert plan(built, "submit") == [] and make(built, "-q", "submit").stderr == ""
+    make(built, "check")
+    assert remade(built, "submit") == []
+
+
+@pytest.mark.parametrize("name, if_deleted, if_touched", [
+    ("folds.csv", EVERYTHING, FROM_TRAIN),
+    (f"{A0}/model.pt", [f"train {A0}", f"infer {A0}", *AFTER_A0], [f"infer {A0}", *AFTER_A0]),
+    (f"{A0}/test.npy", [f"infer {A0}", *AFTER_A0], AFTER_A0),
+    (f"{A0}/test.json", [f"infer {A0}", *AFTER_A0], AFTER_A0),
+    (f"{A0}/valid.npy", [], []),
+    (f"{B1}/model.pt", [f"train {B1}", f"infer {B1}", "soft"], [f"infer {B1}", "soft"]),
+    (f"{B1}/test.npy", [f"infer {B1}", "soft"], ["soft"]),
+    (f"{B1}/test.json", [f"infer {B1}", "soft"], ["soft"]),
+    ("r1/pseudo/f0/labels.npy", AFTER_A0, AFTER_LABELS),
+    ("r1/pseudo/f0/manifest.json", AFTER_A0, AFTER_LABELS),
+    ("r1/pseudo/f0/index.csv", AFTER_A0, AFTER_LABELS),
+    ("submission.csv", ["soft"], []),
+])
+def test_deleted_or_touched_file_remakes_what_depends_on_it(built, template, name, if_deleted, if_touched):
+    path, made = built / "out/main" / name, texts(template)
+    os.utime(path)
+    assert remade(built, "submit") == steps(*if_touched)
+    path.unlink()
+    assert remade(built, "submit") == steps(*if_deleted)
+    assert texts(built) == {path: text for path, text in made.items() if if_deleted or name not in path}
+
+
+@pytest.mark.parametrize("name", ["valid.npy", "valid.json"])
+def test_score_remakes_a_deleted_half_of_a_validation_store(built, name):
+    score = make(built, "score", ROUND=0).stdout
+    (built / "out/main" / A0 / name).unlink()
+    assert remade(built, "score", ROUND=0) == [f"infer {A0}", "score"]
+    assert make(built, "score", ROUND=0).stdout == score
+
+
+@pytest.mark.parametrize("knobs, if_changed, if_changed_back", [
+    ({"EPOCHS": 3}, FROM_TRAIN, FROM_TRAIN), ({"BATCH": 4}, FROM_TRAIN, FROM_TRAIN),
+    ({"LR": "2e-3"}, FROM_TRAIN, FROM_TRAIN), ({"SEED": 1}, FROM_TRAIN, FROM_TRAIN),
+    ({"WEIGHTS": "none"}, FROM_TRAIN, FROM_TRAIN), ({"TRAIN_ARGS": "--augment 'none'"}, FROM_TRAIN, FROM_TRAIN),
+    ({"NFOLDS": 3}, EVERYTHING, EVERYTHING), ({"PAINT": "id"}, EVERYTHING, EVERYTHING),
+    ({"DATA": "./data"}, EVERYTHING, EVERYTHING),
+    ({"TTA": "none"}, FROM_INFER, FROM_INFER), ({"INFER_ARGS": "--batch 4"}, FROM_INFER, FROM_INFER),
+    ({"PSEUDO_ARGS": "--confident 0.9"}, FROM_LABELS, FROM_LABELS), ({"IMAGE_ID": "file_name"}, ["soft"], ["soft"]),
+    ({"FOLDS": "0"}, ["soft"], ["soft"]), ({"FOLDS": "0 1 2"}, ["*/f2", "soft"], ["soft"]),
+    ({"MODELS": "fpn/a"}, ["pseudo *", "* r1/fpn/*", "soft"], FROM_LABELS),
+    ({"SCALES": "64 96"}, ["* r0/*/s96/*", *FROM_LABELS], FROM_LABELS),
+    ({"ROUNDS": 0}, ["soft"], ["soft"]), ({"ROUNDS": 2}, ["* r2/*", "soft"], ["soft"]),
+    ({"EXP": "other"}, EVERYTHING, []), ({"PY": f"{PY} -B"}, [], []), ({"DEVICE": "cpu", "STRICT": 1}, [], []),
+    ({"MODEL": "pan/c", "SCALE": 96, "FOLD": 1, "ROUND": 2}, [], []),
+], ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
+def test_changed_knob_rebuilds_exactly_what_reads_it_and_so_does_changing_it_back(
+        built, knobs, if_changed, if_changed_back):
+    lists = {k.lower(): v.split() for k, v in knobs.items() if k in ("MODELS", "SCALES", "FOLDS")}
+    assert remade(built, "submit", **knobs) == steps(*if_changed, **lists, rounds=range(knobs.get("ROUNDS", 1) + 1))
+    assert plan(built, "submit") == steps(*if_changed_back)
+
+
+def test_knobs_changed_and_changed_back_give_what_a_new_folder_gives(built, template, changed_texts):
+    remade(built, "submit", **CHANGED)
+    assert texts(built) == changed_texts
+    make(built, "check", NFOLDS=4)  # this alone is a change of the folds
+    assert remade(built, "submit") == steps("*")
+    assert texts(built) == texts(template)
+
+
+def test_train_all_json_is_preferred_whatever_its_age(built):
+    (built / "data/train_all.json").write_text("more")
+    os.utime(built / "data/train_all.json", (1, 1))  # unpacked with the time of its packing
+    assert remade(built, "submit") == steps("*")
+    os.utime(built / "data/train.json")
+    assert plan(built, "submit") == []
+    for name in ("train_all.json", "test.json"):
+        os.utime(built / "data" / name)
+        assert remade(built, "check") == ["check"] and plan(built, "submit") == steps("*")
+    (built / "data/train_all.json").unlink()
+    assert plan(built, "submit") == steps("*")
+
+
+def test_edited_script_rebuilds_what_it_made_only_if_strict(built):
+    for name, patterns in {"infer": FROM_INFER, "pseudo_label": FROM_LABELS, "ensemble": ["soft"],
+                           "common": FROM_TRAIN}.items():
+        edited = shutil.copytree(built, built / name)
+        os.utime(edited / f"{name}.py")
+        assert plan(edited, "submit") == [] and plan(edited, "submit", STRICT=1) == steps(*patterns)
+    (built / "train.py").write_text(STUBS["train.py"].replace("code 1", "code 2"))
+    assert plan(built, "submit") == [] and remade(built, "submit", STRICT=1) == steps(*FROM_TRAIN)
+    assert {path.read_text()[-6:] for path in (built / "out/main").rglob("model.pt")} == {"code 2"}
+
+
+# ---- jobs, failures and interruptions -------------------------------------------------------------------------------
+
+
+def test_one_job_and_a_shell_that_is_given_the_printed_commands_make_what_four_jobs_make(fresh, built, template):
+    printed = make(fresh, "-n", "submit").stdout
+    make(fresh, "-j1", "submit")
+    assert texts(fresh) == texts(template)
+    shutil.rmtree(built / "out")
+    subprocess.run(["bash", "-e"], input=printed, cwd=built, env=ENV | {"OMP_NUM_THREADS": "1"}, text=True, check=True)
+    assert texts(built) == texts(template) and make(built, "-q", "submit")
+
+
+@pytest.mark.parametrize("jobs, threads", [("-j1", "8"), ("-j2", "4"), ("-kj3", "2"), ("-j16", "1"), ("-j", "1")])
+def test_jobs_share_the_cores(fresh, jobs, threads):
+    (fresh / "bin").mkdir()
+    (fresh / "bin/nproc").write_text("#!/bin/sh\necho 8\n")
+    (fresh / "bin/nproc").chmod(0o755)
+    make(fresh, jobs, "check", env={"PATH": f"{fresh}/bin:{ENV['PATH']}"})
+    assert trace(fresh)[0][0] == threads
+
+
+def test_with_k_a_failing_run_stops_only_what_needs_it(fresh, template):
+    make(fresh, "-k", "-j4", "submit", code=2, env={"FAIL": f"out/main/{A0}/model.pt"})
+    ran = {step(argv) for _, *argv in trace(fresh)} - {f"train {A0}"}
+    assert sorted(ran) == sorted({*steps("*")} - {*steps(f"* {A0}", *AFTER_A0)})
+    assert remade(fresh, "submit") == steps(f"* {A0}", *AFTER_A0)
+    assert texts(fresh) == texts(template)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
+@pytest.mark.parametrize("name", ["folds.csv", f"{A0}/model.pt", f"{A0}/test.npy", "r1/pseudo/f0/manifest.json",
+                                  "submission.csv"])
+def test_interrupted_anywhere_the_same_command_carries_on_to_the_same_result(built, changed_texts, name, how):
+    """Everything is to be remade; at the moment of the signal the new file is written but has not got its name."""
+    os.mkfifo(built / "here")
+    os.mkfifo(built / "never")
+    here, before = os.open(built / "here", os.O_RDONLY | os.O_NONBLOCK), len(trace(built))
+    child = subprocess.Popen(
+        command("submit", **CHANGED), cwd=built, env=ENV | {"STOP": f"out/main/{name}"}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert select.select([here], [], [], 60)[0] and os.read(here, 1) == b"x"
+    (os.kill if how == signal.SIGTERM else os.killpg)(child.pid, how)  # `kill` of make alone ends its jobs too
+    assert child.wait(60) != 0
+    assert select.select([here], [], [], 60)[0] and os.read(here, 1) == b""  # the stub has ended
+    os.close(here)
+    done = [step(argv) for _, *argv in trace(built)[before:]][:-1]
+    assert sorted(done + remade(built, "submit", **CHANGED)) == steps("*")
+    assert texts(built) == changed_texts
+
+
+# ---- around the graph -----------------------------------------------------------------------------------------------
+
+
+def test_environment_is_made_once_and_its_age_rebuilds_nothing(built):
+    def commands():
+        return [line for line in make(built, "-n", "submit", PY=".venv/bin/python").stdout.splitlines() if ".py" in line or "pip" in line]
+    assert [" -m pip install " in line for line in commands()] == [True]
+    (built / ".venv").mkdir()
+    (built / ".venv/.installed").touch()
+    assert commands() == []
+
+
+def test_clean_removes_its_experiment_and_no_other(built):
+    for name in ("cache", "other"):
+        shutil.copytree(built / "out/main/r0", built / "out" / name)
+    make(built, "clean")
+    assert sorted(path.name for path in (built / "out").iterdir()) == ["cache", "other"]
