@@ -13,6 +13,7 @@ import csv
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import platform
 import socket
@@ -632,6 +633,7 @@ def build_model(name, n_classes, weights="none"):
     import segmentation_models_pytorch as smp
     decoder, encoder = name.split("/", 1)
     architecture, options = DECODERS[decoder]
+    logging.getLogger("timm.models").setLevel(logging.ERROR)  # it warns of the classifier's keys, which aren't needed
     if weights == "imagenet":
         options = options | {"encoder_weights": True if encoder.startswith("tu-") else weights}
     elif weights != "none" and encoder.startswith("tu-"):

@@ -228,12 +228,24 @@ def same_recipe(path, recipe, replace):
     return not differ
 
 
-def start_run(args, train, recipe, resume, device):
+def set_prior(model, pixels):
+    """Start the last convolution's bias at the log frequency of each class in `pixels` [C].
+
+    The first epochs then need not find out that nearly all is background (Lin et al. 2017, section 4.1).
+    """
+    import torch
+    last = [m for m in model.segmentation_head.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+    with torch.no_grad():
+        last.bias.copy_(torch.tensor((pixels + 1) / (pixels + 1).sum()).log())
+
+
+def start_run(args, train, folds, recipe, resume, device):
     """Everything a checkpoint saves, new or as it stands in the checkpoint `resume`."""
     import torch
     from timm.utils import ModelEmaV3
     torch.manual_seed(args.seed)
     model = build_model(args.model, len(train.classes), "none" if resume else args.weights)
+    set_prior(model, np.array(train.pixels)[folds != args.fold].sum(0))
     model = model.to(device, memory_format=torch.channels_last)
     run = {"model": model, "ema": ModelEmaV3(model, decay=args.ema, use_warmup=True),
            "optimizer": torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
@@ -324,7 +336,7 @@ def main(args):
         write_json(out / "config.json", recipe | {"classes": train.classes})
         device = claim_device(args.device)
         loaders = make_loaders(args, train, test, folds, device.type == "cuda")
-        run = start_run(args, train, recipe, resume, device)
+        run = start_run(args, train, folds, recipe, resume, device)
         fit(run, loaders, args, train, recipe, out, device)
         best = run["best"]
         save_checkpoint(out / "model.pt", model=best["model"], epoch=best["epoch"], v3=best["v3"], recipe=recipe,
