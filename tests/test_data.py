@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +106,16 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path, error):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_atomic_write_flushes_before_it_renames(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
+    with common.atomic_write(tmp_path / "a.txt") as scratch:
+        scratch.write_text("new")
+    assert calls == ["fsync", "replace"]
+
+
 def test_json_comes_back_as_written(tmp_path):
     value = {"classes": ["Background", "Glasflasche, grün"], "lr": 1e-3, "ids": [3, 10]}
     common.write_json(tmp_path / "a.json", value)
@@ -173,8 +184,9 @@ def test_lock_names_its_holder_and_ends_with_the_process(tmp_path):
                 common.lock(tmp_path / "run").__enter__()
         finally:
             holder.kill()
+    (tmp_path / "run" / ".lock").write_text("pid 1234567 on the computer of the last holder\n")
     with common.lock(tmp_path / "run"):
-        assert f"pid {os.getpid()} " in (tmp_path / "run" / ".lock").read_text()
+        assert (tmp_path / "run" / ".lock").read_text() == f"pid {os.getpid()} on {socket.gethostname()}\n"
 
 
 def test_lock_is_free_after_a_failure_inside(tmp_path):
@@ -183,8 +195,15 @@ def test_lock_is_free_after_a_failure_inside(tmp_path):
             raise KeyError
 
 
-WAIT = """import sys, common
-print("waiting", flush=True)
+WAIT = """import fcntl, sys, common
+flock = fcntl.flock
+def say_when_held(f, how):
+    try:
+        flock(f, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("waiting", flush=True)
+        flock(f, how)
+fcntl.flock = say_when_held
 with common.lock(sys.argv[1], wait=True), open(sys.argv[2], "a") as f:
     f.write("waiter")"""
 
@@ -613,6 +632,7 @@ def many_categories(train, test, data):
 
 
 NAN, INFINITY = float("nan"), float("inf")
+FOREIGN = "".join(chr(ord(c) + 64) for c in compressed(np.zeros((8, 8)))["counts"])  # right but for a bit of each byte
 PHOTO, OBJECT = ("11", "0011.png"), ("annotation 1",)
 # what is wrong: (change(train, test, data), what the message must say)
 FAULTS = {
@@ -688,6 +708,7 @@ FAULTS = {
     "RLE with half a pixel": (counts([63.5, 0.5]), OBJECT),
     "compressed RLE too short": (counts("4"), (*OBJECT, "4", "64")),
     "compressed RLE damaged": (counts("4 4"), (*OBJECT, "damaged")),
+    "compressed RLE in foreign letters": (counts(FOREIGN), (*OBJECT, "damaged")),
     "compressed RLE cut off": (counts("PP"), (*OBJECT, "cut off")),
     "compressed RLE of endless digits": (counts("o" * 50), (*OBJECT, "damaged")),
 }

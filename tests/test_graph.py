@@ -1,7 +1,7 @@
 """The Makefile as a build graph, driven in a copy of the project whose scripts are stubs.
 
 A stub takes exactly the flags that the Makefile passes and writes the files that the real script writes. The text of a
-file is a digest of all it was made from, so two folders with the same texts were made alike.
+file is a digest of all that it was made from, so two folders with the same texts were made alike.
 """
 import importlib
 import os
@@ -21,16 +21,21 @@ ROOT = Path(__file__).resolve().parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()
 KNOBS = re.findall(r"^([A-Z_]+) +\?=", MAKEFILE, re.M)
 STUBS = {"common.py": '''
-import argparse, os, sys, zlib
+import os, sys, zlib
+class Args(dict): __getattr__ = dict.__getitem__
 def parse(flags, optional="", switches="", inputs=False):
-    """Arguments; what runs is noted in the file "trace" with its number of threads."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    for flag in flags.split(): parser.add_argument("--" + flag, required=True)
-    for flag in optional.split(): parser.add_argument("--" + flag)
-    for flag in switches.split(): parser.add_argument("--" + flag, action="store_true")
-    if inputs: parser.add_argument("inputs", nargs="+")
+    """Strict, but not argparse, whose import would take most of the time; what runs is noted in the file "trace"."""
     with open("trace", "a") as f: print(os.environ["OMP_NUM_THREADS"], *sys.argv, file=f)
-    return parser.parse_args([a for a in sys.argv[1:] if a not in ("soft", "score")])
+    args, words = Args(dict.fromkeys(optional.split() + switches.split()), inputs=[]), iter(sys.argv[1:])
+    for word in words:
+        name = word.removeprefix("--").replace("-", "_")
+        if name == word: args.inputs.append(word)
+        elif word[2:] in switches.split(): args[name] = True
+        elif word[2:] in (flags + " " + optional).split(): args[name] = next(words)
+        else: sys.exit(f"unknown argument {word}")
+    lacking = [flag for flag in flags.split() if flag.replace("-", "_") not in args]
+    if lacking or bool(args.inputs) != inputs: sys.exit(f"{lacking} missing, or inputs: {args.inputs}")
+    return args
 def digest(*made_of): return format(zlib.crc32(repr(made_of).encode()), "08x")
 def read(*paths): return [open(path).read() for path in paths]
 def write(path, text):
@@ -56,8 +61,8 @@ if read(a.exp + "/folds.csv") != [folds]: sys.exit("folds.csv is of other data o
 if check: sys.exit()
 out = f"{a.exp}/r{a.round}/{a.model}/s{a.scale}/f{a.fold}/model.pt"
 labels = [f"{a.exp}/r{a.round}/pseudo/f{a.fold}/{n}" for n in ("labels.npy", "manifest.json", "index.csv")]
-recipe = digest(folds, a.paint, a.model, a.scale, a.fold, a.round, a.epochs, a.batch, a.lr, a.seed, a.weights,
-                a.augment, read(*labels) if a.round != "0" else "")
+recipe = digest(folds, sorted((k, v) for k, v in a.items() if k not in ("data", "exp", "cache", "device", "replace")),
+                read(*labels) if a.round != "0" else "")
 if os.path.exists(out) and read(out)[0].split()[0] == recipe: os.utime(out); sys.exit()
 if os.path.exists(out) and not a.replace: sys.exit(out + " was made with another recipe")
 write(out, recipe + " code 1")
@@ -69,16 +74,16 @@ for name in ("valid.npy", "valid.json", "test.npy", "test.json"):
 ''', "pseudo_label.py": '''
 from common import *
 a = parse("data cache exp round fold", optional="confident", inputs=True)
+folder = f"{a.exp}/r{a.round}/pseudo/f{a.fold}"
 made_of = a.confident, read(*a.inputs, *(path.replace(".json", ".npy") for path in a.inputs))
-if os.path.exists(f"{a.exp}/r{a.round}/pseudo/f{a.fold}/index.csv"):
-    os.remove(f"{a.exp}/r{a.round}/pseudo/f{a.fold}/index.csv")
-for name in ("labels.npy", "manifest.json", "index.csv"):
-    write(f"{a.exp}/r{a.round}/pseudo/f{a.fold}/{name}", digest(name, made_of))
+if os.path.exists(folder + "/index.csv"): os.remove(folder + "/index.csv")
+for name in ("labels.npy", "manifest.json", "index.csv"): write(f"{folder}/{name}", digest(name, made_of))
 ''', "ensemble.py": '''
 from common import *
-soft, parts = sys.argv[1] == "soft", ("valid.json", "valid.npy", "test.json", "test.npy")
+soft = sys.argv.pop(1) == "soft"
 a = parse("data cache batch" + soft * " image-id out", inputs=True)
-text = digest(a.batch, soft and a.image_id, read(*(f"{run}/{part}" for run in a.inputs for part in parts[:2 + 2 * soft])))
+parts = ("valid.json", "valid.npy", "test.json", "test.npy")[:4 if soft else 2]
+text = digest(a.batch, soft and a.image_id, [read(f"{run}/{part}") for run in a.inputs for part in parts])
 write(a.out, text) if soft else print("score", text)
 '''}
 PY = f"{sys.executable} -SE"  # the stubs need no site-packages
@@ -86,11 +91,11 @@ GRID = {"MODELS": "fpn/a unet/b", "SCALES": 64, "FOLDS": "0 1", "NFOLDS": 2, "PY
 ENV = {"PATH": os.environ["PATH"], "LC_ALL": "C"}  # no MAKEFLAGS or knobs of a make that runs the tests
 CHANGED = {"NFOLDS": 3, "LR": "2e-3", "TTA": "none", "PSEUDO_ARGS": "--confident 0.9", "IMAGE_ID": "file_name"}
 A0, B1 = "r0/fpn/a/s64/f0", "r1/unet/b/s64/f1"  # a run without and one with pseudo labels
-AFTER_LABELS = ["train r1/*/f0", "infer r1/*/f0", "soft"]
+AFTER_LABELS = ["train r1/*/f0", "infer r1/*/f0", "submit"]
 AFTER_A0 = ["pseudo r1/f0", *AFTER_LABELS]
 FROM_LABELS, FROM_INFER, FROM_TRAIN, EVERYTHING = (
-    ["pseudo *", "* r1/*", "soft"], ["infer *", "pseudo *", "train r1/*", "soft"],
-    ["train *", "infer *", "pseudo *", "soft"], ["*"])
+    ["pseudo *", "* r1/*", "submit"], ["infer *", "pseudo *", "train r1/*", "submit"],
+    ["train *", "infer *", "pseudo *", "submit"], ["*"])
 
 
 def new_folder(folder):
@@ -116,12 +121,6 @@ def template(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def built(template, tmp_path):
-    """A folder in which `make submit` has run."""
-    return shutil.copytree(template, tmp_path / "built")
-
-
 @pytest.fixture(scope="module")
 def changed_texts(tmp_path_factory):
     """What `make submit` with the knobs CHANGED writes in a new folder."""
@@ -130,8 +129,14 @@ def changed_texts(tmp_path_factory):
     return texts(folder)
 
 
+@pytest.fixture
+def built(template, tmp_path):
+    """A folder in which `make submit` has run."""
+    return shutil.copytree(template, tmp_path / "built")
+
+
 def command(*words, **knobs):
-    return ["make", *words, *(f"{k}={v}" for k, v in (GRID | knobs).items())]
+    return ["make", "--warn-undefined-variables", *words, *(f"{k}={v}" for k, v in (GRID | knobs).items())]
 
 
 def make(folder, *words, code=0, env=(), **knobs):
@@ -149,7 +154,9 @@ def step(argv):
         return "check" if "--check" in argv else run.format_map(flags)
     if script == "infer":
         return re.sub(r"^out/\w+/(.*)/model.pt$", r"infer \1", flags["--checkpoint"])
-    return "pseudo r{--round}/f{--fold}".format_map(flags) if script == "pseudo_label" else argv[1]
+    if script == "pseudo_label":
+        return "pseudo r{--round}/f{--fold}".format_map(flags)
+    return "submit" if "--out" in argv else "score"
 
 
 def calls(folder, *goals, **knobs):
@@ -186,7 +193,7 @@ def steps(*patterns, models=("fpn/a", "unet/b"), scales=(64,), folds=(0, 1), rou
     """Those of all steps up to a submission whose names match one of the patterns; every pattern matches something."""
     runs = [f"r{r}/{m}/s{s}/f{f}" for r in rounds for m in models for s in scales for f in folds]
     every = ["check", *(f"{script} {run}" for run in runs for script in ("train", "infer")),
-             *(f"pseudo r{r}/f{f}" for r in rounds if r for f in folds), "soft"]
+             *(f"pseudo r{r}/f{f}" for r in rounds if r for f in folds), "submit"]
     assert all(any(fnmatch(name, pattern) for name in every) for pattern in patterns)
     return sorted(name for name in every if any(fnmatch(name, pattern) for pattern in patterns))
 
@@ -195,12 +202,14 @@ def steps(*patterns, models=("fpn/a", "unet/b"), scales=(64,), folds=(0, 1), rou
 
 
 def test_help_is_the_default_and_lists_every_command_and_knob_with_its_value(fresh):
-    out = make(fresh, "help", LR="7e-7").stdout
+    knobs = {"LR": "7e-7", "TRAIN_ARGS": "--augment 'a b'"}
+    out = make(fresh, "help", **knobs).stdout
     commands = re.search(r"^\.PHONY: (help .*)$", MAKEFILE, re.M)[1].split()
-    assert out == make(fresh, LR="7e-7").stdout
+    assert out == make(fresh, **knobs).stdout
     assert len(commands) > 8 and all(re.search(rf"^  {c} +\w", out, re.M) for c in commands)
     assert len(KNOBS) > 20 and all(re.search(rf"\b{k}\b", out) for k in KNOBS)
-    assert re.search(r"^  LR +7e-7 +peak", out, re.M) and re.search(r"^  MODELS +fpn/a unet/b ", out, re.M)
+    for line in (" LR +7e-7 +peak", " MODELS +fpn/a unet/b +DEC", " TRAIN_ARGS --augment 'a b' +more"):
+        assert re.search(f"^ {line}", out, re.M)
 
 
 @pytest.mark.parametrize("rounds, runs, labels", [(0, 8, 0), (1, 16, 2), (2, 24, 4)])
@@ -250,8 +259,8 @@ def test_real_scripts_accept_what_make_passes_and_get_every_knob(fresh, monkeypa
         assert set(text.split()) <= values[script], script
 
 
-
 @pytest.mark.parametrize("goal, knobs, patterns, grid", [
+    ("check", {}, [], {}),
     ("train", {"FOLD": 1}, ["train r0/*"], {"folds": [1]}),
     ("train", {"MODEL": "pan/c", "SCALE": 96, "FOLD": 2}, ["train r0/*"],
      {"models": ["pan/c"], "scales": [96], "folds": [2]}),
@@ -282,13 +291,13 @@ def test_second_submit_has_nothing_to_do_and_neither_has_it_after_a_check(built)
     (f"{A0}/test.npy", [f"infer {A0}", *AFTER_A0], AFTER_A0),
     (f"{A0}/test.json", [f"infer {A0}", *AFTER_A0], AFTER_A0),
     (f"{A0}/valid.npy", [], []),
-    (f"{B1}/model.pt", [f"train {B1}", f"infer {B1}", "soft"], [f"infer {B1}", "soft"]),
-    *((f"{B1}/{store}", [f"infer {B1}", "soft"], ["soft"])
+    (f"{B1}/model.pt", [f"train {B1}", f"infer {B1}", "submit"], [f"infer {B1}", "submit"]),
+    *((f"{B1}/{store}", [f"infer {B1}", "submit"], ["submit"])
       for store in ("test.npy", "test.json", "valid.npy", "valid.json")),
     ("r1/pseudo/f0/labels.npy", AFTER_A0, AFTER_LABELS),
     ("r1/pseudo/f0/manifest.json", AFTER_A0, AFTER_LABELS),
     ("r1/pseudo/f0/index.csv", AFTER_A0, AFTER_LABELS),
-    ("submission.csv", ["soft"], []),
+    ("submission.csv", ["submit"], []),
 ])
 def test_deleted_or_touched_file_remakes_what_depends_on_it(built, template, name, if_deleted, if_touched):
     path, made = built / "out/main" / name, texts(template)
@@ -314,11 +323,11 @@ def test_score_remakes_a_deleted_half_of_a_validation_store(built, name):
     ({"DATA": "./data", "PAINT": "id", "NFOLDS": 3}, EVERYTHING, EVERYTHING, {}),
     ({"INFER_ARGS": "--batch 4", "TTA": "none"}, FROM_INFER, FROM_INFER, {}),
     ({"PSEUDO_ARGS": "--confident 0.9"}, FROM_LABELS, FROM_LABELS, {}),
-    ({"FOLDS": 0, "ROUNDS": 0, "IMAGE_ID": "file_name"}, ["soft"], ["soft"], {}),
-    ({"FOLDS": "0 1 2"}, ["*/f2", "soft"], ["soft"], {"folds": [0, 1, 2]}),
+    ({"FOLDS": 0, "ROUNDS": 0, "IMAGE_ID": "file_name"}, ["submit"], ["submit"], {}),
+    ({"FOLDS": "0 1 2"}, ["*/f2", "submit"], ["submit"], {"folds": [0, 1, 2]}),
     ({"MODELS": "fpn/a"}, FROM_LABELS, FROM_LABELS, {"models": ["fpn/a"]}),
     ({"SCALES": "64 96"}, ["* r0/*/s96/*", *FROM_LABELS], FROM_LABELS, {"scales": [64, 96]}),
-    ({"ROUNDS": 2}, ["* r2/*", "soft"], ["soft"], {"rounds": [0, 1, 2]}),
+    ({"ROUNDS": 2}, ["* r2/*", "submit"], ["submit"], {"rounds": [0, 1, 2]}),
     ({"EXP": "other"}, EVERYTHING, [], {}),
     ({"MODEL": "pan/c", "SCALE": 96, "FOLD": 1, "ROUND": 2, "DEVICE": "cpu", "STRICT": 1, "PY": f"{PY} -B"},
      [], [], {}),
@@ -334,31 +343,34 @@ def test_changed_knob_rebuilds_exactly_what_reads_it_and_so_does_changing_it_bac
 def test_knobs_changed_and_changed_back_give_what_a_new_folder_gives(built, template, changed_texts):
     remade(built, "submit", **CHANGED)
     assert texts(built) == changed_texts
-    make(built, "check", NFOLDS=4)  # this alone is a change of the folds
-    assert remade(built, "submit") == steps("*")
+    make(built, "check", **CHANGED | {"NFOLDS": 4})  # writes other folds
+    assert plan(built, "submit", **CHANGED) == remade(built, "submit") == steps("*")
     assert texts(built) == texts(template)
 
 
 def test_train_all_json_is_preferred_whatever_its_age(built):
-    (built / "data/train_all.json").write_text("more")
-    os.utime(built / "data/train_all.json", (1, 1))  # unpacked with the time of its packing
-    assert plan(built, "submit") == steps("*")
-    make(built, "-j4", "submit")
+    path, away = built / "data/train_all.json", built / "away"
+    path.write_text("more")
+    os.utime(path, (1, 1))  # unpacked with the time of its packing
+    assert remade(built, "submit") == steps("*")
     os.utime(built / "data/train.json")
     assert plan(built, "submit") == []
-    (built / "data/train_all.json").unlink()
+    path.rename(away)
+    assert plan(built, "submit") == steps("*")
+    away.rename(path)
+    assert plan(built, "submit") == []
+    os.utime(path)
     assert plan(built, "submit") == steps("*")
 
 
-@pytest.mark.parametrize("name", ["train_all.json", "train.json", "test.json"])
+@pytest.mark.parametrize("name", ["train.json", "test.json"])
 def test_touched_json_remakes_everything(built, name):
-    (built / "data/train.json").rename(built / "data" / name.replace("test", "train"))
     os.utime(built / "data" / name)
-    assert plan(built, "submit") == steps("*")
+    assert remade(built, "submit") == steps("*")
 
 
 def test_edited_script_rebuilds_what_it_made_only_if_strict(built):
-    for name, patterns in {"infer": FROM_INFER, "pseudo_label": FROM_LABELS, "ensemble": ["soft"],
+    for name, patterns in {"infer": FROM_INFER, "pseudo_label": FROM_LABELS, "ensemble": ["submit"],
                            "common": FROM_TRAIN}.items():
         edited = shutil.copytree(built, built / name)
         os.utime(edited / f"{name}.py")
@@ -373,8 +385,9 @@ def test_edited_script_rebuilds_what_it_made_only_if_strict(built):
 
 def test_one_job_and_a_shell_that_is_given_the_printed_commands_make_what_four_jobs_make(fresh, built, template):
     printed = make(fresh, "-n", "submit").stdout
-    make(fresh, "-j1", "submit")
+    said = make(fresh, "-j1", "submit").stdout
     assert texts(fresh) == texts(template)
+    assert [line for line in said.splitlines() if PY in line] == [line for line in printed.splitlines() if PY in line]
     shutil.rmtree(built / "out")
     subprocess.run(["bash", "-e"], input=printed, cwd=built, env=ENV | {"OMP_NUM_THREADS": "1"}, text=True, check=True)
     assert texts(built) == texts(template) and make(built, "-q", "submit")

@@ -1,0 +1,695 @@
+"""infer.py, pseudo_label.py and ensemble.py in-process, on stores that a tiny model made and on stores made by hand."""
+import csv
+import json
+import re
+import shutil
+from argparse import Namespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from sklearn.metrics import confusion_matrix, jaccard_score
+
+import common
+import ensemble
+import infer
+import pseudo_label
+import train
+from common import SUBMIT_SIZE
+
+torch.set_num_threads(1)  # for nets this small a second thread would only wait for the first
+MODEL, SCALE, CPU = "unet/tu-test_efficientnet", 96, torch.device("cpu")
+CLASSES = ["Background", "UNKNOWN", "General trash", "Paper", "Paper pack", "Metal", "Glass", "Plastic", "Styrofoam",
+           "Plastic bag", "Battery", "Clothing"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def splits(tiny_data, cache):
+    return common.load_data(tiny_data, cache)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data, cache, tmp_path_factory):
+    """The folder of a run that infer.py has predicted with, TTA flip; tests only read it."""
+    exp = tmp_path_factory.mktemp("trained")
+    train.main(train.parse_args(["--data", str(tiny_data), "--exp", str(exp), "--cache", str(cache), "--model", MODEL,
+                                 "--scale", str(SCALE), "--folds", "3", "--epochs", "1", "--weights", "none",
+                                 "--fold", "1", "--lr", "1e-2", "--device", "cpu"]))
+    folder = common.run_folder(exp, 0, MODEL, SCALE, 1)
+    infer.main(infer_line(tiny_data, cache, folder))
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of it to change."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def infer_line(data, cache, folder, *more):
+    return infer.parse_args(["--data", str(data), "--checkpoint", str(folder / "model.pt"), "--cache", str(cache),
+                             "--device", "cpu", "--batch", "3", *more])
+
+
+# ---- infer ----------------------------------------------------------------------------------------------------------
+
+
+def slow_probs(model, recipe, image, flips):
+    """float64 [C, SUBMIT_SIZE, SUBMIT_SIZE] of one photo: the model's answers to its mirror images, averaged."""
+    image = cv2.resize(image, (recipe["scale"],) * 2, interpolation=cv2.INTER_AREA) / 255
+    image = (image - recipe["mean"]) / recipe["std"]
+    views = []
+    for axis in flips:
+        seen = image if axis is None else np.flip(image, axis)
+        with torch.no_grad():
+            logits = model(torch.from_numpy(seen.transpose(2, 0, 1)[None].copy()).float())[0].numpy().astype(float)
+        exps = np.exp(logits - logits.max(0)).transpose(1, 2, 0)
+        probs = exps / exps.sum(2, keepdims=True)
+        views.append(probs if axis is None else np.flip(probs, axis))
+    resized = [cv2.resize(plane, (SUBMIT_SIZE,) * 2) for plane in np.moveaxis(np.mean(views, 0), 2, 0)]
+    return np.stack(resized)
+
+
+@pytest.mark.parametrize(("tta", "flips"), [("none", [None]), ("flip", [None, 0, 1])])
+def test_stores_hold_the_models_probabilities_to_a_255th(tiny_data, cache, splits, run, tta, flips):
+    if tta != "flip":
+        infer.main(infer_line(tiny_data, cache, run, "--tta", tta))
+    model, state = common.load_model(run / "model.pt", CPU)
+    for name, split in zip(("valid", "test"), splits, strict=True):
+        store, info = common.open_store(run / f"{name}.json")
+        assert info["tta"] == tta
+        for stored, image_id in zip(store, info["image_ids"], strict=True):
+            expected = slow_probs(model, state["recipe"], split.image(split.ids.index(image_id)), flips)
+            assert abs(stored / 255 - expected).max() <= 0.51 / 255
+
+
+def test_flipping_changes_the_store_and_not_its_shape(tiny_data, cache, run):
+    before = np.load(run / "test.npy")
+    infer.main(infer_line(tiny_data, cache, run, "--tta", "none", "--split", "test"))
+    after = np.load(run / "test.npy")
+    assert after.shape == before.shape == (4, 12, SUBMIT_SIZE, SUBMIT_SIZE) and (after != before).mean() > 0.01
+
+
+def test_images_stand_in_the_order_of_the_jsons_and_validation_is_the_held_out_fold(trained, splits):
+    with open(trained.parents[4] / "folds.csv", newline="") as f:
+        held_out = [int(row["image_id"]) for row in csv.DictReader(f) if row["fold"] == "1"]
+    assert common.read_json(trained / "valid.json")["image_ids"] == held_out
+    assert common.read_json(trained / "test.json")["image_ids"] == splits[1].ids
+
+
+def test_a_stores_json_says_what_made_it(trained, splits):
+    for name in ("valid", "test"):
+        info = common.read_json(trained / f"{name}.json")
+        del info["image_ids"]
+        assert info == {
+            "classes": CLASSES, "split": name, "tta": "flip", "checkpoint": common.file_hash(trained / "model.pt"),
+            "epoch": 1, "data": splits[0].fingerprint, "model": MODEL, "scale": SCALE, "round": 0, "fold": 1,
+            "folds_csv": common.file_hash(trained.parents[4] / "folds.csv"), "seed": 0, "paint": "area"}
+
+
+def test_the_batch_size_changes_the_store_by_rounding_alone(tiny_data, cache, run):
+    before = np.load(run / "valid.npy").astype(int)
+    infer.main(infer_line(tiny_data, cache, run, "--split", "valid", "--batch", "1"))
+    assert abs(np.load(run / "valid.npy") - before).max() <= 1
+
+
+def change_checkpoint(run, **changes):
+    state = torch.load(run / "model.pt")
+    common.save_checkpoint(run / "model.pt", **state | changes)
+
+
+@pytest.mark.parametrize("classes", [CLASSES[:-1] + ["Clothes"], [CLASSES[0], *CLASSES[:0:-1]]])
+def test_data_of_other_classes_is_refused(tiny_data, cache, run, classes):
+    change_checkpoint(run, classes=classes)
+    with pytest.raises(SystemExit, match="model.pt knows the classes"):
+        infer.main(infer_line(tiny_data, cache, run))
+
+
+def test_validation_images_that_the_data_does_not_have_are_refused_by_id(tiny_data, cache, run):
+    change_checkpoint(run, valid_ids=[*torch.load(run / "model.pt")["valid_ids"], 999_999])
+    with pytest.raises(SystemExit, match="1 images that DATA doesn't have.*999999"):
+        infer.main(infer_line(tiny_data, cache, run))
+
+
+def test_a_failed_prediction_leaves_no_description_of_a_store_it_did_not_write(
+        tiny_data, cache, run, monkeypatch):
+    replace, calls = common.os.replace, []
+
+    def stop_at_the_json(source, target):
+        calls.append(str(target))
+        if str(target).endswith(".json"):
+            raise KeyboardInterrupt
+        replace(source, target)
+    monkeypatch.setattr(common.os, "replace", stop_at_the_json)
+    with pytest.raises(KeyboardInterrupt):
+        infer.main(infer_line(tiny_data, cache, run, "--split", "test", "--tta", "none"))
+    assert [call.rsplit("/")[-1] for call in calls] == ["test.npy", "test.json"]
+    with pytest.raises(SystemExit, match="test.json"):
+        common.open_store(run / "test.json")
+
+
+# ---- pseudo labels --------------------------------------------------------------------------------------------------
+
+
+def two_class_probs(top, n_foreground):
+    """float32 [2, 10, 10]: the first n_foreground pixels are class 1 with these top probabilities, in turn."""
+    probs = np.zeros((2, 100), np.float32)
+    probs[0] = 1
+    probs[1, :n_foreground] = np.resize(np.float32(top), n_foreground)
+    probs[0, :n_foreground] = 1 - probs[1, :n_foreground]
+    return probs.reshape(2, 10, 10)
+
+
+@pytest.mark.parametrize(("n_unsure", "reason"), [(0, ""), (1, ""), (2, ""), (3, "unsure"), (20, "unsure")])
+def test_a_photo_is_kept_up_to_exactly_10_percent_unsure_foreground(n_unsure, reason):
+    tops = [0.6] * n_unsure + [0.9] * (20 - n_unsure)
+    pred, found, foreground, unsure = pseudo_label.judge(two_class_probs(tops, 20), 0.8, 0.1)
+    assert (found, foreground, unsure) == (reason, 0.2, n_unsure / 20)
+    assert pred.dtype == np.uint8 and pred.ravel().tolist() == [1] * 20 + [0] * 80
+
+
+@pytest.mark.parametrize(("top", "reason"), [
+    (0.8, "unsure"), (np.nextafter(np.float32(0.8), np.float32(1)), ""), (0.79, "unsure"), (0.81, "")])
+def test_a_top_probability_of_exactly_80_percent_is_unsure(top, reason):
+    assert pseudo_label.judge(two_class_probs([top], 20), 0.8, 0.1)[1] == reason
+
+
+@pytest.mark.parametrize("n_stores", [1, 2, 3, 5, 8])
+def test_a_vote_of_exactly_80_percent_is_unsure(n_stores):
+    store = np.array([51, 204], np.uint8)[None, :, None, None].repeat(2, 2).repeat(2, 3)
+    probs, = common.soft_vote([store] * n_stores, np.ones(n_stores))
+    assert pseudo_label.judge(probs, 0.8, 0.1)[1] == "unsure"
+
+
+def test_unsure_background_is_no_reason_to_drop_a_photo():
+    probs = np.full((2, 10, 10), 0.5, np.float32)
+    probs[:, :2] = [[[0.05]], [[0.95]]]
+    probs[0, 2:] += 0.01
+    assert pseudo_label.judge(probs, 0.8, 0.1)[1:] == ("", 0.2, 0.0)
+
+
+def test_a_photo_without_foreground_is_dropped():
+    pred, *rest = pseudo_label.judge(two_class_probs([0.9], 0), 0.8, 0.1)
+    assert rest == ["no foreground", 0.0, 0.0] and not pred.any()
+
+
+def test_the_label_is_the_likeliest_class():
+    probs = np.random.default_rng(0).dirichlet(np.ones(12), (30, 40)).transpose(2, 0, 1).astype(np.float32)
+    pred = pseudo_label.judge(probs, 0.8, 0.1)[0]
+    assert all(probs[pred[y, x], y, x] == max(probs[:, y, x]) for y, x in np.ndindex(30, 40))
+
+
+def write_store(run, split, probs, **info):
+    """A store as infer.py leaves it; `info` replaces or adds to a plain description."""
+    run.mkdir(parents=True, exist_ok=True)
+    np.save(run / f"{split}.npy", probs)
+    common.write_json(run / f"{split}.json", {
+        "classes": CLASSES, "split": split, "tta": "flip", "checkpoint": "c0ffee", "epoch": 1, "data": "d", "seed": 0,
+        "model": "unet/a", "scale": 64, "round": 0, "fold": 0, "folds_csv": "f01d", "paint": "area"} | info)
+
+
+def random_stores(rng, n_images, n_classes=12):
+    """uint8 [N, C, SUBMIT_SIZE, SUBMIT_SIZE] in blocks of 16 x 16 pixels."""
+    probs = rng.dirichlet(np.full(n_classes, 0.3), (n_images, 16, 16)) * 255
+    return probs.round().astype(np.uint8).transpose(0, 3, 1, 2).repeat(16, 2).repeat(16, 3)
+
+
+@pytest.fixture
+def makers(tmp_path, splits, tiny_data, cache):
+    """Two test stores by hand and the line that makes pseudo labels of them."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for name in "ab":
+        probs = random_stores(rng, 4)
+        probs[1] = np.where(np.arange(12)[:, None, None] == 0, 255, 0)  # no foreground
+        probs[2] = np.where(np.arange(12)[:, None, None] == 5, 250, 0)  # all of it surely metal
+        write_store(tmp_path / name, "test", probs, image_ids=splits[1].ids, model=f"unet/{name}")
+        paths.append(tmp_path / name / "test.json")
+    args = pseudo_label.parse_args(["--data", str(tiny_data), "--cache", str(cache), "--exp", str(tmp_path / "exp"),
+                                    "--round", "1", "--fold", "0", *map(str, paths)])
+    return Namespace(args=args, paths=paths, folder=tmp_path / "exp/r1/pseudo/f0")
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("round", 1), ("fold", 1), ("split", "valid"), ("folds_csv", "0ther"), ("image_ids", [4, 3, 2, 1]),
+    ("classes", CLASSES[:0:-1] + CLASSES[:1])])
+@pytest.mark.parametrize("store", [0, 1])
+def test_makers_of_another_lineage_are_refused_by_name(makers, key, value, store):
+    change_json(makers.paths[store], **{key: value})
+    with pytest.raises(SystemExit, match=f"test.json: {key} (is|differ)"):
+        pseudo_label.main(makers.args)
+    assert not (makers.folder / "index.csv").exists()
+
+
+@pytest.mark.parametrize(("flag", "value", "key"), [("--round", "2", "round"), ("--fold", "1", "fold")])
+def test_labels_for_another_round_or_fold_than_the_makers_are_refused(makers, flag, value, key):
+    args = pseudo_label.parse_args(["--data", str(makers.args.data), "--cache", str(makers.args.cache), "--exp",
+                                    str(makers.args.exp), "--round", "1", "--fold", "0", flag, value,
+                                    *map(str, makers.paths)])
+    with pytest.raises(SystemExit, match=f"{key} is 0, not 1"):
+        pseudo_label.main(args)
+
+
+def test_labels_are_the_soft_vote_with_a_row_for_each_photo(makers, splits):
+    pseudo_label.main(makers.args)
+    votes = np.mean([np.load(path.with_suffix(".npy")).astype(float) for path in makers.paths], axis=0) / 255
+    labels = np.load(makers.folder / "labels.npy")
+    assert labels.dtype == np.uint8 and labels.shape == (4, SUBMIT_SIZE, SUBMIT_SIZE)
+    assert (np.take_along_axis(votes, labels[:, None].astype(int), 1)[:, 0] > votes.max(1) - 1e-6).all()
+    rows = common.read_csv(makers.folder / "index.csv", ("image_id", "keep", "reason", "foreground", "unsure"))
+    assert [row["image_id"] for row in rows] == [str(i) for i in splits[1].ids]
+    assert [(row["keep"], row["reason"]) for row in rows] == [
+        ("0", "unsure"), ("0", "no foreground"), ("1", ""), ("0", "unsure")]
+    for row, vote, label in zip(rows, votes, labels, strict=True):
+        foreground = label > 0
+        unsure = (vote.max(0)[foreground] <= 0.8).mean() if foreground.any() else 0
+        assert float(row["foreground"]) == pytest.approx(foreground.mean(), abs=1e-4)
+        assert float(row["unsure"]) == pytest.approx(unsure, abs=1e-4)
+
+
+def test_the_manifest_says_what_made_the_labels(makers):
+    pseudo_label.main(makers.args)
+    manifest = common.read_json(makers.folder / "manifest.json")
+    assert manifest.pop("makers") == [
+        {"store": str(path), "hash": common.file_hash(path), "checkpoint": "c0ffee", "tta": "flip"}
+        for path in makers.paths]
+    assert manifest == {"round": 1, "fold": 0, "folds_csv": "f01d", "classes": CLASSES, "confident": 0.8,
+                        "max_unsure": 0.1, "photos": {"unsure": 2, "no foreground": 1, "kept": 1}}
+
+
+def test_the_index_of_pseudo_labels_is_written_last_and_removed_first(makers, monkeypatch):
+    written, replace = [], common.os.replace
+    monkeypatch.setattr(common.os, "replace", lambda source, target: (
+        written.append((target.name, (makers.folder / "index.csv").exists())), replace(source, target)))
+    for _ in range(2):
+        pseudo_label.main(makers.args)
+    assert written == 2 * [("labels.npy", False), ("manifest.json", False), ("index.csv", False)]
+    assert {path.name for path in makers.folder.iterdir()} == {"labels.npy", "manifest.json", "index.csv", ".lock"}
+
+
+# ---- the submission file --------------------------------------------------------------------------------------------
+
+
+@given(arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(0, 200)))
+def test_a_mask_is_encoded_as_its_ids_row_by_row(pred):
+    assert ensemble.encode_mask(pred) == " ".join(map(str, pred.ravel().tolist())).encode()
+
+
+def test_every_class_id_up_to_200_is_encoded():
+    ids = np.random.default_rng(0).permutation(201).astype(np.uint8)
+    assert ensemble.encode_mask(np.stack([ids, ids[::-1]])).split() == [b"%d" % i for i in [*ids, *ids[::-1]]]
+    with pytest.raises(ValueError, match="201"):
+        ensemble.encode_mask(np.full((2, 2), 201, np.uint8))
+
+
+def masks(n, seed=0):
+    return np.random.default_rng(seed).integers(0, 12, (n, SUBMIT_SIZE, SUBMIT_SIZE), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def good_csv(tmp_path_factory):
+    path = tmp_path_factory.mktemp("submission") / "good.csv"
+    ensemble.write_submission(path, ["7", "3", "12"], masks(3), 12)
+    return path
+
+
+def test_a_submission_read_back_holds_the_masks_in_order(good_csv):
+    lines = good_csv.read_text().splitlines()
+    assert lines[0] == "image_id,PredictionString" and len(lines) == 4
+    for line, name, mask in zip(lines[1:], ("7", "3", "12"), masks(3), strict=True):
+        image_id, ids = line.split(",")
+        assert image_id == name and [int(i) for i in ids.split(" ")] == mask.ravel().tolist()
+    assert ensemble.submission_faults(good_csv, ["7", "3", "12"], 12) == []
+
+
+@pytest.mark.parametrize("name", ["batch_01_vt/0003.jpg", 'a,"b".jpg', "new\nline.jpg", "Müll 1.jpg", ' "', "'"])
+def test_a_file_name_is_quoted_so_that_it_is_read_back(tmp_path, name):
+    ensemble.write_submission(tmp_path / "s.csv", [name, "b"], masks(2), 12)
+    with open(tmp_path / "s.csv", newline="", encoding="utf-8") as f:
+        csv.field_size_limit(10 ** 6)
+        assert [row[0] for row in csv.reader(f)] == ["image_id", name, "b"]
+
+
+def replace_id(line, position, text):
+    name, ids = line.split(",")
+    ids = ids.split(" ")
+    ids[position] = text
+    return f"{name},{' '.join(ids)}"
+
+
+ROW_FAULTS = {  # name: (what is done to the lines, the lines that must be named)
+    "wrong order": (lambda rows: [rows[0], rows[2], rows[1], rows[3]], [2, 3]),
+    "first row missing": (lambda rows: [rows[0], *rows[2:]], [2, 3, 4]),
+    "last row missing": (lambda rows: rows[:-1], [4]),
+    "no rows": (lambda rows: rows[:1], [2, 3, 4]),
+    "extra row": (lambda rows: [*rows, "99," + rows[1].split(",")[1]], [5]),
+    "last row twice": (lambda rows: [*rows, rows[3]], [5]),
+    "row twice": (lambda rows: [rows[0], rows[1], rows[1], rows[3]], [3]),
+    "blank row": (lambda rows: [*rows[:2], "", *rows[2:]], [3, 4, 5]),
+    "other name": (lambda rows: [*rows[:2], "03" + rows[2][1:], rows[3]], [3]),
+    "an id too few": (lambda rows: [*rows[:2], rows[2].rsplit(" ", 1)[0], rows[3]], [3]),
+    "an id too many": (lambda rows: [*rows[:2], rows[2] + " 0", rows[3]], [3]),
+    "id out of range": (lambda rows: [*rows[:2], replace_id(rows[2], 700, "12"), rows[3]], [3]),
+    "negative id": (lambda rows: [*rows[:2], replace_id(rows[2], 700, "-1"), rows[3]], [3]),
+    "word in the middle": (lambda rows: [*rows[:2], replace_id(rows[2], 700, "metal"), rows[3]], [3]),
+    "word at the end": (lambda rows: [*rows[:2], replace_id(rows[2], -1, "metal"), rows[3]], [3]),
+    "word after the end": (lambda rows: [*rows[:2], rows[2] + " metal", rows[3]], [3]),
+    "fraction in the middle": (lambda rows: [*rows[:2], replace_id(rows[2], 700, "1.0"), rows[3]], [3]),
+    "fraction at the end": (lambda rows: [*rows[:2], replace_id(rows[2], -1, "1.0"), rows[3]], [3]),
+    "empty string": (lambda rows: [*rows[:2], "3,", rows[3]], [3]),
+    "spaces": (lambda rows: [*rows[:2], "3,   ", rows[3]], [3]),
+    "no second column": (lambda rows: [*rows[:2], "3", rows[3]], [3]),
+    "third column": (lambda rows: [*rows[:2], rows[2] + ",0", rows[3]], [3]),
+    "two faults": (lambda rows: [rows[0], rows[1] + " 0", rows[2], replace_id(rows[3], 0, "12")], [2, 4]),
+}
+
+
+@pytest.mark.parametrize("fault", ROW_FAULTS)
+def test_a_faulty_submission_is_refused_naming_its_lines(good_csv, tmp_path, fault):
+    change, numbers = ROW_FAULTS[fault]
+    (tmp_path / "bad.csv").write_text("\n".join(change(good_csv.read_text().splitlines())) + "\n")
+    faults = ensemble.submission_faults(tmp_path / "bad.csv", ["7", "3", "12"], 12)
+    assert [line.split("bad.csv line ")[1].split(",")[0].split(":")[0] for line in faults] == [str(n) for n in numbers]
+
+
+@pytest.mark.parametrize("header", ["", "image_id", "image_id,prediction", "PredictionString,image_id",
+                                    "image_id,PredictionString,x"])
+def test_a_submission_with_another_header_is_refused(good_csv, tmp_path, header):
+    (tmp_path / "bad.csv").write_text("\n".join([header, *good_csv.read_text().splitlines()[1:]]) + "\n")
+    faults = ensemble.submission_faults(tmp_path / "bad.csv", ["7", "3", "12"], 12)
+    assert len(faults) == 1 and "the first line is" in faults[0]
+
+
+def test_an_empty_file_is_no_submission(tmp_path):
+    (tmp_path / "bad.csv").write_text("")
+    assert len(ensemble.submission_faults(tmp_path / "bad.csv", [], 12)) == 1
+
+
+def test_a_file_cut_off_anywhere_is_no_submission(good_csv, tmp_path):
+    content = good_csv.read_bytes()
+    for size in (10, 27, 1000, len(content) // 2, len(content) - 3):
+        (tmp_path / "cut.csv").write_bytes(content[:size])
+        assert ensemble.submission_faults(tmp_path / "cut.csv", ["7", "3", "12"], 12)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_crash_while_writing_leaves_the_old_submission(tmp_path, error):
+    def preds():
+        yield from masks(1)
+        raise error
+    (tmp_path / "s.csv").write_text("old")
+    with pytest.raises(error):
+        ensemble.write_submission(tmp_path / "s.csv", ["1", "2"], preds(), 12)
+    assert (tmp_path / "s.csv").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("preds", "n_classes"), [(masks(2), 11), (masks(2)[:, 1:], 12)])
+def test_a_submission_that_is_not_right_when_read_back_gets_no_name(tmp_path, preds, n_classes):
+    (tmp_path / "s.csv").write_text("old")
+    with pytest.raises(SystemExit, match="(?s)line 2, image 1: not 65536 ids.*line 3, image 2"):
+        ensemble.write_submission(tmp_path / "s.csv", ["1", "2"], preds, n_classes)
+    assert (tmp_path / "s.csv").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+# ---- soft vote ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def voters(tmp_path_factory, splits):
+    """Run folders by hand: recipe a on folds 0, 1 and 2, recipe b on folds 0 and 1. Tests only read them."""
+    root, rng = tmp_path_factory.mktemp("voters"), np.random.default_rng(1)
+    runs = {}
+    for recipe, fold in (("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)):
+        run = runs[recipe, fold] = root / recipe / f"f{fold}"
+        info = {"model": f"unet/{recipe}", "fold": fold}
+        write_store(run, "test", random_stores(rng, 4), image_ids=splits[1].ids, **info)
+        ids = splits[0].ids[fold::3][::-1]  # in another order than train.json's
+        noise, truths = random_stores(rng, len(ids)), [splits[0].truth(splits[0].ids.index(i)) for i in ids]
+        right = (np.arange(12)[:, None, None] == np.stack(truths)[:, None]) * rng.integers(60, 200)
+        write_store(run, "valid", (noise // 2 + right // 2).astype(np.uint8), image_ids=ids, **info)
+    return runs
+
+
+@pytest.fixture
+def changeable(voters, tmp_path):
+    """A copy of them to change."""
+    root = shutil.copytree(voters["a", 0].parents[1], tmp_path / "voters")
+    return {key: root / key[0] / f"f{key[1]}" for key in voters}
+
+
+def ensemble_line(command, data, cache, runs, *more):
+    return ensemble.parse_args([command, "--data", str(data), "--cache", str(cache), *more, *map(str, runs)])
+
+
+def soft(tmp_path, data, cache, runs, *more):
+    """(names, ids [N, pixels]) of the submission of these runs."""
+    ensemble.main(ensemble_line("soft", data, cache, runs, "--out", str(tmp_path / "s.csv"), *more))
+    rows = [line.split(",") for line in (tmp_path / "s.csv").read_text().splitlines()[1:]]
+    return [name for name, _ in rows], np.array([ids.split() for _, ids in rows]).astype(int)
+
+
+@pytest.fixture
+def all_kept(monkeypatch):
+    """No minimum area, so that the submission is the vote itself."""
+    choose = ensemble.choose_min_area
+    monkeypatch.setattr(ensemble, "choose_min_area", lambda counts, folds: (
+        np.zeros(counts.shape[1], int), *choose(counts, folds)[1:]))
+
+
+def test_the_submission_is_the_vote_in_which_the_folds_of_a_recipe_share_one(
+        tiny_data, cache, splits, voters, tmp_path, all_kept):
+    names, ids = soft(tmp_path, tiny_data, cache, voters.values())
+    probs = {key: np.load(run / "test.npy").astype(float) for key, run in voters.items()}
+    a = (probs["a", 0] + probs["a", 1] + probs["a", 2]) / 3
+    b = (probs["b", 0] + probs["b", 1]) / 2
+    vote = ((a + b) / 2).reshape(4, 12, -1)
+    assert names == [str(i) for i in splits[1].ids]
+    assert (np.take_along_axis(vote, ids[:, None], 1)[:, 0] > vote.max(1) - 1e-3).all()
+    unweighted = sum(probs.values()).reshape(4, 12, -1)
+    assert (unweighted.argmax(1) != vote.argmax(1)).mean() > 0.01  # the two ways can be told apart
+
+
+def test_images_may_be_named_by_file_name(tiny_data, cache, splits, voters, tmp_path):
+    names, _ = soft(tmp_path, tiny_data, cache, [voters["b", 0]], "--image-id", "file_name")
+    assert names == splits[1].file_names
+
+
+def test_a_picture_of_predictions_stands_beside_the_submission(tiny_data, cache, voters, tmp_path):
+    soft(tmp_path, tiny_data, cache, [voters["b", 0]])
+    sheet = cv2.imread(str(tmp_path / "s.png"))
+    assert sheet is not None and sheet.shape[0] > 2 * SUBMIT_SIZE and sheet.shape[1] == 6 * SUBMIT_SIZE
+
+
+def test_the_submission_has_no_class_below_its_minimum_area(tiny_data, cache, voters, tmp_path, monkeypatch):
+    choose, areas = ensemble.choose_min_area, np.arange(12) * 1000
+    monkeypatch.setattr(ensemble, "choose_min_area", lambda counts, folds: (areas, *choose(counts, folds)[1:]))
+    _, ids = soft(tmp_path, tiny_data, cache, [voters["a", 0]])
+    voted = np.load(voters["a", 0] / "test.npy").argmax(1).reshape(4, -1)
+    for found, vote in zip(ids, voted, strict=True):
+        counted = {c: (vote == c).sum() for c in range(12)}
+        assert 0 < sum(0 < counted[c] < areas[c] for c in counted) < 11
+        assert found.tolist() == [c if counted[c] >= areas[c] else 0 for c in vote.tolist()]
+
+
+@pytest.mark.parametrize("command", ["soft", "score"])
+@pytest.mark.parametrize(("key", "value"), [
+    ("classes", CLASSES[:1] + CLASSES[:0:-1]), ("folds_csv", "0ther"), ("paint", "id")])
+def test_runs_that_disagree_are_refused_by_name(tiny_data, cache, changeable, tmp_path, command, key, value):
+    for split in ("valid", "test"):
+        change_json(changeable["a", 1] / f"{split}.json", **{key: value})
+    out = ["--out", str(tmp_path / "s.csv")] if command == "soft" else []
+    with pytest.raises(SystemExit, match=f"a/f1/.*different {key}"):
+        ensemble.main(ensemble_line(command, tiny_data, cache, changeable.values(), *out))
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_test_stores_of_different_images_are_refused(tiny_data, cache, splits, changeable, tmp_path):
+    change_json(changeable["b", 0] / "test.json", image_ids=splits[1].ids[::-1])
+    with pytest.raises(SystemExit, match="b/f0/.*different image_ids"):
+        soft(tmp_path, tiny_data, cache, changeable.values())
+
+
+def test_a_vote_on_other_images_than_the_datas_is_refused(tiny_data, cache, splits, changeable, tmp_path):
+    change_json(changeable["b", 0] / "test.json", image_ids=splits[1].ids[::-1])
+    with pytest.raises(SystemExit, match="test.json is of other images"):
+        soft(tmp_path, tiny_data, cache, [changeable["b", 0]])
+
+
+@pytest.mark.parametrize("command", ["soft", "score"])
+def test_stores_of_other_classes_than_the_datas_are_refused(tiny_data, cache, changeable, tmp_path, command):
+    for split in ("valid", "test"):
+        change_json(changeable["b", 0] / f"{split}.json", classes=CLASSES[:-1] + ["Clothes"])
+    out = ["--out", str(tmp_path / "s.csv")] if command == "soft" else []
+    with pytest.raises(SystemExit, match="has the classes"):
+        ensemble.main(ensemble_line(command, tiny_data, cache, [changeable["b", 0]], *out))
+
+
+def test_the_same_fold_of_a_recipe_twice_is_refused(tiny_data, cache, voters):
+    runs = [voters["a", 0], voters["a", 1], voters["a", 0]]
+    with pytest.raises(SystemExit, match="a second run of unet/a s64 r0 flip on fold 0"):
+        ensemble.main(ensemble_line("score", tiny_data, cache, runs))
+
+
+def test_a_run_without_stores_is_refused_by_name(tiny_data, cache, voters, tmp_path):
+    with pytest.raises(SystemExit, match="nosuch/valid.json"):
+        ensemble.main(ensemble_line("score", tiny_data, cache, [voters["a", 0], tmp_path / "nosuch"]))
+
+
+# ---- out-of-fold scores ---------------------------------------------------------------------------------------------
+
+
+def slow_truth(split, image_id):
+    """The mask at the submission's size: for each pixel the one above and left of where it falls."""
+    mask = split.mask(split.ids.index(image_id))
+    rows, columns = (np.arange(SUBMIT_SIZE) * side // SUBMIT_SIZE for side in mask.shape)
+    return mask[np.ix_(rows, columns)]
+
+
+def slow_scores(split, preds, batch_size):
+    """[v1, v2, v3] of {image id: pred}, by scikit-learn."""
+    ids = sorted(preds, key=split.ids.index)
+    truths = {i: slow_truth(split, i) for i in ids}
+
+    def miou(ids):
+        truth, pred = (np.concatenate([part[i].ravel() for i in ids]) for part in (truths, preds))
+        return jaccard_score(truth, pred, labels=np.union1d(truth, pred), average="macro")
+    return [np.mean([miou(ids[k:k + batch_size]) for k in range(0, len(ids), batch_size)]), miou(ids),
+            np.mean([miou([i]) for i in ids])]
+
+
+def slow_vote(runs):
+    """{image id: pred} of the mean of the runs' validation stores, in float64."""
+    votes = {}
+    for run in runs:
+        probs = np.load(run / "valid.npy").astype(float)
+        for i, image_probs in zip(common.read_json(run / "valid.json")["image_ids"], probs, strict=True):
+            votes[i] = votes.get(i, 0) + image_probs
+    return {i: probs.argmax(0) for i, probs in votes.items()}
+
+
+def printed_scores(out):
+    """{row: [v1, v2, v3]} of what `score` prints."""
+    rows = (re.match(r"(\S.*?) +(\d\.\d{4}) (\d\.\d{4}) (\d\.\d{4}) ", line) for line in out.splitlines())
+    return {row[1]: [float(score) for score in row.groups()[1:]] for row in rows if row}
+
+
+def test_score_prints_the_out_of_fold_scores_of_every_recipe_and_the_vote(
+        tiny_data, cache, splits, voters, capsys):
+    ensemble.main(ensemble_line("score", tiny_data, cache, voters.values(), "--batch", "4"))
+    out = capsys.readouterr().out
+    printed = printed_scores(out)
+    everywhere = slow_vote(voters.values())
+    expected = {
+        "unet/a s64 r0 flip": slow_vote(run for (recipe, _), run in voters.items() if recipe == "a"),
+        "unet/b s64 r0 flip": slow_vote(run for (recipe, _), run in voters.items() if recipe == "b"),
+        "soft vote": everywhere,
+        "all background": {i: np.zeros_like(pred) for i, pred in everywhere.items()}}
+    for name, preds in expected.items():
+        assert printed[name] == pytest.approx(slow_scores(splits[0], preds, 4), abs=1e-4), name
+    assert "out of fold: 14 of 14 training images" in out
+    assert len({tuple(row) for row in printed.values()}) >= 4  # the rows can be told apart
+
+
+def test_score_counts_the_images_that_the_folds_cover(tiny_data, cache, splits, voters, capsys):
+    ensemble.main(ensemble_line("score", tiny_data, cache, [voters["b", 1]]))
+    out = capsys.readouterr().out
+    assert "out of fold: 5 of 14 training images" in out
+    preds = slow_vote([voters["b", 1]])
+    assert printed_scores(out)["soft vote"] == pytest.approx(slow_scores(splits[0], preds, 8), abs=1e-4)
+
+
+def test_validation_stores_of_one_fold_on_different_images_are_refused(tiny_data, cache, changeable):
+    ids = common.read_json(changeable["b", 1] / "valid.json")["image_ids"]
+    change_json(changeable["b", 1] / "valid.json", image_ids=ids[::-1])
+    with pytest.raises(SystemExit, match="of different images"):
+        ensemble.main(ensemble_line("score", tiny_data, cache, changeable.values()))
+
+
+def test_a_validation_image_that_the_data_does_not_have_is_refused_by_id(tiny_data, cache, changeable):
+    ids = common.read_json(changeable["b", 1] / "valid.json")["image_ids"]
+    change_json(changeable["b", 1] / "valid.json", image_ids=[*ids[:-1], 999_999])
+    with pytest.raises(SystemExit, match="no image 999999"):
+        ensemble.main(ensemble_line("score", tiny_data, cache, [changeable["b", 1]]))
+
+
+# ---- minimum area ---------------------------------------------------------------------------------------------------
+
+
+@given(arrays(np.uint8, (2, 6, 7), elements=st.integers(0, 3)), arrays(np.int64, 4, elements=st.integers(0, 30)))
+def test_removing_small_classes_from_a_mask_and_from_its_pixel_counts_is_the_same(masks, min_area):
+    pred, truth = masks
+    removed = ensemble.remove_small(pred, min_area)
+    counts = ensemble.apply_min_area(common.confusion(pred, truth, 4)[None], min_area)[0]
+    assert (counts == confusion_matrix(truth.ravel(), removed.ravel(), labels=range(4))).all()
+    sizes = [(pred == c).sum() for c in range(4)]
+    assert removed.tolist() == [[c if sizes[c] >= min_area[c] else 0 for c in row] for row in pred.tolist()]
+
+
+def stray_counts(n_images, stray, seed=0):
+    """[N, 3, 3] counts of perfect predictions of classes 0 and 1 but for `stray` pixels said to be class 2."""
+    rng = np.random.default_rng(seed)
+    counts = np.zeros((n_images, 3, 3), int)
+    counts[:, 1, 1] = rng.integers(9000, 12000, n_images)
+    counts[:, 0, 2] = stray
+    counts[:, 0, 0] = SUBMIT_SIZE ** 2 - counts.sum((1, 2))
+    return counts
+
+
+def test_a_minimum_area_is_taken_when_stray_pixels_cost_score():
+    counts, folds = stray_counts(30, 5), np.arange(30) % 3
+    areas, cross_fitted, verdict = ensemble.choose_min_area(counts, folds)
+    assert areas[2] > 5 and areas[1] < 9000 and ": taken" in verdict
+    assert common.image_miou(counts).mean() == pytest.approx(0.667, abs=1e-3)
+    assert common.image_miou(cross_fitted).mean() > 0.999
+
+
+def test_no_minimum_area_is_taken_without_a_gain():
+    counts = stray_counts(30, 0)
+    areas, cross_fitted, verdict = ensemble.choose_min_area(counts, np.arange(30) % 3)
+    assert not areas.any() and "not taken" in verdict and (cross_fitted == counts).all()
+
+
+def test_a_fold_is_judged_with_areas_fitted_on_the_other_folds(monkeypatch):
+    counts, folds = np.concatenate([stray_counts(4, 5), stray_counts(6, 40), stray_counts(5, 900)]), np.repeat(
+        [0, 1, 2], [4, 6, 5])
+    fitted_on, fit = [], ensemble.fit_min_area
+    monkeypatch.setattr(ensemble, "fit_min_area", lambda part: fitted_on.append(part) or fit(part))
+    _, cross_fitted, _ = ensemble.choose_min_area(counts, folds)
+    for fold, part in zip(range(3), fitted_on, strict=False):
+        assert (part == counts[folds != fold]).all()
+        assert (cross_fitted[folds == fold] == ensemble.apply_min_area(counts[folds == fold], fit(part))).all()
+
+
+def test_the_bootstrap_interval_covers_the_mean_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    intervals = [ensemble.bootstrap_interval(rng.normal(1, 2, 60), 500) for _ in range(200)]
+    assert 0.9 <= np.mean([low <= 1 <= high for low, high in intervals]) <= 0.99
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("script", "line"), [
+    (infer, ["--data", "d", "--checkpoint", "m.pt", "--tt", "none"]),
+    (infer, ["--data", "d", "--checkpoint", "m.pt", "--tta", "nosuch"]),
+    (pseudo_label, ["a", "--data", "d", "--exp", "e", "--round", "1", "--fold", "0", "--conf", "0.9"]),
+    (ensemble, ["soft", "a", "--data", "d", "--out", "s.csv", "--image", "id"]),
+    (ensemble, ["score", "a", "--data", "d", "--out", "s.csv"]),
+    (ensemble, ["hard", "a", "--data", "d"])])
+def test_misspelt_abbreviated_and_foreign_arguments_are_refused(script, line, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        script.parse_args(line)
+    assert refusal.value.code == 2
