@@ -58,7 +58,9 @@ KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT
          IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS DEVICE PY STRICT
 typos := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(filter-out $(KNOBS),$v)))
 $(if $(strip $(typos)),$(error unknown knob: $(strip $(typos)); there are $(KNOBS)))
-$(foreach v,DATA EXP MODEL SCALE FOLD ROUNDS NFOLDS,$(if $(strip $($v)),,$(error $v is empty)))
+$(foreach v,$(filter-out ROUND %_ARGS STRICT,$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
+$(if $(and $(filter pseudo,$(value MAKECMDGOALS)),$(filter 0,$(ROUND))),$(error ROUND=0 learns from no pseudo labels))
+$(foreach v,DATA EXP,$(if $(word 2,$($v)),$(error $v is '$($v)': make takes no path with a blank in it)))
 
 # ---- the grid: a run is rROUND/DECODER/ENCODER/sSCALE/fFOLD -----------------
 OUT    := out/$(EXP)
@@ -72,7 +74,8 @@ FINAL  := $(call grid,$(ROUNDS),$(MODELS),$(SCALES),$(FOLDS))
 JSON   := $(firstword $(wildcard $(DATA)/train_all.json) $(DATA)/train.json) $(DATA)/test.json
 
 # ---- stamps: remade only when their text changes, so a changed knob rebuilds what reads it
-flags.data   := --data $(DATA) --folds $(NFOLDS) --paint $(PAINT)
+data         := --data $(DATA) --folds $(NFOLDS) --paint $(PAINT)
+flags.data   := $(data) $(JSON)
 flags.train  := --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) $(TRAIN_ARGS)
 flags.infer  := --tta $(TTA) $(INFER_ARGS)
 flags.pseudo := $(PSEUDO_ARGS) $(MODELS) $(SCALES)
@@ -80,34 +83,44 @@ flags.submit := --image-id $(IMAGE_ID) --batch $(BATCH) $(FINAL)
 STAMPS := $(patsubst flags.%,$(OUT)/.flags/%,$(filter flags.%,$(.VARIABLES)))
 text    = $(strip $(flags.$(notdir $1)))
 .PHONY: $(foreach s,$(STAMPS),$(if $(findstring [$(call text,$s)],[$(file <$s)]),,$s))
-$(STAMPS): ; @mkdir -p $(@D) && printf %s '$(call text,$@)' >$@
+$(STAMPS): ; @mkdir -p $(@D) && printf %s '$(subst ','\'',$(call text,$@))' >$@
 
 # ---- graph: scripts are prerequisites only under STRICT=1 --------------------
 SETUP := $(filter .venv/.installed,$(PY:.venv/bin/python=.venv/.installed))
 code   = $(if $(STRICT),$1 common.py)
 # as many threads as each of the -j jobs has cores: more would only wait for each other
 cores := $(shell nproc)
-jobs   = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
+jobs   = $(or $(patsubst -j%,%,$(patsubst -j,-j$(cores),$(filter -j%,$(MAKEFLAGS)))),1)
 export OMP_NUM_THREADS = $(shell n=$$(( $(cores) / $(jobs) )); echo $$(( n > 0 ? n : 1 )))
 
 $(OUT)/folds.csv: $(JSON) $(OUT)/.flags/data | $(SETUP)
-	$(PY) train.py --check --exp $(OUT) --cache $(CACHE) $(flags.data)
+	$(PY) train.py --check --exp $(OUT) --cache $(CACHE) $(data)
 	@touch $@
+
+# A script that writes several files stands in the graph with the last of them; the others wait for it, and when one
+# that is needed is gone the script runs again. (With grouped targets make -n would leave out what depends on them.)
+again   = $(if $(filter-out $(wildcard $1),$1),again)
+labels  = $(addprefix $(OUT)/r$1/pseudo/f$2/,labels.npy manifest.json index.csv)
+stores  = $1/test.npy $1/test.json \
+          $(if $(filter $1,$(FINAL))$(filter score,$(value MAKECMDGOALS)),$1/valid.npy $1/valid.json)
+.PHONY: again
 
 # $1 folder of the run, $2 round, $3 model, $4 scale, $5 fold
 define run
-$1/model.pt: $(OUT)/folds.csv $(OUT)/.flags/train $(if $(filter-out 0,$2),$(OUT)/r$2/pseudo/f$5/index.csv) \
+$1/model.pt: $(OUT)/folds.csv $(OUT)/.flags/train $(if $(filter-out 0,$2),$(call labels,$2,$5)) \
              $(call code,train.py) | $(SETUP)
 	$(if $(STRICT),rm -f $1/model.pt)
-	$(PY) train.py --exp $(OUT) --cache $(CACHE) $(flags.data) --model $3 --scale $4 --fold $5 --round $2 \
+	$(PY) train.py --exp $(OUT) --cache $(CACHE) $(data) --model $3 --scale $4 --fold $5 --round $2 \
 	    $(flags.train) --device $(DEVICE) --replace
-$1/valid.npy $1/valid.json $1/test.npy $1/test.json &: $1/model.pt $(OUT)/.flags/infer $(call code,infer.py) | $(SETUP)
+$1/valid.npy $1/valid.json $1/test.npy: | $1/test.json ;
+$1/test.json: $1/model.pt $(OUT)/.flags/infer $(call again,$(call stores,$1)) $(call code,infer.py) | $(SETUP)
 	$(PY) infer.py --data $(DATA) --cache $(CACHE) --checkpoint $1/model.pt $(flags.infer) --device $(DEVICE)
 endef
 
 # $1 round, $2 fold: the labels that this round learns from, by all models of the round before and the same fold
 define pseudo
-$(foreach file,labels.npy manifest.json index.csv,$(OUT)/r$1/pseudo/f$2/$(file)) &: \
+$(filter-out %/index.csv,$(call labels,$1,$2)): | $(OUT)/r$1/pseudo/f$2/index.csv ;
+$(OUT)/r$1/pseudo/f$2/index.csv: $(call again,$(call labels,$1,$2)) \
     $(addsuffix /test.json,$(call grid,$(call prev,$1),$(MODELS),$(SCALES),$2)) \
     $(addsuffix /test.npy,$(call grid,$(call prev,$1),$(MODELS),$(SCALES),$2)) \
     $(OUT)/.flags/pseudo $(call code,pseudo_label.py) | $(SETUP)
@@ -140,10 +153,10 @@ help: ## show this text
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo 'knobs, with their values now:'
 	@printf '  %-10s %-30s %s\n' $(foreach k,$(filter-out MODEL SCALE FOLD INFER_ARGS PSEUDO_ARGS,$(KNOBS)),\
-	    $k '$($k)' '$(about.$k)')
+	    $k '$(subst ','\'',$($k))' '$(about.$k)')
 setup: .venv/.installed ## make .venv from requirements.txt, once; every command that needs it does
-check: $(JSON) | $(SETUP) ## check the data and list all faults at once
-	$(PY) train.py --check --exp $(OUT) --cache $(CACHE) $(flags.data)
+check: $(JSON) $(OUT)/.flags/data | $(SETUP) ## check the data and list all faults at once
+	$(PY) train.py --check --exp $(OUT) --cache $(CACHE) $(data)
 train: $(addsuffix /model.pt,$(call grid,$(or $(ROUND),0),$(MODEL),$(SCALE),$(FOLD))) ## the models; narrow with MODEL= SCALE= FOLD= ROUND=
 pseudo: $(foreach f,$(FOLD),$(OUT)/r$(or $(ROUND),1)/pseudo/f$f/index.csv) ## pseudo labels for the test photos
 submit: $(OUT)/submission.csv ## everything up to out/EXP/submission.csv
@@ -151,9 +164,9 @@ score: $(addsuffix /valid.json,$(call grid,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(S
 	@$(PY) ensemble.py score --data $(DATA) --cache $(CACHE) --batch $(BATCH) $(^:/valid.json=)
 demo: | $(SETUP) ## draw a small dataset and run the whole graph on it, in out/demo
 	$(PY) tests/demo_data.py out/demo/data
-	$(MAKE) --no-print-directory -j2 submit DATA=out/demo/data EXP=demo PY=$(PY) WEIGHTS=none SCALES=128 \
-	    MODELS='fpn/tu-tf_efficientnet_lite0 unet/tu-mobilenetv3_small_100' FOLDS='0 1' NFOLDS=2 ROUNDS=1 \
-	    EPOCHS=12 BATCH=4 LR=3e-3
+	$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j2) submit DATA=out/demo/data EXP=demo PY=$(PY) \
+	    WEIGHTS=none SCALES=128 MODELS='fpn/tu-tf_efficientnet_lite0 unet/tu-mobilenetv3_small_100' FOLDS='0 1' NFOLDS=2 \
+	    ROUNDS=1 EPOCHS=12 BATCH=4 LR=3e-3
 test: | $(SETUP) ## quick tests: unit, property and end to end
 	$(PY) -m pytest -q -m 'not slow'
 test-all: | $(SETUP) ## all tests
