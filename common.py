@@ -20,6 +20,7 @@ import socket
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,7 +56,7 @@ def atomic_write(path):
 
 def write_json(path, value):
     with atomic_write(path) as scratch:
-        scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path):
@@ -70,7 +71,7 @@ def read_json(path):
 
 def write_csv(path, rows):
     """Write `rows`, a non-empty list of dicts with the same keys."""
-    with atomic_write(path) as scratch, open(scratch, "w", newline="") as f:
+    with atomic_write(path) as scratch, open(scratch, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -80,11 +81,11 @@ def read_csv(path, columns):
     """Rows as dicts of strings; raises SystemExit when the file is missing or lacks one of `columns`."""
     try:
         with open(path, newline="", encoding="utf-8") as f:
-            reader = csv.DictReader(f)
-            rows = list(reader)
+            reader = csv.DictReader(f, restval="")
+            rows, names = list(reader), reader.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise SystemExit(f"{path}: {e}") from None
-    if lacking := [c for c in columns if c not in (reader.fieldnames or [])]:
+    if lacking := [c for c in columns if c not in names]:
         raise SystemExit(f"{path}: no column {', '.join(lacking)} in its first line")
     return rows
 
@@ -234,6 +235,9 @@ def segmentation_fault(segmentation, height, width):
             return f"a polygon of {len(polygon)} numbers: at least three points, two numbers each"
         if not all(abs(v) <= limit for v in polygon):  # false for NaN and infinity too
             return "a polygon with NaN, infinite or absurdly large coordinates"
+        points = np.array(polygon, float).reshape(-1, 2)
+        if np.abs(points - np.roll(points, 1, axis=0)).sum() > 100 * limit:  # pycocotools walks along it in memory
+            return "a polygon with an absurdly long outline"
     return None
 
 
@@ -279,52 +283,60 @@ def read_image(path, height, width):
         return np.asarray(image.convert("RGB"))
 
 
-def photo_faults(photo, root, seen):
-    """What is wrong with one entry of "images"; `seen` collects the ids so far."""
-    if not isinstance(photo, dict):
-        return ["is not an object"]
-    faults = []
-    name, size = photo.get("file_name"), (photo.get("height"), photo.get("width"))
-    if not is_int(photo.get("id")):
-        faults.append("has no whole number as id")
-    elif photo["id"] in seen:
-        faults.append("has an id that another image has too")
-    if not isinstance(name, str) or not name or "\0" in name:
-        faults.append("has no file_name")
-    elif not (root / name).resolve().is_relative_to(root.resolve()):
-        faults.append("has a file_name that leads out of DATA")
-    elif not (root / name).is_file():
-        faults.append("is missing")
-    if not all(is_int(side) and side > 0 for side in size):
-        faults.append(f"has no valid height and width: {size}")
-    elif size[0] * size[1] > MAX_PIXELS:
-        faults.append(f"of {size[0]} x {size[1]} pixels does not fit in memory")
-    return faults
+def name_fault(name, root):
+    """What is wrong with a file_name, or None."""
+    if not isinstance(name, str) or not name:
+        return "has no file_name"
+    try:
+        if not (root / name).resolve().is_relative_to(root.resolve()):
+            return "has a file_name that leads out of DATA"
+        return None if (root / name).is_file() else "is missing"
+    except (OSError, ValueError) as e:  # too long, or with characters that no file name has
+        return f"has an impossible file_name: {e}"
 
 
 def read_photos(coco, path):
-    """({id: photo}, faults) of the list "images"; a photo has id, file_name, height, width, group, no objects yet."""
-    photos, faults, seen = {}, [], set()
+    """({id: photo}, faults) of the list "images".
+
+    A photo has id, file_name, height, width, group, no objects yet, and `faulty`; those without a usable id or size are
+    left out, since nothing more can be checked about them.
+    """
+    photos, faults = {}, []
     for position, photo in enumerate(coco["images"]):
-        wrong = photo_faults(photo, path.parent, seen)
-        name = f"images[{position}]"
-        if isinstance(photo, dict):
-            name = f"image {photo.get('id')} ({photo.get('file_name')})"
-        faults += [f"{path.name}: {name} {fault}" for fault in wrong]
-        if not wrong:
-            group = photo.get("group")
-            photos[photo["id"]] = {**{k: photo[k] for k in ("id", "file_name", "height", "width")},
-                                   "group": None if group is None else str(group), "objects": []}
+        if not isinstance(photo, dict):
+            faults.append(f"{path.name}: images[{position}] is not an object")
+            continue
+        image_id, size = photo.get("id"), (photo.get("height"), photo.get("width"))
+        wrong = [name_fault(photo.get("file_name"), path.parent)]
+        if usable_id := is_int(image_id):
+            wrong.append("has an id that another image has too" if image_id in photos else None)
+        else:
+            wrong.append("has no whole number as id")
+        usable_size = all(is_int(side) and side > 0 for side in size) and size[0] * size[1] <= MAX_PIXELS
+        if not usable_size:
+            wrong.append(f"of height and width {size}: not whole numbers, or over {MAX_PIXELS} pixels of memory in all")
+        wrong = [f"{path.name}: image {image_id} ({photo.get('file_name')}) {fault}" for fault in wrong if fault]
+        faults += wrong
+        if usable_id and usable_size:
+            photos.setdefault(image_id, {**{k: photo.get(k) for k in ("id", "file_name", "height", "width")},
+                                         "group": clean(photo.get("group", "")), "objects": [], "faulty": bool(wrong)})
     return photos, faults if coco["images"] else [f"{path.name}: no images"]
+
+
+def clean(text):
+    """A str that any file can hold: lone surrogates, which JSON can carry, become question marks."""
+    return "" if text is None else str(text).encode("utf-8", "replace").decode()
 
 
 def read_categories(coco, path):
     """({category id: name} by id, faults)."""
-    valid = {c["id"]: c["name"] for c in coco["categories"]
+    valid = {c["id"]: clean(c["name"]) for c in coco["categories"]
              if isinstance(c, dict) and is_int(c.get("id")) and isinstance(c.get("name"), str)}
     faults = []
     if len(valid) < len(coco["categories"]) or len(set(valid.values())) < len(valid):
         faults.append(f"{path.name}: every category needs a whole number as id and a name, all different")
+    if BACKGROUND in valid.values():
+        faults.append(f"{path.name}: category {BACKGROUND}: it is class 0 without being listed; remove it")
     if not 0 < len(valid) < IGNORE_INDEX:
         faults.append(f"{path.name}: {len(valid)} categories; 1 to {IGNORE_INDEX - 1} can be told apart")
     return dict(sorted(valid.items())), faults
@@ -354,7 +366,7 @@ def read_coco(path, labelled):
             faults.append(f"{path.name}: {name} {fault}")
         elif photo := photos.get(annotation["image_id"]):
             photo["objects"].append((class_ids[annotation["category_id"]], annotation["segmentation"]))
-    return list(photos.values()), categories, faults
+    return [photo for photo in photos.values() if not photo["faulty"]], categories, faults
 
 
 def annotation_fault(annotation, class_ids, listed, photos, seen):
@@ -372,7 +384,7 @@ def annotation_fault(annotation, class_ids, listed, photos, seen):
     category = annotation.get("category_id")
     if not is_int(category) or category not in class_ids:
         return f"of image {image_id} has the unknown category {category}"
-    photo = photos.get(image_id)  # an image with a fault of its own has been reported
+    photo = photos.get(image_id)  # None when the image has no usable size, which has been reported
     fault = photo and segmentation_fault(annotation.get("segmentation"), photo["height"], photo["width"])
     return f"of image {image_id} ({photo['file_name']}) has {fault}" if fault else None
 
@@ -429,6 +441,8 @@ def load_data(data, cache, paint="area"):
             if (splits := open_cache(folder, data)) is None:
                 build_cache(folder, paths, paint)
                 splits = open_cache(folder, data)
+    if splits is None:
+        raise SystemExit(f"photos in {data} changed while they were checked: run it again")
     return splits
 
 
@@ -457,36 +471,44 @@ def photo_stamp(path):
 
 def build_cache(folder, paths, paint):
     """Check everything, paint all masks on all cores, and write masks.npy and, last, index.json into `folder`."""
+    root = paths[0].parent
     (train, categories, faults), (test, test_categories, test_faults) = (
         read_coco(path, labelled) for path, labelled in zip(paths, (True, False), strict=True))
     faults += test_faults
-    if categories != test_categories and not faults:
+    if categories != test_categories and categories and test_categories:
         faults.append(f"{paths[0].name} and {paths[1].name} have different categories")
-    jobs = [(paths[0].parent, photo, paint) for photo in train + test]
-    with atomic_write(folder / "masks.npy") as scratch:
-        sizes = [p["height"] * p["width"] for p in train]
-        masks = np.lib.format.open_memmap(scratch, "w+", np.uint8, (sum(sizes),))
-        starts, digests, pixels = np.cumsum([0, *sizes]), [], []
-        with ProcessPoolExecutor(mp_context=get_context("forkserver")) as pool:
-            results = pool.map(check_photo, jobs, chunksize=8)
-            for i, (fault, digest, mask) in enumerate(tqdm(results, "checking photos", len(jobs), disable=None)):
-                faults += [fault] if fault else []
-                digests.append(digest)
-                if not fault and i < len(train):
-                    masks[starts[i]:starts[i + 1]] = mask.ravel()
-                    pixels.append(np.bincount(mask.ravel(), minlength=len(categories) + 1).tolist())
+    stamps = [photo_stamp(root / photo["file_name"]) for photo in train + test]
+    digests, pixels = [], []
+    with atomic_write(folder / "masks.npy") as scratch, open(scratch, "wb") as f:
+        write_npy_header(f, (sum(photo["height"] * photo["width"] for photo in train),))
+        for i, (fault, digest, mask) in enumerate(check_photos([(root, photo, paint) for photo in train + test])):
+            faults += [fault] if fault else []
+            digests.append(digest)
+            if i < len(train) and not fault:
+                f.write(mask)
+                pixels.append(np.bincount(mask.ravel(), minlength=len(categories) + 1).tolist())
         stop_on(faults)
-        masks.flush()
-    common = {"classes": [BACKGROUND, *categories.values()], "fingerprint": folder.name}
-    write_json(folder / "index.json", {
-        "train": index_entry(paths[0].parent, train, digests[:len(train)], pixels) | common,
-        "test": index_entry(paths[0].parent, test, digests[len(train):], []) | common})
+    index = {}
+    for name, photos, of in (("train", train, slice(len(train))), ("test", test, slice(len(train), None))):
+        index[name] = {"ids": [p["id"] for p in photos], "file_names": [p["file_name"] for p in photos],
+                       "sizes": [(p["height"], p["width"]) for p in photos], "stamps": stamps[of],
+                       "groups": merge_groups(photos, digests[of]), "pixels": pixels if name == "train" else [],
+                       "classes": [BACKGROUND, *categories.values()], "fingerprint": folder.name}
+    write_json(folder / "index.json", index)
 
 
-def index_entry(data, photos, digests, pixels):
-    return {"ids": [p["id"] for p in photos], "file_names": [p["file_name"] for p in photos],
-            "sizes": [(p["height"], p["width"]) for p in photos], "groups": merge_groups(photos, digests),
-            "pixels": pixels, "stamps": [photo_stamp(data / p["file_name"]) for p in photos]}
+def write_npy_header(f, shape):
+    """Begin a .npy of uint8 in an open file; the bytes that follow are written in order, so a full disk is an error."""
+    np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
+def check_photos(jobs):
+    """Yield check_photo of each job in order, made on all cores."""
+    try:
+        with ProcessPoolExecutor(mp_context=get_context("forkserver")) as pool:
+            yield from tqdm(pool.map(check_photo, jobs, chunksize=8), "checking photos", len(jobs), disable=None)
+    except BrokenProcessPool:
+        raise SystemExit("a process died while it checked the photos: out of memory, or killed") from None
 
 
 def stop_on(faults):
@@ -516,7 +538,7 @@ def merge_groups(photos, digests):
         return key
 
     for photo, digest in zip(photos, digests, strict=True):
-        for key in (("content", digest),) + (("group", photo["group"]),) * (photo["group"] is not None):
+        for key in (("content", digest),) + (("group", photo["group"]),) * bool(photo["group"]):
             parents[find(("photo", photo["id"]))] = find(key)
     return [" ".join(map(str, find(("photo", photo["id"])))) for photo in photos]
 
@@ -555,7 +577,9 @@ def load_folds(exp, train, n_folds, renew=False):
         folds = np.array([int(row["fold"]) if row["fold"].isdecimal() else -1 for row in rows])
         wrong = ("lists other images than DATA" if [row["image_id"] for row in rows] != [str(i) for i in train.ids] else
                  f"has the folds {sorted(set(folds.tolist()))}, not 0 to {n_folds - 1}"
-                 if set(folds.tolist()) != set(range(n_folds)) else None)
+                 if set(folds.tolist()) != set(range(n_folds)) else
+                 "has a group of images in two folds" if len({*zip(train.groups, folds.tolist(), strict=True)})
+                 > len(set(train.groups)) else None)
         if wrong is None:
             return folds
         if not renew:

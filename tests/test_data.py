@@ -671,10 +671,10 @@ FAULTS = {
     "no categories": (lambda train, test, data: [coco["categories"].clear() for coco in (train, test)],
                       ("train.json", "0 categories")),
     "more classes than a byte holds": (many_categories, ("train.json", "255 categories")),
-    "category id twice": (category(id=1), ("train.json", "category")),
-    "category name twice": (category(name="Metal"), ("train.json", "category")),
-    "category without name": (category(name=None), ("train.json", "category")),
-    "category id a string": (category(id="0"), ("train.json", "category")),
+    "category id twice": (category(id=1), ("train.json", "every category")),
+    "category name twice": (category(name="Metal"), ("train.json", "every category")),
+    "category without name": (category(name=None), ("train.json", "every category")),
+    "category id a string": (category(id="0"), ("train.json", "every category")),
     "other categories in test": (lambda train, test, data: test["categories"].pop(), ("train.json", "test.json")),
     "other names in test": (lambda train, test, data: test["categories"][0].update(name="Glass"),
                             ("train.json", "test.json")),
@@ -749,7 +749,7 @@ def test_absent_json_is_named(data, load, name):
 
 
 def test_absent_folder_is_named(tmp_path, load):
-    assert str(tmp_path / "nowhere") in refusal(load, tmp_path / "nowhere")
+    assert f"{tmp_path / 'nowhere'}: no such folder" in refusal(load, tmp_path / "nowhere")
 
 
 def test_all_faults_are_listed_at_once(tmp_path, load):
@@ -887,6 +887,11 @@ def test_drawn_data_has_every_class_in_two_photos_and_every_kind_of_segmentation
     segmentations = [a["segmentation"] for a in coco["annotations"]]
     assert {type(s["counts"]) if isinstance(s, dict) else len(s) for s in segmentations} == {list, str, 1, 2}
     assert {"group" in i for i in coco["images"]} == {True, False}
+
+
+def test_drawn_area_is_that_of_the_shape(tiny_data):
+    for drawn in json.loads((tiny_data / "train.json").read_text())["annotations"]:
+        assert drawn["area"] == common.object_mask(drawn["segmentation"], 64, 64).sum()
 
 
 def test_same_options_draw_the_same_bytes(tmp_path):
