@@ -166,7 +166,7 @@ demo: | $(SETUP) ## draw a small dataset and run the whole graph on it, in out/d
 	$(PY) tests/demo_data.py out/demo/data
 	$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j2) submit DATA=out/demo/data EXP=demo PY=$(PY) \
 	    WEIGHTS=none SCALES=128 MODELS='fpn/tu-tf_efficientnet_lite0 unet/tu-mobilenetv3_small_100' FOLDS='0 1' NFOLDS=2 \
-	    ROUNDS=1 EPOCHS=12 BATCH=4 LR=3e-3
+	    ROUNDS=1 EPOCHS=8 BATCH=4 LR=3e-3 PSEUDO_ARGS='--confident 0.5 --max-unsure 0.5'
 test: | $(SETUP) ## quick tests: unit, property and end to end
 	$(PY) -m pytest -q -m 'not slow'
 test-all: | $(SETUP) ## all tests

@@ -511,6 +511,14 @@ def test_a_torchvision_state_dict_that_does_not_fit_is_refused_by_key(tmp_path, 
         common.build_model("unet/resnet18", 5, tmp_path / "bad.pth")
 
 
+@pytest.mark.parametrize("content", [{"model": {"conv1.weight": torch.zeros(2)}, "epoch": 3}, [1, 2], torch.zeros(2)])
+@pytest.mark.parametrize("name", ["unet/resnet18", "fpn/tu-mobilenetv3_small_100"])
+def test_a_file_that_is_no_state_dict_is_refused_by_name(tmp_path, name, content):
+    torch.save(content, tmp_path / "bad.pth")
+    with pytest.raises(SystemExit, match="bad.pth"):
+        common.build_model(name, 5, tmp_path / "bad.pth")
+
+
 @pytest.mark.parametrize("name", ["unet/resnet18", "fpn/tu-mobilenetv3_small_100"])
 def test_a_missing_weights_file_is_refused_by_name(tmp_path, name):
     with pytest.raises(SystemExit, match="none.pth: no such"):
@@ -576,9 +584,10 @@ def test_a_truncated_checkpoint_is_refused_wherever_it_was_cut(tmp_path_factory,
 
 
 def test_a_file_that_is_no_checkpoint_or_missing_is_refused_by_name(tmp_path):
-    (tmp_path / "x.pt").write_text("not a checkpoint\n")
-    with pytest.raises(SystemExit, match="x.pt: not a checkpoint"):
-        common.load_checkpoint(tmp_path / "x.pt")
+    for content in ("", "not a checkpoint\n"):
+        (tmp_path / "x.pt").write_text(content)
+        with pytest.raises(SystemExit, match="x.pt: not a checkpoint"):
+            common.load_checkpoint(tmp_path / "x.pt")
     with pytest.raises(SystemExit, match="y.pt: no such"):
         common.load_checkpoint(tmp_path / "y.pt")
 
