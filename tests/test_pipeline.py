@@ -1,0 +1,122 @@
+"""The real scripts through make and as processes, on the smallest data, models and grid."""
+import csv
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_coco
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+KNOBS = ["MODELS=unet/tu-mobilenetv3_small_100", "SCALES=64", "FOLDS=0 1", "NFOLDS=2", "EPOCHS=2", "BATCH=4",
+         "ROUNDS=1", "WEIGHTS=none", f"PY={sys.executable}"]
+
+
+def make(repo, *goals, knobs=KNOBS, check=True):
+    done = subprocess.run(["make", *goals, *knobs], cwd=repo, env=ENV, text=True, capture_output=True)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def clone(folder):
+    """The project as a user has it, without its outputs."""
+    folder.mkdir()
+    for name in ("Makefile", "common.py", "train.py", "infer.py", "pseudo_label.py", "ensemble.py"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def disc(height, width, seed):
+    """Uncompressed RLE of a disc somewhere in the image."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.ogrid[:height, :width]
+    mask = (rows - rng.integers(90, height - 90)) ** 2 + (columns - rng.integers(90, width - 90)) ** 2 < 70 ** 2
+    flat = mask.T.ravel()  # COCO runs down the columns
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    return {"size": [height, width], "counts": np.diff([0, *edges, flat.size]).tolist()}
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory):
+    """A finished `make submit` on photos of 480 x 360 with two classes, as RLE, and ids with gaps."""
+    repo = clone(tmp_path_factory.mktemp("pipeline") / "repo")
+    images = [(7 * i + 3, 360, 480) for i in range(8)]
+    write_coco(repo / "data", images, [(i, n % 2 + 4, disc(h, w, i)) for n, (i, h, w) in enumerate(images)],
+               categories=[(4, "Can"), (5, "Cup, small")], test_images=[(50, 360, 480), (20, 360, 480), (31, 360, 480)])
+    (repo / "log").write_text(make(repo, "-j2", "submit").stdout)
+    return repo
+
+
+def test_submission_has_a_class_id_for_every_pixel_in_the_order_of_test_json(repo):
+    csv.field_size_limit(2 ** 31 - 1)
+    rows = list(csv.reader((repo / "out/main/submission.csv").read_text().splitlines()))
+    assert rows[0] == ["image_id", "PredictionString"] and [row[0] for row in rows[1:]] == ["50", "20", "31"]
+    for _, text in rows[1:]:
+        ids = text.split(" ")
+        assert len(ids) == 256 * 256 and set(ids) <= {"0", "1", "2"}
+
+
+def test_scores_of_recipe_vote_and_background_are_printed(repo):
+    out = (repo / "log").read_text()
+    for line in ("out of fold: 8 of 8 training images", "unet/tu-mobilenetv3_small_100 s64 r1 flip", "soft vote",
+                 "all background", "Can, Cup, small"):
+        assert line in out
+    assert "soft vote" in make(repo, "score", "ROUND=0").stdout
+
+
+def test_second_submit_has_nothing_to_do(repo):
+    assert make(repo, "-q", "submit", check=False).returncode == 0
+
+
+def test_every_fold_of_round_1_learns_from_labels_of_its_own_fold(repo):
+    for fold in "01":
+        assert f"out/main/r1/pseudo/f{fold}: " in (repo / "log").read_text()
+    assert (repo / "log").read_text().count("4 labelled and ") == 2
+
+
+def test_every_broken_photo_is_listed_by_one_command_and_nothing_is_trained(repo, tmp_path):
+    broken = clone(tmp_path / "repo")
+    write_coco(broken / "data", [(1, 64, 64), (2, 64, 64), (3, 64, 64), (4, 64, 64)], [(1, 0, [[1, 1, 9, 1, 9, 9]])])
+    photos = sorted((broken / "data/batch_01").glob("*.png"))
+    photos[0].write_bytes(photos[0].read_bytes()[:60])
+    photos[2].write_bytes(b"")
+    done = make(broken, "submit", check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    for photo in (photos[0], photos[2]):
+        assert photo.name in done.stderr
+    assert "2 fault(s)" in done.stderr and not list(broken.glob("out/main/r0"))
+
+
+def train(folder, data, *, wait=True):
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(data), "--exp", str(folder), "--model",
+               "unet/tu-mobilenetv3_small_100", "--scale", "64", "--weights", "none", "--epochs", "3", "--batch", "4",
+               "--folds", "2", "--cache", str(folder / "cache")]
+    if wait:
+        return subprocess.run(command, env=ENV, check=True, capture_output=True, text=True)
+    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_training_carries_on_to_the_same_weights(tiny_data, tmp_path):
+    train(tmp_path / "straight", tiny_data)
+    victim = train(tmp_path / "killed", tiny_data, wait=False)
+    assert any("epoch 1/3" in line for line in victim.stdout)  # printed when last.pt is whole
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    run = "r0/unet/tu-mobilenetv3_small_100/s64/f0"
+    assert not (tmp_path / "killed" / run / "model.pt").exists()
+    assert "resuming after epoch" in train(tmp_path / "killed", tiny_data).stdout
+    straight, killed = (torch.load(tmp_path / name / run / "model.pt", weights_only=True)["model"]
+                        for name in ("straight", "killed"))
+    assert all(torch.equal(straight[key], killed[key]) for key in straight)
+
+
+def test_second_job_on_a_run_folder_names_the_first(tiny_data, tmp_path):
+    first = train(tmp_path, tiny_data, wait=False)
+    assert any("epoch 1/3" in line for line in first.stdout)
+    second = subprocess.run(first.args, env=ENV, capture_output=True, text=True)
+    first.kill()
+    first.wait()
+    assert second.returncode != 0 and f"in use by pid {first.pid}" in second.stderr
