@@ -13,13 +13,13 @@ DATA       ?= data
 EXP        ?= main
 MODELS     ?= fpn/tu-tf_efficientnet_lite0
 SCALES     ?= 512
-FOLDS      ?= 0 1 2 3 4
+NFOLDS     ?= 5
+FOLDS      ?= $(wordlist 1,$(NFOLDS),0 1 2 3 4 5 6 7 8 9)
 ROUNDS     ?= 1
 MODEL      ?= $(MODELS)
 SCALE      ?= $(SCALES)
 FOLD       ?= $(FOLDS)
 ROUND      ?=
-NFOLDS     ?= 5
 PAINT      ?= area
 EPOCHS     ?= 40
 BATCH      ?= 8
@@ -48,7 +48,7 @@ about.BATCH       := images in a training step
 about.LR          := peak learning rate
 about.SEED        := of everything random
 about.WEIGHTS     := of the encoder: imagenet (downloaded), none, or a file
-about.TTA         := views averaged in prediction: none, flip
+about.TTA         := views averaged in prediction: none, flip, flip_rot, d4
 about.IMAGE_ID    := what names an image in the submission: id, file_name
 about.TRAIN_ARGS  := more arguments for train.py, INFER_ARGS and PSEUDO_ARGS likewise: see python train.py --help
 about.DEVICE      := auto takes an idle GPU, or the CPU
@@ -69,6 +69,8 @@ digits := 0 1 2 3 4 5 6 7 8 9
 upto    = $(if $(filter 0,$1),0,$(call upto,$(call prev,$1)) $1)
 prev    = $(word $1,$(digits))
 $(foreach r,$(ROUNDS) $(ROUND),$(if $(filter $r,$(digits)),,$(error ROUNDS and ROUND go from 0 to 9, not $r)))
+$(if $(filter submit,$(value MAKECMDGOALS)),$(foreach v,MODEL SCALE FOLD ROUND,$(if $(filter command,$(word \
+    1,$(origin $v))),$(error submit takes $vS, not $v))))
 grid    = $(foreach r,$1,$(foreach m,$2,$(foreach s,$3,$(foreach f,$4,$(OUT)/r$r/$m/s$s/f$f))))
 FINAL  := $(call grid,$(ROUNDS),$(MODELS),$(SCALES),$(FOLDS))
 JSON   := $(firstword $(wildcard $(DATA)/train_all.json) $(DATA)/train.json) $(DATA)/test.json

@@ -9,14 +9,17 @@ Shapes are fixed here and nowhere else:
 Importing this file does nothing and is quick: torch, smp and albumentations take seconds to import, so the functions
 that use them import them.
 """
+import argparse
 import csv
 import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import socket
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -54,6 +57,32 @@ def atomic_write(path):
         scratch.unlink(missing_ok=True)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help that shows the docstring as it stands and every default."""
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: `kind`, int or float, from `low` to `high`; NaN and infinity are refused."""
+    def parse(text):
+        value = kind(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def run_script(main, args):
+    """main(args), with one line instead of a traceback for files that can't be used and for Ctrl-C."""
+    try:
+        main(args)
+    except OSError as e:
+        raise SystemExit(f"{e.filename or 'a file'}: {e.strerror or e}") from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command carries on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def write_json(path, value):
     with atomic_write(path) as scratch:
         scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
@@ -80,7 +109,7 @@ def write_csv(path, rows):
 def read_csv(path, columns):
     """Rows as dicts of strings; raises SystemExit when the file is missing or lacks one of `columns`."""
     try:
-        with open(path, newline="", encoding="utf-8") as f:
+        with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f, restval="")
             rows, names = list(reader), reader.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as e:
@@ -143,7 +172,8 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such checkpoint") from None
     except Exception as e:  # torch raises many types on a damaged or foreign file
-        raise SystemExit(f"{path}: not a checkpoint that can be loaded safely: {str(e).splitlines()[0]}") from None
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise SystemExit(f"{path}: not a checkpoint that can be loaded safely: {reason}") from None
 
 
 def tune_process():
@@ -165,10 +195,15 @@ def claim_device(name="auto"):
     """The torch device to use; "auto" holds the first idle GPU until this process exits, or takes the CPU."""
     import torch
     if name != "auto" or not torch.cuda.is_available():
-        return torch.device("cpu" if name == "auto" else name)
+        try:
+            return torch.empty(0, device="cpu" if name == "auto" else name).device
+        except (RuntimeError, AssertionError) as e:
+            raise SystemExit(f"--device {name}: {str(e).splitlines()[0]}") from None
+    waiting = False
     while True:
         for index in range(torch.cuda.device_count()):
-            path = Path(tempfile.gettempdir()) / f"gpu-{torch.cuda.get_device_properties(index).uuid}.lock"
+            uuid = torch.cuda.get_device_properties(index).uuid
+            path = Path(tempfile.gettempdir()) / f"gpu-{uuid}-{os.getuid()}.lock"
             gpu_lock = open(path, "w")  # noqa: SIM115  kept open: an open file keeps the lock until the process exits
             try:
                 fcntl.flock(gpu_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -176,8 +211,25 @@ def claim_device(name="auto"):
                 gpu_lock.close()
                 continue
             claim_device.lock = gpu_lock
+            torch.cuda.set_device(index)
             return torch.device("cuda", index)
+        if not waiting:
+            print("all GPUs are taken: waiting for one", flush=True)
+        waiting = True
         time.sleep(5)
+
+
+def amp(device):
+    """Mixed precision where the device has it: a context for the forward pass; nothing on a CPU, where it is slower."""
+    import torch
+    return torch.autocast(device.type, amp_dtype(device), enabled=device.type == "cuda")
+
+
+def amp_dtype(device):
+    """bfloat16, which needs no loss scaling, on GPUs that compute in it (Ampere and later), else float16."""
+    import torch
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+    return torch.float16 if old else torch.bfloat16
 
 
 # ---- data: reading and checking -------------------------------------------------------------------------------------
@@ -448,7 +500,7 @@ def load_data(data, cache, paint="area"):
 
 def open_cache(folder, data):
     """The Splits in `folder`, or None when it isn't finished or a photo has changed since."""
-    if not (folder / "index.json").exists():
+    if not (folder / "index.json").exists() or not (folder / "masks.npy").exists():
         return None
     splits = []
     for name, entry in read_json(folder / "index.json").items():
@@ -489,11 +541,12 @@ def build_cache(folder, paths, paint):
                 pixels.append(np.bincount(mask.ravel(), minlength=len(categories) + 1).tolist())
         stop_on(faults)
     index = {}
-    for name, photos, of in (("train", train, slice(len(train))), ("test", test, slice(len(train), None))):
+    for name, path, photos, of in (("train", paths[0], train, slice(len(train))),
+                                   ("test", paths[1], test, slice(len(train), None))):
         index[name] = {"ids": [p["id"] for p in photos], "file_names": [p["file_name"] for p in photos],
                        "sizes": [(p["height"], p["width"]) for p in photos], "stamps": stamps[of],
                        "groups": merge_groups(photos, digests[of]), "pixels": pixels if name == "train" else [],
-                       "classes": [BACKGROUND, *categories.values()], "fingerprint": folder.name}
+                       "classes": [BACKGROUND, *categories.values()], "fingerprint": f"{file_hash(path)} {paint}"}
     write_json(folder / "index.json", index)
 
 
@@ -606,7 +659,10 @@ class EvalPhotos:
     def __getitem__(self, item):
         import cv2
         index = self.indices[item]
-        image = cv2.resize(self.split.image(index), (self.scale, self.scale), interpolation=cv2.INTER_AREA)
+        image = self.split.image(index)
+        # INTER_AREA averages when it shrinks but repeats pixels when it enlarges
+        how = cv2.INTER_AREA if self.scale < min(image.shape[:2]) else cv2.INTER_LINEAR
+        image = cv2.resize(image, (self.scale, self.scale), interpolation=how)
         truth = (np.full((SUBMIT_SIZE, SUBMIT_SIZE), IGNORE_INDEX, np.uint8) if self.split.masks is None
                  else self.split.truth(index))
         return image, truth
@@ -666,11 +722,20 @@ def build_model(name, n_classes, weights="none"):
     try:
         model = smp.create_model(architecture, encoder, classes=n_classes, **{"encoder_weights": None} | options)
         if weights not in ("none", "imagenet") and not encoder.startswith("tu-"):
-            model.encoder.load_state_dict(load_checkpoint(weights))
+            model.encoder.load_state_dict(load_state_dict(weights))
     except Exception as e:  # smp, timm and the hub raise many types; the reason is in the message
         cure = "; to work without the network bring the weights as --weights FILE, or take --weights none"
         raise SystemExit(f"{name} with weights {weights}: {e}{cure if weights == 'imagenet' else ''}") from None
     return model
+
+
+def load_state_dict(path):
+    """{key: tensor} of a file that holds just that; raises SystemExit when it holds anything else."""
+    import torch
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise SystemExit(f"{path}: not a plain state dict, which is a dict of tensors")
+    return state
 
 
 def check_timm_weights(encoder, path):
@@ -682,7 +747,7 @@ def check_timm_weights(encoder, path):
             ours = {k: tuple(v.shape) for k, v in timm.create_model(encoder).state_dict().items()}
     except RuntimeError as e:  # timm: unknown model
         raise SystemExit(f"tu-{encoder}: {e}") from None
-    theirs = {k: tuple(v.shape) for k, v in load_checkpoint(path).items()}
+    theirs = {k: tuple(v.shape) for k, v in load_state_dict(path).items()}
     wrong = sorted({k for k, shape in ours.items() if theirs.get(k) != shape} | (theirs.keys() - ours))
     if wrong:
         shown = ", ".join(f"{k} {theirs.get(k, 'missing')} for {ours.get(k, 'no such key')}" for k in wrong[:10])
@@ -708,15 +773,15 @@ def normalise(images, mean, std):
     return images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
 
 
-def load_model(path, device):
-    """(model in eval mode, the checkpoint's other content), from the checkpoint alone."""
+def load_model(path):
+    """(model in eval mode on the CPU, the checkpoint's other content), from the checkpoint alone."""
     state = load_checkpoint(path)
-    if not isinstance(state, dict) or not {"model", "recipe", "classes"} <= state.keys():
+    if not isinstance(state, dict) or not {"model", "recipe", "classes", "valid_ids"} <= state.keys():
         raise SystemExit(f"{path}: not a model.pt of train.py")
     import torch
     model = build_model(state["recipe"]["model"], len(state["classes"]))
     model.load_state_dict(state.pop("model"))
-    return model.to(device, memory_format=torch.channels_last).eval(), state
+    return model.to(memory_format=torch.channels_last).eval(), state
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
@@ -729,19 +794,18 @@ def iou_ce(logits, mask, iou_weight=0.4):
     taken over the whole batch and averaged over the classes in its truth. Without a labelled pixel the loss is 0.
     """
     labelled = mask != IGNORE_INDEX
-    if not labelled.any():
-        return logits.float().sum() * 0
     target = mask.where(labelled, 0)
     log_probs = logits.float().log_softmax(dim=1)
     log_true = log_probs.gather(1, target[:, None]).squeeze(1)  # [B, H, W], of the true class
-    cross_entropy = -(log_true * labelled).sum() / labelled.sum()
+    cross_entropy = -(log_true * labelled).sum() / labelled.sum().clamp(min=1)
     per_class = log_probs.new_zeros(logits.shape[1])
     overlap = per_class.scatter_add(0, target.flatten(), (log_true.exp() * labelled).flatten())
     truth = per_class.scatter_add(0, target.flatten(), labelled.flatten().float())
     predicted = (log_probs.exp() * labelled[:, None]).sum((0, 2, 3))
-    present = truth > 0
-    iou = (overlap / (truth + predicted - overlap))[present].mean()
-    return iou_weight * (1 - iou) + (1 - iou_weight) * cross_entropy
+    present = truth > 0  # no branch and no boolean index: either would make a GPU wait for the answer
+    iou = overlap / (truth + predicted - overlap).where(present, 1)
+    missed = ((1 - iou) * present).sum() / present.sum().clamp(min=1)
+    return iou_weight * missed + (1 - iou_weight) * cross_entropy
 
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
@@ -779,16 +843,30 @@ def scores(confusions, batch_size):
 
 # ---- TTA and stores -------------------------------------------------------------------------------------------------
 
-# name -> views; a view is (apply, undo) on [B, C, H, W], undo(apply(x)) == x
-TTA = {"none": [(lambda x: x, lambda x: x)]}
-TTA["flip"] = TTA["none"] + [(lambda x: x.flip(-1), lambda x: x.flip(-1)), (lambda x: x.flip(-2), lambda x: x.flip(-2))]
+
+def view(quarter_turns, mirrored=False):
+    """(apply, undo) on [..., H, W]: the image mirrored left to right or not, then turned anticlockwise."""
+    def apply(x):
+        return (x.flip(-1) if mirrored else x).rot90(quarter_turns, (-2, -1))
+
+    def undo(x):
+        x = x.rot90(-quarter_turns, (-2, -1))
+        return x.flip(-1) if mirrored else x
+    return apply, undo
+
+
+# name -> views; flips and turns together make only these 8 different orientations
+TTA = {"none": [view(0)],
+       "flip": [view(0), view(0, mirrored=True), view(2, mirrored=True)],  # left to right and upside down
+       "flip_rot": [view(0), view(0, mirrored=True), view(2, mirrored=True), view(1), view(2), view(3)],
+       "d4": [view(turns, mirrored) for turns in range(4) for mirrored in (False, True)]}
 
 
 def predict_probs(model, images, tta="none"):
     """probs [B, C, H, W] averaged over the views of a TTA set; images normalised [B, 3, H, W]."""
     import torch
     views = TTA[tta]
-    with torch.inference_mode():
+    with torch.inference_mode(), amp(images.device):
         return sum(undo(model(apply(images)).float().softmax(dim=1)) for apply, undo in views) / len(views)
 
 

@@ -15,25 +15,26 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import (SUBMIT_SIZE, atomic_write, confusion, image_miou, load_data, make_folds, open_store, overlay,
-                    scores, soft_vote, write_sheet)
+from common import (SUBMIT_SIZE, Help, atomic_write, confusion, image_miou, load_data, make_folds, number, open_store,
+                    overlay, run_script, scores, soft_vote, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
-    soft = commands.add_parser("soft", allow_abbrev=False, help="write a submission")
+    soft = commands.add_parser("soft", allow_abbrev=False, formatter_class=Help, help="write a submission")
     soft.add_argument("--out", type=Path, required=True, help="the submission to write")
     soft.add_argument("--image-id", choices=("id", "file_name"), default="id",
                       help="what names an image in the submission; some editions' upload pages want the file_name")
-    score = commands.add_parser("score", allow_abbrev=False, help="print out-of-fold scores")
+    score = commands.add_parser("score", allow_abbrev=False, formatter_class=Help, help="print scores")
     for command in (soft, score):
         command.add_argument("runs", type=Path, nargs="+", help="run folders with stores of infer.py")
         command.add_argument("--data", type=Path, required=True, help="the competition's folder")
-        command.add_argument("--batch", type=int, default=8, help="images in a batch of v1, the baseline's score")
+        command.add_argument("--batch", type=number(int, 1), default=8,
+                             help="images in a batch of v1, the baseline's score")
         command.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks")
     return parser.parse_args(argv)
 
@@ -41,13 +42,11 @@ def parse_args(argv=None):
 # ---- members --------------------------------------------------------------------------------------------------------
 
 
-def recipe_name(info):
-    """Runs that differ only in the fold are one recipe."""
-    return f"{info['model']} s{info['scale']} r{info['round']} {info['tta']}"
-
-
 def open_members(runs, split):
-    """{recipe: {fold: (probs, info)}} of the runs' stores; raises SystemExit when they don't belong together."""
+    """{recipe: {fold: (probs, info)}} of the runs' stores; raises SystemExit when they don't belong together.
+
+    Runs whose folders differ only in the fold are one recipe.
+    """
     members, first = {}, None
     for run in runs:
         probs, info = open_store(run / f"{split}.json")
@@ -56,9 +55,9 @@ def open_members(runs, split):
             if info[key] != first[key]:
                 raise SystemExit(f"{run}/{split}.json and {runs[0]}/{split}.json have different {key}: their models "
                                  "were made on other data or folds and can't vote together")
-        folds = members.setdefault(recipe_name(info), {})
+        folds = members.setdefault(f"{run.parent} {info['tta']}", {})
         if info["fold"] in folds:
-            raise SystemExit(f"{run}: a second run of {recipe_name(info)} on fold {info['fold']}")
+            raise SystemExit(f"{run}: given twice")
         folds[info["fold"]] = probs, info
     return members, first
 
@@ -112,7 +111,7 @@ def submission_faults(path, names, n_classes):
                 found = row[0] if row else "missing"
                 faults.append(f"{path} line {number}: image {found}, expected {name or 'no more'}")
                 continue
-            ids = np.fromstring(row[1], np.int64, sep=" ")
+            ids = np.fromstring(row[1], np.int64, sep=" ") if set(row[1]) <= set("0123456789 ") else np.zeros(0, int)
             if ids.size != SUBMIT_SIZE ** 2 or ids.min() < 0 or ids.max() >= n_classes:
                 faults.append(f"{path} line {number}, image {name}: not {SUBMIT_SIZE ** 2} ids of 0 to {n_classes - 1}")
     return faults
@@ -131,6 +130,8 @@ def keep_looks(preds, test, looks, n=24):
 
 
 def submit(args):
+    if args.out.suffix != ".csv":
+        raise SystemExit(f"--out {args.out}: must end in .csv; a .png goes beside it")
     members, info = open_members(args.runs, "test")
     train, test = open_data(args, info, args.runs[0])
     if info["image_ids"] != test.ids:
@@ -261,4 +262,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

@@ -8,26 +8,26 @@ of shape [N, C, 256, 256], and what made them. A .json is written last: where it
 import argparse
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
-from common import (SUBMIT_SIZE, TTA, EvalPhotos, atomic_write, claim_device, file_hash, load_data, load_model, lock,
-                    normalise, predict_probs, resize_probs, tune_process, write_json)
+from common import (SUBMIT_SIZE, TTA, EvalPhotos, Help, atomic_write, claim_device, file_hash, load_data, load_model,
+                    lock, normalise, number, predict_probs, resize_probs, run_script, tune_process, write_json,
+                    write_npy_header)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     what = parser.add_argument_group("what to predict")
     what.add_argument("--data", type=Path, required=True, help="the competition's folder")
     what.add_argument("--checkpoint", type=Path, required=True, help="model.pt of train.py")
     what.add_argument("--split", choices=("valid", "test"), nargs="+", default=["valid", "test"])
     what.add_argument("--tta", choices=TTA, default="flip", help="the views whose probabilities are averaged")
     system = parser.add_argument_group("system: none of these decides the result")
-    system.add_argument("--batch", type=int, default=8)
+    system.add_argument("--batch", type=number(int, 1), default=8)
     system.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks, shared by experiments")
     system.add_argument("--device", default="auto", help="auto takes the first idle GPU, or the CPU")
-    system.add_argument("--workers", type=int, default=0, help="loader processes")
+    system.add_argument("--workers", type=number(int, 0), default=0, help="loader processes")
     return parser.parse_args(argv)
 
 
@@ -44,31 +44,33 @@ def predict_split(model, recipe, photos, n_classes, path, args, device):
     """Write the store `path`, a .npy, of an EvalPhotos."""
     import torch
     from torch.utils.data import DataLoader
-    with atomic_write(path) as scratch:
-        shape = (len(photos), n_classes, SUBMIT_SIZE, SUBMIT_SIZE)
-        store, done = np.lib.format.open_memmap(scratch, "w+", np.uint8, shape), 0
-        loader = DataLoader(photos, args.batch, num_workers=args.workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(photos, args.batch, num_workers=args.workers, pin_memory=device.type == "cuda",
+                        multiprocessing_context="fork" if args.workers else None)
+    with atomic_write(path) as scratch, open(scratch, "wb") as f:
+        write_npy_header(f, (len(photos), n_classes, SUBMIT_SIZE, SUBMIT_SIZE))
         for images, _ in tqdm(loader, str(path), disable=None):
             images = normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"])
             probs = resize_probs(predict_probs(model, images, args.tta))
-            store[done:done + len(probs)] = (probs * 255).round_().to(torch.uint8).cpu().numpy()
-            done += len(probs)
-        store.flush()
+            f.write((probs * 255).round_().to(torch.uint8).cpu().numpy())
+        f.flush()
         path.with_suffix(".json").unlink(missing_ok=True)  # from here to its rewriting the .npy has no description
 
 
 def main(args):
     tune_process()
-    device = claim_device(args.device)
-    model, state = load_model(args.checkpoint, device)
-    recipe, classes = state["recipe"], state["classes"]
-    train, test = load_data(args.data, args.cache, recipe["paint"])
-    if classes != train.classes:
-        raise SystemExit(f"{args.checkpoint} knows the classes {classes}, DATA has {train.classes}")
+    if not args.checkpoint.is_file():
+        raise SystemExit(f"{args.checkpoint}: no such checkpoint")
     with lock(args.checkpoint.parent):
+        model, state = load_model(args.checkpoint)
+        recipe, classes = state["recipe"], state["classes"]
+        train, test = load_data(args.data, args.cache, recipe["paint"])
+        if classes != train.classes:
+            raise SystemExit(f"{args.checkpoint} knows the classes {classes}, DATA has {train.classes}")
+        valid = find_photos(train, state["valid_ids"], args.checkpoint)
+        device = claim_device(args.device)
+        model = model.to(device)
         for name in args.split:
-            split, indices = ((test, range(len(test.ids))) if name == "test"
-                              else (train, find_photos(train, state["valid_ids"], args.checkpoint)))
+            split, indices = (train, valid) if name == "valid" else (test, range(len(test.ids)))
             path = args.checkpoint.with_name(f"{name}.npy")
             predict_split(model, recipe, EvalPhotos(split, indices, recipe["scale"]), len(classes), path, args, device)
             write_json(path.with_suffix(".json"), {
@@ -79,4 +81,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

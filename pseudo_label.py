@@ -13,22 +13,24 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import (atomic_write, file_hash, load_data, lock, open_store, pseudo_folder, soft_vote, write_csv,
-                    write_json)
+from common import (Help, atomic_write, file_hash, load_data, lock, number, open_store, pseudo_folder, read_csv,
+                    run_script, soft_vote, write_csv, write_json, write_npy_header)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     what = parser.add_argument_group("what to label")
     what.add_argument("stores", type=Path, nargs="+", help="test.json of models of the round before, all of this fold")
     what.add_argument("--data", type=Path, required=True, help="the competition's folder")
     what.add_argument("--exp", type=Path, required=True, help="folder of the experiment, out/EXP")
-    what.add_argument("--round", type=int, required=True, help="the round that will learn from the labels, from 1")
-    what.add_argument("--fold", type=int, required=True)
+    what.add_argument("--round", type=number(int, 1, 9), required=True,
+                      help="the round that will learn from the labels, from 1")
+    what.add_argument("--fold", type=number(int, 0), required=True)
     rule = parser.add_argument_group("rule")
-    rule.add_argument("--confident", type=float, default=0.8, help="a pixel is sure above this top probability")
-    rule.add_argument("--max-unsure", type=float, default=0.1,
+    rule.add_argument("--confident", type=number(float, 0, 1), default=0.8,
+                      help="a pixel is sure above this top probability")
+    rule.add_argument("--max-unsure", type=number(float, 0, 1), default=0.1,
                       help="a photo with more unsure pixels than this share of its foreground is dropped")
     system = parser.add_argument_group("system: does not decide the result")
     system.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks, shared by experiments")
@@ -53,8 +55,16 @@ def judge(probs, confident, max_unsure):
     foreground = pred > 0
     if not foreground.any():
         return pred, "no foreground", 0.0, 0.0
-    unsure = float((top[foreground] <= confident).mean())
+    unsure = float((top[foreground] <= confident + 1e-6).mean())  # float32 makes 0.8000001 of 204 / 255
     return pred, "unsure" if unsure > max_unsure else "", float(foreground.mean()), unsure
+
+
+def hand_decisions(path):
+    """{image_id: keep} of the rows of an index.csv whose `keep` was changed by hand."""
+    if not path.exists():
+        return {}
+    return {row["image_id"]: row["keep"] for row in read_csv(path, ("image_id", "keep", "reason"))
+            if row["keep"] != str(int(not row["reason"]))}
 
 
 def main(args):
@@ -64,15 +74,15 @@ def main(args):
     folder = pseudo_folder(args.exp, args.round, args.fold)
     rows = []
     with lock(folder):
-        (folder / "index.csv").unlink(missing_ok=True)  # it says that the rest is whole
-        with atomic_write(folder / "labels.npy") as scratch:
-            labels = np.lib.format.open_memmap(scratch, "w+", np.uint8, (len(test.ids), *makers[0][0].shape[2:]))
+        by_hand = hand_decisions(folder / "index.csv")
+        with atomic_write(folder / "labels.npy") as scratch, open(scratch, "wb") as f:
+            write_npy_header(f, (len(test.ids), *makers[0][0].shape[2:]))
             votes = soft_vote([probs for probs, _ in makers], np.ones(len(makers)))
-            for i, probs in enumerate(tqdm(votes, str(folder), len(test.ids), disable=None)):
-                labels[i], reason, foreground, unsure = judge(probs, args.confident, args.max_unsure)
-                rows.append({"image_id": test.ids[i], "keep": int(not reason), "reason": reason,
-                             "foreground": f"{foreground:.4f}", "unsure": f"{unsure:.4f}"})
-            labels.flush()
+            for image_id, probs in zip(test.ids, tqdm(votes, str(folder), len(test.ids), disable=None), strict=True):
+                label, reason, foreground, unsure = judge(probs, args.confident, args.max_unsure)
+                f.write(label)
+                rows.append({"image_id": image_id, "keep": by_hand.get(str(image_id), int(not reason)),
+                             "reason": reason, "foreground": f"{foreground:.4f}", "unsure": f"{unsure:.4f}"})
         reasons = Counter(row["reason"] or "kept" for row in rows)
         write_json(folder / "manifest.json", {
             "round": args.round, "fold": args.fold, "folds_csv": makers[0][1]["folds_csv"], "classes": test.classes,
@@ -80,8 +90,10 @@ def main(args):
             "makers": [{"store": str(path), "hash": file_hash(path), **{k: info[k] for k in ("checkpoint", "tta")}}
                        for path, (_, info) in zip(args.stores, makers, strict=True)]})
         write_csv(folder / "index.csv", rows)
+    if by_hand:
+        print(f"{folder}: {len(by_hand)} decision(s) made by hand in index.csv kept")
     print(f"{folder}: " + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()))
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

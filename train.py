@@ -14,15 +14,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import (AUGMENTATIONS, DECODERS, PAINT_ORDERS, STRIDE, EvalPhotos, build_model, claim_device, confusion,
-                    encoder_mean_std, file_hash, iou_ce, load_checkpoint, load_data, load_folds, lock,
-                    make_augmentation, normalise, predict_probs, pseudo_folder, read_csv, read_json, resize_probs,
-                    run_folder, save_checkpoint, scores, tune_process, write_csv, write_json)
+from common import (AUGMENTATIONS, DECODERS, PAINT_ORDERS, STRIDE, EvalPhotos, Help, amp, amp_dtype, build_model,
+                    claim_device, confusion, encoder_mean_std, file_hash, iou_ce, load_checkpoint, load_data,
+                    load_folds, lock, make_augmentation, normalise, number, predict_probs, pseudo_folder, read_csv,
+                    read_json, resize_probs, run_folder, run_script, save_checkpoint, scores, tune_process, write_csv,
+                    write_json)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     run = parser.add_argument_group("what to train")
     run.add_argument("--data", type=Path, required=True, help="the competition's folder")
     run.add_argument("--exp", type=Path, required=True, help="folder of the experiment, out/EXP")
@@ -30,29 +31,34 @@ def parse_args(argv=None):
     run.add_argument("--model", type=model_name, default="fpn/tu-tf_efficientnet_lite0", metavar="DECODER/ENCODER",
                      help=f"decoder: {', '.join(DECODERS)}; encoder: any of segmentation-models-pytorch, or tu- and a "
                           "timm name")
-    run.add_argument("--scale", type=int, default=512, help="side of the square training image, a multiple of 32")
-    run.add_argument("--fold", type=int, default=0, help="fold held out for validation")
-    run.add_argument("--folds", type=int, default=5, help="number of folds")
-    run.add_argument("--round", type=int, default=0, help="0: no pseudo labels; R: also learn from EXP/rR/pseudo/fFOLD")
+    run.add_argument("--scale", type=number(int, STRIDE, 4096), default=512,
+                     help="side of the square training image, a multiple of 32")
+    run.add_argument("--fold", type=number(int, 0), default=0, help="fold held out for validation")
+    run.add_argument("--folds", type=number(int, 2), default=5, help="number of folds")
+    run.add_argument("--round", type=number(int, 0, 9), default=0,
+                     help="0: no pseudo labels; R: also learn from EXP/rR/pseudo/fFOLD")
     run.add_argument("--paint", choices=PAINT_ORDERS, default="area", help="which object wins where they overlap")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--weights", default="imagenet",
                         help="of the encoder: imagenet (downloaded), none, or a file with its state dict")
-    recipe.add_argument("--epochs", type=int, default=40)
-    recipe.add_argument("--batch", type=int, default=8)
-    recipe.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    recipe.add_argument("--warmup", type=float, default=0.05, help="share of the run with a rising learning rate")
-    recipe.add_argument("--weight-decay", type=float, default=1e-2)
-    recipe.add_argument("--iou-weight", type=float, default=0.4, help="of soft IoU in the loss; rest: cross-entropy")
+    recipe.add_argument("--epochs", type=number(int, 1), default=40)
+    recipe.add_argument("--batch", type=number(int, 2), default=8)
+    recipe.add_argument("--lr", type=number(float, 0, 10), default=1e-3, help="peak learning rate")
+    recipe.add_argument("--warmup", type=number(float, 0, 0.9), default=0.05,
+                        help="share of the run with a rising learning rate")
+    recipe.add_argument("--weight-decay", type=number(float, 0, 1), default=1e-2)
+    recipe.add_argument("--iou-weight", type=number(float, 0, 1), default=0.4,
+                        help="of soft IoU in the loss; rest: cross-entropy")
     recipe.add_argument("--augment", choices=AUGMENTATIONS, default="basic")
-    recipe.add_argument("--ema", type=float, default=0.998,
+    recipe.add_argument("--ema", type=number(float, 0, 0.99999), default=0.998,
                         help="decay of the weights' moving average; the first steps use a smaller one")
-    recipe.add_argument("--seed", type=int, default=0)
-    system = parser.add_argument_group("system: none of these decides the result")
+    recipe.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0)
+    system = parser.add_argument_group("system: none of these decides the recipe")
     system.add_argument("--replace", action="store_true", help="replace a run of another recipe instead of refusing")
     system.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks, shared by experiments")
     system.add_argument("--device", default="auto", help="auto takes the first idle GPU, or the CPU")
-    system.add_argument("--workers", type=int, help="loader processes; default 0 on a CPU, else one a core up to 8")
+    system.add_argument("--workers", type=number(int, 0),
+                        help="loader processes; default 0 on a CPU, else one a core up to 8")
     return parser.parse_args(argv)
 
 
@@ -128,6 +134,7 @@ def load_pseudo(args, test, folds_hash):
 
 
 def make_loaders(args, train, test, folds, cuda):
+    import torch
     from torch.utils.data import DataLoader
     entries = [(train, i, None) for i in np.flatnonzero(folds != args.fold).tolist()]
     if args.round:
@@ -135,7 +142,9 @@ def make_loaders(args, train, test, folds, cuda):
         print(f"{len(entries)} labelled and {len(pseudo)} pseudo-labelled images")
         entries += pseudo
     workers = args.workers if args.workers is not None else min(8, os.cpu_count()) if cuda else 0
-    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": cuda}
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": cuda,
+               "multiprocessing_context": "fork" if workers else None,
+               "generator": torch.Generator()}  # of its own: else starting workers would draw from the global one
     samples = TrainSamples(entries, make_augmentation(args.augment, args.scale), args.seed)
     valid = EvalPhotos(train, np.flatnonzero(folds == args.fold).tolist(), args.scale)
     return (DataLoader(samples, batch_sampler=EpochBatches(len(entries), args.batch, args.seed), **options),
@@ -165,7 +174,7 @@ def train_one_epoch(run, loader, args, recipe, device):
             group["lr"] = lr
         images = normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"])
         masks = masks.to(device, non_blocking=True).long()
-        with torch.autocast(device.type, amp_dtype(device), enabled=device.type == "cuda"):
+        with amp(device):
             logits = model(images)
         loss = iou_ce(logits, masks, args.iou_weight)
         optimizer.zero_grad(set_to_none=True)
@@ -179,12 +188,6 @@ def train_one_epoch(run, loader, args, recipe, device):
             bar.set_postfix(loss=f"{loss_sum.item() / (step + 1):.3f}", lr=f"{lr:.1e}",
                             images_s=f"{images_seen / (time.time() - started):.1f}")
     return loss_sum.item() / len(loader), lr, images_seen / (time.time() - started)
-
-
-def amp_dtype(device):
-    """bfloat16 where the device has it, which needs no scaler, else float16."""
-    import torch
-    return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
 
 
 def evaluate(model, loader, n_classes, recipe, device):
@@ -210,8 +213,11 @@ def make_recipe(args, train):
     recipe["mean"], recipe["std"] = map(list, encoder_mean_std(args.model))
     recipe["data"], recipe["folds_csv"] = train.fingerprint, file_hash(args.exp / "folds.csv")
     if args.round:
-        recipe["pseudo"] = [file_hash(pseudo_folder(args.exp, args.round, args.fold) / name)
-                            for name in ("manifest.json", "labels.npy", "index.csv")]
+        files = [pseudo_folder(args.exp, args.round, args.fold) / name
+                 for name in ("manifest.json", "labels.npy", "index.csv")]
+        if missing := [str(path) for path in files if not path.is_file()]:
+            raise SystemExit(f"no {', no '.join(missing)}: make the pseudo labels of this round first")
+        recipe["pseudo"] = [file_hash(path) for path in files]
     return recipe
 
 
@@ -219,7 +225,10 @@ def same_recipe(path, recipe, replace):
     """Whether the checkpoint `path` was made with `recipe`; when not, say what differs and stop, unless `replace`."""
     if not path.exists():
         return False
-    old = load_checkpoint(path)["recipe"]
+    old = load_checkpoint(path)
+    if not isinstance(old, dict) or "recipe" not in old:
+        raise SystemExit(f"{path}: not a checkpoint of train.py: remove it")
+    old = old["recipe"]
     differ = [f"{k} {old.get(k)} -> {recipe.get(k)}" for k in {**old, **recipe} if old.get(k) != recipe.get(k)]
     if differ and not replace:
         raise SystemExit(f"{path} was made with another recipe: {', '.join(differ)}; pass --replace to replace it")
@@ -255,7 +264,8 @@ def start_run(args, train, folds, recipe, resume, device):
     if resume:
         state = load_checkpoint(resume)
         for name in ("model", "ema", "optimizer", "scaler"):
-            run[name].load_state_dict(state[name])
+            if state[name]:  # a scaler that is off has no state
+                run[name].load_state_dict(state[name])
         run |= {name: state[name] for name in ("epoch", "log", "best")}
         print(f"{resume.parent}: resuming after epoch {run['epoch']}")
     return run
@@ -315,7 +325,8 @@ def describe(train, test, folds):
 def main(args):
     tune_process()
     train, test = load_data(args.data, args.cache, args.paint)
-    folds = load_folds(args.exp, train, args.folds, renew=args.check)
+    with lock(args.exp, wait=True):
+        folds = load_folds(args.exp, train, args.folds, renew=args.check)
     if args.check:
         describe(train, test, folds)
         return
@@ -346,4 +357,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

@@ -22,7 +22,7 @@ import train
 from common import SUBMIT_SIZE
 
 torch.set_num_threads(1)  # for nets this small a second thread would only wait for the first
-MODEL, SCALE, CPU = "unet/tu-test_efficientnet", 96, torch.device("cpu")
+MODEL, SCALE = "unet/tu-test_efficientnet", 96
 CLASSES = ["Background", "UNKNOWN", "General trash", "Paper", "Paper pack", "Metal", "Glass", "Plastic", "Styrofoam",
            "Plastic bag", "Battery", "Clothing"]
 
@@ -65,7 +65,8 @@ def infer_line(data, cache, folder, *more):
 
 def slow_probs(model, recipe, image, flips):
     """float64 [C, SUBMIT_SIZE, SUBMIT_SIZE] of one photo: the model's answers to its mirror images, averaged."""
-    image = cv2.resize(image, (recipe["scale"],) * 2, interpolation=cv2.INTER_AREA) / 255
+    assert recipe["scale"] > max(image.shape[:2])  # a photo that is made smaller is averaged instead
+    image = cv2.resize(image, (recipe["scale"],) * 2, interpolation=cv2.INTER_LINEAR) / 255
     image = (image - recipe["mean"]) / recipe["std"]
     views = []
     for axis in flips:
@@ -83,7 +84,7 @@ def slow_probs(model, recipe, image, flips):
 def test_stores_hold_the_models_probabilities_to_a_255th(tiny_data, cache, splits, run, tta, flips):
     if tta != "flip":
         infer.main(infer_line(tiny_data, cache, run, "--tta", tta))
-    model, state = common.load_model(run / "model.pt", CPU)
+    model, state = common.load_model(run / "model.pt")
     for name, split in zip(("valid", "test"), splits, strict=True):
         store, info = common.open_store(run / f"{name}.json")
         assert info["tta"] == tta
@@ -107,12 +108,12 @@ def test_images_stand_in_the_order_of_the_jsons_and_validation_is_the_held_out_f
 
 
 def test_a_stores_json_says_what_made_it(trained, splits):
-    for name in ("valid", "test"):
+    for name, split in zip(("valid", "test"), splits, strict=True):
         info = common.read_json(trained / f"{name}.json")
         del info["image_ids"]
         assert info == {
             "classes": CLASSES, "split": name, "tta": "flip", "checkpoint": common.file_hash(trained / "model.pt"),
-            "epoch": 1, "data": splits[0].fingerprint, "model": MODEL, "scale": SCALE, "round": 0, "fold": 1,
+            "epoch": 1, "data": split.fingerprint, "model": MODEL, "scale": SCALE, "round": 0, "fold": 1,
             "folds_csv": common.file_hash(trained.parents[4] / "folds.csv"), "seed": 0, "paint": "area"}
 
 
@@ -178,7 +179,7 @@ def test_a_photo_is_kept_up_to_exactly_10_percent_unsure_foreground(n_unsure, re
 
 
 @pytest.mark.parametrize(("top", "reason"), [
-    (0.8, "unsure"), (np.nextafter(np.float32(0.8), np.float32(1)), ""), (0.79, "unsure"), (0.81, "")])
+    (0.8, "unsure"), (0.8001, ""), (0.7999, "unsure"), (0.4, "unsure"), (1.0, "")])
 def test_a_top_probability_of_exactly_80_percent_is_unsure(top, reason):
     assert pseudo_label.judge(two_class_probs([top], 20), 0.8, 0.1)[1] == reason
 
@@ -290,14 +291,40 @@ def test_the_manifest_says_what_made_the_labels(makers):
                         "max_unsure": 0.1, "photos": {"unsure": 2, "no foreground": 1, "kept": 1}}
 
 
-def test_the_index_of_pseudo_labels_is_written_last_and_removed_first(makers, monkeypatch):
+def test_the_index_of_pseudo_labels_is_written_last(makers, monkeypatch):
     written, replace = [], common.os.replace
     monkeypatch.setattr(common.os, "replace", lambda source, target: (
-        written.append((target.name, (makers.folder / "index.csv").exists())), replace(source, target)))
-    for _ in range(2):
-        pseudo_label.main(makers.args)
-    assert written == 2 * [("labels.npy", False), ("manifest.json", False), ("index.csv", False)]
+        written.append(target.name), replace(source, target)))
+    pseudo_label.main(makers.args)
+    assert written == ["labels.npy", "manifest.json", "index.csv"]
     assert {path.name for path in makers.folder.iterdir()} == {"labels.npy", "manifest.json", "index.csv", ".lock"}
+
+
+def test_decisions_made_by_hand_survive_new_labels(makers, capsys):
+    pseudo_label.main(makers.args)
+    index = makers.folder / "index.csv"
+    rows = common.read_csv(index, ("keep",))
+    rows[0]["keep"] = str(1 - int(rows[0]["keep"]))
+    common.write_csv(index, rows)
+    pseudo_label.main(makers.args)
+    assert common.read_csv(index, ("keep",)) == rows and "1 decision(s) made by hand" in capsys.readouterr().out
+
+
+def keeps(makers):
+    return [row["keep"] for row in common.read_csv(makers.folder / "index.csv", ("image_id", "keep"))]
+
+
+def test_decisions_made_by_hand_outlive_labels_made_anew_and_the_others_do_not(makers, splits):
+    pseudo_label.main(makers.args)
+    path, ids = makers.folder / "index.csv", splits[1].ids
+    assert keeps(makers) == ["0", "0", "1", "0"]
+    text = path.read_text()
+    path.write_text(text.replace(f"{ids[0]},0,", f"{ids[0]},1,").replace(f"{ids[2]},1,", f"{ids[2]},0,"))
+    pseudo_label.main(makers.args)
+    assert keeps(makers) == ["1", "0", "0", "0"]
+    makers.args.max_unsure = 1.0
+    pseudo_label.main(makers.args)
+    assert keeps(makers) == ["1", "0", "0", "1"]
 
 
 # ---- the submission file --------------------------------------------------------------------------------------------
@@ -539,7 +566,7 @@ def test_stores_of_other_classes_than_the_datas_are_refused(tiny_data, cache, ch
 
 def test_the_same_fold_of_a_recipe_twice_is_refused(tiny_data, cache, voters):
     runs = [voters["a", 0], voters["a", 1], voters["a", 0]]
-    with pytest.raises(SystemExit, match="a second run of unet/a s64 r0 flip on fold 0"):
+    with pytest.raises(SystemExit, match="a/f0: given twice"):
         ensemble.main(ensemble_line("score", tiny_data, cache, runs))
 
 
@@ -593,8 +620,8 @@ def test_score_prints_the_out_of_fold_scores_of_every_recipe_and_the_vote(
     printed = printed_scores(out)
     everywhere = slow_vote(voters.values())
     expected = {
-        "unet/a s64 r0 flip": slow_vote(run for (recipe, _), run in voters.items() if recipe == "a"),
-        "unet/b s64 r0 flip": slow_vote(run for (recipe, _), run in voters.items() if recipe == "b"),
+        f"{voters['a', 0].parent} flip": slow_vote(run for (recipe, _), run in voters.items() if recipe == "a"),
+        f"{voters['b', 0].parent} flip": slow_vote(run for (recipe, _), run in voters.items() if recipe == "b"),
         "soft vote": everywhere,
         "all background": {i: np.zeros_like(pred) for i, pred in everywhere.items()}}
     for name, preds in expected.items():
@@ -660,6 +687,14 @@ def test_no_minimum_area_is_taken_without_a_gain():
     counts = stray_counts(30, 0)
     areas, cross_fitted, verdict = ensemble.choose_min_area(counts, np.arange(30) % 3)
     assert not areas.any() and "not taken" in verdict and (cross_fitted == counts).all()
+
+
+def test_an_area_that_helps_only_where_it_was_fitted_is_not_taken():
+    counts = stray_counts(30, 0)
+    counts[0] = stray_counts(1, 5)[0]
+    assert ensemble.fit_min_area(counts)[2] > 5
+    areas, _, verdict = ensemble.choose_min_area(counts, np.arange(30) % 3)
+    assert not areas.any() and "not taken" in verdict
 
 
 def test_a_fold_is_judged_with_areas_fitted_on_the_other_folds(monkeypatch):

@@ -23,7 +23,7 @@ from common import SUBMIT_SIZE
 
 torch.set_num_threads(1)  # for nets this small a second thread would only wait for the first
 MODEL = "fpn/tu-test_efficientnet"  # an epoch takes half a second; has batch norm and dropout
-SCALE, FOLD, CPU = 64, 1, torch.device("cpu")
+SCALE, FOLD = 64, 1
 SPEED = ("images_per_s", "seconds")  # what a log has that is never the same twice
 EPOCHS, STEPS = 3, 2  # of the runs below; their 9 training images in batches of 4 are two steps, the last one of 5
 
@@ -153,14 +153,18 @@ def test_a_resumed_run_ends_in_the_bytes_of_one_never_interrupted(
     assert {path.name for path in run_of(args).iterdir()} == {"config.json", "log.csv", "model.pt", ".lock"}
 
 
-def test_a_resumed_run_trains_only_the_epochs_that_were_lost(line, tmp_path, monkeypatch, interrupt):
+def test_a_resumed_run_trains_only_the_epochs_that_were_lost_and_counts_steps_on(
+        line, tmp_path, monkeypatch, interrupt):
     args = line(tmp_path)
     start_and_stop(args, monkeypatch, interrupt, "iou_ce", STEPS * 2 + 2)
     trained, train_one_epoch = [], train.train_one_epoch
+    steps, update = [], timm.utils.ModelEmaV3.update
     monkeypatch.setattr(train, "train_one_epoch",
                         lambda run, *rest: trained.append(run["epoch"] + 1) or train_one_epoch(run, *rest))
+    monkeypatch.setattr(timm.utils.ModelEmaV3, "update",
+                        lambda self, model, step: steps.append(step) or update(self, model, step))
     train.main(args)
-    assert trained == [3]
+    assert trained == [3] and steps == [STEPS * 2 + 1, STEPS * 3]  # the average's decay rises with the step
 
 
 def test_the_same_line_again_does_nothing(line, exp, no_training, capsys):
@@ -275,11 +279,20 @@ def test_a_model_that_is_not_decoder_and_encoder_is_refused(line, tmp_path, mode
 
 @pytest.mark.parametrize("wrong", [
     ("--scale", "33"), ("--scale", "0"), ("--scale", "-32"), ("--scale", "16"), ("--fold", "3"), ("--fold", "-1"),
-    ("--weights", "nosuch.pth"), ("--folds", "99")])
-def test_a_wrong_value_is_refused_by_name_before_a_run_is_begun(line, tmp_path, no_training, wrong):
-    with pytest.raises(SystemExit, match=wrong[1]):
+    ("--folds", "99"), ("--folds", "1"), ("--weights", "nosuch.pth"), ("--round", "-1"), ("--epochs", "0"),
+    ("--batch", "0"), ("--lr", "nan"), ("--lr", "-1"), ("--warmup", "1"), ("--iou-weight", "2"), ("--ema", "2"),
+    ("--seed", "-1"), ("--workers", "-1"), ("--augment", "nosuch"), ("--paint", "nosuch")], ids=" ".join)
+def test_a_wrong_value_is_refused_by_name_before_a_run_is_begun(line, tmp_path, no_training, capsys, wrong):
+    with pytest.raises(SystemExit) as refusal:
         train.main(line(tmp_path, *wrong))
-    assert not (tmp_path / "r0").exists()
+    said = f"{refusal.value} {capsys.readouterr().err}"
+    assert wrong[0].removeprefix("--") in said and wrong[1] in said
+    assert not list(tmp_path.glob("r*"))
+
+
+def test_a_device_that_is_not_there_is_refused_before_training(line, tmp_path, no_training):
+    with pytest.raises(SystemExit, match="nosuch"):
+        train.main(line(tmp_path, "--device", "nosuch"))
 
 
 def test_weights_that_do_not_fit_are_refused_before_training(line, tmp_path, no_training):
@@ -310,7 +323,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(line
 
 def test_check_writes_the_folds_and_trains_nothing(line, tmp_path, no_training, capsys):
     train.main(line(tmp_path, "--check"))
-    assert [path.name for path in tmp_path.iterdir()] == ["folds.csv"]
+    assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"folds.csv"}
     out = capsys.readouterr().out
     assert "14 training and 4 test images, 12 classes" in out and "no faults" in out
 
@@ -413,14 +426,14 @@ def test_the_log_has_a_row_an_epoch_with_loss_rate_scores_and_iou_by_class(line,
 
 def test_the_saved_v3_is_what_the_saved_weights_score_on_the_held_out_fold(line, finished_exp, splits):
     labelled = splits[0]
-    model, state = common.load_model(run_of(line(finished_exp)) / "model.pt", CPU)
+    model, state = common.load_model(run_of(line(finished_exp)) / "model.pt")
     with open(finished_exp / "folds.csv", newline="") as f:
         held_out = [int(row["image_id"]) for row in csv.DictReader(f) if row["fold"] == str(FOLD)]
     assert state["valid_ids"] == held_out and 0 < len(held_out) < len(labelled.ids)
     mious = []
     for i in map(labelled.ids.index, held_out):
-        image = cv2.resize(labelled.image(i), (SCALE, SCALE), interpolation=cv2.INTER_AREA) / 255
-        image = (image - state["recipe"]["mean"]) / state["recipe"]["std"]
+        assert labelled.sizes[i] == [SCALE, SCALE]
+        image = (labelled.image(i) / 255 - state["recipe"]["mean"]) / state["recipe"]["std"]
         with torch.no_grad():
             logits = model(torch.from_numpy(image.transpose(2, 0, 1)[None]).float())
         probs = logits.softmax(1)[0].permute(1, 2, 0).numpy()
