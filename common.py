@@ -36,6 +36,7 @@ from tqdm import tqdm
 BACKGROUND = "Background"
 IGNORE_INDEX = 255
 SUBMIT_SIZE = 256  # side of a submitted mask, pixels: the competition's
+MAX_CLASSES = 200  # with the background; a submission is written with a byte for each id
 MAX_PIXELS = 100_000_000  # of one photo: 300 MB decoded
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -332,7 +333,7 @@ def read_image(path, height, width):
             raise ValueError(f"is {stored[0]}x{stored[1]}, the JSON says {width}x{height}")
         if image.mode.startswith("I"):  # 16 bits a pixel
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return np.asarray(image.convert("RGB"))
+        return np.array(image.convert("RGB"))
 
 
 def name_fault(name, root):
@@ -389,8 +390,8 @@ def read_categories(coco, path):
         faults.append(f"{path.name}: every category needs a whole number as id and a name, all different")
     if BACKGROUND in valid.values():
         faults.append(f"{path.name}: category {BACKGROUND}: it is class 0 without being listed; remove it")
-    if not 0 < len(valid) < IGNORE_INDEX:
-        faults.append(f"{path.name}: {len(valid)} categories; 1 to {IGNORE_INDEX - 1} can be told apart")
+    if not 0 < len(valid) < MAX_CLASSES:
+        faults.append(f"{path.name}: {len(valid)} categories; 1 to {MAX_CLASSES - 1} can be told apart")
     return dict(sorted(valid.items())), faults
 
 
@@ -886,7 +887,7 @@ def open_store(path):
     try:
         probs = np.load(path.with_suffix(".npy"), mmap_mode="r")
         expected = (len(info["image_ids"]), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as e:
         raise SystemExit(f"{path}: not a whole store: {e}; run infer.py again") from None
     if probs.shape != expected or probs.dtype != np.uint8:
         raise SystemExit(f"{path} is of uint8 {expected}, the .npy of {probs.dtype} {probs.shape}; run infer.py again")

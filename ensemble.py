@@ -10,6 +10,7 @@ and beside it a .png of some predictions.
 import argparse
 import csv
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def open_members(runs, split):
             if info[key] != first[key]:
                 raise SystemExit(f"{run}/{split}.json and {runs[0]}/{split}.json have different {key}: their models "
                                  "were made on other data or folds and can't vote together")
-        folds = members.setdefault(f"{run.parent} {info['tta']}", {})
+        folds = members.setdefault(f"{os.path.normpath(run.parent)} {info['tta']}", {})
         if info["fold"] in folds:
             raise SystemExit(f"{run}: given twice")
         folds[info["fold"]] = probs, info
@@ -75,8 +76,6 @@ def open_data(args, info, path):
 
 def encode_mask(pred):
     """b"0 0 11 3": the class ids of a mask uint8 [H, W], row by row."""
-    if pred.max() > 200:
-        raise ValueError(f"class id {pred.max()}: more than 200 classes don't fit one byte each")
     text = np.full(2 * pred.size, ord(" "), np.uint8)
     text[::2] = pred.ravel() + ord("0")  # ids from 10 on stand as the bytes after "9" until they are replaced
     text = text[:-1].tobytes()

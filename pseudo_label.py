@@ -86,12 +86,16 @@ def main(args):
         reasons = Counter(row["reason"] or "kept" for row in rows)
         write_json(folder / "manifest.json", {
             "round": args.round, "fold": args.fold, "folds_csv": makers[0][1]["folds_csv"], "classes": test.classes,
+            "labels": file_hash(folder / "labels.npy"),
             "confident": args.confident, "max_unsure": args.max_unsure, "photos": dict(reasons),
             "makers": [{"store": str(path), "hash": file_hash(path), **{k: info[k] for k in ("checkpoint", "tta")}}
                        for path, (_, info) in zip(args.stores, makers, strict=True)]})
         write_csv(folder / "index.csv", rows)
     if by_hand:
         print(f"{folder}: {len(by_hand)} decision(s) made by hand in index.csv kept")
+    if not any(str(row["keep"]) == "1" for row in rows):
+        print(f"warning: no photo is kept, so round {args.round} learns nothing new: --confident and --max-unsure are "
+              "the rule's two numbers")
     print(f"{folder}: " + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()))
 
 

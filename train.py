@@ -86,7 +86,7 @@ class TrainSamples:
         epoch, index = key
         split, i, label = self.entries[index]
         image = split.image(i)
-        mask = (split.mask(i) if label is None
+        mask = (np.array(split.mask(i)) if label is None
                 else cv2.resize(label, image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT))
         return self.augment(image, mask, np.random.default_rng([self.seed, epoch, index]))
 
@@ -119,7 +119,8 @@ def load_pseudo(args, test, folds_hash):
     """
     folder = pseudo_folder(args.exp, args.round, args.fold)
     manifest = read_json(folder / "manifest.json")
-    expected = {"round": args.round, "fold": args.fold, "folds_csv": folds_hash, "classes": test.classes}
+    expected = {"round": args.round, "fold": args.fold, "folds_csv": folds_hash, "classes": test.classes,
+                "labels": file_hash(folder / "labels.npy")}
     for key, value in expected.items():
         if manifest.get(key) != value:
             raise SystemExit(f"{folder}/manifest.json: {key} is {manifest.get(key)}, this run has {value}: its "
@@ -254,6 +255,11 @@ def start_run(args, train, folds, recipe, resume, device):
     from timm.utils import ModelEmaV3
     torch.manual_seed(args.seed)
     model = build_model(args.model, len(train.classes), "none" if resume else args.weights)
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, args.scale, args.scale))
+    except (RuntimeError, ValueError) as e:  # some decoders need more than a few pixels of the deepest map
+        raise SystemExit(f"{args.model} can't work at scale {args.scale}: {e}") from None
     set_prior(model, np.array(train.pixels)[folds != args.fold].sum(0))
     model = model.to(device, memory_format=torch.channels_last)
     run = {"model": model, "ema": ModelEmaV3(model, decay=args.ema, use_warmup=True),

@@ -531,7 +531,8 @@ def pseudo(line, exp, splits):
     common.write_csv(folder / "index.csv", [{"image_id": i, "keep": int(n != 2), "reason": ""}
                                             for n, i in enumerate(test.ids)])
     common.write_json(folder / "manifest.json", {
-        "round": 1, "fold": FOLD, "folds_csv": common.file_hash(exp / "folds.csv"), "classes": test.classes})
+        "round": 1, "fold": FOLD, "folds_csv": common.file_hash(exp / "folds.csv"), "classes": test.classes,
+        "labels": common.file_hash(folder / "labels.npy")})
     return Namespace(args=args, folder=folder, test=test)
 
 
@@ -593,7 +594,7 @@ def test_pseudo_labels_of_other_images_are_refused(pseudo, fault):
     else:
         lines = [lines[0], lines[2], lines[1], *lines[3:]] if fault == "order" else lines[:-1]
         (pseudo.folder / "index.csv").write_text("\n".join(lines) + "\n")
-    with pytest.raises(SystemExit, match="other images"):
+    with pytest.raises(SystemExit, match="other images|labels is"):
         load_pseudo(pseudo)
 
 
