@@ -15,7 +15,7 @@ MODELS     ?= fpn/tu-tf_efficientnet_lite0
 SCALES     ?= 512
 NFOLDS     ?= 5
 FOLDS      ?= $(wordlist 1,$(NFOLDS),0 1 2 3 4 5 6 7 8 9)
-ROUNDS     ?= 1
+ROUNDS     ?= 0
 MODEL      ?= $(MODELS)
 SCALE      ?= $(SCALES)
 FOLD       ?= $(FOLDS)
@@ -39,7 +39,7 @@ about.EXP         := name of the experiment; everything lands in out/EXP
 about.MODELS      := DECODER/ENCODER, one or more; MODEL= picks some for train and score
 about.SCALES      := sides of the training image, multiples of 32; SCALE= picks
 about.FOLDS       := folds to train, of NFOLDS; FOLD= picks
-about.ROUNDS      := rounds of pseudo labels before the submission
+about.ROUNDS      := rounds of pseudo labels before the submission; worth it once the models are good
 about.ROUND       := the one round of train (default 0), pseudo (1) or score (ROUNDS)
 about.NFOLDS      := folds that the training images are split into
 about.PAINT       := which object wins where they overlap: area (the smaller), id, order
@@ -168,7 +168,7 @@ demo: | $(SETUP) ## draw a small dataset and run the whole graph on it, in out/d
 	$(PY) tests/demo_data.py out/demo/data
 	$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j2) submit DATA=out/demo/data EXP=demo PY=$(PY) \
 	    WEIGHTS=none SCALES=128 MODELS='fpn/tu-tf_efficientnet_lite0 unet/tu-mobilenetv3_small_100' FOLDS='0 1' NFOLDS=2 \
-	    ROUNDS=1 EPOCHS=8 BATCH=4 LR=3e-3 PSEUDO_ARGS='--confident 0.5 --max-unsure 0.5'
+	    ROUNDS=1 EPOCHS=6 BATCH=4 LR=3e-3 PSEUDO_ARGS='--confident 0.5 --max-unsure 0.5'
 test: | $(SETUP) ## quick tests: unit, property and end to end
 	$(PY) -m pytest -q -m 'not slow'
 test-all: | $(SETUP) ## all tests

@@ -87,7 +87,7 @@ text = digest(a.batch, soft and a.image_id, [read(f"{run}/{part}") for run in a.
 write(a.out, text) if soft else print("score", text)
 '''}
 PY = f"{sys.executable} -SE"  # the stubs need no site-packages
-GRID = {"MODELS": "fpn/a unet/b", "SCALES": 64, "FOLDS": "0 1", "NFOLDS": 2, "PY": PY}
+GRID = {"MODELS": "fpn/a unet/b", "SCALES": 64, "FOLDS": "0 1", "NFOLDS": 2, "ROUNDS": 1, "PY": PY}
 ENV = {"PATH": os.environ["PATH"], "LC_ALL": "C"}  # no MAKEFLAGS or knobs of a make that runs the tests
 CHANGED = {"NFOLDS": 3, "LR": "2e-3", "TTA": "none", "PSEUDO_ARGS": "--confident 0.9", "IMAGE_ID": "file_name"}
 A0, B1 = "r0/fpn/a/s64/f0", "r1/unet/b/s64/f1"  # a run without and one with pseudo labels
