@@ -1,7 +1,7 @@
 # data -> models -> pseudo labels -> models -> out/EXP/submission.csv; `make` alone prints the commands and knobs.
 #   make -j2 submit               whatever is missing, two jobs at once
 #   make train FOLD=0 SCALE=512   one slice of the grid
-#   make submit EXP=lr3 LR=3e-4   the same graph again, kept apart in out/lr3
+#   make submit EXP=lr5 LR=5e-4   the same graph again, kept apart in out/lr5
 MAKEFLAGS   += --no-builtin-rules --warn-undefined-variables
 SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -23,7 +23,7 @@ ROUND      ?=
 PAINT      ?= area
 EPOCHS     ?= 40
 BATCH      ?= 8
-LR         ?= 1e-3
+LR         ?= 2e-3
 SEED       ?= 0
 WEIGHTS    ?= imagenet
 TTA        ?= flip

@@ -89,7 +89,7 @@ write(a.out, text) if soft else print("score", text)
 PY = f"{sys.executable} -SE"  # the stubs need no site-packages
 GRID = {"MODELS": "fpn/a unet/b", "SCALES": 64, "FOLDS": "0 1", "NFOLDS": 2, "ROUNDS": 1, "PY": PY}
 ENV = {"PATH": os.environ["PATH"], "LC_ALL": "C"}  # no MAKEFLAGS or knobs of a make that runs the tests
-CHANGED = {"NFOLDS": 3, "LR": "2e-3", "TTA": "none", "PSEUDO_ARGS": "--confident 0.9", "IMAGE_ID": "file_name"}
+CHANGED = {"NFOLDS": 3, "LR": "4e-3", "TTA": "none", "PSEUDO_ARGS": "--confident 0.9", "IMAGE_ID": "file_name"}
 A0, B1 = "r0/fpn/a/s64/f0", "r1/unet/b/s64/f1"  # a run without and one with pseudo labels
 AFTER_LABELS = ["train r1/*/f0", "infer r1/*/f0", "submit"]
 AFTER_A0 = ["pseudo r1/f0", *AFTER_LABELS]
@@ -320,7 +320,7 @@ def test_score_remakes_a_deleted_half_of_a_validation_store(built, name):
 
 
 @pytest.mark.parametrize("knobs, if_changed, if_changed_back, grid", [
-    ({"EPOCHS": 3, "BATCH": 4, "LR": "2e-3", "SEED": 1, "WEIGHTS": "none", "TRAIN_ARGS": "--augment 'none'"},
+    ({"EPOCHS": 3, "BATCH": 4, "LR": "4e-3", "SEED": 1, "WEIGHTS": "none", "TRAIN_ARGS": "--augment 'none'"},
      FROM_TRAIN, FROM_TRAIN, {}),
     ({"DATA": "./data", "PAINT": "id", "NFOLDS": 3}, EVERYTHING, EVERYTHING, {}),
     ({"INFER_ARGS": "--batch 4", "TTA": "none"}, FROM_INFER, FROM_INFER, {}),
