@@ -36,7 +36,8 @@ def line(tiny_data, tmp_path_factory):
     def parse(exp, *more):
         return train.parse_args(["--data", str(tiny_data), "--exp", str(exp), "--cache", str(cache), "--model", MODEL,
                                  "--scale", str(SCALE), "--fold", str(FOLD), "--folds", "3", "--epochs", str(EPOCHS),
-                                 "--batch", "4", "--weights", "none", "--device", "cpu", *map(str, more)])
+                                 "--batch", "4", "--lr", "1e-3", "--weights", "none", "--device", "cpu",
+                                 *map(str, more)])
     return parse
 
 
