@@ -620,6 +620,17 @@ def make_folds(present, groups, n_folds):
     return fold_of[group_of]
 
 
+def folds_fault(image_ids, folds, train, n_folds):
+    """What is wrong with the folds of a folds.csv, or None."""
+    if image_ids != [str(i) for i in train.ids]:
+        return "lists other images than DATA"
+    if set(folds) != set(range(n_folds)):
+        return f"has the folds {sorted(set(folds))}, not 0 to {n_folds - 1}"
+    if len(set(zip(train.groups, folds, strict=True))) > len(set(train.groups)):
+        return "has a group of images in two folds"
+    return None
+
+
 def load_folds(exp, train, n_folds, renew=False):
     """Fold of every training image, from EXP/folds.csv, which is written when it isn't there.
 
@@ -629,11 +640,7 @@ def load_folds(exp, train, n_folds, renew=False):
     if path.exists():
         rows = read_csv(path, ("image_id", "group", "fold"))
         folds = np.array([int(row["fold"]) if row["fold"].isdecimal() else -1 for row in rows])
-        wrong = ("lists other images than DATA" if [row["image_id"] for row in rows] != [str(i) for i in train.ids] else
-                 f"has the folds {sorted(set(folds.tolist()))}, not 0 to {n_folds - 1}"
-                 if set(folds.tolist()) != set(range(n_folds)) else
-                 "has a group of images in two folds" if len({*zip(train.groups, folds.tolist(), strict=True)})
-                 > len(set(train.groups)) else None)
+        wrong = folds_fault([row["image_id"] for row in rows], folds.tolist(), train, n_folds)
         if wrong is None:
             return folds
         if not renew:

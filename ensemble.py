@@ -135,7 +135,7 @@ def submit(args):
     train, test = open_data(args, info, args.runs[0])
     if info["image_ids"] != test.ids:
         raise SystemExit(f"{args.runs[0]}/test.json is of other images than {args.data}/test.json: run infer.py again")
-    min_area = print_scores(args, train)
+    min_area = print_scores(args, open_members(args.runs, "valid")[0], train)
     stores, weights = [], []
     for folds in members.values():  # the folds of a recipe share its vote
         stores += [probs for probs, _ in folds.values()]
@@ -175,9 +175,8 @@ def oof_confusions(recipes, train):
     return images, np.array([fold_of[i] for i in images]), np.stack([counts[i] for i in images])
 
 
-def print_scores(args, train):
+def print_scores(args, members, train):
     """Print every recipe, the vote and what follows it, out of fold; returns the minimum area by class to use."""
-    members, _ = open_members(args.runs, "valid")
     rows = {name: oof_confusions([folds], train)[2] for name, folds in members.items()}
     images, folds, vote = oof_confusions(list(members.values()), train)
     rows["soft vote"] = vote
@@ -256,8 +255,8 @@ def main(args):
     if args.command == "soft":
         submit(args)
     else:
-        _, info = open_members(args.runs, "valid")
-        print_scores(args, open_data(args, info, args.runs[0])[0])
+        members, info = open_members(args.runs, "valid")
+        print_scores(args, members, open_data(args, info, args.runs[0])[0])
 
 
 if __name__ == "__main__":
