@@ -31,6 +31,10 @@ IMAGE_ID   ?= id
 TRAIN_ARGS ?=
 INFER_ARGS ?=
 PSEUDO_ARGS ?=
+SNAPSHOTS  ?= 0
+TRIALS     ?= 20
+GPUS       ?= 1
+LAUNCH     ?=
 DEVICE     ?= auto
 PY         ?= .venv/bin/python
 STRICT     ?=
@@ -51,14 +55,18 @@ about.WEIGHTS     := of the encoder: imagenet (downloaded), none, or a file
 about.TTA         := views averaged in prediction: none, flip, flip_rot, d4
 about.IMAGE_ID    := what names an image in the submission: id, file_name
 about.TRAIN_ARGS  := more arguments for train.py, INFER_ARGS and PSEUDO_ARGS likewise: see python train.py --help
+about.SNAPSHOTS   := epochs of a run that vote together; 0: its best one alone
+about.TRIALS      := recipes that sweep tries
+about.GPUS        := processes, each with a GPU, of one run; on a CPU as many processes
+about.LAUNCH      := goes before every recipe's command, such as srun --gpus=1
 about.DEVICE      := auto takes an idle GPU, or the CPU
 about.PY          := python to use; PY=python takes the current environment
 about.STRICT      := 1: an edited script rebuilds what it made
 KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT EPOCHS BATCH LR SEED WEIGHTS TTA \
-         IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS DEVICE PY STRICT
+         IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS SNAPSHOTS TRIALS GPUS LAUNCH DEVICE PY STRICT
 typos := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(filter-out $(KNOBS),$v)))
 $(if $(strip $(typos)),$(error unknown knob: $(strip $(typos)); there are $(KNOBS)))
-$(foreach v,$(filter-out ROUND %_ARGS STRICT,$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
+$(foreach v,$(filter-out ROUND %_ARGS LAUNCH STRICT,$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
 $(if $(and $(filter pseudo,$(value MAKECMDGOALS)),$(filter 0,$(ROUND))),$(error ROUND=0 learns from no pseudo labels))
 $(foreach v,DATA EXP,$(if $(word 2,$($v)),$(error $v is '$($v)': make takes no path with a blank in it)))
 
@@ -78,7 +86,8 @@ JSON   := $(firstword $(wildcard $(DATA)/train_all.json) $(DATA)/train.json) $(D
 # ---- stamps: remade only when their text changes, so a changed knob rebuilds what reads it
 data         := --data $(DATA) --folds $(NFOLDS) --paint $(PAINT)
 flags.data   := $(data) $(JSON)
-flags.train  := --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) $(TRAIN_ARGS)
+flags.train  := --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) \
+                --snapshots $(SNAPSHOTS) $(TRAIN_ARGS)
 flags.infer  := --tta $(TTA) $(INFER_ARGS)
 flags.pseudo := $(PSEUDO_ARGS) $(MODELS) $(SCALES)
 flags.submit := --image-id $(IMAGE_ID) --batch $(BATCH) $(FINAL)
@@ -90,13 +99,15 @@ $(STAMPS): ; @mkdir -p $(@D) && printf %s '$(subst ','\'',$(call text,$@))' >$@
 # ---- graph: scripts are prerequisites only under STRICT=1 --------------------
 SETUP := $(filter .venv/.installed,$(PY:.venv/bin/python=.venv/.installed))
 code   = $(if $(STRICT),$1 common.py)
-# as many threads as each of the -j jobs has cores: more would only wait for each other
+run    = $(LAUNCH) $(PY)
+ranked = $(run) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc-per-node $(GPUS))
+# as many threads as each process of the -j jobs has cores: more would only wait for each other
 cores := $(shell nproc)
 jobs   = $(or $(patsubst -j%,%,$(patsubst -j,-j$(cores),$(filter -j%,$(MAKEFLAGS)))),1)
-export OMP_NUM_THREADS = $(shell n=$$(( $(cores) / $(jobs) )); echo $$(( n > 0 ? n : 1 )))
+export OMP_NUM_THREADS = $(shell n=$$(( $(cores) / $(jobs) / $(GPUS) )); echo $$(( n > 0 ? n : 1 )))
 
 $(OUT)/folds.csv: $(JSON) $(OUT)/.flags/data | $(SETUP)
-	$(PY) train.py --check --exp $(OUT) --cache $(CACHE) $(data)
+	$(run) train.py --check --exp $(OUT) --cache $(CACHE) $(data)
 	@touch $@
 
 # A script that writes several files stands in the graph with the last of them; the others wait for it, and when one
@@ -108,15 +119,16 @@ stores  = $1/test.npy $1/test.json \
 .PHONY: again
 
 # $1 folder of the run, $2 round, $3 model, $4 scale, $5 fold
-define run
+define one_run
 $1/model.pt: $(OUT)/folds.csv $(OUT)/.flags/train $(if $(filter-out 0,$2),$(call labels,$2,$5)) \
              $(call code,train.py) | $(SETUP)
 	$(if $(STRICT),rm -f $1/model.pt)
-	$(PY) train.py --exp $(OUT) --cache $(CACHE) $(data) --model $3 --scale $4 --fold $5 --round $2 \
+	$(ranked) train.py --exp $(OUT) --cache $(CACHE) $(data) --model $3 --scale $4 --fold $5 --round $2 \
 	    $(flags.train) --device $(DEVICE) --replace
 $1/valid.npy $1/valid.json $1/test.npy: | $1/test.json ;
 $1/test.json: $1/model.pt $(OUT)/.flags/infer $(call again,$(call stores,$1)) $(call code,infer.py) | $(SETUP)
-	$(PY) infer.py --data $(DATA) --cache $(CACHE) --checkpoint $1/model.pt $(flags.infer) --device $(DEVICE)
+	$(ranked) infer.py --data $(DATA) --cache $(CACHE) $(flags.infer) --checkpoint $1/$(if $(filter \
+	    0,$(SNAPSHOTS)),model.pt,epoch-*.pt) --device $(DEVICE)
 endef
 
 # $1 round, $2 fold: the labels that this round learns from, by all models of the round before and the same fold
@@ -126,18 +138,18 @@ $(OUT)/r$1/pseudo/f$2/index.csv: $(call again,$(call labels,$1,$2)) \
     $(addsuffix /test.json,$(call grid,$(call prev,$1),$(MODELS),$(SCALES),$2)) \
     $(addsuffix /test.npy,$(call grid,$(call prev,$1),$(MODELS),$(SCALES),$2)) \
     $(OUT)/.flags/pseudo $(call code,pseudo_label.py) | $(SETUP)
-	$(PY) pseudo_label.py --data $(DATA) --cache $(CACHE) --exp $(OUT) --round $1 --fold $2 $(PSEUDO_ARGS) \
+	$(run) pseudo_label.py --data $(DATA) --cache $(CACHE) --exp $(OUT) --round $1 --fold $2 $(PSEUDO_ARGS) \
 	    $$(filter %.json,$$^)
 endef
 
 every := $(sort $(foreach r,$(ROUNDS) $(ROUND) 1,$(call upto,$r)))
 $(foreach r,$(every),$(foreach m,$(sort $(MODELS) $(MODEL)),$(foreach s,$(sort $(SCALES) $(SCALE)),$(foreach \
-    f,$(sort $(FOLDS) $(FOLD)),$(eval $(call run,$(OUT)/r$r/$m/s$s/f$f,$r,$m,$s,$f))))))
+    f,$(sort $(FOLDS) $(FOLD)),$(eval $(call one_run,$(OUT)/r$r/$m/s$s/f$f,$r,$m,$s,$f))))))
 $(foreach r,$(filter-out 0,$(every)),$(foreach f,$(sort $(FOLDS) $(FOLD)),$(eval $(call pseudo,$r,$f))))
 
 $(OUT)/submission.csv: $(foreach file,valid.npy valid.json test.npy test.json,$(FINAL:=/$(file))) \
                        $(OUT)/.flags/submit $(call code,ensemble.py) | $(SETUP)
-	$(PY) ensemble.py soft --data $(DATA) --cache $(CACHE) --image-id $(IMAGE_ID) --batch $(BATCH) --out $@ $(FINAL)
+	$(run) ensemble.py soft --data $(DATA) --cache $(CACHE) --image-id $(IMAGE_ID) --batch $(BATCH) --out $@ $(FINAL)
 $(filter-out $(wildcard $(JSON)),$(JSON)):
 	@echo 'no $@: DATA=$(DATA) must be the folder of the competition with train.json, test.json and the photos' >&2; exit 1
 
@@ -158,12 +170,12 @@ help: ## show this text
 	    $k '$(subst ','\'',$($k))' '$(about.$k)')
 setup: .venv/.installed ## make .venv from requirements.txt, once; every command that needs it does
 check: $(JSON) $(OUT)/.flags/data | $(SETUP) ## check the data and list all faults at once
-	$(PY) train.py --check --exp $(OUT) --cache $(CACHE) $(data)
+	$(run) train.py --check --exp $(OUT) --cache $(CACHE) $(data)
 train: $(addsuffix /model.pt,$(call grid,$(or $(ROUND),0),$(MODEL),$(SCALE),$(FOLD))) ## the models; narrow with MODEL= SCALE= FOLD= ROUND=
 pseudo: $(foreach f,$(FOLD),$(OUT)/r$(or $(ROUND),1)/pseudo/f$f/index.csv) ## pseudo labels for the test photos
 submit: $(OUT)/submission.csv ## everything up to out/EXP/submission.csv
 score: $(addsuffix /valid.json,$(call grid,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))) ## out-of-fold scores of every recipe and of their vote
-	@$(PY) ensemble.py score --data $(DATA) --cache $(CACHE) --batch $(BATCH) $(^:/valid.json=)
+	@$(run) ensemble.py score --data $(DATA) --cache $(CACHE) --batch $(BATCH) $(^:/valid.json=)
 demo: | $(SETUP) ## draw a small dataset and run the whole graph on it, in out/demo
 	$(PY) tests/demo_data.py out/demo/data
 	$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j2) submit DATA=out/demo/data EXP=demo PY=$(PY) \

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import platform
+import re
 import socket
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -218,6 +219,27 @@ def claim_device(name="auto"):
             print("all GPUs are taken: waiting for one", flush=True)
         waiting = True
         time.sleep(5)
+
+
+def ranks():
+    """(rank of this process, number of processes) under torchrun, (0, 1) without; only rank 0 is to print and write."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks(name):
+    """The device of this process; under torchrun a GPU of its own or the CPU, and the others have been met."""
+    rank, n_ranks = ranks()
+    if n_ranks == 1:
+        return claim_device(name)
+    import torch
+    cuda = torch.cuda.is_available() and name != "cpu"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+    return device
 
 
 def amp(device):
@@ -676,13 +698,80 @@ class EvalPhotos:
         return image, truth
 
 
+class TrainSamples:
+    """Augmented (image uint8 [scale, scale, 3], mask uint8 [scale, scale]) by key (epoch, index).
+
+    Everything random is drawn from (seed, epoch, index): neither resuming nor the number of workers changes a sample.
+    """
+
+    def __init__(self, entries, augment, seed):
+        self.entries, self.augment, self.seed = entries, augment, seed  # entries: (Split, index, pseudo label or None)
+
+    def __getitem__(self, key):
+        import cv2
+        epoch, index = key
+        split, i, label = self.entries[index]
+        image = split.image(i)
+        mask = (np.array(split.mask(i)) if label is None
+                else cv2.resize(label, image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT))
+        return self.augment(image, mask, np.random.default_rng([self.seed, epoch, index]))
+
+
+class EpochBatches:
+    """Batches of keys (epoch, index), in an order drawn from (seed, epoch); set `epoch` before each pass.
+
+    Each rank gets its share of every batch. A last batch that would leave a rank fewer than two images, which batch
+    norm needs, joins the batch before it. With `odds` [N] images are drawn by them, else each comes once.
+    """
+
+    def __init__(self, n_images, batch_size, seed, odds=None):
+        self.n_images, self.seed, self.odds, self.epoch = n_images, seed, odds, 0
+        self.rank, self.n_ranks = ranks()
+        self.starts = list(range(0, n_images, batch_size))
+        if n_images - self.starts[-1] < 2 * self.n_ranks and len(self.starts) > 1:
+            self.starts.pop()
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __iter__(self):
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = (rng.permutation(self.n_images) if self.odds is None
+                 else rng.choice(self.n_images, self.n_images, p=self.odds)).tolist()
+        for start, stop in zip(self.starts, [*self.starts[1:], self.n_images], strict=True):
+            yield [(self.epoch, index) for index in order[start:stop][self.rank::self.n_ranks]]
+
+
+def rare_odds(present):
+    """[N] chances to draw each image: inverse to the number of images with its rarest class; present bool [N, C]."""
+    odds = (present / present.sum(0).clip(1)).max(1)
+    return odds / odds.sum()
+
+
 # ---- augmentation ---------------------------------------------------------------------------------------------------
 
-# name -> what happens to a training image and its mask together, ending at SCALE x SCALE; A is albumentations
-AUGMENTATIONS = {
-    "none": lambda A, size, resize: [A.Resize(*size, **resize)],
-    "basic": lambda A, size, resize: [A.RandomResizedCrop(size, scale=(0.25, 1), **resize), A.D4(p=1)],
-}
+def augmentations(A, size, cv2):
+    """{recipe: what happens to a training image and its mask together, ending at `size`}; A is albumentations.
+
+    Where a distortion brings in pixels from outside, and where a cutout hides the image, the mask is IGNORE_INDEX.
+    """
+    how = {"interpolation": cv2.INTER_LINEAR, "mask_interpolation": cv2.INTER_NEAREST_EXACT}
+    warp = how | {"mask_interpolation": cv2.INTER_NEAREST, "border_mode": cv2.BORDER_CONSTANT,
+                  "fill_mask": IGNORE_INDEX}
+    crop = [A.RandomResizedCrop(size, scale=(0.25, 1), **how)]
+    colour = [A.RandomBrightnessContrast(0.2, 0.2, p=0.5), A.HueSaturationValue(10, 20, 10, p=0.3)]
+    return {"none": [A.Resize(*size, **how)],
+            "flip": [A.Resize(*size, **how), A.HorizontalFlip(p=0.5)],
+            "basic": [*crop, A.D4(p=1)],  # the 8 combinations of flips and quarter turns
+            "colour": [*crop, A.D4(p=1), *colour],
+            "strong": [*crop, A.D4(p=1), *colour,
+                       A.OneOf([A.GaussianBlur((3, 7)), A.GaussNoise((0.02, 0.1)),
+                                A.ImageCompression(quality_range=(40, 90))], p=0.3),
+                       A.OneOf([A.GridDistortion(**warp), A.ElasticTransform(60, 8, **warp)], p=0.3),
+                       A.CoarseDropout((1, 6), (0.05, 0.2), (0.05, 0.2), fill_mask=IGNORE_INDEX, p=0.3)]}
+
+
+AUGMENTATIONS = ("none", "flip", "basic", "colour", "strong")
 
 
 def make_augmentation(name, scale):
@@ -691,14 +780,37 @@ def make_augmentation(name, scale):
 
     import albumentations as A
     import cv2
-    resize = {"interpolation": cv2.INTER_LINEAR, "mask_interpolation": cv2.INTER_NEAREST_EXACT}
-    transform = A.Compose(AUGMENTATIONS[name](A, (scale, scale), resize))
+    transform = A.Compose(augmentations(A, (scale, scale), cv2)[name])
 
     def augment(image, mask, rng):
         transform.set_random_state(rng, random.Random(int(rng.integers(2 ** 32))))
         out = transform(image=image, mask=mask)
         return out["image"], out["mask"]
     return augment
+
+
+# ---- ClassMix -------------------------------------------------------------------------------------------------------
+
+
+def classmix(images, masks, prob, weights, rng):
+    """ClassMix (arXiv 2007.07936): onto each image of a batch half the classes of another, with probability `prob`.
+
+    images uint8 [B, H, W, 3], masks uint8 [B, H, W]; the classes are drawn in proportion to `weights` [C], without
+    replacement. Pixels of IGNORE_INDEX are never pasted. `rng` decides all, so the result doesn't depend on the device.
+    """
+    import torch
+    n, device = len(images), masks.device
+    other = torch.from_numpy((np.arange(n) + rng.integers(1, n)) % n).to(device)
+    # the k earliest of waiting times with the rates `weights` are k draws without replacement
+    times = torch.from_numpy(rng.exponential(size=(n, len(weights))) / weights).to(device)
+    mixed = torch.from_numpy(rng.random(n) < prob).to(device)
+    flat = masks[other].flatten(1).long()
+    chosen = torch.zeros(n, 256, dtype=torch.bool, device=device)  # [image, class id]
+    present = chosen.scatter(1, flat, True)[:, :len(weights)]
+    rank = times.where(present, np.inf).argsort(1).argsort(1)
+    chosen[:, :len(weights)] = present & (rank < (present.sum(1, keepdim=True) + 1) // 2) & mixed[:, None]
+    paste = chosen.gather(1, flat).view_as(masks)
+    return images[other].where(paste[..., None], images), masks[other].where(paste, masks)
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -708,7 +820,7 @@ DECODERS = {name: (name, {}) for name in ("unet", "unetplusplus", "manet", "link
                                           "deeplabv3plus", "pan", "upernet", "segformer", "dpt")}
 # 64 and 32 channels train three times as many images/s on a CPU as smp's own 256 and 128, which are fpn-wide
 DECODERS |= {"fpn": ("fpn", {"decoder_pyramid_channels": 64, "decoder_segmentation_channels": 32}),
-             "fpn-wide": ("fpn", {})}
+             "fpn-wide": ("fpn", {}), "efficientdet": ("efficientdet", {})}
 STRIDE = 32  # of the deepest encoder map: what the sides of an input must be a multiple of
 
 
@@ -728,12 +840,119 @@ def build_model(name, n_classes, weights="none"):
         check_timm_weights(encoder.removeprefix("tu-"), weights)
         options = options | {"encoder_weights": True, "pretrained_cfg_overlay": {"file": str(weights)}}
     try:
-        model = smp.create_model(architecture, encoder, classes=n_classes, **{"encoder_weights": None} | options)
+        options = {"encoder_weights": None} | options
+        model = (build_efficientdet(encoder, n_classes, **options) if architecture == "efficientdet" else
+                 smp.create_model(architecture, encoder, classes=n_classes, **options))
         if weights not in ("none", "imagenet") and not encoder.startswith("tu-"):
             model.encoder.load_state_dict(load_state_dict(weights))
     except Exception as e:  # smp, timm and the hub raise many types; the reason is in the message
         cure = "; to work without the network bring the weights as --weights FILE, or take --weights none"
         raise SystemExit(f"{name} with weights {weights}: {e}{cure if weights == 'imagenet' else ''}") from None
+    return padded(model)
+
+
+# (width, layers) of the BiFPN in EfficientDet-D0 to D7 (table 1 of arXiv 1911.09070), by the size in the encoder's
+# name, b0 to b7 or lite0 to lite4; D0's if it has none
+BIFPN_SIZES = ((64, 3), (88, 4), (112, 5), (160, 6), (224, 7), (288, 7), (384, 8), (384, 8))
+
+
+def bifpn_modules():
+    """(Node, BiFPNLayer, down): the classes of one fusion node and of the eight in a layer; the way a level down."""
+    import torch
+    from torch import nn
+    from torch.nn.functional import interpolate
+    down = nn.MaxPool2d(3, stride=2, padding=1)  # of n pixels ceil(n / 2)
+
+    class Node(nn.Module):
+        def __init__(self, width, n_inputs):
+            super().__init__()
+            self.weights = nn.Parameter(torch.ones(n_inputs))
+            self.conv = nn.Sequential(nn.SiLU(), nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
+                                      nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width))
+
+        def forward(self, *maps):
+            """[B, width, h, w] from n such maps: fast normalised fusion (section 3.3), swish, separable convolution."""
+            weights = self.weights.relu()
+            return self.conv(sum(w * x for w, x in zip(weights / (1e-4 + weights.sum()), maps, strict=True)))
+
+    class BiFPNLayer(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.m6, self.m5, self.m4, self.o3 = (Node(width, 2) for _ in range(4))
+            self.o4, self.o5, self.o6, self.o7 = (Node(width, n) for n in (3, 3, 3, 2))
+
+        def forward(self, p3, p4, p5, p6, p7, q4, q5):
+            """P3..P7, each [B, width, h, w], from P3..P7; q4 and q5 stand for P4 and P5 on the way up. Figure 2d."""
+            m6 = self.m6(p6, interpolate(p7, p6.shape[2:]))  # to a size, not by 2: a level of 3 lies above one of 5
+            m5 = self.m5(p5, interpolate(m6, p5.shape[2:]))
+            m4 = self.m4(p4, interpolate(m5, p4.shape[2:]))
+            o3 = self.o3(p3, interpolate(m4, p3.shape[2:]))
+            o4 = self.o4(q4, m4, down(o3))
+            o5 = self.o5(q5, m5, down(o4))
+            o6 = self.o6(p6, m6, down(o5))
+            return o3, o4, o5, o6, self.o7(p7, down(o6))
+    return Node, BiFPNLayer, down
+
+
+def build_bifpn(channels, width, n_layers):
+    """Decoder from an encoder's maps, the last four at strides 4 to 32 and `channels` deep, to [B, width, H/4, W/4]."""
+    from torch import nn
+    from torch.nn.functional import interpolate, silu
+    Node, BiFPNLayer, down = bifpn_modules()
+    c2, c3, c4, c5 = (int(c) for c in channels[-4:])  # Conv2d refuses floats
+
+    class BiFPN(nn.Module):
+        def __init__(self):
+            super().__init__()
+            # as in google/automl: P6 too starts from the encoder's last map, and the first way up projects anew (q)
+            self.p2, self.p3, self.p4, self.p5, self.p6, self.q4, self.q5 = (
+                nn.Sequential(nn.Conv2d(c, width, 1, bias=False), nn.BatchNorm2d(width))
+                for c in (c2, c3, c4, c5, c5, c4, c5))
+            self.layers = nn.ModuleList(BiFPNLayer(width) for _ in range(n_layers))
+            self.join = Node(width, 6)
+
+        def forward(self, features):
+            x2, x3, x4, x5 = features[-4:]
+            p2, p6, q4, q5 = self.p2(x2), down(self.p6(x5)), self.q4(x4), self.q5(x5)
+            levels = self.p3(x3), self.p4(x4), self.p5(x5), p6, down(p6)
+            for layer in self.layers:
+                levels = layer(*levels, q4, q5)
+                q4, q5 = levels[1:3]
+            # P3 alone would leave half of the last layer untrained; nearest would show P7's squares, 128 px wide
+            return silu(self.join(p2, *(interpolate(p, p2.shape[2:], mode="bilinear") for p in levels)))
+    return BiFPN()
+
+
+def build_efficientdet(encoder_name, n_classes, encoder_weights, **options):
+    """EfficientDet (arXiv 1911.09070) with a segmentation head in place of its detection heads; float [B, 3, H, W] to
+    logits [B, n_classes, H, W]. The options go to smp.encoders.get_encoder.
+    """
+    import segmentation_models_pytorch as smp
+    size = re.search(r"(?<![a-z])(?:b|lite)([0-7])(?!\d)", encoder_name)
+    width, n_layers = BIFPN_SIZES[int(size[1]) if size else 0]
+
+    class EfficientDet(smp.base.SegmentationModel):
+        def __init__(self):
+            super().__init__()
+            self.encoder = smp.encoders.get_encoder(encoder_name, weights=encoder_weights, **options)
+            self.decoder = build_bifpn(self.encoder.out_channels, width, n_layers)
+            self.segmentation_head = smp.base.SegmentationHead(width, n_classes, kernel_size=1, upsampling=4)
+            self.classification_head = None
+            self.initialize()
+    return EfficientDet()
+
+
+def padded(model):
+    """The same model, which now pads images whose sides are no multiples of STRIDE and crops its logits back."""
+    from torch.nn.functional import pad
+
+    class Padded(type(model)):
+        def forward(self, images):
+            height, width = images.shape[2:]
+            if height % STRIDE or width % STRIDE:
+                images = pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
+            return super().forward(images)[..., :height, :width]
+    model.__class__ = Padded
     return model
 
 
@@ -781,39 +1000,75 @@ def normalise(images, mean, std):
     return images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
 
 
-def load_model(path):
-    """(model in eval mode on the CPU, the checkpoint's other content), from the checkpoint alone."""
-    state = load_checkpoint(path)
-    if not isinstance(state, dict) or not {"model", "recipe", "classes", "valid_ids"} <= state.keys():
-        raise SystemExit(f"{path}: not a model.pt of train.py")
-    import torch
-    model = build_model(state["recipe"]["model"], len(state["classes"]))
-    model.load_state_dict(state.pop("model"))
-    return model.to(memory_format=torch.channels_last).eval(), state
-
-
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
 
-def iou_ce(logits, mask, iou_weight=0.4):
-    """iou_weight x (1 - soft IoU) + (1 - iou_weight) x cross-entropy over the labelled pixels; a float32 scalar.
+def region_loss(of_iou, log_probs, log_true, target, labelled):
+    """1 - of_iou(soft IoU), mean over the classes in the batch's truth.
 
-    logits [B, C, H, W]; mask int64 [B, H, W] with IGNORE_INDEX where unlabelled. Soft IoU (Rahman and Wang 2016) is
-    taken over the whole batch and averaged over the classes in its truth. Without a labelled pixel the loss is 0.
+    Soft IoU of a class is the overlap of truth and probabilities, summed over the batch, by their union (Rahman and
+    Wang 2016).
     """
-    labelled = mask != IGNORE_INDEX
-    target = mask.where(labelled, 0)
-    log_probs = logits.float().log_softmax(dim=1)
-    log_true = log_probs.gather(1, target[:, None]).squeeze(1)  # [B, H, W], of the true class
-    cross_entropy = -(log_true * labelled).sum() / labelled.sum().clamp(min=1)
-    per_class = log_probs.new_zeros(logits.shape[1])
+    per_class = log_probs.new_zeros(log_probs.shape[1])
     overlap = per_class.scatter_add(0, target.flatten(), (log_true.exp() * labelled).flatten())
     truth = per_class.scatter_add(0, target.flatten(), labelled.flatten().float())
     predicted = (log_probs.exp() * labelled[:, None]).sum((0, 2, 3))
     present = truth > 0  # no branch and no boolean index: either would make a GPU wait for the answer
     iou = overlap / (truth + predicted - overlap).where(present, 1)
-    missed = ((1 - iou) * present).sum() / present.sum().clamp(min=1)
-    return iou_weight * missed + (1 - iou_weight) * cross_entropy
+    return ((1 - of_iou(iou)) * present).sum() / present.sum().clamp(min=1)
+
+
+def lovasz(log_probs, log_true, target, labelled):
+    """Lovasz-softmax (Berman et al. 2018, algorithm 1) over the batch, mean over the classes in its truth."""
+    import torch
+    probs = log_probs.exp().transpose(0, 1).flatten(1)  # [C, pixels]
+    truth = ((torch.arange(len(probs), device=probs.device)[:, None] == target.flatten()) & labelled.flatten()).float()
+    errors, order = ((truth - probs).abs() * labelled.flatten()).sort(dim=1, descending=True)
+    truth = truth.gather(1, order)
+    n_true = truth.sum(1, keepdim=True)
+    jaccard = 1 - (n_true - truth.cumsum(1)) / (n_true + (1 - truth).cumsum(1)).clamp(min=1)
+    steps = torch.cat([jaccard[:, :1], jaccard[:, 1:] - jaccard[:, :-1]], dim=1)
+    present = n_true.squeeze(1) > 0
+    return ((errors * steps).sum(1) * present).sum() / present.sum().clamp(min=1)
+
+
+def pixel_loss(log_probs, log_true, target, labelled, gamma, smoothing, weights):
+    """Cross-entropy, mean over labelled pixels weighted by class, as torch defines smoothing and weights.
+
+    gamma > 0 turns down pixels that are right already by (1 - probability) ** gamma: focal loss (Lin et al. 2017).
+    """
+    weight = labelled if weights is None else weights[target] * labelled
+    loss = -log_true * weight * ((1 - log_true.exp()) ** gamma if gamma else 1)
+    if smoothing:
+        even = -(log_probs if weights is None else log_probs * weights[:, None, None]).mean(1) * labelled
+        loss = (1 - smoothing) * loss + smoothing * even
+    return loss.sum() / weight.sum().clamp(min=1e-6)
+
+
+iou_loss = partial(region_loss, lambda iou: iou)
+dice_loss = partial(region_loss, lambda iou: 2 * iou / (1 + iou))  # is 2 x overlap / (truth + probabilities)
+# name -> (term over regions, gamma of the term over pixels); None: it has no such term
+LOSSES = {"iou_ce": (iou_loss, 0), "ce": (None, 0), "iou": (iou_loss, None), "dice_ce": (dice_loss, 0),
+          "focal": (None, 2), "lovasz": (lovasz, None)}
+
+
+def make_loss(name, ratio=0.4, smoothing=0.0, weights=None):
+    """A function (logits [B, C, H, W], mask int64 [B, H, W]) -> float32 scalar over the labelled pixels.
+
+    ratio: share of the region term where a loss has both; weights: float [C] of the pixel term, or None. A batch
+    without a labelled pixel gives 0.
+    """
+    region, gamma = LOSSES[name]
+    ratio = 0 if region is None else 1 if gamma is None else ratio
+
+    def loss(logits, mask):
+        labelled = mask != IGNORE_INDEX
+        target = mask.where(labelled, 0)
+        log_probs = logits.float().log_softmax(dim=1)
+        parts = log_probs, log_probs.gather(1, target[:, None]).squeeze(1), target, labelled
+        total = ratio * region(*parts) if ratio else 0
+        return total + (1 - ratio) * pixel_loss(*parts, gamma, smoothing, weights) if ratio < 1 else total
+    return loss
 
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
@@ -849,33 +1104,7 @@ def scores(confusions, batch_size):
     return {"v1": image_miou(batches).mean(), "v2": np.nanmean(iou), "v3": image_miou(confusions).mean(), "iou": iou}
 
 
-# ---- TTA and stores -------------------------------------------------------------------------------------------------
-
-
-def view(quarter_turns, mirrored=False):
-    """(apply, undo) on [..., H, W]: the image mirrored left to right or not, then turned anticlockwise."""
-    def apply(x):
-        return (x.flip(-1) if mirrored else x).rot90(quarter_turns, (-2, -1))
-
-    def undo(x):
-        x = x.rot90(-quarter_turns, (-2, -1))
-        return x.flip(-1) if mirrored else x
-    return apply, undo
-
-
-# name -> views; flips and turns together make only these 8 different orientations
-TTA = {"none": [view(0)],
-       "flip": [view(0), view(0, mirrored=True), view(2, mirrored=True)],  # left to right and upside down
-       "flip_rot": [view(0), view(0, mirrored=True), view(2, mirrored=True), view(1), view(2), view(3)],
-       "d4": [view(turns, mirrored) for turns in range(4) for mirrored in (False, True)]}
-
-
-def predict_probs(model, images, tta="none"):
-    """probs [B, C, H, W] averaged over the views of a TTA set; images normalised [B, 3, H, W]."""
-    import torch
-    views = TTA[tta]
-    with torch.inference_mode(), amp(images.device):
-        return sum(undo(model(apply(images)).float().softmax(dim=1)) for apply, undo in views) / len(views)
+# ---- stores -------------------------------------------------------------------------------------------------------
 
 
 def resize_probs(probs):
@@ -909,43 +1138,3 @@ def soft_vote(stores, weights):
     weights = np.float32(weights) / np.float32(255 * np.sum(weights))
     for images in zip(*stores, strict=True):
         yield sum(weight * image for weight, image in zip(weights, images, strict=True))
-
-
-# ---- pictures -------------------------------------------------------------------------------------------------------
-
-# Okabe and Ito's colours for the colour-blind and four of Tol's; class 1 has the first, after the last they repeat
-PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
-           (136, 34, 85), (51, 34, 136), (187, 187, 187), (255, 255, 255))
-
-
-def class_colours(n_classes):
-    """uint8 [n_classes, 3] RGB; background is black."""
-    return np.array([(0, 0, 0), *(PALETTE[i % len(PALETTE)] for i in range(n_classes - 1))], np.uint8)
-
-
-def overlay(image, mask, n_classes, strength=0.6):
-    """uint8 [S, S, 3] with S = SUBMIT_SIZE: the photo, greyed, under the colours of the mask uint8 [S, S]."""
-    import cv2
-    photo = cv2.resize(image, (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_AREA).astype(np.float32)
-    grey = np.repeat(photo.mean(2, keepdims=True), 3, axis=2)
-    mixed = grey * (1 - strength) + class_colours(n_classes)[mask] * strength
-    return np.where((mask > 0)[..., None], mixed, photo).astype(np.uint8)
-
-
-def write_sheet(path, rows, classes):
-    """Write a PNG of `rows`, lists of (caption, uint8 RGB tile of one size), over a legend of the class colours."""
-    from PIL import Image, ImageDraw, ImageFont
-    font, line = ImageFont.load_default(13), 18
-    height, width = rows[0][0][1].shape[:2]
-    sheet = Image.new("RGB", (width * max(map(len, rows)), (height + line) * len(rows) + line * len(classes)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for r, row in enumerate(rows):
-        for c, (caption, tile) in enumerate(row):
-            sheet.paste(Image.fromarray(tile), (c * width, r * (height + line) + line))
-            draw.text((c * width + 3, r * (height + line) + 1), caption[:width // 7], "black", font)
-    for i, (name, colour) in enumerate(zip(classes, class_colours(len(classes)).tolist(), strict=True)):
-        top = (height + line) * len(rows) + i * line
-        draw.rectangle((4, top + 3, 30, top + line - 3), tuple(colour), "black")
-        draw.text((36, top + 1), name, "black", font)
-    with atomic_write(path) as scratch:
-        sheet.save(scratch, format="png")

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (SUBMIT_SIZE, Help, atomic_write, confusion, image_miou, load_data, make_folds, number, open_store,
-                    overlay, run_script, scores, soft_vote, write_sheet)
+                    run_script, scores, soft_vote)
 
 HEADER = ["image_id", "PredictionString"]
 
@@ -146,6 +146,46 @@ def submit(args):
     write_submission(args.out, names, keep_looks(preds, test, looks), len(test.classes))
     write_sheet(args.out.with_suffix(".png"), [sum(looks[i:i + 3], []) for i in range(0, len(looks), 3)], test.classes)
     print(f"{args.out}: {len(names)} images by {len(stores)} run(s) of {len(members)} recipe(s)")
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours for the colour-blind and four of Tol's; class 1 has the first, after the last they repeat
+PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
+           (136, 34, 85), (51, 34, 136), (187, 187, 187), (255, 255, 255))
+
+
+def class_colours(n_classes):
+    """uint8 [n_classes, 3] RGB; background is black."""
+    return np.array([(0, 0, 0), *(PALETTE[i % len(PALETTE)] for i in range(n_classes - 1))], np.uint8)
+
+
+def overlay(image, mask, n_classes, strength=0.6):
+    """uint8 [S, S, 3] with S = SUBMIT_SIZE: the photo, greyed, under the colours of the mask uint8 [S, S]."""
+    import cv2
+    photo = cv2.resize(image, (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_AREA).astype(np.float32)
+    grey = np.repeat(photo.mean(2, keepdims=True), 3, axis=2)
+    mixed = grey * (1 - strength) + class_colours(n_classes)[mask] * strength
+    return np.where((mask > 0)[..., None], mixed, photo).astype(np.uint8)
+
+
+def write_sheet(path, rows, classes):
+    """Write a PNG of `rows`, lists of (caption, uint8 RGB tile of one size), over a legend of the class colours."""
+    from PIL import Image, ImageDraw, ImageFont
+    font, line = ImageFont.load_default(13), 18
+    height, width = rows[0][0][1].shape[:2]
+    sheet = Image.new("RGB", (width * max(map(len, rows)), (height + line) * len(rows) + line * len(classes)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, row in enumerate(rows):
+        for c, (caption, tile) in enumerate(row):
+            sheet.paste(Image.fromarray(tile), (c * width, r * (height + line) + line))
+            draw.text((c * width + 3, r * (height + line) + 1), caption[:width // 7], "black", font)
+    for i, (name, colour) in enumerate(zip(classes, class_colours(len(classes)).tolist(), strict=True)):
+        top = (height + line) * len(rows) + i * line
+        draw.rectangle((4, top + 3, 30, top + line - 3), tuple(colour), "black")
+        draw.text((36, top + 1), name, "black", font)
+    with atomic_write(path) as scratch:
+        sheet.save(scratch, format="png")
 
 
 # ---- out-of-fold scores ---------------------------------------------------------------------------------------------

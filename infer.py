@@ -1,18 +1,24 @@
-"""Predict the held-out fold and the test photos with one trained model.
+"""Predict the held-out fold and the test photos with one trained model, or with several of its epochs averaged.
 
     python infer.py --data DATA --checkpoint out/main/r0/fpn/tu-tf_efficientnet_lite0/s512/f0/model.pt --tta flip
 
 Writes valid.npy + valid.json and test.npy + test.json beside the checkpoint: probabilities as uint8 (0..255 for 0..1)
-of shape [N, C, 256, 256], and what made them. A .json is written last: where it stands, the .npy is whole.
+of shape [N, C, 256, 256], and what made them. A .json is written last: where it stands, the .npy is whole. The same
+line again carries on where it was interrupted, and does nothing when it is done. Under torchrun all processes share
+the work.
 """
 import argparse
+import hashlib
+import itertools
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
 
-from common import (SUBMIT_SIZE, TTA, EvalPhotos, Help, atomic_write, claim_device, file_hash, load_data, load_model,
-                    lock, normalise, number, predict_probs, resize_probs, run_script, tune_process, write_json,
-                    write_npy_header)
+from common import (SUBMIT_SIZE, EvalPhotos, Help, amp, atomic_write, build_model, file_hash, join_ranks,
+                    load_checkpoint, load_data, lock, normalise, number, open_store, ranks, resize_probs, run_script,
+                    tune_process, write_json, write_npy_header)
 
 
 def parse_args(argv=None):
@@ -20,7 +26,8 @@ def parse_args(argv=None):
                                      formatter_class=Help)
     what = parser.add_argument_group("what to predict")
     what.add_argument("--data", type=Path, required=True, help="the competition's folder")
-    what.add_argument("--checkpoint", type=Path, required=True, help="model.pt of train.py")
+    what.add_argument("--checkpoint", type=Path, nargs="+", required=True,
+                      help="model.pt of train.py, or epoch-*.pt of one run, whose probabilities are averaged")
     what.add_argument("--split", choices=("valid", "test"), nargs="+", default=["valid", "test"])
     what.add_argument("--tta", choices=TTA, default="flip", help="the views whose probabilities are averaged")
     system = parser.add_argument_group("system: none of these decides the result")
@@ -29,6 +36,56 @@ def parse_args(argv=None):
     system.add_argument("--device", default="auto", help="auto takes the first idle GPU, or the CPU")
     system.add_argument("--workers", type=number(int, 0), default=0, help="loader processes")
     return parser.parse_args(argv)
+
+
+def view(quarter_turns, mirrored=False):
+    """(apply, undo) on [..., H, W]: the image mirrored left to right or not, then turned anticlockwise."""
+    def apply(x):
+        return (x.flip(-1) if mirrored else x).rot90(quarter_turns, (-2, -1))
+
+    def undo(x):
+        x = x.rot90(-quarter_turns, (-2, -1))
+        return x.flip(-1) if mirrored else x
+    return apply, undo
+
+
+# name -> views; flips and turns together make only these 8 different orientations
+TTA = {"none": [view(0)],
+       "flip": [view(0), view(0, mirrored=True), view(2, mirrored=True)],  # left to right and upside down
+       "flip_rot": [view(0), view(0, mirrored=True), view(2, mirrored=True), view(1), view(2), view(3)],
+       "d4": [view(turns, mirrored) for turns in range(4) for mirrored in (False, True)]}
+
+
+def predict_probs(models, images, tta):
+    """probs [B, C, H, W] averaged over the models and the views of a TTA set; images normalised [B, 3, H, W]."""
+    import torch
+    total = 0
+    with torch.inference_mode(), amp(images.device):
+        for model, (apply, undo) in itertools.product(models, TTA[tta]):
+            total += undo(model(apply(images)).float().softmax(dim=1))
+    return total / (len(models) * len(TTA[tta]))
+
+
+def load_model(path):
+    """(model in eval mode on the CPU, the checkpoint's other content), from the checkpoint alone."""
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or not {"model", "recipe", "classes", "valid_ids"} <= state.keys():
+        raise SystemExit(f"{path}: not a model.pt of train.py")
+    import torch
+    model = build_model(state["recipe"]["model"], len(state["classes"]))
+    model.load_state_dict(state.pop("model"))
+    return model.to(memory_format=torch.channels_last).eval(), state
+
+
+def load_models(paths, device):
+    """(models, content of the first checkpoint besides, what names them all) of checkpoints with one recipe."""
+    models, states = zip(*map(load_model, paths), strict=True)
+    for path, state in zip(paths, states, strict=True):
+        if state["recipe"] != states[0]["recipe"]:
+            raise SystemExit(f"{path} and {paths[0]} are of different runs: give the epochs of one")
+    names = [{"file": path.name, "hash": file_hash(path), "epoch": state["epoch"]}
+             for path, state in zip(paths, states, strict=True)]
+    return [model.to(device) for model in models], states[0], names
 
 
 def find_photos(split, ids, checkpoint):
@@ -40,43 +97,73 @@ def find_photos(split, ids, checkpoint):
     return [position[i] for i in ids]
 
 
-def predict_split(model, recipe, photos, n_classes, path, args, device):
-    """Write the store `path`, a .npy, of an EvalPhotos."""
+def predict_split(models, recipe, photos, path, info, args, device):
+    """Write the store `path`, a .npy, of an EvalPhotos, and `info` beside it.
+
+    Batch after batch is kept as a file of its own until the store is whole: so nothing is predicted twice after an
+    interruption, and several processes can share the work.
+    """
     import torch
     from torch.utils.data import DataLoader
-    loader = DataLoader(photos, args.batch, num_workers=args.workers, pin_memory=device.type == "cuda",
-                        multiprocessing_context="fork" if args.workers else None)
-    with atomic_write(path) as scratch, open(scratch, "wb") as f:
-        write_npy_header(f, (len(photos), n_classes, SUBMIT_SIZE, SUBMIT_SIZE))
-        for images, _ in tqdm(loader, str(path), disable=None):
-            images = normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"])
-            probs = resize_probs(predict_probs(model, images, args.tta))
-            f.write((probs * 255).round_().to(torch.uint8).cpu().numpy())
-        f.flush()
-        path.with_suffix(".json").unlink(missing_ok=True)  # from here to its rewriting the .npy has no description
+    rank, n_ranks = ranks()
+    parts = path.with_name(f".{path.stem}.parts") / hashlib.sha256(repr((info, args.batch)).encode()).hexdigest()[:16]
+    batches = {parts / f"{start:06}": range(start, min(start + args.batch, len(photos)))
+               for start in range(0, len(photos), args.batch)}
+    mine = [part for part in list(batches)[rank::n_ranks] if not part.exists()]
+    loader = DataLoader(photos, batch_sampler=[batches[part] for part in mine], num_workers=args.workers,
+                        pin_memory=device.type == "cuda", multiprocessing_context="fork" if args.workers else None)
+    for part, (images, _) in zip(mine, tqdm(loader, str(path), disable=True if rank else None), strict=True):
+        images = normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"])
+        probs = resize_probs(predict_probs(models, images, args.tta))
+        with atomic_write(part) as scratch:
+            (probs * 255).round_().to(torch.uint8).cpu().numpy().tofile(scratch)
+    if n_ranks > 1:
+        torch.distributed.barrier()
+    if rank == 0:
+        with atomic_write(path) as scratch, open(scratch, "wb") as f:
+            write_npy_header(f, (len(photos), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE))
+            for part in batches:
+                f.write(part.read_bytes())
+            f.flush()
+            path.with_suffix(".json").unlink(missing_ok=True)  # from here to its rewriting the .npy has no description
+        write_json(path.with_suffix(".json"), info)
+        shutil.rmtree(parts.parent)
+
+
+def is_done(path, info):
+    """Whether the store `path` is whole and made as `info` says; then it becomes newer than what it was made from."""
+    try:
+        done = open_store(path.with_suffix(".json"))[1] == info
+    except SystemExit:
+        return False
+    for file in (path, path.with_suffix(".json")) if done else ():
+        file.touch()
+    return done
 
 
 def main(args):
     tune_process()
-    if not args.checkpoint.is_file():
-        raise SystemExit(f"{args.checkpoint}: no such checkpoint")
-    with lock(args.checkpoint.parent):
-        model, state = load_model(args.checkpoint)
+    if missing := [str(path) for path in args.checkpoint if not path.is_file()]:
+        raise SystemExit(f"{', '.join(missing)}: no such checkpoint")
+    folder = args.checkpoint[0].parent
+    with lock(folder) if ranks()[0] == 0 else nullcontext():
+        device = join_ranks(args.device)
+        models, state, names = load_models(args.checkpoint, device)
         recipe, classes = state["recipe"], state["classes"]
         train, test = load_data(args.data, args.cache, recipe["paint"])
         if classes != train.classes:
-            raise SystemExit(f"{args.checkpoint} knows the classes {classes}, DATA has {train.classes}")
-        valid = find_photos(train, state["valid_ids"], args.checkpoint)
-        device = claim_device(args.device)
-        model = model.to(device)
+            raise SystemExit(f"{args.checkpoint[0]} knows the classes {classes}, DATA has {train.classes}")
+        valid = find_photos(train, state["valid_ids"], args.checkpoint[0])
         for name in args.split:
             split, indices = (train, valid) if name == "valid" else (test, range(len(test.ids)))
-            path = args.checkpoint.with_name(f"{name}.npy")
-            predict_split(model, recipe, EvalPhotos(split, indices, recipe["scale"]), len(classes), path, args, device)
-            write_json(path.with_suffix(".json"), {
-                "image_ids": [split.ids[i] for i in indices], "classes": classes, "split": name, "tta": args.tta,
-                "checkpoint": file_hash(args.checkpoint), "epoch": state["epoch"], "data": split.fingerprint,
-                **{k: recipe[k] for k in ("model", "scale", "round", "fold", "folds_csv", "seed", "paint")}})
+            path = folder / f"{name}.npy"
+            info = {"image_ids": [split.ids[i] for i in indices], "classes": classes, "split": name, "tta": args.tta,
+                    "checkpoints": names, "data": split.fingerprint,
+                    **{k: recipe[k] for k in ("model", "scale", "round", "fold", "folds_csv", "seed", "paint")}}
+            if is_done(path, info):
+                print(f"{path} is there and was made like this: nothing to do")
+                continue
+            predict_split(models, recipe, EvalPhotos(split, indices, recipe["scale"]), path, info, args, device)
             print(f"{path}: {len(indices)} images")
 
 

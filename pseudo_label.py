@@ -88,7 +88,7 @@ def main(args):
             "round": args.round, "fold": args.fold, "folds_csv": makers[0][1]["folds_csv"], "classes": test.classes,
             "labels": file_hash(folder / "labels.npy"),
             "confident": args.confident, "max_unsure": args.max_unsure, "photos": dict(reasons),
-            "makers": [{"store": str(path), "hash": file_hash(path), **{k: info[k] for k in ("checkpoint", "tta")}}
+            "makers": [{"store": str(path), "hash": file_hash(path), **{k: info[k] for k in ("checkpoints", "tta")}}
                        for path, (_, info) in zip(args.stores, makers, strict=True)]})
         write_csv(folder / "index.csv", rows)
     if by_hand:

@@ -8,17 +8,72 @@ training is done, model.pt. The same line again resumes after an interruption an
 import argparse
 import math
 import os
+import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common import (AUGMENTATIONS, DECODERS, PAINT_ORDERS, STRIDE, EvalPhotos, Help, amp, amp_dtype, build_model,
-                    claim_device, confusion, encoder_mean_std, file_hash, iou_ce, load_checkpoint, load_data,
-                    load_folds, lock, make_augmentation, normalise, number, predict_probs, pseudo_folder, read_csv,
-                    read_json, resize_probs, run_folder, run_script, save_checkpoint, scores, tune_process, write_csv,
-                    write_json)
+from common import (AUGMENTATIONS, DECODERS, LOSSES, PAINT_ORDERS, STRIDE, EpochBatches, EvalPhotos, Help, TrainSamples,
+                    amp, amp_dtype, build_model, classmix, confusion, encoder_mean_std, file_hash, join_ranks,
+                    load_checkpoint, load_data, load_folds, lock, make_augmentation, make_loss, normalise, number,
+                    pseudo_folder, ranks, rare_odds, read_csv, read_json, resize_probs, run_folder, run_script,
+                    save_checkpoint, scores, tune_process, write_csv, write_json)
+
+OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
+LOGGERS = ("tensorboard", "wandb")
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+# name -> share of the peak learning rate at t in [0, 1), from the end of the warm-up to the end of the run; n: cycles
+SCHEDULES = {
+    "cosine": lambda t, n: 0.5 + 0.5 * math.cos(math.pi * t),
+    "restarts": lambda t, n: 0.5 + 0.5 * math.cos(math.pi * (t * n % 1)),
+    "poly": lambda t, n: (1 - t) ** 0.9,
+    "multistep": lambda t, n: 0.1 ** ((t >= 0.6) + (t >= 0.85)),
+    "onecycle": lambda t, n: 1 - t}
+
+# name -> (torch.optim's name, settings)
+OPTIMIZERS = {"adamw": ("AdamW", {}), "sgd": ("SGD", {"momentum": 0.9, "nesterov": True})}
+
+# every option that decides the result of a run, besides its model, scale, fold and round: type or choices, default, why
+RECIPE = {
+    "weights": (str, "imagenet", "of the encoder: imagenet (downloaded), none, or a file with its state dict"),
+    "epochs": (number(int, 1), 40, "with --overfit: at most"),
+    "batch": (number(int, 2), 8, "images in a step, over all GPUs"),
+    "accumulate": (number(int, 1), 1, "parts in which a step's batch goes through the model, to save memory"),
+    "optimizer": (tuple(OPTIMIZERS), "adamw", "sgd has Nesterov momentum 0.9 and wants a larger --lr"),
+    "lr": (number(float, 0, 10), 2e-3, "peak learning rate; a small FPN learned more from real photos with 2e-3 than "
+                                       "with 1e-3, large pretrained encoders may want less"),
+    "encoder_lr": (number(float, 0, 10), 1.0, "learning rate of the encoder, as a multiple of --lr"),
+    "schedule": (tuple(SCHEDULES), "cosine", "of the learning rate"),
+    "warmup": (number(float, 0, 0.9), 0.05, "share of the run with a rising learning rate; onecycle usually has 0.3"),
+    "cycles": (number(int, 1), 3, "of the schedule restarts"),
+    "snapshots": (number(int, 0), 0, "epochs kept as epoch-*.pt for infer.py to average: the last valleys of the "
+                                     "schedule restarts, else spread over the second half of the run"),
+    "weight_decay": (number(float, 0, 1), 1e-2, "not of norms and biases"),
+    "clip": (number(float, 0), 0.0, "largest norm of the gradient; 0: any"),
+    "loss": (tuple(LOSSES), "iou_ce", "over the labelled pixels"),
+    "loss_ratio": (number(float, 0, 1), 0.4, "share of iou in iou_ce, of dice in dice_ce; the rest is cross-entropy"),
+    "label_smoothing": (number(float, 0, 0.99), 0.0, "of cross-entropy and focal"),
+    "class_weights": (("none", "inverse"), "none", "of cross-entropy and focal: inverse to the class's pixels"),
+    "augment": (AUGMENTATIONS, "basic", "see augmentations in common.py"),
+    "classmix": (("none", "plain", "weighted"), "none", "paste half the classes of one image onto another; weighted: "
+                                                        "rather the rare ones"),
+    "classmix_prob": (number(float, 0, 1), 0.5, "share of the images that are pasted on"),
+    "sampler": (("all", "rare"), "all", "every image once an epoch, or drawn: oftener the rarer its rarest class"),
+    "ema": (number(float, 0, 0.99999), 0.998, "decay of the weights' average; the first steps use a smaller one"),
+    "seed": (number(int, 0, 2 ** 31 - 1), 0, "of everything random")}
+
+# what make sweep tries: option -> choices, or (lowest, highest) drawn evenly, or on a log scale
+SEARCH_SPACE = {
+    "model": ("fpn/tu-tf_efficientnet_lite0", "fpn/tu-mobilenetv3_large_100", "efficientdet/tu-tf_efficientnet_lite0"),
+    "batch": (4, 8, 16), "lr": ("log", 3e-4, 1e-2), "loss": ("iou_ce", "dice_ce", "ce", "lovasz"),
+    "loss_ratio": ("even", 0.2, 0.8), "schedule": tuple(SCHEDULES), "augment": ("basic", "colour", "strong"),
+    "classmix": ("none", "plain", "weighted"), "seed": (0, 1, 2)}
 
 
 def parse_args(argv=None):
@@ -27,7 +82,6 @@ def parse_args(argv=None):
     run = parser.add_argument_group("what to train")
     run.add_argument("--data", type=Path, required=True, help="the competition's folder")
     run.add_argument("--exp", type=Path, required=True, help="folder of the experiment, out/EXP")
-    run.add_argument("--check", action="store_true", help="check the data, write EXP/folds.csv and stop")
     run.add_argument("--model", type=model_name, default="fpn/tu-tf_efficientnet_lite0", metavar="DECODER/ENCODER",
                      help=f"decoder: {', '.join(DECODERS)}; encoder: any of segmentation-models-pytorch, or tu- and a "
                           "timm name")
@@ -38,29 +92,23 @@ def parse_args(argv=None):
     run.add_argument("--round", type=number(int, 0, 9), default=0,
                      help="0: no pseudo labels; R: also learn from EXP/rR/pseudo/fFOLD")
     run.add_argument("--paint", choices=PAINT_ORDERS, default="area", help="which object wins where they overlap")
+    jobs = parser.add_argument_group("other jobs")
+    jobs.add_argument("--check", action="store_true", help="check the data, write EXP/folds.csv and stop")
+    jobs.add_argument("--overfit", type=number(int, 0), default=0, metavar="N",
+                      help="train and validate on N images in EXP/overfit, with no augmentation; fails below v3 0.9, "
+                           "which says that this model, loss or rate learns nothing")
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--weights", default="imagenet",
-                        help="of the encoder: imagenet (downloaded), none, or a file with its state dict")
-    recipe.add_argument("--epochs", type=number(int, 1), default=40)
-    recipe.add_argument("--batch", type=number(int, 2), default=8)
-    recipe.add_argument("--lr", type=number(float, 0, 10), default=2e-3,
-                        help="peak learning rate; a small FPN learned more from real photos with 2e-3 than with 1e-3, "
-                             "large pretrained encoders may want less")
-    recipe.add_argument("--warmup", type=number(float, 0, 0.9), default=0.05,
-                        help="share of the run with a rising learning rate")
-    recipe.add_argument("--weight-decay", type=number(float, 0, 1), default=1e-2)
-    recipe.add_argument("--iou-weight", type=number(float, 0, 1), default=0.4,
-                        help="of soft IoU in the loss; rest: cross-entropy")
-    recipe.add_argument("--augment", choices=AUGMENTATIONS, default="basic")
-    recipe.add_argument("--ema", type=number(float, 0, 0.99999), default=0.998,
-                        help="decay of the weights' moving average; the first steps use a smaller one")
-    recipe.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0)
+    for name, (kind, default, text) in RECIPE.items():
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        recipe.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
     system = parser.add_argument_group("system: none of these decides the recipe")
     system.add_argument("--replace", action="store_true", help="replace a run of another recipe instead of refusing")
     system.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks, shared by experiments")
     system.add_argument("--device", default="auto", help="auto takes the first idle GPU, or the CPU")
     system.add_argument("--workers", type=number(int, 0),
                         help="loader processes; default 0 on a CPU, else one a core up to 8")
+    system.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
+    system.add_argument("--logger", choices=LOGGERS, help="besides log.csv")
     return parser.parse_args(argv)
 
 
@@ -72,46 +120,6 @@ def model_name(text):
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
-
-
-class TrainSamples:
-    """Augmented (image uint8 [scale, scale, 3], mask uint8 [scale, scale]) by key (epoch, index).
-
-    Everything random is drawn from (seed, epoch, index): neither resuming nor the number of workers changes a sample.
-    """
-
-    def __init__(self, entries, augment, seed):
-        self.entries, self.augment, self.seed = entries, augment, seed  # entries: (Split, index, pseudo label or None)
-
-    def __getitem__(self, key):
-        import cv2
-        epoch, index = key
-        split, i, label = self.entries[index]
-        image = split.image(i)
-        mask = (np.array(split.mask(i)) if label is None
-                else cv2.resize(label, image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT))
-        return self.augment(image, mask, np.random.default_rng([self.seed, epoch, index]))
-
-
-class EpochBatches:
-    """Batches of keys (epoch, index), in an order drawn from (seed, epoch); set `epoch` before each pass.
-
-    A last batch of one image, which batch norm can't take, joins the batch before it.
-    """
-
-    def __init__(self, n_images, batch_size, seed):
-        self.n_images, self.seed, self.epoch = n_images, seed, 0
-        self.starts = list(range(0, n_images, batch_size))
-        if n_images % batch_size == 1 and len(self.starts) > 1:
-            self.starts.pop()
-
-    def __len__(self):
-        return len(self.starts)
-
-    def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n_images).tolist()
-        for start, stop in zip(self.starts, [*self.starts[1:], self.n_images], strict=True):
-            yield [(self.epoch, index) for index in order[start:stop]]
 
 
 def load_pseudo(args, test, folds_hash):
@@ -136,71 +144,131 @@ def load_pseudo(args, test, folds_hash):
     return [(test, i, labels[i]) for i, row in enumerate(rows) if row["keep"] == "1"]
 
 
-def make_loaders(args, train, test, folds, cuda):
+def make_loaders(args, train, test, learn, valid, cuda):
+    """(training, validation) DataLoaders; `learn` and `valid` are positions in `train`."""
     import torch
     from torch.utils.data import DataLoader
-    entries = [(train, i, None) for i in np.flatnonzero(folds != args.fold).tolist()]
+    entries = [(train, i, None) for i in learn.tolist()] * math.ceil(256 / len(learn) if args.overfit else 1)
+    present = np.array(train.pixels)[learn] > 0
     if args.round:
         pseudo = load_pseudo(args, test, file_hash(args.exp / "folds.csv"))
         print(f"{len(entries)} labelled and {len(pseudo)} pseudo-labelled images")
         entries += pseudo
+        present = np.stack([*present, *(np.bincount(label.ravel(), minlength=256)[:len(train.classes)] > 0
+                                        for _, _, label in pseudo)])
     workers = args.workers if args.workers is not None else min(8, os.cpu_count()) if cuda else 0
     options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": cuda,
                "multiprocessing_context": "fork" if workers else None,
                "generator": torch.Generator()}  # of its own: else starting workers would draw from the global one
+    batches = EpochBatches(len(entries), args.batch, args.seed, rare_odds(present) if args.sampler == "rare" else None)
     samples = TrainSamples(entries, make_augmentation(args.augment, args.scale), args.seed)
-    valid = EvalPhotos(train, np.flatnonzero(folds == args.fold).tolist(), args.scale)
-    return (DataLoader(samples, batch_sampler=EpochBatches(len(entries), args.batch, args.seed), **options),
-            DataLoader(valid, args.batch, **options))
+    rank, n_ranks = ranks()
+    return (DataLoader(samples, batch_sampler=batches, **options),
+            DataLoader(EvalPhotos(train, valid[rank::n_ranks].tolist(), args.scale), args.batch, **options))
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def cosine_lr(progress, peak, warmup):
-    """Learning rate at `progress` in [0, 1]: linear warm-up, then half a cosine down to zero."""
-    if progress < warmup:
-        return peak * progress / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+def parameter_groups(model, encoder_lr, weight_decay):
+    """Parameters by their factor to the learning rate and their decay, which norms and biases, all of one dimension,
+    don't have."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor = encoder_lr if name.startswith("encoder.") else 1.0
+        groups.setdefault((factor, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    return [{"params": p, "factor": factor, "weight_decay": decay} for (factor, decay), p in groups.items()]
+
+
+def learning_rate(progress, args):
+    """Of the whole model at `progress` in [0, 1] of the run: a linear warm-up, then the schedule."""
+    if progress < args.warmup:
+        return args.lr * progress / args.warmup
+    return args.lr * SCHEDULES[args.schedule]((progress - args.warmup) / (1 - args.warmup), args.cycles)
+
+
+def snapshot_epochs(args):
+    """The epochs after which a snapshot is kept: the last valleys of the schedule, or even steps up to the last."""
+    k, n = args.snapshots, args.cycles
+    valleys = [args.warmup + (1 - args.warmup) * (cycle + 1) / n for cycle in range(n)]
+    ends = valleys if args.schedule == "restarts" else [1 - 0.5 * i / k for i in range(k)]
+    return sorted({int(args.epochs * end + 1e-6) for end in ends} - {0})[-k:] if k else []
+
+
+def backward(run, images, masks, device):
+    """Gradients of a batch, part after part; returns its loss. When a GPU's memory is too small, parts are halved."""
+    import torch
+    n_parts = min(run["parts"], len(images) // 2)  # batch norm needs two images
+    try:
+        total = torch.zeros((), device=device)
+        for image, mask in zip(images.tensor_split(n_parts), masks.tensor_split(n_parts), strict=True):
+            with amp(device):
+                logits = run["forward"](image)
+            loss = run["loss"](logits, mask) * (len(image) / len(images))
+            run["scaler"].scale(loss).backward()
+            total += loss.detach()
+        return total
+    except torch.OutOfMemoryError as e:
+        if n_parts >= len(images) // 2 or ranks()[1] > 1:
+            raise SystemExit(f"out of memory: lower --scale or --batch, or raise --accumulate ({e})") from None
+        run["parts"] = 2 * n_parts
+    print(f"out of memory: batches now go through the model in {run['parts']} parts", flush=True)
+    run["optimizer"].zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return backward(run, images, masks, device)
 
 
 def train_one_epoch(run, loader, args, recipe, device):
     """One pass; returns (mean loss, last learning rate, images/s)."""
     import torch
-    model, ema, optimizer, scaler, epoch = run["model"], run["ema"], run["optimizer"], run["scaler"], run["epoch"]
+    model, optimizer, scaler, epoch = run["model"], run["optimizer"], run["scaler"], run["epoch"]
     model.train()
     loss_sum, images_seen, started = torch.zeros((), device=device), 0, time.time()
-    bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=None)
+    bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=True if ranks()[0] else None)
     for step, (images, masks) in enumerate(bar):
-        lr = cosine_lr((epoch + (step + 1) / len(loader)) / args.epochs, args.lr, args.warmup)
+        lr = learning_rate((epoch + (step + 0.5) / len(loader)) / args.epochs, args)
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        images = normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"])
-        masks = masks.to(device, non_blocking=True).long()
-        with amp(device):
-            logits = model(images)
-        loss = iou_ce(logits, masks, args.iou_weight)
+            group["lr"] = lr * group["factor"]
+        images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
+        if args.classmix != "none" and len(images) > 1:
+            rng = np.random.default_rng([args.seed, epoch, step, ranks()[0]])
+            images, masks = classmix(images, masks, args.classmix_prob, run["mix_weights"], rng)
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        loss_sum += backward(run, normalise(images, recipe["mean"], recipe["std"]), masks.long(), device)
+        if args.clip:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         scaler.step(optimizer)
         scaler.update()
-        ema.update(model, step=epoch * len(loader) + step + 1)
-        loss_sum += loss.detach()  # summed on the device: .item() here would stall every step
+        run["ema"].update(model, step=epoch * len(loader) + step + 1)
         images_seen += len(images)
-        if not bar.disable and step % 10 == 9:
+        if not bar.disable and step % 10 == 9:  # .item() at every step would make a GPU wait
             bar.set_postfix(loss=f"{loss_sum.item() / (step + 1):.3f}", lr=f"{lr:.1e}",
                             images_s=f"{images_seen / (time.time() - started):.1f}")
-    return loss_sum.item() / len(loader), lr, images_seen / (time.time() - started)
+    if ranks()[1] > 1:
+        torch.distributed.all_reduce(loss_sum)
+        for buffer in run["ema"].buffers():  # each rank has seen other images; rank 0's statistics are the model's
+            torch.distributed.broadcast(buffer, 0)
+    return (loss_sum.item() / ranks()[1] / len(loader), lr, images_seen * ranks()[1] / (time.time() - started))
 
 
 def evaluate(model, loader, n_classes, recipe, device):
-    """[N, C, C] pixel counts of every validation image at the submission's size."""
+    """[N, C, C] pixel counts of every validation image at the submission's size, put together from all ranks."""
+    import torch
+    rank, n_ranks = ranks()
     counts = []
     for images, truths in loader:
-        probs = predict_probs(model, normalise(images.to(device), recipe["mean"], recipe["std"]))
-        preds = resize_probs(probs).argmax(dim=1).byte().cpu().numpy()
+        with torch.inference_mode(), amp(device):
+            logits = model(normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"]))
+        preds = resize_probs(logits.float().softmax(dim=1)).argmax(dim=1).byte().cpu().numpy()
         counts += [confusion(pred, truth, n_classes) for pred, truth in zip(preds, truths.numpy(), strict=True)]
-    return np.stack(counts)
+    if n_ranks == 1:
+        return np.stack(counts)
+    shares = [None] * n_ranks
+    torch.distributed.all_gather_object(shares, counts)
+    return np.stack([shares[i % n_ranks][i // n_ranks] for i in range(sum(map(len, shares)))])
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------
@@ -208,9 +276,8 @@ def evaluate(model, loader, n_classes, recipe, device):
 
 def make_recipe(args, train):
     """Everything that decides the result, as plain values; a run made with other values is another run."""
-    names = ("model", "scale", "fold", "folds", "round", "paint", "weights", "epochs", "batch", "lr", "warmup",
-             "weight_decay", "iou_weight", "augment", "ema", "seed")
-    recipe = {name: getattr(args, name) for name in names}
+    recipe = {name: getattr(args, name) for name in ("model", "scale", "fold", "folds", "round", "paint", "overfit",
+                                                     *RECIPE)}
     if args.weights not in ("imagenet", "none"):
         recipe["weights"] = f"{Path(args.weights).name} {file_hash(args.weights)}"
     recipe["mean"], recipe["std"] = map(list, encoder_mean_std(args.model))
@@ -251,22 +318,35 @@ def set_prior(model, pixels):
         last.bias.copy_(torch.tensor((pixels + 1) / (pixels + 1).sum()).log())
 
 
-def start_run(args, train, folds, recipe, resume, device):
-    """Everything a checkpoint saves, new or as it stands in the checkpoint `resume`."""
+def start_run(args, classes, pixels, resume, device):
+    """What a run works with, new or as it stands in the checkpoint `resume`; pixels [C] are the training images'."""
     import torch
     from timm.utils import ModelEmaV3
     torch.manual_seed(args.seed)
-    model = build_model(args.model, len(train.classes), "none" if resume else args.weights)
+    model = build_model(args.model, len(classes), "none" if resume else args.weights)
     try:
-        with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, args.scale, args.scale))
+        model.eval()(torch.zeros(1, 3, args.scale, args.scale)).sum().backward()
     except (RuntimeError, ValueError) as e:  # some decoders need more than a few pixels of the deepest map
         raise SystemExit(f"{args.model} can't work at scale {args.scale}: {e}") from None
-    set_prior(model, np.array(train.pixels)[folds != args.fold].sum(0))
+    for parameter in model.parameters():  # what the logits don't depend on would make DDP wait for its gradient
+        parameter.requires_grad_(parameter.grad is not None)
+    model.zero_grad()
+    set_prior(model, pixels)
     model = model.to(device, memory_format=torch.channels_last)
-    run = {"model": model, "ema": ModelEmaV3(model, decay=args.ema, use_warmup=True),
-           "optimizer": torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
-                                          fused=device.type == "cuda"),
+    forward, n_ranks, gpu = model, ranks()[1], [device.index] if device.type == "cuda" else None
+    if n_ranks > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if gpu else model
+        forward = torch.nn.parallel.DistributedDataParallel(model, gpu)
+    rarity = 1 / pixels.clip(min=1)
+    weights = torch.tensor(rarity * (pixels > 0) / rarity[pixels > 0].mean(), dtype=torch.float32, device=device)
+    optimizer, settings = OPTIMIZERS[args.optimizer]
+    run = {"model": model, "forward": torch.compile(forward) if args.compile else forward, "parts": args.accumulate,
+           "loss": make_loss(args.loss, args.loss_ratio, args.label_smoothing,
+                             weights if args.class_weights == "inverse" else None),
+           "mix_weights": rarity if args.classmix == "weighted" else np.ones(len(classes)),
+           "ema": ModelEmaV3(model, decay=args.ema, use_warmup=True),
+           "optimizer": getattr(torch.optim, optimizer)(
+               parameter_groups(model, args.encoder_lr, args.weight_decay), lr=args.lr, fused=True, **settings),
            "scaler": torch.amp.GradScaler(device.type, enabled=amp_dtype(device) == torch.float16),
            "epoch": 0, "log": [], "best": None}
     if resume:
@@ -279,16 +359,11 @@ def start_run(args, train, folds, recipe, resume, device):
     return run
 
 
-def save_run(path, run, recipe, classes):
-    states = {name: run[name].state_dict() for name in ("model", "ema", "optimizer", "scaler")}
-    save_checkpoint(path, **states, **{k: run[k] for k in ("epoch", "log", "best")}, recipe=recipe, classes=classes)
-
-
-def fit(run, loaders, args, train, recipe, out, device):
-    """Train to the last epoch; the best epoch by v3 is kept in run["best"]."""
+def fit(run, loaders, args, recipe, info, out, device, report):
+    """Train to the last epoch; the best by v3 is kept in run["best"]. info: what a model's file says besides."""
     import torch
     train_loader, valid_loader = loaders
-    while run["epoch"] < args.epochs:
+    while run["epoch"] < args.epochs and not (args.overfit and run["best"] and run["best"]["v3"] >= OVERFIT_V3):
         started = time.time()
         torch.manual_seed(args.seed * 1_000_003 + run["epoch"])  # dropout and the like, whether resumed or not
         train_loader.batch_sampler.epoch = run["epoch"]
@@ -296,25 +371,51 @@ def fit(run, loaders, args, train, recipe, out, device):
         if not math.isfinite(loss):
             raise SystemExit(f"{out}: the loss of epoch {run['epoch'] + 1} is {loss}: lower --lr; {out}/last.pt keeps "
                              "the epoch before")
-        counts = evaluate(run["ema"].module, valid_loader, len(train.classes), recipe, device)
+        counts = evaluate(run["ema"].module, valid_loader, len(info["classes"]), recipe, device)
         result = scores(counts, args.batch)
         run["epoch"] += 1
-        run["log"].append({"epoch": run["epoch"], "loss": loss, "lr": lr,
-                           **{k: float(result[k]) for k in ("v1", "v2", "v3")}, "images_per_s": speed,
-                           "seconds": time.time() - started,
-                           **{f"iou {c}": float(v) for c, v in zip(train.classes, result["iou"], strict=True)}})
-        if run["best"] is None or result["v3"] > run["best"]["v3"]:
-            weights = {k: v.detach().clone() for k, v in run["ema"].module.state_dict().items()}
-            run["best"] = {"epoch": run["epoch"], "v3": float(result["v3"]), "model": weights}
-        save_run(out / "last.pt", run, recipe, train.classes)
-        write_csv(out / "log.csv", run["log"])
-        print_epoch(out, run["log"][-1], args.epochs)
+        row = {"epoch": run["epoch"], "loss": loss, "lr": lr, **{k: float(result[k]) for k in ("v1", "v2", "v3")},
+               "images_per_s": speed, "seconds": time.time() - started,
+               **{f"iou {c}": float(v) for c, v in zip(info["classes"], result["iou"], strict=True)}}
+        run["log"].append(row)
+        now = {"epoch": row["epoch"], "v3": row["v3"],
+               "model": {k: v.detach().clone() for k, v in run["ema"].module.state_dict().items()}}
+        if run["best"] is None or now["v3"] > run["best"]["v3"]:
+            run["best"] = now
+        if ranks()[0] == 0:
+            if row["epoch"] in snapshot_epochs(args):
+                save_checkpoint(out / f"epoch-{row['epoch']:03}.pt", recipe=recipe, **info, **now)
+            states = {name: run[name].state_dict() for name in ("model", "ema", "optimizer", "scaler")}
+            save_checkpoint(out / "last.pt", recipe=recipe, **info, **states,
+                            **{k: run[k] for k in ("epoch", "log", "best")})
+            log_row(run, row, args, recipe, out)
+        if report:
+            report(row["epoch"], row["v3"])
 
 
-def print_epoch(out, row, epochs):
-    print(f"{out} epoch {row['epoch']}/{epochs} loss {row['loss']:.4f} v1 {row['v1']:.4f} v2 {row['v2']:.4f} "
+def start_logger(name, out, recipe):
+    """A function that takes a row of log.csv."""
+    if name == "wandb":
+        import wandb
+        return wandb.init(dir=out, config=recipe, mode=os.environ.get("WANDB_MODE", "offline")).log
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(out / "tensorboard", flush_secs=1)
+    return lambda row: [writer.add_scalar(key, value, row["epoch"]) for key, value in row.items()]
+
+
+def log_row(run, row, args, recipe, out):
+    """Write log.csv and tell the logger; whatever fails there is a warning, since log.csv has it all."""
+    write_csv(out / "log.csv", run["log"])
+    print(f"{out} epoch {row['epoch']}/{args.epochs} loss {row['loss']:.4f} v1 {row['v1']:.4f} v2 {row['v2']:.4f} "
           f"v3 {row['v3']:.4f} {row['images_per_s']:.1f} images/s {row['seconds']:.0f} s\n   IoU "
           + ", ".join(f"{k.removeprefix('iou ')} {v:.3f}" for k, v in row.items() if k.startswith("iou ")), flush=True)
+    if args.logger:
+        try:
+            run["logger"] = run.get("logger") or start_logger(args.logger, out, recipe)
+            run["logger"](row)
+        except Exception as e:
+            print(f"warning: {args.logger} failed, training goes on without it: {e}", file=sys.stderr)
+            run["logger"] = lambda row: None
 
 
 def describe(train, test, folds):
@@ -330,38 +431,67 @@ def describe(train, test, folds):
             print(f"      warning: no image of fold {', '.join(map(str, absent))} has it")
 
 
-def main(args):
-    tune_process()
+def train_run(args, root, report=None):
+    """Train, resume or find done the run of `args` under `root`; returns its best v3.
+
+    report(epoch, v3) is called after each epoch. With --overfit a v3 below OVERFIT_V3 raises SystemExit.
+    """
     train, test = load_data(args.data, args.cache, args.paint)
     with lock(args.exp, wait=True):
-        folds = load_folds(args.exp, train, args.folds, renew=args.check)
+        folds = load_folds(args.exp, train, args.folds)
+    learn, valid = np.flatnonzero(folds != args.fold), np.flatnonzero(folds == args.fold)
+    if args.overfit:  # on the images with the most classes
+        learn = valid = learn[np.argsort(-(np.array(train.pixels)[learn] > 0).sum(1), kind="stable")][:args.overfit]
+    out, first = run_folder(root, args.round, args.model, args.scale, args.fold), ranks()[0] == 0
+    with lock(out, wait=report is not None) if first else nullcontext():
+        recipe = make_recipe(args, train)
+        if same_recipe(out / "model.pt", recipe, args.replace):
+            print(f"{out}/model.pt is there and has this recipe: nothing to do")
+            (out / "model.pt").touch()  # newer than what it was made from: make has nothing left to do
+            return load_checkpoint(out / "model.pt")["v3"]
+        resume = out / "last.pt" if same_recipe(out / "last.pt", recipe, args.replace) else None
+        device = join_ranks(args.device)
+        if first:
+            write_json(out / "config.json", recipe | {"classes": train.classes})
+            for old in () if resume else out.glob("epoch-*.pt"):
+                old.unlink()
+        loaders = make_loaders(args, train, test, learn, valid, device.type == "cuda")
+        run = start_run(args, train.classes, np.array(train.pixels)[learn].sum(0), resume, device)
+        info = {"classes": train.classes, "valid_ids": [train.ids[i] for i in valid]}
+        fit(run, loaders, args, recipe, info, out, device, report)
+        v3 = run["best"]["v3"]
+        if args.overfit and v3 < OVERFIT_V3:
+            raise SystemExit(f"{out}: v3 {v3:.4f} on its own {len(learn)} training images, below {OVERFIT_V3}: more "
+                             "--epochs or another --lr, or the model or the loss doesn't learn")
+        if first:
+            save_checkpoint(out / "model.pt", recipe=recipe, **info, **run["best"])
+            (out / "last.pt").unlink()
+            print(f"{out}/model.pt: epoch {run['best']['epoch']}, v3 {v3:.4f}")
+    return v3
+
+
+def check(args):
+    train, test = load_data(args.data, args.cache, args.paint)
+    with lock(args.exp, wait=True):
+        describe(train, test, load_folds(args.exp, train, args.folds, renew=True))
+
+
+def main(args):
+    tune_process()
     if args.check:
-        describe(train, test, folds)
+        check(args)
         return
-    if args.scale % STRIDE or args.scale < STRIDE:
+    if args.scale % STRIDE:
         raise SystemExit(f"--scale {args.scale}: must be a multiple of {STRIDE}")
-    if not 0 <= args.fold < args.folds:
+    if args.fold >= args.folds:
         raise SystemExit(f"--fold {args.fold}: there are the folds 0 to {args.folds - 1}")
     if args.weights not in ("imagenet", "none") and not Path(args.weights).is_file():
         raise SystemExit(f"--weights {args.weights}: no such file, and neither imagenet nor none")
-    out = run_folder(args.exp, args.round, args.model, args.scale, args.fold)
-    with lock(out):
-        recipe = make_recipe(args, train)
-        if same_recipe(out / "model.pt", recipe, args.replace):
-            (out / "model.pt").touch()  # newer than what it was made from: make has nothing left to do
-            print(f"{out}/model.pt is there and has this recipe: nothing to do")
-            return
-        resume = out / "last.pt" if same_recipe(out / "last.pt", recipe, args.replace) else None
-        write_json(out / "config.json", recipe | {"classes": train.classes})
-        device = claim_device(args.device)
-        loaders = make_loaders(args, train, test, folds, device.type == "cuda")
-        run = start_run(args, train, folds, recipe, resume, device)
-        fit(run, loaders, args, train, recipe, out, device)
-        best = run["best"]
-        save_checkpoint(out / "model.pt", model=best["model"], epoch=best["epoch"], v3=best["v3"], recipe=recipe,
-                        classes=train.classes, valid_ids=[train.ids[i] for i in np.flatnonzero(folds == args.fold)])
-        (out / "last.pt").unlink()
-        print(f"{out}/model.pt: epoch {best['epoch']}, v3 {best['v3']:.4f}")
+    if args.batch < 2 * ranks()[1]:
+        raise SystemExit(f"--batch {args.batch}: batch norm needs 2 images a process, of which there are {ranks()[1]}")
+    if args.overfit:
+        args = argparse.Namespace(**vars(args) | {"augment": "none", "classmix": "none", "sampler": "all"})
+    train_run(args, args.exp / "overfit" if args.overfit else args.exp)
 
 
 if __name__ == "__main__":
