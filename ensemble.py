@@ -23,8 +23,7 @@ HEADER = ["image_id", "PredictionString"]
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
     soft = commands.add_parser("soft", allow_abbrev=False, formatter_class=Help, help="write a submission")
     soft.add_argument("--out", type=Path, required=True, help="the submission to write")

@@ -22,8 +22,7 @@ from common import (SUBMIT_SIZE, EvalPhotos, Help, amp, atomic_write, build_mode
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     what = parser.add_argument_group("what to predict")
     what.add_argument("--data", type=Path, required=True, help="the competition's folder")
     what.add_argument("--checkpoint", type=Path, nargs="+", required=True,

@@ -18,8 +18,7 @@ from common import (Help, atomic_write, file_hash, load_data, lock, number, open
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     what = parser.add_argument_group("what to label")
     what.add_argument("stores", type=Path, nargs="+", help="test.json of models of the round before, all of this fold")
     what.add_argument("--data", type=Path, required=True, help="the competition's folder")

@@ -24,6 +24,7 @@ from common import (AUGMENTATIONS, DECODERS, LOSSES, PAINT_ORDERS, STRIDE, Epoch
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 LOGGERS = ("tensorboard", "wandb")
+PSEUDO_FILES = ("manifest.json", "labels.npy", "index.csv")
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
@@ -46,14 +47,12 @@ RECIPE = {
     "batch": (number(int, 2), 8, "images in a step, over all GPUs"),
     "accumulate": (number(int, 1), 1, "parts in which a step's batch goes through the model, to save memory"),
     "optimizer": (tuple(OPTIMIZERS), "adamw", "sgd has Nesterov momentum 0.9 and wants a larger --lr"),
-    "lr": (number(float, 0, 10), 2e-3, "peak learning rate; a small FPN learned more from real photos with 2e-3 than "
-                                       "with 1e-3, large pretrained encoders may want less"),
+    "lr": (number(float, 0, 10), 2e-3, "peak; a small FPN learned more from real photos with 2e-3 than with 1e-3"),
     "encoder_lr": (number(float, 0, 10), 1.0, "learning rate of the encoder, as a multiple of --lr"),
     "schedule": (tuple(SCHEDULES), "cosine", "of the learning rate"),
     "warmup": (number(float, 0, 0.9), 0.05, "share of the run with a rising learning rate; onecycle usually has 0.3"),
     "cycles": (number(int, 1), 3, "of the schedule restarts"),
-    "snapshots": (number(int, 0), 0, "epochs kept as epoch-*.pt for infer.py to average: the last valleys of the "
-                                     "schedule restarts, else spread over the second half of the run"),
+    "snapshots": (number(int, 0), 0, "epochs kept as epoch-*.pt: last valleys of restarts, else over the last half"),
     "weight_decay": (number(float, 0, 1), 1e-2, "not of norms and biases"),
     "clip": (number(float, 0), 0.0, "largest norm of the gradient; 0: any"),
     "loss": (tuple(LOSSES), "iou_ce", "over the labelled pixels"),
@@ -61,8 +60,7 @@ RECIPE = {
     "label_smoothing": (number(float, 0, 0.99), 0.0, "of cross-entropy and focal"),
     "class_weights": (("none", "inverse"), "none", "of cross-entropy and focal: inverse to the class's pixels"),
     "augment": (AUGMENTATIONS, "basic", "see augmentations in common.py"),
-    "classmix": (("none", "plain", "weighted"), "none", "paste half the classes of one image onto another; weighted: "
-                                                        "rather the rare ones"),
+    "classmix": (("none", "plain", "weighted"), "none", "paste half an image's classes, or rather the rare, on another"),
     "classmix_prob": (number(float, 0, 1), 0.5, "share of the images that are pasted on"),
     "sampler": (("all", "rare"), "all", "every image once an epoch, or drawn: oftener the rarer its rarest class"),
     "ema": (number(float, 0, 0.99999), 0.998, "decay of the weights' average; the first steps use a smaller one"),
@@ -77,8 +75,7 @@ SEARCH_SPACE = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     run = parser.add_argument_group("what to train")
     run.add_argument("--data", type=Path, required=True, help="the competition's folder")
     run.add_argument("--exp", type=Path, required=True, help="folder of the experiment, out/EXP")
@@ -92,11 +89,9 @@ def parse_args(argv=None):
     run.add_argument("--round", type=number(int, 0, 9), default=0,
                      help="0: no pseudo labels; R: also learn from EXP/rR/pseudo/fFOLD")
     run.add_argument("--paint", choices=PAINT_ORDERS, default="area", help="which object wins where they overlap")
-    jobs = parser.add_argument_group("other jobs")
-    jobs.add_argument("--check", action="store_true", help="check the data, write EXP/folds.csv and stop")
-    jobs.add_argument("--overfit", type=number(int, 0), default=0, metavar="N",
-                      help="train and validate on N images in EXP/overfit, with no augmentation; fails below v3 0.9, "
-                           "which says that this model, loss or rate learns nothing")
+    run.add_argument("--check", action="store_true", help="check the data, write EXP/folds.csv and stop")
+    run.add_argument("--overfit", type=number(int, 0), default=0, metavar="N",
+                     help="instead train and validate on N images in EXP/overfit, not augmented; fails below v3 0.9")
     recipe = parser.add_argument_group("recipe")
     for name, (kind, default, text) in RECIPE.items():
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
@@ -105,8 +100,7 @@ def parse_args(argv=None):
     system.add_argument("--replace", action="store_true", help="replace a run of another recipe instead of refusing")
     system.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks, shared by experiments")
     system.add_argument("--device", default="auto", help="auto takes the first idle GPU, or the CPU")
-    system.add_argument("--workers", type=number(int, 0),
-                        help="loader processes; default 0 on a CPU, else one a core up to 8")
+    system.add_argument("--workers", type=number(int, 0), help="of the loader; default 0 on a CPU, else a core each, 8")
     system.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
     system.add_argument("--logger", choices=LOGGERS, help="besides log.csv")
     return parser.parse_args(argv)
@@ -171,12 +165,9 @@ def make_loaders(args, train, test, learn, valid, cuda):
 
 
 def parameter_groups(model, encoder_lr, weight_decay):
-    """Parameters by their factor to the learning rate and their decay, which norms and biases, all of one dimension,
-    don't have."""
+    """Trainable parameters by learning rate factor and decay; norms and biases, all of one dimension, have none."""
     groups = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
         factor = encoder_lr if name.startswith("encoder.") else 1.0
         groups.setdefault((factor, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
     return [{"params": p, "factor": factor, "weight_decay": decay} for (factor, decay), p in groups.items()]
@@ -251,7 +242,7 @@ def train_one_epoch(run, loader, args, recipe, device):
         torch.distributed.all_reduce(loss_sum)
         for buffer in run["ema"].buffers():  # each rank has seen other images; rank 0's statistics are the model's
             torch.distributed.broadcast(buffer, 0)
-    return (loss_sum.item() / ranks()[1] / len(loader), lr, images_seen * ranks()[1] / (time.time() - started))
+    return loss_sum.item() / ranks()[1] / len(loader), lr, images_seen * ranks()[1] / (time.time() - started)
 
 
 def evaluate(model, loader, n_classes, recipe, device):
@@ -276,18 +267,17 @@ def evaluate(model, loader, n_classes, recipe, device):
 
 def make_recipe(args, train):
     """Everything that decides the result, as plain values; a run made with other values is another run."""
-    recipe = {name: getattr(args, name) for name in ("model", "scale", "fold", "folds", "round", "paint", "overfit",
-                                                     *RECIPE)}
+    names = ("model", "scale", "fold", "folds", "round", "paint", "overfit", *RECIPE)
+    recipe = {name: getattr(args, name) for name in names}
     if args.weights not in ("imagenet", "none"):
         recipe["weights"] = f"{Path(args.weights).name} {file_hash(args.weights)}"
     recipe["mean"], recipe["std"] = map(list, encoder_mean_std(args.model))
     recipe["data"], recipe["folds_csv"] = train.fingerprint, file_hash(args.exp / "folds.csv")
     if args.round:
-        files = [pseudo_folder(args.exp, args.round, args.fold) / name
-                 for name in ("manifest.json", "labels.npy", "index.csv")]
-        if missing := [str(path) for path in files if not path.is_file()]:
-            raise SystemExit(f"no {', no '.join(missing)}: make the pseudo labels of this round first")
-        recipe["pseudo"] = [file_hash(path) for path in files]
+        folder = pseudo_folder(args.exp, args.round, args.fold)
+        if missing := [name for name in PSEUDO_FILES if not (folder / name).is_file()]:
+            raise SystemExit(f"{folder} has no {', no '.join(missing)}: make the pseudo labels of this round first")
+        recipe["pseudo"] = [file_hash(folder / name) for name in PSEUDO_FILES]
     return recipe
 
 
@@ -418,19 +408,6 @@ def log_row(run, row, args, recipe, out):
             run["logger"] = lambda row: None
 
 
-def describe(train, test, folds):
-    """The check's summary: sizes, classes, folds."""
-    pixels = np.array(train.pixels)
-    print(f"data: {len(train.ids)} training and {len(test.ids)} test images, {len(train.classes)} classes, "
-          f"{len(set(train.groups))} groups, folds of {np.bincount(folds).tolist()} images; no faults")
-    for class_id, name in enumerate(train.classes):
-        present = pixels[:, class_id] > 0
-        share = pixels[:, class_id].sum() / pixels.sum()
-        print(f"  {class_id:3} {name:20} {present.sum():6} images {share:8.3%} of pixels")
-        if absent := [fold for fold in range(folds.max() + 1) if not present[folds == fold].any()]:
-            print(f"      warning: no image of fold {', '.join(map(str, absent))} has it")
-
-
 def train_run(args, root, report=None):
     """Train, resume or find done the run of `args` under `root`; returns its best v3.
 
@@ -471,9 +448,18 @@ def train_run(args, root, report=None):
 
 
 def check(args):
+    """Print the data's sizes, classes and folds, or stop with its faults."""
     train, test = load_data(args.data, args.cache, args.paint)
     with lock(args.exp, wait=True):
-        describe(train, test, load_folds(args.exp, train, args.folds, renew=True))
+        folds = load_folds(args.exp, train, args.folds, renew=True)
+    pixels = np.array(train.pixels)
+    print(f"data: {len(train.ids)} training and {len(test.ids)} test images, {len(train.classes)} classes, "
+          f"{len(set(train.groups))} groups, folds of {np.bincount(folds).tolist()} images; no faults")
+    for class_id, name in enumerate(train.classes):
+        present, share = pixels[:, class_id] > 0, pixels[:, class_id].sum() / pixels.sum()
+        print(f"  {class_id:3} {name:20} {present.sum():6} images {share:8.3%} of pixels")
+        if absent := [fold for fold in range(args.folds) if not present[folds == fold].any()]:
+            print(f"      warning: no image of fold {', '.join(map(str, absent))} has it")
 
 
 def main(args):
