@@ -204,14 +204,11 @@ def claim_device(name="auto"):
     while True:
         for index in range(torch.cuda.device_count()):
             uuid = torch.cuda.get_device_properties(index).uuid
-            path = Path(tempfile.gettempdir()) / f"gpu-{uuid}-{os.getuid()}.lock"
-            gpu_lock = open(path, "w")  # noqa: SIM115  kept open: an open file keeps the lock until the process exits
+            claim_device.lock = lock(Path(tempfile.gettempdir()) / f"gpu-{uuid}-{os.getuid()}")
             try:
-                fcntl.flock(gpu_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                gpu_lock.close()
+                claim_device.lock.__enter__()  # without an exit: held until the process ends
+            except SystemExit:
                 continue
-            claim_device.lock = gpu_lock
             torch.cuda.set_device(index)
             return torch.device("cuda", index)
         if not waiting:
