@@ -581,17 +581,17 @@ def check_photo(job):
 
 def merge_groups(photos, digests):
     """A label for each photo: equal for those linked, over any number of steps, by group or by identical content."""
-    parents = {}
+    parents = {}  # a forest over contents and groups: whatever is linked has one root
 
     def find(key):
-        while parents.setdefault(key, key) != key:
-            key = parents[key]
+        while (parent := parents.get(key, key)) != key:
+            key = parent
         return key
 
     for photo, digest in zip(photos, digests, strict=True):
-        for key in (("content", digest),) + (("group", photo["group"]),) * bool(photo["group"]):
-            parents[find(("photo", photo["id"]))] = find(key)
-    return [" ".join(map(str, find(("photo", photo["id"])))) for photo in photos]
+        if photo["group"]:
+            parents[find(f"content {digest}")] = find(f"group {photo['group']}")
+    return [find(f"content {digest}") for digest in digests]
 
 
 def make_folds(present, groups, n_folds):
@@ -603,29 +603,18 @@ def make_folds(present, groups, n_folds):
     names, group_of = np.unique(groups, return_inverse=True)
     if n_folds > len(names):
         raise SystemExit(f"{n_folds} folds of {len(names)} group(s) of images: ask for fewer folds")
-    counts = np.zeros((len(names), present.shape[1] + 1), int)  # images with the class; in the last column all images
-    np.add.at(counts, group_of, np.column_stack([present, np.ones(len(present), int)]))
-    wanted = np.tile(counts.sum(0) / n_folds, (n_folds, 1))
-    fold_of = np.full(len(names), -1)
-    while (fold_of < 0).any():
-        left = np.where((fold_of < 0)[:, None], counts, 0)
+    left = np.zeros((len(names), present.shape[1] + 1), int)  # images with the class; in the last column all images
+    np.add.at(left, group_of, np.column_stack([present, np.ones(len(present), int)]))
+    wanted = np.tile(left.sum(0) / n_folds, (n_folds, 1))
+    fold_of = np.empty(len(names), int)
+    for _ in names:
         totals = left.sum(0)
         rarest = np.where(totals > 0, totals, totals.max() + 1).argmin()
         group = left[:, rarest].argmax()
         fold_of[group] = fold = np.lexsort((-wanted[:, -1], -wanted[:, rarest]))[0]
-        wanted[fold] -= counts[group]
+        wanted[fold] -= left[group]
+        left[group] = 0  # done
     return fold_of[group_of]
-
-
-def folds_fault(image_ids, folds, train, n_folds):
-    """What is wrong with the folds of a folds.csv, or None."""
-    if image_ids != [str(i) for i in train.ids]:
-        return "lists other images than DATA"
-    if set(folds) != set(range(n_folds)):
-        return f"has the folds {sorted(set(folds))}, not 0 to {n_folds - 1}"
-    if len(set(zip(train.groups, folds, strict=True))) > len(set(train.groups)):
-        return "has a group of images in two folds"
-    return None
 
 
 def load_folds(exp, train, n_folds, renew=False):
@@ -636,10 +625,14 @@ def load_folds(exp, train, n_folds, renew=False):
     path = Path(exp) / "folds.csv"
     if path.exists():
         rows = read_csv(path, ("image_id", "group", "fold"))
-        folds = np.array([int(row["fold"]) if row["fold"].isdecimal() else -1 for row in rows])
-        wrong = folds_fault([row["image_id"] for row in rows], folds.tolist(), train, n_folds)
-        if wrong is None:
-            return folds
+        folds = [int(row["fold"]) if row["fold"].isdecimal() else -1 for row in rows]
+        groups = set(zip(train.groups, folds, strict=False))
+        checks = {"lists other images than DATA": [row["image_id"] for row in rows] != [str(i) for i in train.ids],
+                  f"has the folds {sorted(set(folds))}, not 0 to {n_folds - 1}": set(folds) != set(range(n_folds)),
+                  "has a group of images in two folds": len(groups) > len(set(train.groups))}
+        wrong = next((text for text, holds in checks.items() if holds), None)
+        if not wrong:
+            return np.array(folds)
         if not renew:
             raise SystemExit(f"{path} {wrong}: choose another EXP, or run train.py --check to make it anew")
         print(f"{path} {wrong}: made anew")
