@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import platform
+import re
 import socket
 import sys
 import tempfile
@@ -233,45 +234,36 @@ def amp_dtype(device):
 # ---- data: reading and checking -------------------------------------------------------------------------------------
 
 PAINT_ORDERS = ("area", "id", "order")
+RLE_DIGITS = {ord("0") + i: "0123456789abcdefghijklmnopqrstuv"[i % 32] for i in range(64)}  # COCO's to Python's
 
 
 def is_int(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def rle_counts(text):
-    """Run lengths from COCO's compressed string; raises ValueError.
+def rle_counts(counts):
+    """Run lengths from the counts of an RLE, a list or COCO's compressed string; None when they are damaged.
 
-    Five bits a character from 48 on, low bits first, the sixth bit says that more follow, the value is signed; from
-    the fourth run on it is the difference to the run two before.
+    The string holds signed numbers in base 32, the lowest digit first: "0" to "O" end a number, "P" to "o" are the same
+    digits when more follow. From the fourth run on the number is the difference to the run two before.
     """
-    counts, value, shift = [], 0, 0
-    for code in text.encode("latin-1", "replace"):
-        if not 48 <= code < 112 or shift > 30:
-            raise ValueError("compressed RLE is damaged")
-        value |= (code - 48 & 31) << shift
-        shift += 5
-        if not code - 48 & 32:
-            value -= (1 << shift) if code - 48 & 16 else 0
+    if isinstance(counts, str) and re.fullmatch("([P-o]{0,6}[0-O])*", counts):
+        numbers, counts = re.findall("[P-o]*[0-O]", counts), []
+        for digits in numbers:
+            value = int(digits[::-1].translate(RLE_DIGITS), 32)
+            value -= 32 ** len(digits) if digits[-1] >= "@" else 0  # the highest bit is the sign
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise ValueError("compressed RLE is cut off")
-    return counts
+    return counts if isinstance(counts, list) and all(type(c) is int and c >= 0 for c in counts) else None
 
 
 def segmentation_fault(segmentation, height, width):
     """What is wrong with one COCO segmentation, or None. pycocotools crashes the process on what this refuses."""
     if isinstance(segmentation, dict):
-        try:
-            counts = segmentation.get("counts")
-            counts = rle_counts(counts) if isinstance(counts, str) else counts
-        except ValueError as e:
-            return str(e)
-        if segmentation.get("size") != [height, width]:
-            return f"RLE of size {segmentation.get('size')}, the image is {[height, width]}"
-        if not isinstance(counts, list) or not all(is_int(c) and c >= 0 for c in counts):
-            return "RLE counts are not whole numbers"
+        size, counts = segmentation.get("size"), rle_counts(segmentation.get("counts"))
+        if size != [height, width]:
+            return f"RLE of size {size}, the image is {[height, width]}"
+        if counts is None:
+            return "RLE counts that are damaged or cut off: not whole numbers from 0"
         if sum(counts) != height * width:
             return f"RLE of {sum(counts)} pixels, the image has {height * width}"
         return None
@@ -294,8 +286,7 @@ def segmentation_fault(segmentation, height, width):
 def object_mask(segmentation, height, width):
     """bool [height, width] of a segmentation that segmentation_fault has passed."""
     if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        counts = rle_counts(counts) if isinstance(counts, str) else counts
+        counts = rle_counts(segmentation["counts"])
         return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
     from pycocotools import mask as coco_mask
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))).astype(bool)
