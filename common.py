@@ -481,7 +481,7 @@ def open_cache(folder, data):
         masks = {"train": np.load(folder / "masks.npy", mmap_mode="r")}
         if any(photo_stamps(data, entry["file_names"]) != entry.pop("stamps") for entry in index.values()):
             return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):  # EOFError: an empty .npy
         return None
     return tuple(Split(root=data, masks=masks.get(name), **entry) for name, entry in index.items())
 
