@@ -28,6 +28,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -205,14 +206,11 @@ def claim_device(name="auto"):
     while True:
         for index in range(torch.cuda.device_count()):
             uuid = torch.cuda.get_device_properties(index).uuid
-            path = Path(tempfile.gettempdir()) / f"gpu-{uuid}-{os.getuid()}.lock"
-            gpu_lock = open(path, "w")  # noqa: SIM115  kept open: an open file keeps the lock until the process exits
+            claim_device.lock = lock(Path(tempfile.gettempdir()) / f"gpu-{uuid}-{os.getuid()}")
             try:
-                fcntl.flock(gpu_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                gpu_lock.close()
+                claim_device.lock.__enter__()  # without an exit: held until the process ends
+            except SystemExit:
                 continue
-            claim_device.lock = gpu_lock
             torch.cuda.set_device(index)
             return torch.device("cuda", index)
         if not waiting:
@@ -258,45 +256,32 @@ def amp_dtype(device):
 # ---- data: reading and checking -------------------------------------------------------------------------------------
 
 PAINT_ORDERS = ("area", "id", "order")
+RLE_DIGITS = {ord("0") + i: "0123456789abcdefghijklmnopqrstuv"[i % 32] for i in range(64)}  # COCO's to Python's
 
 
-def is_int(value):
-    return isinstance(value, int) and not isinstance(value, bool)
+def rle_counts(counts):
+    """Run lengths from the counts of an RLE, a list or COCO's compressed string; None when they are damaged.
 
-
-def rle_counts(text):
-    """Run lengths from COCO's compressed string; raises ValueError.
-
-    Five bits a character from 48 on, low bits first, the sixth bit says that more follow, the value is signed; from
-    the fourth run on it is the difference to the run two before.
+    The string holds signed numbers in base 32, the lowest digit first: "0" to "O" end a number, "P" to "o" are the same
+    digits when more follow. From the fourth run on the number is the difference to the run two before.
     """
-    counts, value, shift = [], 0, 0
-    for code in text.encode("latin-1", "replace"):
-        if not 48 <= code < 112 or shift > 30:
-            raise ValueError("compressed RLE is damaged")
-        value |= (code - 48 & 31) << shift
-        shift += 5
-        if not code - 48 & 32:
-            value -= (1 << shift) if code - 48 & 16 else 0
+    if isinstance(counts, str) and re.fullmatch("([P-o]{0,6}[0-O])*", counts):
+        numbers, counts = re.findall("[P-o]*[0-O]", counts), []
+        for digits in numbers:
+            value = int(digits[::-1].translate(RLE_DIGITS), 32)
+            value -= 32 ** len(digits) if digits[-1] >= "@" else 0  # the highest bit is the sign
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise ValueError("compressed RLE is cut off")
-    return counts
+    return counts if isinstance(counts, list) and all(type(c) is int and c >= 0 for c in counts) else None
 
 
 def segmentation_fault(segmentation, height, width):
     """What is wrong with one COCO segmentation, or None. pycocotools crashes the process on what this refuses."""
     if isinstance(segmentation, dict):
-        try:
-            counts = segmentation.get("counts")
-            counts = rle_counts(counts) if isinstance(counts, str) else counts
-        except ValueError as e:
-            return str(e)
-        if segmentation.get("size") != [height, width]:
-            return f"RLE of size {segmentation.get('size')}, the image is {[height, width]}"
-        if not isinstance(counts, list) or not all(is_int(c) and c >= 0 for c in counts):
-            return "RLE counts are not whole numbers"
+        size, counts = segmentation.get("size"), rle_counts(segmentation.get("counts"))
+        if size != [height, width]:
+            return f"RLE of size {size}, the image is {[height, width]}"
+        if counts is None:
+            return "RLE counts that are damaged or cut off: not whole numbers from 0"
         if sum(counts) != height * width:
             return f"RLE of {sum(counts)} pixels, the image has {height * width}"
         return None
@@ -319,8 +304,7 @@ def segmentation_fault(segmentation, height, width):
 def object_mask(segmentation, height, width):
     """bool [height, width] of a segmentation that segmentation_fault has passed."""
     if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        counts = rle_counts(counts) if isinstance(counts, str) else counts
+        counts = rle_counts(segmentation["counts"])
         return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
     from pycocotools import mask as coco_mask
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))).astype(bool)
@@ -358,6 +342,31 @@ def read_image(path, height, width):
         return np.array(image.convert("RGB"))
 
 
+def entries(coco, key, faults):
+    """Yield (object, what is wrong with its id or None) for each JSON object in a list of the file.
+
+    `faults` gets a line for everything in the list that is no object, and for an empty list.
+    """
+    ids = set()
+    if not coco[key]:
+        faults.append(f"no {key}")
+    for position, entry in enumerate(coco[key]):
+        if not isinstance(entry, dict):
+            faults.append(f"{key}[{position}] is not an object")
+        elif type(entry.get("id")) is not int:
+            yield entry, "has no whole number as id"
+        elif entry["id"] in ids:
+            yield entry, f"has an id that another {key.removesuffix('s')} has too"
+        else:
+            ids.add(entry["id"])
+            yield entry, None
+
+
+def clean(text):
+    """A str that any file can hold: lone surrogates, which JSON can carry, become question marks."""
+    return "" if text is None else str(text).encode("utf-8", "replace").decode()
+
+
 def name_fault(name, root):
     """What is wrong with a file_name, or None."""
     if not isinstance(name, str) or not name:
@@ -370,98 +379,65 @@ def name_fault(name, root):
         return f"has an impossible file_name: {e}"
 
 
-def read_photos(coco, path):
-    """({id: photo}, faults) of the list "images".
-
-    A photo has id, file_name, height, width, group, no objects yet, and `faulty`; those without a usable id or size are
-    left out, since nothing more can be checked about them.
-    """
-    photos, faults = {}, []
-    for position, photo in enumerate(coco["images"]):
-        if not isinstance(photo, dict):
-            faults.append(f"{path.name}: images[{position}] is not an object")
-            continue
-        image_id, size = photo.get("id"), (photo.get("height"), photo.get("width"))
-        wrong = [name_fault(photo.get("file_name"), path.parent)]
-        if usable_id := is_int(image_id):
-            wrong.append("has an id that another image has too" if image_id in photos else None)
-        else:
-            wrong.append("has no whole number as id")
-        usable_size = all(is_int(side) and side > 0 for side in size) and size[0] * size[1] <= MAX_PIXELS
-        if not usable_size:
-            wrong.append(f"of height and width {size}: not whole numbers, or over {MAX_PIXELS} pixels of memory in all")
-        wrong = [f"{path.name}: image {image_id} ({photo.get('file_name')}) {fault}" for fault in wrong if fault]
-        faults += wrong
-        if usable_id and usable_size:
-            photos.setdefault(image_id, {**{k: photo.get(k) for k in ("id", "file_name", "height", "width")},
-                                         "group": clean(photo.get("group", "")), "objects": [], "faulty": bool(wrong)})
-    return photos, faults if coco["images"] else [f"{path.name}: no images"]
+def size_fault(height, width):
+    """What is wrong with the size of a photo in the JSON, or None."""
+    if all(type(side) is int and side > 0 for side in (height, width)) and height * width <= MAX_PIXELS:
+        return None
+    return f"of height and width {height, width}: not whole numbers, or over {MAX_PIXELS} pixels of memory in all"
 
 
-def clean(text):
-    """A str that any file can hold: lone surrogates, which JSON can carry, become question marks."""
-    return "" if text is None else str(text).encode("utf-8", "replace").decode()
-
-
-def read_categories(coco, path):
-    """({category id: name} by id, faults)."""
+def read_categories(coco, faults):
+    """{category id: name} by id."""
     valid = {c["id"]: clean(c["name"]) for c in coco["categories"]
-             if isinstance(c, dict) and is_int(c.get("id")) and isinstance(c.get("name"), str)}
-    faults = []
-    if len(valid) < len(coco["categories"]) or len(set(valid.values())) < len(valid):
-        faults.append(f"{path.name}: every category needs a whole number as id and a name, all different")
+             if isinstance(c, dict) and type(c.get("id")) is int and isinstance(c.get("name"), str)}
+    if len(set(valid.values())) < len(coco["categories"]):
+        faults.append("every category needs a whole number as id and a name, all different")
     if BACKGROUND in valid.values():
-        faults.append(f"{path.name}: category {BACKGROUND}: it is class 0 without being listed; remove it")
+        faults.append(f"category {BACKGROUND}: it is class 0 without being listed; remove it")
     if not 0 < len(valid) < MAX_CLASSES:
-        faults.append(f"{path.name}: {len(valid)} categories; 1 to {MAX_CLASSES - 1} can be told apart")
-    return dict(sorted(valid.items())), faults
+        faults.append(f"{len(valid)} categories; 1 to {MAX_CLASSES - 1} can be told apart")
+    return dict(sorted(valid.items()))
+
+
+def object_fault(annotation, photos, class_ids):
+    """What is wrong with an annotation apart from its id, or None."""
+    image_id, category = annotation.get("image_id"), annotation.get("category_id")
+    if type(image_id) is not int or image_id not in photos:
+        return f"is of image {image_id}, which is not in images"
+    if type(category) is not int or category not in class_ids:
+        return f"of image {image_id} has the unknown category {category}"
+    name, size = photos[image_id]["file_name"], photos[image_id]["size"]
+    fault = None if size_fault(*size) else segmentation_fault(annotation.get("segmentation"), *size)
+    return f"of image {image_id} ({name}) has {fault}" if fault else None
 
 
 def read_coco(path, labelled):
     """(photos, categories, faults) of one COCO file, which is not trusted in anything.
 
-    photos: dicts with id, file_name, height, width, group and objects, a list of (class_id, segmentation), where class
-    ids count the categories from 1 by id. faults: one line each; when there are any, the rest is not to be used.
+    photos: dicts with id, file_name, size (height, width), group and objects, a list of (class_id, segmentation), where
+    class ids count the categories from 1 by id. faults: one line each; when there are any, the rest is not to be used.
     """
-    coco = read_json(path)
+    coco, faults, photos = read_json(path), [], {}
     lists = ("images", "categories", "annotations") if labelled else ("images", "categories")
     if not isinstance(coco, dict) or not all(isinstance(coco.get(k), list) for k in lists):
         return [], {}, [f"{path.name}: not a COCO file: it needs the lists {', '.join(lists)}"]
-    photos, faults = read_photos(coco, path)
-    categories, more = read_categories(coco, path)
-    faults += more
-    if labelled and not coco["annotations"]:
-        faults.append(f"{path.name}: no annotations")
+    for image, id_fault in entries(coco, "images", faults):
+        name, size = image.get("file_name"), (image.get("height"), image.get("width"))
+        wrong = [fault for fault in (name_fault(name, path.parent), id_fault, size_fault(*size)) if fault]
+        faults += [f"image {image.get('id')} ({name}) {fault}" for fault in wrong]
+        if not id_fault:
+            photos[image["id"]] = {"id": image["id"], "file_name": name, "size": size, "objects": [],
+                                   "group": clean(image.get("group")), "faulty": bool(wrong)}
+    categories = read_categories(coco, faults)
     class_ids = {category: class_id for class_id, category in enumerate(categories, 1)}
-    listed = {p["id"] for p in coco["images"] if isinstance(p, dict) and is_int(p.get("id"))}
-    seen = set()
-    for position, annotation in enumerate(coco["annotations"] if labelled else []):
-        if fault := annotation_fault(annotation, class_ids, listed, photos, seen):
-            name = f"annotation {annotation.get('id')}" if isinstance(annotation, dict) else f"annotations[{position}]"
-            faults.append(f"{path.name}: {name} {fault}")
-        elif photo := photos.get(annotation["image_id"]):
-            photo["objects"].append((class_ids[annotation["category_id"]], annotation["segmentation"]))
-    return [photo for photo in photos.values() if not photo["faulty"]], categories, faults
-
-
-def annotation_fault(annotation, class_ids, listed, photos, seen):
-    """What is wrong with one entry of "annotations", or None; `seen` collects the ids so far."""
-    if not isinstance(annotation, dict):
-        return "is not an object"
-    number, image_id = annotation.get("id"), annotation.get("image_id")
-    if not is_int(number):
-        return "has no whole number as id"
-    if number in seen:
-        return "has an id that another annotation has too"
-    seen.add(number)
-    if not is_int(image_id) or image_id not in listed:
-        return f"is of image {image_id}, which is not in images"
-    category = annotation.get("category_id")
-    if not is_int(category) or category not in class_ids:
-        return f"of image {image_id} has the unknown category {category}"
-    photo = photos.get(image_id)  # None when the image has no usable size, which has been reported
-    fault = photo and segmentation_fault(annotation.get("segmentation"), photo["height"], photo["width"])
-    return f"of image {image_id} ({photo['file_name']}) has {fault}" if fault else None
+    for annotation, id_fault in entries(coco, "annotations", faults) if labelled else ():
+        if fault := id_fault or object_fault(annotation, photos, class_ids):
+            faults.append(f"annotation {annotation.get('id')} {fault}")
+        else:
+            class_id = class_ids[annotation["category_id"]]
+            photos[annotation["image_id"]]["objects"].append((class_id, annotation.get("segmentation")))
+    sound = [photo for photo in photos.values() if not photo["faulty"]]
+    return sound, categories, [f"{path.name}: {fault}" for fault in faults]
 
 
 # ---- data: masks, folds, samples ------------------------------------------------------------------------------------
@@ -512,65 +488,58 @@ def load_data(data, cache, paint="area"):
     folder = Path(cache) / hashlib.sha256(f"1 {paint} {[file_hash(p) for p in paths]}".encode()).hexdigest()[:16]
     splits = open_cache(folder, data)
     if splits is None:
-        with lock(folder, wait=True):
-            if (splits := open_cache(folder, data)) is None:
-                build_cache(folder, paths, paint)
-                splits = open_cache(folder, data)
+        with lock(folder, wait=True):  # the first to come builds
+            splits = open_cache(folder, data) or build_cache(folder, paths, paint)
     if splits is None:
         raise SystemExit(f"photos in {data} changed while they were checked: run it again")
     return splits
 
 
 def open_cache(folder, data):
-    """The Splits in `folder`, or None when it isn't finished or a photo has changed since."""
-    if not (folder / "index.json").exists() or not (folder / "masks.npy").exists():
-        return None
-    splits = []
-    for name, entry in read_json(folder / "index.json").items():
-        stamps = entry.pop("stamps")
-        if [photo_stamp(data / file_name) for file_name in entry["file_names"]] != stamps:
-            return None
-        masks = np.load(folder / "masks.npy", mmap_mode="r") if name == "train" else None
-        splits.append(Split(root=data, masks=masks, **entry))
-    return tuple(splits)
-
-
-def photo_stamp(path):
-    """Size and time of change; None when there is no such file."""
+    """The Splits in `folder`, or None when it isn't whole or a photo has changed or gone since."""
     try:
-        status = os.stat(path)
-    except OSError:
+        index = json.loads((folder / "index.json").read_bytes())
+        masks = {"train": np.load(folder / "masks.npy", mmap_mode="r")}
+        if any(photo_stamps(data, entry["file_names"]) != entry.pop("stamps") for entry in index.values()):
+            return None
+    except (OSError, ValueError, EOFError):  # EOFError: an empty .npy
         return None
-    return [status.st_size, status.st_mtime_ns]
+    return tuple(Split(root=data, masks=masks.get(name), **entry) for name, entry in index.items())
+
+
+def photo_stamps(root, file_names):
+    """[size, time of change] of each photo."""
+    return [[status.st_size, status.st_mtime_ns] for status in (os.stat(root / name) for name in file_names)]
 
 
 def build_cache(folder, paths, paint):
-    """Check everything, paint all masks on all cores, and write masks.npy and, last, index.json into `folder`."""
+    """Check everything, write masks.npy and, last, index.json into `folder`, and return open_cache of it."""
     root = paths[0].parent
-    (train, categories, faults), (test, test_categories, test_faults) = (
-        read_coco(path, labelled) for path, labelled in zip(paths, (True, False), strict=True))
+    train, categories, faults = read_coco(paths[0], labelled=True)
+    test, test_categories, test_faults = read_coco(paths[1], labelled=False)
     faults += test_faults
     if categories != test_categories and categories and test_categories:
         faults.append(f"{paths[0].name} and {paths[1].name} have different categories")
-    stamps = [photo_stamp(root / photo["file_name"]) for photo in train + test]
-    digests, pixels = [], []
+    photos, digests, pixels = train + test, [], []
+    stamps = photo_stamps(root, [photo["file_name"] for photo in photos])  # before they are read
     with atomic_write(folder / "masks.npy") as scratch, open(scratch, "wb") as f:
-        write_npy_header(f, (sum(photo["height"] * photo["width"] for photo in train),))
-        for i, (fault, digest, mask) in enumerate(check_photos([(root, photo, paint) for photo in train + test])):
+        write_npy_header(f, (sum(math.prod(photo["size"]) for photo in train),))
+        for i, (fault, digest, mask) in enumerate(check_photos(root, photos, paint)):
             faults += [fault] if fault else []
             digests.append(digest)
             if i < len(train) and not fault:
                 f.write(mask)
                 pixels.append(np.bincount(mask.ravel(), minlength=len(categories) + 1).tolist())
-        stop_on(faults)
+        if faults:
+            raise SystemExit("\n".join([*faults, f"{len(faults)} fault(s) in the data: mend or remove what is listed"]))
     index = {}
-    for name, path, photos, of in (("train", paths[0], train, slice(len(train))),
-                                   ("test", paths[1], test, slice(len(train), None))):
-        index[name] = {"ids": [p["id"] for p in photos], "file_names": [p["file_name"] for p in photos],
-                       "sizes": [(p["height"], p["width"]) for p in photos], "stamps": stamps[of],
-                       "groups": merge_groups(photos, digests[of]), "pixels": pixels if name == "train" else [],
-                       "classes": [BACKGROUND, *categories.values()], "fingerprint": f"{file_hash(path)} {paint}"}
+    for name, path, of in (("train", paths[0], slice(len(train))), ("test", paths[1], slice(len(train), None))):
+        index[name] = {"ids": [p["id"] for p in photos[of]], "file_names": [p["file_name"] for p in photos[of]],
+                       "sizes": [p["size"] for p in photos[of]], "stamps": stamps[of], "pixels": pixels[of],
+                       "groups": merge_groups(photos[of], digests[of]), "classes": [BACKGROUND, *categories.values()],
+                       "fingerprint": f"{file_hash(path)} {paint}"}
     write_json(folder / "index.json", index)
+    return open_cache(folder, root)
 
 
 def write_npy_header(f, shape):
@@ -578,45 +547,39 @@ def write_npy_header(f, shape):
     np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def check_photos(jobs):
-    """Yield check_photo of each job in order, made on all cores."""
+def check_photos(root, photos, paint):
+    """Yield check_photo of each photo in order, made on all cores."""
     try:
         with ProcessPoolExecutor(mp_context=get_context("forkserver")) as pool:
-            yield from tqdm(pool.map(check_photo, jobs, chunksize=8), "checking photos", len(jobs), disable=None)
+            results = pool.map(check_photo, repeat(root), photos, repeat(paint), chunksize=8)
+            yield from tqdm(results, "checking photos", len(photos), disable=None)
     except BrokenProcessPool:
         raise SystemExit("a process died while it checked the photos: out of memory, or killed") from None
 
 
-def stop_on(faults):
-    """Raise SystemExit that lists the faults, if there are any."""
-    if faults:
-        raise SystemExit("\n".join([*faults, f"{len(faults)} fault(s) in the data: mend or remove what is listed"]))
-
-
-def check_photo(job):
+def check_photo(root, photo, paint):
     """(fault or None, content hash, painted mask) of one photo."""
-    root, photo, paint = job
-    path, height, width = root / photo["file_name"], photo["height"], photo["width"]
+    path = root / photo["file_name"]
     try:
-        read_image(path, height, width)
+        read_image(path, *photo["size"])
     except Exception as e:  # decoders raise many types on damaged files; every one is reported with the file's name
         return f"image {photo['id']} ({photo['file_name']}) {str(e) or type(e).__name__}", "", None
-    return None, file_hash(path), paint_mask(photo["objects"], height, width, paint)
+    return None, file_hash(path), paint_mask(photo["objects"], *photo["size"], paint)
 
 
 def merge_groups(photos, digests):
     """A label for each photo: equal for those linked, over any number of steps, by group or by identical content."""
-    parents = {}
+    parents = {}  # a forest over contents and groups: whatever is linked has one root
 
     def find(key):
-        while parents.setdefault(key, key) != key:
-            key = parents[key]
+        while (parent := parents.get(key, key)) != key:
+            key = parent
         return key
 
     for photo, digest in zip(photos, digests, strict=True):
-        for key in (("content", digest),) + (("group", photo["group"]),) * bool(photo["group"]):
-            parents[find(("photo", photo["id"]))] = find(key)
-    return [" ".join(map(str, find(("photo", photo["id"])))) for photo in photos]
+        if photo["group"]:
+            parents[find(f"content {digest}")] = find(f"group {photo['group']}")
+    return [find(f"content {digest}") for digest in digests]
 
 
 def make_folds(present, groups, n_folds):
@@ -628,29 +591,18 @@ def make_folds(present, groups, n_folds):
     names, group_of = np.unique(groups, return_inverse=True)
     if n_folds > len(names):
         raise SystemExit(f"{n_folds} folds of {len(names)} group(s) of images: ask for fewer folds")
-    counts = np.zeros((len(names), present.shape[1] + 1), int)  # images with the class; in the last column all images
-    np.add.at(counts, group_of, np.column_stack([present, np.ones(len(present), int)]))
-    wanted = np.tile(counts.sum(0) / n_folds, (n_folds, 1))
-    fold_of = np.full(len(names), -1)
-    while (fold_of < 0).any():
-        left = np.where((fold_of < 0)[:, None], counts, 0)
+    left = np.zeros((len(names), present.shape[1] + 1), int)  # images with the class; in the last column all images
+    np.add.at(left, group_of, np.column_stack([present, np.ones(len(present), int)]))
+    wanted = np.tile(left.sum(0) / n_folds, (n_folds, 1))
+    fold_of = np.empty(len(names), int)
+    for _ in names:
         totals = left.sum(0)
         rarest = np.where(totals > 0, totals, totals.max() + 1).argmin()
         group = left[:, rarest].argmax()
         fold_of[group] = fold = np.lexsort((-wanted[:, -1], -wanted[:, rarest]))[0]
-        wanted[fold] -= counts[group]
+        wanted[fold] -= left[group]
+        left[group] = 0  # done
     return fold_of[group_of]
-
-
-def folds_fault(image_ids, folds, train, n_folds):
-    """What is wrong with the folds of a folds.csv, or None."""
-    if image_ids != [str(i) for i in train.ids]:
-        return "lists other images than DATA"
-    if set(folds) != set(range(n_folds)):
-        return f"has the folds {sorted(set(folds))}, not 0 to {n_folds - 1}"
-    if len(set(zip(train.groups, folds, strict=True))) > len(set(train.groups)):
-        return "has a group of images in two folds"
-    return None
 
 
 def load_folds(exp, train, n_folds, renew=False):
@@ -661,10 +613,14 @@ def load_folds(exp, train, n_folds, renew=False):
     path = Path(exp) / "folds.csv"
     if path.exists():
         rows = read_csv(path, ("image_id", "group", "fold"))
-        folds = np.array([int(row["fold"]) if row["fold"].isdecimal() else -1 for row in rows])
-        wrong = folds_fault([row["image_id"] for row in rows], folds.tolist(), train, n_folds)
-        if wrong is None:
-            return folds
+        folds = [int(row["fold"]) if row["fold"].isdecimal() else -1 for row in rows]
+        groups = set(zip(train.groups, folds, strict=False))
+        checks = {"lists other images than DATA": [row["image_id"] for row in rows] != [str(i) for i in train.ids],
+                  f"has the folds {sorted(set(folds))}, not 0 to {n_folds - 1}": set(folds) != set(range(n_folds)),
+                  "has a group of images in two folds": len(groups) > len(set(train.groups))}
+        wrong = next((text for text, holds in checks.items() if holds), None)
+        if not wrong:
+            return np.array(folds)
         if not renew:
             raise SystemExit(f"{path} {wrong}: choose another EXP, or run train.py --check to make it anew")
         print(f"{path} {wrong}: made anew")
