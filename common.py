@@ -230,11 +230,11 @@ def join_ranks(name):
     if n_ranks == 1:
         return claim_device(name)
     import torch
-    cuda = torch.cuda.is_available() and name != "cpu"
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
+    cpu = name == "cpu" or not torch.cuda.is_available()
+    device = torch.device("cpu" if cpu else f"cuda:{os.environ['LOCAL_RANK']}")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
     return device

@@ -60,7 +60,7 @@ RECIPE = {
     "label_smoothing": (number(float, 0, 0.99), 0.0, "of cross-entropy and focal"),
     "class_weights": (("none", "inverse"), "none", "of cross-entropy and focal: inverse to the class's pixels"),
     "augment": (AUGMENTATIONS, "basic", "see augmentations in common.py"),
-    "classmix": (("none", "plain", "weighted"), "none", "paste half an image's classes, or rather the rare, on another"),
+    "classmix": (("none", "plain", "weighted"), "none", "paste half an image's classes, or rather rare, on another"),
     "classmix_prob": (number(float, 0, 1), 0.5, "share of the images that are pasted on"),
     "sampler": (("all", "rare"), "all", "every image once an epoch, or drawn: oftener the rarer its rarest class"),
     "ema": (number(float, 0, 0.99999), 0.998, "decay of the weights' average; the first steps use a smaller one"),
