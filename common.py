@@ -956,9 +956,10 @@ def region_loss(of_iou, log_probs, log_true, target, labelled):
     Soft IoU of a class is the overlap of truth and probabilities, summed over the batch, by their union (Rahman and
     Wang 2016).
     """
-    per_class = log_probs.new_zeros(log_probs.shape[1])
-    overlap = per_class.scatter_add(0, target.flatten(), (log_true.exp() * labelled).flatten())
-    truth = per_class.scatter_add(0, target.flatten(), labelled.flatten().float())
+    rows = target.flatten(0, 1)  # [B x H, W]: a float32 that millions of pixels are added to one by one loses them
+    per_row = log_probs.new_zeros(len(rows), log_probs.shape[1])
+    overlap = per_row.scatter_add(1, rows, (log_true.exp() * labelled).flatten(0, 1)).sum(0)
+    truth = per_row.scatter_add(1, rows, labelled.flatten(0, 1).float()).sum(0)
     predicted = (log_probs.exp() * labelled[:, None]).sum((0, 2, 3))
     present = truth > 0  # no branch and no boolean index: either would make a GPU wait for the answer
     iou = overlap / (truth + predicted - overlap).where(present, 1)
