@@ -200,7 +200,7 @@ def snapshot_epochs(args):
 def backward(run, images, masks, device):
     """Gradients of a batch, part after part; returns its loss. When a GPU's memory is too small, parts are halved."""
     import torch
-    n_parts = min(run["parts"], len(images) // 2)  # batch norm needs two images
+    n_parts = max(1, min(run["parts"], len(images) // 2))  # batch norm needs two images
     try:
         total = torch.zeros((), device=device)
         for image, mask in zip(images.tensor_split(n_parts), masks.tensor_split(n_parts), strict=True):
