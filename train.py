@@ -385,6 +385,7 @@ def fit(run, loaders, args, recipe, info, out, device, report):
         if ranks()[0] == 0:
             if row["epoch"] in snapshot_epochs(args):
                 save_checkpoint(out / f"epoch-{row['epoch']:03}.pt", recipe=recipe, **info, **now)
+            write_csv(out / "log.csv", run["log"])  # before last.pt: an epoch that counts as done is in it
             states = {name: run[name].state_dict() for name in ("model", "ema", "optimizer", "scaler")}
             save_checkpoint(out / "last.pt", recipe=recipe, **info, **states,
                             **{k: run[k] for k in ("epoch", "log", "best")})
@@ -404,8 +405,7 @@ def start_logger(name, out, recipe):
 
 
 def log_row(run, row, args, recipe, out):
-    """Write log.csv and tell the logger; whatever fails there is a warning, since log.csv has it all."""
-    write_csv(out / "log.csv", run["log"])
+    """Print the row and tell the logger; whatever fails there is a warning, since log.csv has it all."""
     print(f"{out} epoch {row['epoch']}/{args.epochs} loss {row['loss']:.4f} v1 {row['v1']:.4f} v2 {row['v2']:.4f} "
           f"v3 {row['v3']:.4f} {row['images_per_s']:.1f} images/s {row['seconds']:.0f} s\n   IoU "
           + ", ".join(f"{k.removeprefix('iou ')} {v:.3f}" for k, v in row.items() if k.startswith("iou ")), flush=True)
