@@ -464,7 +464,8 @@ def train_run(args, root, report=None):
             raise SystemExit(f"{out}: v3 {v3:.4f} on its own {len(learn)} training images, below {OVERFIT_V3}: more "
                              "--epochs or another --lr, or the model or the loss doesn't learn")
         if first:
-            save_checkpoint(out / "model.pt", recipe=recipe, **info, **run["best"])
+            best = {sys.intern(k): v for k, v in run["best"].items()}  # else a resumed run's file has other bytes
+            save_checkpoint(out / "model.pt", recipe=recipe, **info, **best)
             (out / "last.pt").unlink()
             print(f"{out}/model.pt: epoch {run['best']['epoch']}, v3 {v3:.4f}")
     return v3
