@@ -453,7 +453,7 @@ def train_run(args, root, report=None):
         device = join_ranks(args.device)
         if first:
             write_json(out / "config.json", recipe | {"classes": train.classes})
-            for old in () if resume else out.glob("epoch-*.pt"):
+            for old in () if resume else [*out.glob("epoch-*.pt"), *out.glob("model.pt")]:  # they belong together
                 old.unlink()
         loaders = make_loaders(args, train, test, learn, valid, device.type == "cuda")
         run = start_run(args, train.classes, np.array(train.pixels)[learn].sum(0), resume, device)
