@@ -4,6 +4,7 @@ import json
 import math
 import pickletools
 import shutil
+import sys
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import run_until_killed, write_coco
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score
@@ -803,6 +805,297 @@ def test_training_learns_to_tell_pixels_apart_by_the_photo(line, tmp_path, split
         optimizer.step()
     losses = [float(row["loss"]) for row in read_log(run_of(line(tmp_path, "--model", "unet/tu-test_efficientnet")))]
     assert losses[-1] < 0.85 * loss.item() and losses[-1] < 0.85 * losses[0]
+
+
+# ---- snapshots ------------------------------------------------------------------------------------------------------
+
+
+def test_snapshots_are_the_averaged_weights_after_their_epochs_whether_resumed_or_not(
+        line, tmp_path, monkeypatch, interrupt):
+    seen, evaluate = [], train.evaluate
+
+    def remember(model, *rest):
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return evaluate(model, *rest)
+    monkeypatch.setattr(train, "evaluate", remember)
+    args, resumed = line(tmp_path / "a", "--snapshots", 2), line(tmp_path / "b", "--snapshots", 2)
+    train.main(args)
+    monkeypatch.undo()
+    snapshots = sorted(run_of(args).glob("epoch-*.pt"))
+    assert [path.name for path in snapshots] == ["epoch-002.pt", "epoch-003.pt"]
+    for path, epoch in zip(snapshots, (2, 3), strict=True):
+        model, state = infer.load_model(path)
+        assert state["epoch"] == epoch and state["recipe"]["snapshots"] == 2
+        assert state["v3"] == float(read_log(run_of(args))[epoch - 1]["v3"])
+        assert state["valid_ids"] == torch.load(run_of(args) / "model.pt")["valid_ids"]
+        weights = model.state_dict()
+        assert weights.keys() == seen[epoch - 1].keys()
+        assert all(torch.equal(v, weights[k]) for k, v in seen[epoch - 1].items())
+    assert not all(torch.equal(v, seen[2][k]) for k, v in seen[1].items())
+    start_and_stop(resumed, monkeypatch, interrupt, "backward", STEPS * 2 + 1)
+    assert [path.name for path in run_of(resumed).glob("epoch-*.pt")] == ["epoch-002.pt"]
+    train.main(resumed)
+    for path in snapshots:
+        assert (run_of(resumed) / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_run_in_place_of_another_removes_the_others_snapshots_and_model(line, tmp_path, monkeypatch, interrupt):
+    first, second = line(tmp_path, "--snapshots", 3), line(tmp_path, "--snapshots", 1, "--seed", 3, "--replace")
+    train.main(first)
+    assert len(list(run_of(first).glob("epoch-*.pt"))) == 2  # there are no more in the second half of 3 epochs
+    start_and_stop(second, monkeypatch, interrupt, "backward", 1)
+    assert not list(run_of(first).glob("*.pt"))  # else the first line would find its model done but not its snapshots
+    train.main(second)
+    assert {path.name for path in run_of(second).glob("*.pt")} == {"model.pt", "epoch-003.pt"}
+    assert torch.load(run_of(second) / "epoch-003.pt")["recipe"]["seed"] == 3
+
+
+# ---- options that change a run and keep it reproducible -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [
+    ["--sampler", "rare"], ["--classmix", "plain"], ["--classmix", "weighted", "--classmix-prob", 1],
+    ["--class-weights", "inverse"], ["--optimizer", "sgd", "--clip", 0.5, "--accumulate", 2, "--encoder-lr", 0.1],
+], ids=lambda more: "_".join(map(str, more)))
+def test_an_option_changes_the_run_which_stays_the_same_with_workers_and_when_killed(
+        line, finished_exp, tmp_path, more, capsys):
+    straight, workers, killed = (line(tmp_path / name, "--epochs", 2, *more) for name in "abc")
+    train.main(straight)
+    plain, log = read_log(run_of(line(finished_exp))), read_log(run_of(straight))
+    assert log[0]["loss"] != plain[0]["loss"]
+    workers.workers = 2
+    train.main(workers)
+    run_until_killed(train, killed, "backward", STEPS + 1)
+    assert torch.load(run_of(killed) / "last.pt")["epoch"] == 1 and not (run_of(killed) / "model.pt").exists()
+    capsys.readouterr()
+    train.main(killed)
+    assert "resuming after epoch 1" in capsys.readouterr().out
+    for args in (workers, killed):
+        assert (run_of(args) / "model.pt").read_bytes() == (run_of(straight) / "model.pt").read_bytes()
+        assert read_log(run_of(args)) == log
+
+
+def drawn(args, epochs=range(3)):
+    """Index of every training sample of some epochs, as the loader of a run asks for them."""
+    labelled, test = common.load_data(args.data, args.cache, args.paint)
+    folds = common.load_folds(args.exp, labelled, args.folds)
+    loader, _ = train.make_loaders(args, labelled, test, np.flatnonzero(folds != args.fold),
+                                   np.flatnonzero(folds == args.fold), cuda=False)
+    indices = []
+    for loader.batch_sampler.epoch in epochs:
+        indices += [index for batch in loader.batch_sampler for _, index in batch]
+    return indices, np.array(labelled.pixels)[folds != args.fold] > 0
+
+
+def test_the_rare_sampler_draws_images_with_a_rare_class_oftener(line, exp):
+    indices, present = drawn(line(exp, "--sampler", "rare"), range(300))
+    times = np.bincount(indices, minlength=len(present))
+    rarest = np.array([present.sum(0)[image].min() for image in present])  # images with the rarest class of each
+    expected = 1 / rarest / (1 / rarest).sum()
+    assert times / times.sum() == pytest.approx(expected, abs=0.02) and np.ptp(expected) > 0.06
+    assert sorted(drawn(line(exp), range(1))[0]) == list(range(len(present)))
+
+
+def test_inverse_class_weights_are_of_the_training_folds_pixels(line, exp, splits, monkeypatch):
+    made, make_loss = [], train.make_loss
+    monkeypatch.setattr(train, "make_loss", lambda *settings: made.append(settings) or make_loss(*settings))
+    args = line(exp, "--class-weights", "inverse", "--loss", "dice_ce", "--loss-ratio", 0.3, "--label-smoothing", 0.1)
+    train.start_run(args, splits[0].classes, np.array([100, 0, 25, 50] + [0] * 8), None, CPU)
+    name, ratio, smoothing, weights = made[0]
+    assert (name, ratio, smoothing) == ("dice_ce", 0.3, 0.1)
+    expected = [1 / 100, 0, 1 / 25, 1 / 50] + [0] * 8  # a class without pixels has none to weigh
+    assert weights.numpy() == pytest.approx(np.array(expected) / (0.07 / 3))
+    train.start_run(line(exp), splits[0].classes, np.ones(12), None, CPU)
+    assert made[1][3] is None
+
+
+def test_a_run_that_runs_out_of_memory_goes_on_in_parts(line, tmp_path, monkeypatch, capsys):
+    start_run = train.start_run
+
+    def start_small(*arguments):
+        run = start_run(*arguments)
+        limit_memory(run, run["model"], largest=3)
+        return run
+    monkeypatch.setattr(train, "start_run", start_small)
+    train.main(line(tmp_path, "--epochs", 1))
+    assert "in 2 parts" in capsys.readouterr().out and (run_of(line(tmp_path)) / "model.pt").exists()
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+def test_compile_changes_neither_the_weights_nor_their_names(line, finished_exp, tmp_path, monkeypatch):
+    compiled, calls = [], []
+
+    def compile_model(model):
+        compiled.append(model)
+        return lambda images: calls.append(len(images)) or model(images)
+    monkeypatch.setattr(torch, "compile", compile_model)
+    args = line(tmp_path, "--compile")
+    run_and_keep(args)
+    assert len(compiled) == 1 and calls == [4, 5] * EPOCHS  # evaluated is the average, as it is
+    assert_same_run(args, line(finished_exp))
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_and_its_file_is_read_without_compiling(line, tmp_path):
+    args = line(tmp_path, "--compile", "--epochs", 2)
+    train.main(args)
+    state = torch.load(run_of(args) / "model.pt")
+    assert state["model"].keys() == common.build_model(MODEL, 12).state_dict().keys()
+    infer.load_model(run_of(args) / "model.pt")
+    assert all(math.isfinite(float(row["loss"])) for row in read_log(run_of(args)))
+
+
+# ---- overfit --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Folder with 8 photos of 64 x 64 that each show a plain square of one of two classes."""
+    folder = tmp_path_factory.mktemp("shapes")
+    annotations = []
+    for i in range(1, 9):
+        x, y = (4 * int(v) for v in np.random.default_rng(i).integers(0, 8, 2))
+        photo = np.full((64, 64, 3), (60, 120, 50), np.uint8)
+        photo[y:y + 32, x:x + 32] = ((220, 40, 40), (40, 60, 230))[i % 2]
+        (folder / "batch_01").mkdir(exist_ok=True)
+        cv2.imwrite(str(folder / f"batch_01/{i:04}.png"), photo[..., ::-1])
+        annotations.append((i, i % 2, [[x, y, x + 32, y, x + 32, y + 32, x, y + 32]]))
+    return write_coco(folder, [(i, 64, 64) for i in range(1, 9)], annotations)
+
+
+def overfit_line(line, shapes, exp, *more):
+    return line(exp, "--data", shapes, "--batch", 8, "--lr", "5e-3", "--epochs", 8, "--overfit", 2, *more)
+
+
+def test_overfit_learns_its_few_images_by_heart_beside_the_normal_run(line, shapes, tmp_path, monkeypatch, capsys):
+    args = overfit_line(line, shapes, tmp_path, "--augment", "strong", "--classmix", "plain", "--sampler", "rare")
+    run_of(args).mkdir(parents=True)
+    (run_of(args) / "model.pt").write_text("a normal run")
+    seen, backward = [], train.backward
+    monkeypatch.setattr(train, "backward", lambda run, images, masks, device: (
+        seen.extend(zip(images.clone(), masks.clone(), strict=True)), backward(run, images, masks, device))[1])
+    train.main(args)
+    assert {path.name for path in run_of(args).iterdir()} == {"model.pt"}
+    assert (run_of(args) / "model.pt").read_text() == "a normal run"
+    folder = common.run_folder(tmp_path / "overfit", 0, MODEL, SCALE, FOLD)
+    state = torch.load(folder / "model.pt")
+    assert state["v3"] >= 0.9 and state["epoch"] == len(read_log(folder)) < 8  # it stops when it can
+    recipe = state["recipe"]
+    assert (recipe["overfit"], recipe["augment"], recipe["classmix"], recipe["sampler"]) == (2, "none", "none", "all")
+    assert len(seen) == 256 * state["epoch"]
+    assert len({image.numpy().tobytes() for image, _ in seen}) == 2 == len(state["valid_ids"])
+    labelled = common.load_data(args.data, args.cache)[0]
+    for image_id in state["valid_ids"]:  # those that it has learnt, as they are
+        image, mask = (v(labelled.ids.index(image_id)) for v in (labelled.image, labelled.mask))
+        inputs = (torch.tensor(image).permute(2, 0, 1) / 255 - torch.tensor(recipe["mean"]).view(3, 1, 1)) \
+            / torch.tensor(recipe["std"]).view(3, 1, 1)
+        assert any(torch.allclose(inputs, i, atol=1e-5) and (m.numpy() == mask).all() for i, m in seen[:16])
+    capsys.readouterr()
+    monkeypatch.setattr(train, "train_one_epoch", lambda *_: pytest.fail("training began"))
+    train.main(args)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_overfit_that_learns_nothing_fails_with_one_line_every_time(line, shapes, tmp_path, monkeypatch):
+    args = overfit_line(line, shapes, tmp_path, "--lr", 0, "--epochs", 1, "--overfit", 4)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=r"v3 0\.\d+ on its own 4 training images, below 0.9.*--lr") as failure:
+            train.main(args)
+        assert isinstance(failure.value.code, str) and "\n" not in failure.value.code  # printed, and status 1
+        assert not list(tmp_path.rglob("model.pt"))
+        monkeypatch.setattr(train, "train_one_epoch", lambda *_: pytest.fail("training began"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", common.DECODERS)
+def test_every_decoder_can_learn_a_few_images_by_heart(line, shapes, tmp_path, decoder):
+    encoder = "tu-test_vit" if decoder == "dpt" else "tu-mobilenetv3_small_050"
+    train.main(overfit_line(line, shapes, tmp_path, "--model", f"{decoder}/{encoder}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", common.LOSSES)
+def test_every_loss_teaches_a_few_images_by_heart(line, shapes, tmp_path, loss):
+    train.main(overfit_line(line, shapes, tmp_path, "--loss", loss))
+
+
+# ---- loggers --------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """In place of a logger's module and its writer: remembers, and raises at the call `fails`."""
+
+    def __init__(self, fails=None):
+        self.rows, self.fails, self.started, self.calls = [], fails, [], 0
+
+    def call(self):
+        self.calls += 1
+        if self.fails is not None and self.calls == self.fails:
+            raise RuntimeError("no route to host")
+
+    def init(self, **settings):  # wandb's
+        self.call()
+        self.started.append(settings)
+        return self
+
+    def log(self, row):
+        self.call()
+        self.rows.append(dict(row))
+
+    def SummaryWriter(self, folder, **_):  # noqa: N802  tensorboard's
+        self.call()
+        self.started.append({"dir": folder})
+        return self
+
+    def add_scalar(self, key, value, step):
+        if key == "epoch":
+            self.call()
+            self.rows.append({})
+        self.rows[-1][key] = value
+        assert self.rows[-1]["epoch"] == step
+
+
+MODULES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
+
+
+@pytest.mark.parametrize("logger", train.LOGGERS)
+def test_a_logger_gets_every_row_of_the_log(line, finished_exp, tmp_path, monkeypatch, capsys, logger):
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, MODULES[logger], recorder)
+    args = line(tmp_path, "--logger", logger)
+    run_and_keep(args)
+    assert len(recorder.started) == 1 and str(run_of(args)) in str(recorder.started[0]["dir"])
+    with open(run_of(args) / "log.csv", newline="") as f:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    assert len(rows) == EPOCHS and repr(rows) == repr([{k: float(v) for k, v in r.items()} for r in recorder.rows])
+    assert "warning" not in capsys.readouterr().err
+    assert_same_run(args, line(finished_exp))
+
+
+@pytest.mark.parametrize("logger", train.LOGGERS)
+@pytest.mark.parametrize("fails", [1, 3])  # at the start, at the second row
+def test_a_logger_that_fails_is_one_warning_and_the_run_goes_on(
+        line, finished_exp, tmp_path, monkeypatch, capsys, logger, fails):
+    recorder = Recorder(fails)
+    monkeypatch.setitem(sys.modules, MODULES[logger], recorder)
+    args = line(tmp_path, "--logger", logger)
+    run_and_keep(args)
+    assert recorder.calls == fails
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and f"{logger} failed" in said and "no route to host" in said
+    assert_same_run(args, line(finished_exp))
+
+
+@pytest.mark.parametrize("logger", train.LOGGERS)
+def test_a_logger_that_is_not_installed_is_one_warning(line, finished_exp, tmp_path, monkeypatch, capsys, logger):
+    for name in (logger, MODULES[logger]):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
+    args = line(tmp_path, "--logger", logger)
+    run_and_keep(args)
+    assert capsys.readouterr().err.count(f"warning: {logger} failed") == 1
+    assert_same_run(args, line(finished_exp))
 
 
 # ---- pseudo labels --------------------------------------------------------------------------------------------------
