@@ -191,7 +191,7 @@ def snapshot_epochs(args):
 def backward(run, images, masks, device):
     """Gradients of a batch, part after part; returns its loss. When a GPU's memory is too small, parts are halved."""
     import torch
-    n_parts = min(run["parts"], len(images) // 2)  # batch norm needs two images
+    n_parts = max(1, min(run["parts"], len(images) // 2))  # batch norm needs two images
     try:
         total = torch.zeros((), device=device)
         for image, mask in zip(images.tensor_split(n_parts), masks.tensor_split(n_parts), strict=True):
@@ -375,6 +375,7 @@ def fit(run, loaders, args, recipe, info, out, device, report):
         if ranks()[0] == 0:
             if row["epoch"] in snapshot_epochs(args):
                 save_checkpoint(out / f"epoch-{row['epoch']:03}.pt", recipe=recipe, **info, **now)
+            write_csv(out / "log.csv", run["log"])  # before last.pt: an epoch that counts as done is in it
             states = {name: run[name].state_dict() for name in ("model", "ema", "optimizer", "scaler")}
             save_checkpoint(out / "last.pt", recipe=recipe, **info, **states,
                             **{k: run[k] for k in ("epoch", "log", "best")})
@@ -394,8 +395,7 @@ def start_logger(name, out, recipe):
 
 
 def log_row(run, row, args, recipe, out):
-    """Write log.csv and tell the logger; whatever fails there is a warning, since log.csv has it all."""
-    write_csv(out / "log.csv", run["log"])
+    """Print the row and tell the logger; whatever fails there is a warning, since log.csv has it all."""
     print(f"{out} epoch {row['epoch']}/{args.epochs} loss {row['loss']:.4f} v1 {row['v1']:.4f} v2 {row['v2']:.4f} "
           f"v3 {row['v3']:.4f} {row['images_per_s']:.1f} images/s {row['seconds']:.0f} s\n   IoU "
           + ", ".join(f"{k.removeprefix('iou ')} {v:.3f}" for k, v in row.items() if k.startswith("iou ")), flush=True)
@@ -430,7 +430,7 @@ def train_run(args, root, report=None):
         device = join_ranks(args.device)
         if first:
             write_json(out / "config.json", recipe | {"classes": train.classes})
-            for old in () if resume else out.glob("epoch-*.pt"):
+            for old in () if resume else [*out.glob("epoch-*.pt"), *out.glob("model.pt")]:  # they belong together
                 old.unlink()
         loaders = make_loaders(args, train, test, learn, valid, device.type == "cuda")
         run = start_run(args, train.classes, np.array(train.pixels)[learn].sum(0), resume, device)
@@ -441,7 +441,8 @@ def train_run(args, root, report=None):
             raise SystemExit(f"{out}: v3 {v3:.4f} on its own {len(learn)} training images, below {OVERFIT_V3}: more "
                              "--epochs or another --lr, or the model or the loss doesn't learn")
         if first:
-            save_checkpoint(out / "model.pt", recipe=recipe, **info, **run["best"])
+            best = {sys.intern(k): v for k, v in run["best"].items()}  # else a resumed run's file has other bytes
+            save_checkpoint(out / "model.pt", recipe=recipe, **info, **best)
             (out / "last.pt").unlink()
             print(f"{out}/model.pt: epoch {run['best']['epoch']}, v3 {v3:.4f}")
     return v3
