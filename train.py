@@ -77,8 +77,7 @@ SEARCH_SPACE = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     run = parser.add_argument_group("what to train")
     run.add_argument("--data", type=Path, required=True, help="the competition's folder")
     run.add_argument("--exp", type=Path, required=True, help="folder of the experiment, out/EXP")
@@ -156,13 +155,15 @@ def make_loaders(args, train, test, learn, valid, cuda):
         entries += pseudo
         present = np.stack([*present, *(np.bincount(label.ravel(), minlength=256)[:len(train.classes)] > 0
                                         for _, _, label in pseudo)])
+    rank, n_ranks = ranks()
+    if len(entries) < 2 * n_ranks:
+        raise SystemExit(f"{len(entries)} training images: batch norm needs 2 for each of {n_ranks} process(es)")
     workers = args.workers if args.workers is not None else min(8, os.cpu_count()) if cuda else 0
     options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": cuda,
                "multiprocessing_context": "fork" if workers else None,
                "generator": torch.Generator()}  # of its own: else starting workers would draw from the global one
     batches = EpochBatches(len(entries), args.batch, args.seed, rare_odds(present) if args.sampler == "rare" else None)
     samples = TrainSamples(entries, make_augmentation(args.augment, args.scale), args.seed)
-    rank, n_ranks = ranks()
     return (DataLoader(samples, batch_sampler=batches, **options),
             DataLoader(EvalPhotos(train, valid[rank::n_ranks].tolist(), args.scale), args.batch, **options))
 
@@ -257,8 +258,7 @@ def train_one_epoch(run, loader, args, recipe, device):
 def evaluate(model, loader, n_classes, recipe, device):
     """[N, C, C] pixel counts of every validation image at the submission's size, put together from all ranks."""
     import torch
-    rank, n_ranks = ranks()
-    counts = []
+    n_ranks, counts = ranks()[1], []
     for images, truths in loader:
         with torch.inference_mode(), amp(device):
             logits = model(normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"]))
