@@ -445,7 +445,8 @@ def train_run(args, root, report=None):
     out, first = run_folder(root, args.round, args.model, args.scale, args.fold), ranks()[0] == 0
     with lock(out, wait=report is not None) if first else nullcontext():
         recipe = make_recipe(args, train)
-        if same_recipe(out / "model.pt", recipe, args.replace):
+        made = [out / "model.pt", *(out / f"epoch-{epoch:03}.pt" for epoch in snapshot_epochs(args))]
+        if all(same_recipe(path, recipe, args.replace) for path in made):
             print(f"{out}/model.pt is there and has this recipe: nothing to do")
             (out / "model.pt").touch()  # newer than what it was made from: make has nothing left to do
             return load_checkpoint(out / "model.pt")["v3"]
@@ -489,6 +490,8 @@ def main(args):
         raise SystemExit(f"--weights {args.weights}: no such file, and neither imagenet nor none")
     if args.batch < 2 * ranks()[1]:
         raise SystemExit(f"--batch {args.batch}: batch norm needs 2 images a process, of which there are {ranks()[1]}")
+    if len(snapshot_epochs(args)) < args.snapshots:
+        raise SystemExit(f"--snapshots {args.snapshots}: this run has only {len(snapshot_epochs(args))} to keep")
     if args.overfit:
         args = argparse.Namespace(**vars(args) | {"augment": "none", "classmix": "none", "sampler": "all"})
     train_run(args, args.exp / "overfit" if args.overfit else args.exp)
