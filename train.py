@@ -150,13 +150,15 @@ def make_loaders(args, train, test, learn, valid, cuda):
         entries += pseudo
         present = np.stack([*present, *(np.bincount(label.ravel(), minlength=256)[:len(train.classes)] > 0
                                         for _, _, label in pseudo)])
+    rank, n_ranks = ranks()
+    if len(entries) < 2 * n_ranks:
+        raise SystemExit(f"{len(entries)} training images: batch norm needs 2 for each of {n_ranks} process(es)")
     workers = args.workers if args.workers is not None else min(8, os.cpu_count()) if cuda else 0
     options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": cuda,
                "multiprocessing_context": "fork" if workers else None,
                "generator": torch.Generator()}  # of its own: else starting workers would draw from the global one
     batches = EpochBatches(len(entries), args.batch, args.seed, rare_odds(present) if args.sampler == "rare" else None)
     samples = TrainSamples(entries, make_augmentation(args.augment, args.scale), args.seed)
-    rank, n_ranks = ranks()
     return (DataLoader(samples, batch_sampler=batches, **options),
             DataLoader(EvalPhotos(train, valid[rank::n_ranks].tolist(), args.scale), args.batch, **options))
 
@@ -248,8 +250,7 @@ def train_one_epoch(run, loader, args, recipe, device):
 def evaluate(model, loader, n_classes, recipe, device):
     """[N, C, C] pixel counts of every validation image at the submission's size, put together from all ranks."""
     import torch
-    rank, n_ranks = ranks()
-    counts = []
+    n_ranks, counts = ranks()[1], []
     for images, truths in loader:
         with torch.inference_mode(), amp(device):
             logits = model(normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"]))
@@ -422,7 +423,8 @@ def train_run(args, root, report=None):
     out, first = run_folder(root, args.round, args.model, args.scale, args.fold), ranks()[0] == 0
     with lock(out, wait=report is not None) if first else nullcontext():
         recipe = make_recipe(args, train)
-        if same_recipe(out / "model.pt", recipe, args.replace):
+        made = [out / "model.pt", *(out / f"epoch-{epoch:03}.pt" for epoch in snapshot_epochs(args))]
+        if all(same_recipe(path, recipe, args.replace) for path in made):
             print(f"{out}/model.pt is there and has this recipe: nothing to do")
             (out / "model.pt").touch()  # newer than what it was made from: make has nothing left to do
             return load_checkpoint(out / "model.pt")["v3"]
@@ -476,6 +478,8 @@ def main(args):
         raise SystemExit(f"--weights {args.weights}: no such file, and neither imagenet nor none")
     if args.batch < 2 * ranks()[1]:
         raise SystemExit(f"--batch {args.batch}: batch norm needs 2 images a process, of which there are {ranks()[1]}")
+    if len(snapshot_epochs(args)) < args.snapshots:
+        raise SystemExit(f"--snapshots {args.snapshots}: this run has only {len(snapshot_epochs(args))} to keep")
     if args.overfit:
         args = argparse.Namespace(**vars(args) | {"augment": "none", "classmix": "none", "sampler": "all"})
     train_run(args, args.exp / "overfit" if args.overfit else args.exp)
