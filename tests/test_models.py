@@ -251,7 +251,7 @@ def modules(module, kind):
     *((f"efficientnet-b{n}", n) for n in range(8)), *((f"tu-tf_efficientnet_lite{n}", n) for n in range(5)),
     ("tu-tf_efficientnet_b5.ns_jft_in1k", 5), ("tu-efficientnet_b3_pruned", 3), ("tu-hgnetv2_b4", 4), ("mit_b2", 2),
     ("tu-mobilenetv3_small_100", 0), ("resnet18", 0), ("tu-caformer_b36", 0), ("tu-regnetz_b16", 0),
-    ("tu-tf_efficientnet_b8", 0), ("tu-mobilenetv3_large_100.miil_in21k_ft_in1k", 0)])
+    ("tu-tf_efficientnet_b8", 0), ("tu-mobilenetv3_large_100.miil_in21k_ft_in1k", 0), ("tu-orb4_made_up", 0)])
 def test_the_encoders_name_decides_the_size(encoder, n, monkeypatch):
     class Encoder(torch.nn.Module):
         out_channels = (3, 4, 5, 6, 7, 8)
