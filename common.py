@@ -816,16 +816,15 @@ def build_model(name, n_classes, weights="none"):
 BIFPN_SIZES = ((64, 3), (88, 4), (112, 5), (160, 6), (224, 7), (288, 7), (384, 8), (384, 8))
 
 
-def build_bifpn(channels, width, n_layers):
-    """Decoder from an encoder's maps, the last four at strides 4 to 32 and `channels` deep, to [B, width, H/4, W/4]."""
+def bifpn_modules():
+    """(Node, BiFPNLayer, down): the classes of one fusion node and of the eight in a layer; the way a level down."""
     import torch
     from torch import nn
-    from torch.nn.functional import interpolate, silu
+    from torch.nn.functional import interpolate
     down = nn.MaxPool2d(3, stride=2, padding=1)  # of n pixels ceil(n / 2)
-    c2, c3, c4, c5 = (int(c) for c in channels[-4:])  # Conv2d refuses floats
 
     class Node(nn.Module):
-        def __init__(self, n_inputs):
+        def __init__(self, width, n_inputs):
             super().__init__()
             self.weights = nn.Parameter(torch.ones(n_inputs))
             self.conv = nn.Sequential(nn.SiLU(), nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
@@ -836,39 +835,49 @@ def build_bifpn(channels, width, n_layers):
             weights = self.weights.relu()
             return self.conv(sum(w * x for w, x in zip(weights / (1e-4 + weights.sum()), maps, strict=True)))
 
-    class Layer(nn.Module):
-        def __init__(self):
+    class BiFPNLayer(nn.Module):
+        def __init__(self, width):
             super().__init__()
-            self.top_down = nn.ModuleList(Node(2) for _ in range(4))
-            self.bottom_up = nn.ModuleList(Node(n) for n in (3, 3, 3, 2))
+            self.m6, self.m5, self.m4, self.o3 = (Node(width, 2) for _ in range(4))
+            self.o4, self.o5, self.o6, self.o7 = (Node(width, n) for n in (3, 3, 3, 2))
 
-        def forward(self, levels, sides):
-            """P3..P7 from P3..P7 (figure 2d); `sides` are the maps of the same level that join on the way up."""
-            middle = [levels[4]]
-            for node, level in zip(self.top_down, levels[3::-1], strict=True):  # to a size: 3 may lie above 5 pixels
-                middle.insert(0, node(level, interpolate(middle[0], level.shape[2:])))
-            out = middle[:1]
-            for node, side, mid in zip(self.bottom_up, sides[1:], [*middle[1:4], None], strict=True):
-                out.append(node(side, down(out[-1])) if mid is None else node(side, mid, down(out[-1])))
-            return out
+        def forward(self, p3, p4, p5, p6, p7, q4, q5):
+            """P3..P7, each [B, width, h, w], from P3..P7; q4 and q5 stand for P4 and P5 on the way up. Figure 2d."""
+            m6 = self.m6(p6, interpolate(p7, p6.shape[2:]))  # to a size, not by 2: a level of 3 lies above one of 5
+            m5 = self.m5(p5, interpolate(m6, p5.shape[2:]))
+            m4 = self.m4(p4, interpolate(m5, p4.shape[2:]))
+            o3 = self.o3(p3, interpolate(m4, p3.shape[2:]))
+            o4 = self.o4(q4, m4, down(o3))
+            o5 = self.o5(q5, m5, down(o4))
+            o6 = self.o6(p6, m6, down(o5))
+            return o3, o4, o5, o6, self.o7(p7, down(o6))
+    return Node, BiFPNLayer, down
+
+
+def build_bifpn(channels, width, n_layers):
+    """Decoder from an encoder's maps, the last four at strides 4 to 32 and `channels` deep, to [B, width, H/4, W/4]."""
+    from torch import nn
+    from torch.nn.functional import interpolate, silu
+    Node, BiFPNLayer, down = bifpn_modules()
+    c2, c3, c4, c5 = (int(c) for c in channels[-4:])  # Conv2d refuses floats
 
     class BiFPN(nn.Module):
         def __init__(self):
             super().__init__()
-            # as in google/automl: P6 too starts from the encoder's last map, and the first way up projects anew
-            self.project = nn.ModuleList(nn.Sequential(nn.Conv2d(c, width, 1, bias=False), nn.BatchNorm2d(width))
-                                         for c in (c2, c3, c4, c5, c5, c4, c5))
-            self.layers = nn.ModuleList(Layer() for _ in range(n_layers))
-            self.join = Node(6)
+            # as in google/automl: P6 too starts from the encoder's last map, and the first way up projects anew (q)
+            self.p2, self.p3, self.p4, self.p5, self.p6, self.q4, self.q5 = (
+                nn.Sequential(nn.Conv2d(c, width, 1, bias=False), nn.BatchNorm2d(width))
+                for c in (c2, c3, c4, c5, c5, c4, c5))
+            self.layers = nn.ModuleList(BiFPNLayer(width) for _ in range(n_layers))
+            self.join = Node(width, 6)
 
         def forward(self, features):
             x2, x3, x4, x5 = features[-4:]
-            p2, *levels, p6, side4, side5 = (f(x) for f, x in zip(self.project, (x2, x3, x4, x5, x5, x4, x5),
-                                                                      strict=True))
-            levels += [down(p6), down(down(p6))]
-            sides = [None, side4, side5, *levels[3:]]
+            p2, p6, q4, q5 = self.p2(x2), down(self.p6(x5)), self.q4(x4), self.q5(x5)
+            levels = self.p3(x3), self.p4(x4), self.p5(x5), p6, down(p6)
             for layer in self.layers:
-                sides = levels = layer(levels, sides)
+                levels = layer(*levels, q4, q5)
+                q4, q5 = levels[1:3]
             # P3 alone would leave half of the last layer untrained; nearest would show P7's squares, 128 px wide
             return silu(self.join(p2, *(interpolate(p, p2.shape[2:], mode="bilinear") for p in levels)))
     return BiFPN()
