@@ -260,7 +260,7 @@ def start_run(args, train, folds, recipe, resume, device):
     try:
         with torch.inference_mode():
             model.eval()(torch.zeros(1, 3, args.scale, args.scale))
-    except (RuntimeError, ValueError) as e:  # some decoders need more than a few pixels of the deepest map
+    except (RuntimeError, ValueError, AssertionError) as e:  # too few pixels for a decoder; a ViT of another size
         raise SystemExit(f"{args.model} can't work at scale {args.scale}: {e}") from None
     set_prior(model, np.array(train.pixels)[folds != args.fold].sum(0))
     model = model.to(device, memory_format=torch.channels_last)
