@@ -40,7 +40,7 @@ PY         ?= .venv/bin/python
 STRICT     ?=
 about.DATA        := folder of the competition, with train.json and test.json
 about.EXP         := name of the experiment; everything lands in out/EXP
-about.MODELS      := DECODER/ENCODER, one or more; MODEL= picks some for train and score
+about.MODELS      := DECODER/ENCODER, one or more; MODEL= picks some for train, score and runtimes
 about.SCALES      := sides of the training image, multiples of 32; SCALE= picks
 about.FOLDS       := folds to train, of NFOLDS; FOLD= picks
 about.ROUNDS      := rounds of pseudo labels before the submission; worth it once the models are good
@@ -164,7 +164,7 @@ $(filter-out $(wildcard $(JSON)),$(JSON)):
 	@touch $@
 
 # ---- commands ---------------------------------------------------------------
-.PHONY: help setup check train pseudo submit score demo test test-all lint clean
+.PHONY: help setup check train pseudo submit score runtimes demo test test-all lint clean
 help: ## show this text
 	@echo 'usage: make COMMAND [KNOB=VALUE ...]'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -179,6 +179,9 @@ pseudo: $(foreach f,$(FOLD),$(OUT)/r$(or $(ROUND),1)/pseudo/f$f/index.csv) ## ps
 submit: $(OUT)/submission.csv ## everything up to out/EXP/submission.csv
 score: $(addsuffix /valid.json,$(call grid,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))) ## out-of-fold scores of every recipe and of their vote
 	@$(run) ensemble.py score --data $(DATA) --cache $(CACHE) --batch $(BATCH) $(^:/valid.json=)
+runtimes: | $(SETUP) ## speed, size and memory of every model and scale, in out/runtimes.csv; MODEL= SCALE= BATCH= DEVICE=
+	$(run) tests/bench_runtimes.py --models $(MODEL) --scales $(SCALE) --batch $(BATCH) --device $(DEVICE) \
+	    --out out/runtimes.csv
 demo: | $(SETUP) ## draw a small dataset and run the whole graph on it, in out/demo
 	$(PY) tests/demo_data.py out/demo/data
 	$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j2) submit DATA=out/demo/data EXP=demo PY=$(PY) \

@@ -285,6 +285,20 @@ def test_real_scripts_accept_what_make_passes_and_get_every_knob(fresh, monkeypa
         assert set(text.split()) <= values[script], script
 
 
+def test_runtimes_measures_what_model_and_scale_pick_every_time(fresh, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    (fresh / "out").mkdir()
+    for name in ("runtimes", "out/runtimes.csv"):
+        (fresh / name).touch()
+    knobs = {"MODEL": "unet/b pan/c", "SCALE": "96 64", "BATCH": 3, "DEVICE": "cpu"}
+    for changed, wanted in (({}, (["fpn/a", "unet/b"], [64], 8, "auto")),
+                            (knobs, (["unet/b", "pan/c"], [96, 64], 3, "cpu"))):
+        [[script, *argv]] = calls(fresh, "runtimes", **changed)
+        args = importlib.import_module("bench_runtimes").parse_args(argv)
+        assert script == "tests/bench_runtimes.py" and str(args.out) == "out/runtimes.csv"
+        assert (args.models, args.scales, args.batch, args.device) == wanted
+
+
 @pytest.mark.parametrize("goal, knobs, patterns, grid", [
     ("check", {}, [], {}),
     ("train", {"FOLD": 1}, ["train r0/*"], {"folds": [1]}),

@@ -287,6 +287,12 @@ def test_a_model_that_is_not_decoder_and_encoder_is_refused(line, tmp_path, mode
     assert f"{model!r} is not DECODER/ENCODER" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("model", ["pan/resnet18", "dpt/tu-vit_tiny_patch16_224"])  # too few pixels; fixed scale
+def test_a_model_that_cannot_work_at_the_scale_is_refused_in_one_line(line, tmp_path, model):
+    with pytest.raises(SystemExit, match=f"^{model} can't work at scale 64: [^\n]+$"):
+        train.main(line(tmp_path, "--model", model))
+
+
 @pytest.mark.parametrize("wrong", [
     ("--scale", "33"), ("--scale", "0"), ("--scale", "-32"), ("--scale", "16"), ("--fold", "3"), ("--fold", "-1"),
     ("--folds", "99"), ("--folds", "1"), ("--weights", "nosuch.pth"), ("--round", "-1"), ("--epochs", "0"),
