@@ -55,6 +55,7 @@ def serve():
 def run_rank(rank, function, notes, ranks, **options):
     """Call `function` in a fork, which then ends; it writes its output to files in `notes`."""
     code = 1
+    signal.alarm(300)  # ranks that wait for each other for ever
     try:
         for descriptor, name in ((0, os.devnull), (1, f"{notes}/out{rank}"), (2, f"{notes}/err{rank}")):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
