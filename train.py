@@ -326,7 +326,7 @@ def start_run(args, classes, pixels, resume, device):
     model = build_model(args.model, len(classes), "none" if resume else args.weights)
     try:
         model.eval()(torch.zeros(1, 3, args.scale, args.scale)).sum().backward()
-    except (RuntimeError, ValueError) as e:  # some decoders need more than a few pixels of the deepest map
+    except (RuntimeError, ValueError, AssertionError) as e:  # too few pixels of the deepest map; a ViT's fixed size
         raise SystemExit(f"{args.model} can't work at scale {args.scale}: {e}") from None
     for parameter in model.parameters():  # what the logits don't depend on would make DDP wait for its gradient
         parameter.requires_grad_(parameter.grad is not None)
