@@ -322,6 +322,13 @@ def test_an_encoder_that_does_not_exist_is_refused_before_training(line, tmp_pat
         train.main(line(tmp_path, "--model", "unet/tu-nosuch"))
 
 
+@pytest.mark.parametrize("model", ["pan/tu-test_efficientnet", "dpt/tu-vit_tiny_patch16_224"])
+def test_a_model_that_cannot_work_at_the_scale_is_refused_before_training(line, tmp_path, no_training, model):
+    with pytest.raises(SystemExit, match=f"{model} can't work at scale 64: ") as refusal:
+        train.main(line(tmp_path, "--model", model))
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(line, tmp_path, monkeypatch):
     losses, make_loss = [], train.make_loss
 
@@ -1011,8 +1018,10 @@ def test_overfit_that_learns_nothing_fails_with_one_line_every_time(line, shapes
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", common.DECODERS)
 def test_every_decoder_can_learn_a_few_images_by_heart(line, shapes, tmp_path, decoder):
-    encoder = "tu-test_vit" if decoder == "dpt" else "tu-mobilenetv3_small_050"
-    train.main(overfit_line(line, shapes, tmp_path, "--model", f"{decoder}/{encoder}"))
+    encoder, lr = ("tu-test_vit", "2e-3") if decoder == "dpt" else ("tu-mobilenetv3_small_050", "5e-3")
+    # pan needs 128 or more; upernet and deeplabv3 are slow
+    scale = {"pan": 128, "upernet": 32, "deeplabv3": 32}.get(decoder, 64)
+    train.main(overfit_line(line, shapes, tmp_path, "--model", f"{decoder}/{encoder}", "--lr", lr, "--scale", scale))
 
 
 @pytest.mark.slow
