@@ -165,6 +165,7 @@ def lock(folder, wait=False):
         f.truncate()
         f.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         f.flush()
+        os.register_at_fork(after_in_child=f.close)  # else the loader processes of a killed run keep it for seconds
         yield
 
 

@@ -135,8 +135,10 @@ def is_done(path, info):
         done = open_store(path.with_suffix(".json"))[1] == info
     except SystemExit:
         return False
-    for file in (path, path.with_suffix(".json")) if done else ():
-        file.touch()
+    if done:
+        for file in (path, path.with_suffix(".json")):
+            file.touch()
+        shutil.rmtree(path.with_name(f".{path.stem}.parts"), ignore_errors=True)  # left by a kill right after the .json
     return done
 
 

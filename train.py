@@ -144,7 +144,7 @@ def make_loaders(args, train, test, learn, valid, cuda):
     from torch.utils.data import DataLoader
     entries = [(train, i, None) for i in learn.tolist()] * math.ceil(256 / len(learn) if args.overfit else 1)
     present = np.array(train.pixels)[learn] > 0
-    if args.round:
+    if args.round and not args.overfit:
         pseudo = load_pseudo(args, test, file_hash(args.exp / "folds.csv"))
         print(f"{len(entries)} labelled and {len(pseudo)} pseudo-labelled images")
         entries += pseudo

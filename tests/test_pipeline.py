@@ -10,6 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, write_coco
 
+import train
+
+torch.set_num_threads(1)  # as the processes have
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 KNOBS = ["MODELS=unet/tu-mobilenetv3_small_100", "SCALES=64", "FOLDS=0 1", "NFOLDS=2", "EPOCHS=2", "BATCH=4",
          "ROUNDS=1", "WEIGHTS=none", f"PY={sys.executable}"]
@@ -90,33 +93,29 @@ def test_every_broken_photo_is_listed_by_one_command_and_nothing_is_trained(repo
     assert "2 fault(s)" in done.stderr and not list(broken.glob("out/main/r0"))
 
 
-def train(folder, data, *, wait=True):
-    command = [sys.executable, str(ROOT / "train.py"), "--data", str(data), "--exp", str(folder), "--model",
-               "unet/tu-mobilenetv3_small_100", "--scale", "64", "--weights", "none", "--epochs", "3", "--batch", "4",
-               "--folds", "2", "--cache", str(folder / "cache")]
-    if wait:
-        return subprocess.run(command, env=ENV, check=True, capture_output=True, text=True)
-    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True)
+RUN = "r0/unet/tu-mobilenetv3_small_100/s64/f0"
 
 
-def test_killed_training_carries_on_to_the_same_weights(tiny_data, tmp_path):
-    train(tmp_path / "straight", tiny_data)
-    victim = train(tmp_path / "killed", tiny_data, wait=False)
+def train_line(folder, data):
+    return ["--data", str(data), "--exp", str(folder), "--model", "unet/tu-mobilenetv3_small_100", "--scale", "64",
+            "--weights", "none", "--epochs", "3", "--batch", "4", "--folds", "2", "--cache", str(folder / "cache"),
+            "--sampler", "rare", "--classmix", "weighted", "--class-weights", "inverse", "--snapshots", "2"]
+
+
+def test_a_run_is_one_processs_and_when_that_is_killed_carries_on_to_the_same_weights(tiny_data, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *train_line(tmp_path / "killed", tiny_data)]
+    victim = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True)
     assert any("epoch 1/3" in line for line in victim.stdout)  # printed when last.pt is whole
+    victim.send_signal(signal.SIGSTOP)  # so that it can't be done before the second one asks
+    second = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    assert second.returncode != 0 and f"in use by pid {victim.pid}" in second.stderr
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    run = "r0/unet/tu-mobilenetv3_small_100/s64/f0"
-    assert not (tmp_path / "killed" / run / "model.pt").exists()
-    assert "resuming after epoch" in train(tmp_path / "killed", tiny_data).stdout
-    straight, killed = (torch.load(tmp_path / name / run / "model.pt", weights_only=True)["model"]
-                        for name in ("straight", "killed"))
-    assert all(torch.equal(straight[key], killed[key]) for key in straight)
-
-
-def test_second_job_on_a_run_folder_names_the_first(tiny_data, tmp_path):
-    first = train(tmp_path, tiny_data, wait=False)
-    assert any("epoch 1/3" in line for line in first.stdout)
-    second = subprocess.run(first.args, env=ENV, capture_output=True, text=True)
-    first.kill()
-    first.wait()
-    assert second.returncode != 0 and f"in use by pid {first.pid}" in second.stderr
+    assert not (tmp_path / "killed" / RUN / "model.pt").exists()
+    resumed = subprocess.run(command, env=ENV, check=True, capture_output=True, text=True)
+    assert "resuming after epoch" in resumed.stdout
+    train.main(train.parse_args(train_line(tmp_path / "straight", tiny_data)))
+    for name in ("model.pt", "epoch-002.pt", "epoch-003.pt"):
+        killed, straight = (torch.load(tmp_path / exp / RUN / name, weights_only=True)["model"]
+                            for exp in ("killed", "straight"))
+        assert all(torch.equal(straight[key], killed[key]) for key in straight)

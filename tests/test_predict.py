@@ -1,4 +1,4 @@
-"""infer.py, pseudo_label.py and ensemble.py in-process, on stores that a tiny model made and on stores made by hand."""
+"""pseudo_label.py and ensemble.py in-process, on stores made by hand."""
 import csv
 import json
 import re
@@ -16,13 +16,10 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 
 import common
 import ensemble
-import infer
 import pseudo_label
-import train
 from common import SUBMIT_SIZE
 
 torch.set_num_threads(1)  # for nets this small a second thread would only wait for the first
-MODEL, SCALE = "unet/tu-test_efficientnet", 96
 CLASSES = ["Background", "UNKNOWN", "General trash", "Paper", "Paper pack", "Metal", "Glass", "Plastic", "Styrofoam",
            "Plastic bag", "Battery", "Clothing"]
 
@@ -35,127 +32,6 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def splits(tiny_data, cache):
     return common.load_data(tiny_data, cache)
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_data, cache, tmp_path_factory):
-    """The folder of a run that infer.py has predicted with, TTA flip; tests only read it."""
-    exp = tmp_path_factory.mktemp("trained")
-    train.main(train.parse_args(["--data", str(tiny_data), "--exp", str(exp), "--cache", str(cache), "--model", MODEL,
-                                 "--scale", str(SCALE), "--folds", "3", "--epochs", "1", "--weights", "none",
-                                 "--fold", "1", "--lr", "1e-2", "--device", "cpu"]))
-    folder = common.run_folder(exp, 0, MODEL, SCALE, 1)
-    infer.main(infer_line(tiny_data, cache, folder))
-    return folder
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    """A copy of it to change."""
-    return shutil.copytree(trained, tmp_path / "run")
-
-
-def infer_line(data, cache, folder, *more):
-    return infer.parse_args(["--data", str(data), "--checkpoint", str(folder / "model.pt"), "--cache", str(cache),
-                             "--device", "cpu", "--batch", "3", *more])
-
-
-# ---- infer ----------------------------------------------------------------------------------------------------------
-
-
-def slow_probs(model, recipe, image, flips):
-    """float64 [C, SUBMIT_SIZE, SUBMIT_SIZE] of one photo: the model's answers to its mirror images, averaged."""
-    assert recipe["scale"] > max(image.shape[:2])  # a photo that is made smaller is averaged instead
-    image = cv2.resize(image, (recipe["scale"],) * 2, interpolation=cv2.INTER_LINEAR) / 255
-    image = (image - recipe["mean"]) / recipe["std"]
-    views = []
-    for axis in flips:
-        seen = image if axis is None else np.flip(image, axis)
-        with torch.no_grad():
-            logits = model(torch.from_numpy(seen.transpose(2, 0, 1)[None].copy()).float())[0].numpy().astype(float)
-        exps = np.exp(logits - logits.max(0)).transpose(1, 2, 0)
-        probs = exps / exps.sum(2, keepdims=True)
-        views.append(probs if axis is None else np.flip(probs, axis))
-    resized = [cv2.resize(plane, (SUBMIT_SIZE,) * 2) for plane in np.moveaxis(np.mean(views, 0), 2, 0)]
-    return np.stack(resized)
-
-
-@pytest.mark.parametrize(("tta", "flips"), [("none", [None]), ("flip", [None, 0, 1])])
-def test_stores_hold_the_models_probabilities_to_a_255th(tiny_data, cache, splits, run, tta, flips):
-    if tta != "flip":
-        infer.main(infer_line(tiny_data, cache, run, "--tta", tta))
-    model, state = common.load_model(run / "model.pt")
-    for name, split in zip(("valid", "test"), splits, strict=True):
-        store, info = common.open_store(run / f"{name}.json")
-        assert info["tta"] == tta
-        for stored, image_id in zip(store, info["image_ids"], strict=True):
-            expected = slow_probs(model, state["recipe"], split.image(split.ids.index(image_id)), flips)
-            assert abs(stored / 255 - expected).max() <= 0.51 / 255
-
-
-def test_flipping_changes_the_store_and_not_its_shape(tiny_data, cache, run):
-    before = np.load(run / "test.npy")
-    infer.main(infer_line(tiny_data, cache, run, "--tta", "none", "--split", "test"))
-    after = np.load(run / "test.npy")
-    assert after.shape == before.shape == (4, 12, SUBMIT_SIZE, SUBMIT_SIZE) and (after != before).mean() > 0.01
-
-
-def test_images_stand_in_the_order_of_the_jsons_and_validation_is_the_held_out_fold(trained, splits):
-    with open(trained.parents[4] / "folds.csv", newline="") as f:
-        held_out = [int(row["image_id"]) for row in csv.DictReader(f) if row["fold"] == "1"]
-    assert common.read_json(trained / "valid.json")["image_ids"] == held_out
-    assert common.read_json(trained / "test.json")["image_ids"] == splits[1].ids
-
-
-def test_a_stores_json_says_what_made_it(trained, splits):
-    for name, split in zip(("valid", "test"), splits, strict=True):
-        info = common.read_json(trained / f"{name}.json")
-        del info["image_ids"]
-        assert info == {
-            "classes": CLASSES, "split": name, "tta": "flip", "checkpoint": common.file_hash(trained / "model.pt"),
-            "epoch": 1, "data": split.fingerprint, "model": MODEL, "scale": SCALE, "round": 0, "fold": 1,
-            "folds_csv": common.file_hash(trained.parents[4] / "folds.csv"), "seed": 0, "paint": "area"}
-
-
-def test_the_batch_size_changes_the_store_by_rounding_alone(tiny_data, cache, run):
-    before = np.load(run / "valid.npy").astype(int)
-    infer.main(infer_line(tiny_data, cache, run, "--split", "valid", "--batch", "1"))
-    assert abs(np.load(run / "valid.npy") - before).max() <= 1
-
-
-def change_checkpoint(run, **changes):
-    state = torch.load(run / "model.pt")
-    common.save_checkpoint(run / "model.pt", **state | changes)
-
-
-@pytest.mark.parametrize("classes", [CLASSES[:-1] + ["Clothes"], [CLASSES[0], *CLASSES[:0:-1]]])
-def test_data_of_other_classes_is_refused(tiny_data, cache, run, classes):
-    change_checkpoint(run, classes=classes)
-    with pytest.raises(SystemExit, match="model.pt knows the classes"):
-        infer.main(infer_line(tiny_data, cache, run))
-
-
-def test_validation_images_that_the_data_does_not_have_are_refused_by_id(tiny_data, cache, run):
-    change_checkpoint(run, valid_ids=[*torch.load(run / "model.pt")["valid_ids"], 999_999])
-    with pytest.raises(SystemExit, match="1 images that DATA doesn't have.*999999"):
-        infer.main(infer_line(tiny_data, cache, run))
-
-
-def test_a_failed_prediction_leaves_no_description_of_a_store_it_did_not_write(
-        tiny_data, cache, run, monkeypatch):
-    replace, calls = common.os.replace, []
-
-    def stop_at_the_json(source, target):
-        calls.append(str(target))
-        if str(target).endswith(".json"):
-            raise KeyboardInterrupt
-        replace(source, target)
-    monkeypatch.setattr(common.os, "replace", stop_at_the_json)
-    with pytest.raises(KeyboardInterrupt):
-        infer.main(infer_line(tiny_data, cache, run, "--split", "test", "--tta", "none"))
-    assert [call.rsplit("/")[-1] for call in calls] == ["test.npy", "test.json"]
-    with pytest.raises(SystemExit, match="test.json"):
-        common.open_store(run / "test.json")
 
 
 # ---- pseudo labels --------------------------------------------------------------------------------------------------
@@ -798,8 +674,6 @@ def test_the_bootstrap_interval_covers_the_mean_about_as_often_as_it_says():
 
 
 @pytest.mark.parametrize(("script", "line"), [
-    (infer, ["--data", "d", "--checkpoint", "m.pt", "--tt", "none"]),
-    (infer, ["--data", "d", "--checkpoint", "m.pt", "--tta", "nosuch"]),
     (pseudo_label, ["a", "--data", "d", "--exp", "e", "--round", "1", "--fold", "0", "--conf", "0.9"]),
     (ensemble, ["soft", "a", "--data", "d", "--out", "s.csv", "--image", "id"]),
     (ensemble, ["score", "a", "--data", "d", "--out", "s.csv"]),

@@ -194,6 +194,13 @@ def test_the_number_of_workers_changes_nothing(line, finished_exp, tmp_path, mon
     assert_same_run(args, line(finished_exp))
 
 
+def test_the_workers_of_a_killed_run_do_not_keep_its_lock(line, finished_exp, tmp_path):
+    args = line(tmp_path, "--workers", 2)
+    run_until_killed(train, args, "evaluate", 2)  # they notice after seconds that they are alone
+    run_and_keep(args)
+    assert_same_run(args, line(finished_exp))
+
+
 def test_another_seed_gives_other_weights(line, finished_exp, tmp_path):
     args = line(tmp_path, "--seed", 1, "--epochs", 1)
     train.main(args)
@@ -326,6 +333,13 @@ def test_weights_that_do_not_fit_are_refused_before_training(line, tmp_path, no_
 def test_an_encoder_that_does_not_exist_is_refused_before_training(line, tmp_path, no_training):
     with pytest.raises(SystemExit, match="nosuch"):
         train.main(line(tmp_path, "--model", "unet/tu-nosuch"))
+
+
+@pytest.mark.parametrize("model", ["pan/tu-test_efficientnet", "dpt/tu-vit_tiny_patch16_224"])
+def test_a_model_that_cannot_work_at_the_scale_is_refused_before_training(line, tmp_path, no_training, model):
+    with pytest.raises(SystemExit, match=f"{model} can't work at scale 64: ") as refusal:
+        train.main(line(tmp_path, "--model", model))
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(line, tmp_path, monkeypatch):
@@ -881,16 +895,16 @@ def test_an_option_changes_the_run_which_stays_the_same_with_workers_and_when_ki
         assert read_log(run_of(args)) == log
 
 
-def drawn(args, epochs=range(3)):
-    """Index of every training sample of some epochs, as the loader of a run asks for them."""
+def drawn(args, epochs):
+    """(index of every training sample of some epochs, as a run's loader asks for them; bool [N, C]: their classes)."""
     labelled, test = common.load_data(args.data, args.cache, args.paint)
     folds = common.load_folds(args.exp, labelled, args.folds)
-    loader, _ = train.make_loaders(args, labelled, test, np.flatnonzero(folds != args.fold),
-                                   np.flatnonzero(folds == args.fold), cuda=False)
+    learn, valid = np.flatnonzero(folds != args.fold), np.flatnonzero(folds == args.fold)
+    loader, _ = train.make_loaders(args, labelled, test, learn, valid, cuda=False)
     indices = []
     for loader.batch_sampler.epoch in epochs:
         indices += [index for batch in loader.batch_sampler for _, index in batch]
-    return indices, np.array(labelled.pixels)[folds != args.fold] > 0
+    return indices, np.array(labelled.pixels)[learn] > 0
 
 
 def test_the_rare_sampler_draws_images_with_a_rare_class_oftener(line, exp):
@@ -1017,8 +1031,10 @@ def test_overfit_that_learns_nothing_fails_with_one_line_every_time(line, shapes
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", common.DECODERS)
 def test_every_decoder_can_learn_a_few_images_by_heart(line, shapes, tmp_path, decoder):
-    encoder = "tu-test_vit" if decoder == "dpt" else "tu-mobilenetv3_small_050"
-    train.main(overfit_line(line, shapes, tmp_path, "--model", f"{decoder}/{encoder}"))
+    encoder, lr = ("tu-test_vit", "2e-3") if decoder == "dpt" else ("tu-mobilenetv3_small_050", "5e-3")
+    # pan needs 128 or more; upernet and deeplabv3 are slow
+    scale = {"pan": 128, "upernet": 32, "deeplabv3": 32}.get(decoder, 64)
+    train.main(overfit_line(line, shapes, tmp_path, "--model", f"{decoder}/{encoder}", "--lr", lr, "--scale", scale))
 
 
 @pytest.mark.slow
@@ -1205,3 +1221,10 @@ def test_a_run_of_round_1_trains_on_both_and_an_edited_index_makes_it_another_re
     edit(pseudo.folder / "index.csv", f"{pseudo.test.ids[0]},1", f"{pseudo.test.ids[0]},0")
     with pytest.raises(SystemExit, match="pseudo .* -> "):
         train.main(pseudo.args)
+
+
+def test_overfit_learns_no_pseudo_labels(pseudo, splits):
+    pseudo.args.overfit = 2
+    learn = np.array([3, 5])
+    loader, _ = train.make_loaders(pseudo.args, *splits, learn, learn, cuda=False)
+    assert [(split is splits[0], i) for split, i, _ in loader.dataset.entries] == [(True, 3), (True, 5)] * 128

@@ -1,0 +1,360 @@
+"""infer.py in-process: what its stores hold, and that a killed prediction carries on to the same bytes."""
+import csv
+import os
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import run_until_killed
+
+import common
+import infer
+import train
+from common import SUBMIT_SIZE
+
+torch.set_num_threads(1)  # for nets this small a second thread would only wait for the first
+MODEL, SCALE = "unet/tu-test_efficientnet", 96
+CLASSES = ["Background", "UNKNOWN", "General trash", "Paper", "Paper pack", "Metal", "Glass", "Plastic", "Styrofoam",
+           "Plastic bag", "Battery", "Clothing"]
+STORES = ("valid.npy", "valid.json", "test.npy", "test.json")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def splits(tiny_data, cache):
+    return common.load_data(tiny_data, cache)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data, cache, tmp_path_factory):
+    """The folder of a run with two snapshots whose model.pt has predicted, TTA flip; tests only read it."""
+    exp = tmp_path_factory.mktemp("trained")
+    train.main(train.parse_args(["--data", str(tiny_data), "--exp", str(exp), "--cache", str(cache), "--model", MODEL,
+                                 "--scale", str(SCALE), "--folds", "3", "--epochs", "2", "--weights", "none",
+                                 "--fold", "1", "--lr", "1e-2", "--device", "cpu", "--snapshots", "2"]))
+    folder = common.run_folder(exp, 0, MODEL, SCALE, 1)
+    infer.main(infer_line(tiny_data, cache, folder))
+    # epoch-001.pt, epoch-002.pt and model.pt differ
+    assert len({common.file_hash(path) for path in folder.glob("*.pt")}) == 3
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of it to change."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def infer_line(data, cache, folder, *more, files=("model.pt",)):
+    return infer.parse_args(["--data", str(data), "--checkpoint", *(str(folder / file) for file in files), "--cache",
+                             str(cache), "--device", "cpu", "--batch", "3", *more])
+
+
+# ---- what a store holds ---------------------------------------------------------------------------------------------
+
+
+def slow_probs(model, recipe, image, flips):
+    """float64 [C, SUBMIT_SIZE, SUBMIT_SIZE] of one photo: the model's answers to its mirror images, averaged."""
+    assert recipe["scale"] > max(image.shape[:2])  # a photo that is made smaller is averaged instead
+    image = cv2.resize(image, (recipe["scale"],) * 2, interpolation=cv2.INTER_LINEAR) / 255
+    image = (image - recipe["mean"]) / recipe["std"]
+    views = []
+    for axis in flips:
+        seen = image if axis is None else np.flip(image, axis)
+        with torch.no_grad():
+            logits = model(torch.from_numpy(seen.transpose(2, 0, 1)[None].copy()).float())[0].numpy().astype(float)
+        exps = np.exp(logits - logits.max(0)).transpose(1, 2, 0)
+        probs = exps / exps.sum(2, keepdims=True)
+        views.append(probs if axis is None else np.flip(probs, axis))
+    resized = [cv2.resize(plane, (SUBMIT_SIZE,) * 2) for plane in np.moveaxis(np.mean(views, 0), 2, 0)]
+    return np.stack(resized)
+
+
+@pytest.mark.parametrize(("tta", "flips"), [("none", [None]), ("flip", [None, 0, 1])])
+def test_stores_hold_the_models_probabilities_to_a_255th(tiny_data, cache, splits, run, tta, flips):
+    if tta != "flip":
+        infer.main(infer_line(tiny_data, cache, run, "--tta", tta))
+    model, state = infer.load_model(run / "model.pt")
+    for name, split in zip(("valid", "test"), splits, strict=True):
+        store, info = common.open_store(run / f"{name}.json")
+        assert info["tta"] == tta
+        for stored, image_id in zip(store, info["image_ids"], strict=True):
+            expected = slow_probs(model, state["recipe"], split.image(split.ids.index(image_id)), flips)
+            assert abs(stored / 255 - expected).max() <= 0.51 / 255
+
+
+def test_flipping_changes_the_store_and_not_its_shape(tiny_data, cache, run):
+    before = np.load(run / "test.npy")
+    infer.main(infer_line(tiny_data, cache, run, "--tta", "none", "--split", "test"))
+    after = np.load(run / "test.npy")
+    assert after.shape == before.shape == (4, 12, SUBMIT_SIZE, SUBMIT_SIZE) and (after != before).mean() > 0.01
+
+
+def test_images_stand_in_the_order_of_the_jsons_and_validation_is_the_held_out_fold(trained, splits):
+    with open(trained.parents[4] / "folds.csv", newline="") as f:
+        held_out = [int(row["image_id"]) for row in csv.DictReader(f) if row["fold"] == "1"]
+    assert common.read_json(trained / "valid.json")["image_ids"] == held_out
+    assert common.read_json(trained / "test.json")["image_ids"] == splits[1].ids
+
+
+def test_a_stores_json_says_what_made_it(trained, splits):
+    for name, split in zip(("valid", "test"), splits, strict=True):
+        info = common.read_json(trained / f"{name}.json")
+        del info["image_ids"]
+        assert info == {
+            "classes": CLASSES, "split": name, "tta": "flip", "checkpoints": [
+                {"file": "model.pt", "hash": common.file_hash(trained / "model.pt"),
+                 "epoch": torch.load(trained / "model.pt")["epoch"]}],
+            "data": split.fingerprint, "model": MODEL, "scale": SCALE, "round": 0, "fold": 1,
+            "folds_csv": common.file_hash(trained.parents[4] / "folds.csv"), "seed": 0, "paint": "area"}
+
+
+def test_the_batch_size_changes_the_store_by_rounding_alone(tiny_data, cache, run):
+    before = np.load(run / "valid.npy").astype(int)
+    infer.main(infer_line(tiny_data, cache, run, "--split", "valid", "--batch", "1"))
+    assert abs(np.load(run / "valid.npy") - before).max() <= 1
+
+
+def change_checkpoint(path, **changes):
+    common.save_checkpoint(path, **torch.load(path) | changes)
+
+
+@pytest.mark.parametrize("classes", [CLASSES[:-1] + ["Clothes"], [CLASSES[0], *CLASSES[:0:-1]]])
+def test_data_of_other_classes_is_refused(tiny_data, cache, run, classes):
+    change_checkpoint(run / "model.pt", classes=classes)
+    with pytest.raises(SystemExit, match="model.pt knows the classes"):
+        infer.main(infer_line(tiny_data, cache, run))
+
+
+def test_validation_images_that_the_data_does_not_have_are_refused_by_id(tiny_data, cache, run):
+    change_checkpoint(run / "model.pt", valid_ids=[*torch.load(run / "model.pt")["valid_ids"], 999_999])
+    with pytest.raises(SystemExit, match="1 images that DATA doesn't have.*999999"):
+        infer.main(infer_line(tiny_data, cache, run))
+
+
+def test_a_failed_prediction_leaves_no_description_of_a_store_it_did_not_write(
+        tiny_data, cache, run, monkeypatch):
+    replace, calls = common.os.replace, []
+
+    def stop_at_the_json(source, target):
+        calls.append(str(target))
+        if str(target).endswith(".json"):
+            raise KeyboardInterrupt
+        replace(source, target)
+    monkeypatch.setattr(common.os, "replace", stop_at_the_json)
+    with pytest.raises(KeyboardInterrupt):
+        infer.main(infer_line(tiny_data, cache, run, "--split", "test", "--tta", "none"))
+    assert [call.rsplit("/")[-1] for call in calls] == ["000000", "000003", "test.npy", "test.json"]
+    with pytest.raises(SystemExit, match="test.json"):
+        common.open_store(run / "test.json")
+
+
+# ---- several epochs of a run ----------------------------------------------------------------------------------------
+
+EPOCHS = ("epoch-001.pt", "epoch-002.pt")
+
+
+def test_two_epochs_predict_the_mean_of_what_each_predicts(tiny_data, cache, run):
+    stores = []
+    for files in (EPOCHS[:1], EPOCHS[1:], EPOCHS):
+        infer.main(infer_line(tiny_data, cache, run, files=files))
+        stores.append([np.load(run / f"{split}.npy").astype(float) for split in ("valid", "test")])
+    for first, second, both in zip(*stores, strict=True):
+        assert abs(both - (first + second) / 2).max() <= 1  # each is rounded by up to a half
+        assert abs(first - second).max() > 5
+    assert common.read_json(run / "test.json")["checkpoints"] == [
+        {"file": file, "hash": common.file_hash(run / file), "epoch": n} for n, file in enumerate(EPOCHS, 1)]
+
+
+def test_the_mean_over_models_is_taken_over_probabilities_and_every_view():
+    models = [torch.nn.Conv2d(3, 4, 3, padding=1) for _ in range(3)]
+    images = 5 * torch.randn(2, 3, 6, 6)
+    single = [infer.predict_probs([model], images, "d4") for model in models]
+    torch.testing.assert_close(infer.predict_probs(models, images, "d4"), sum(single) / 3)
+    assert (single[0] - single[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"fold": 2}, {"data": "another"}])
+def test_checkpoints_of_different_runs_are_refused_in_one_line(tiny_data, cache, run, no_prediction, other):
+    before = {name: (run / name).read_bytes() for name in STORES}
+    change_checkpoint(run / EPOCHS[1], recipe=torch.load(run / EPOCHS[1])["recipe"] | other)
+    with pytest.raises(SystemExit, match="epoch-002.pt and .*epoch-001.pt are of different runs") as refusal:
+        infer.main(infer_line(tiny_data, cache, run, files=EPOCHS))
+    assert "\n" not in str(refusal.value)
+    assert {name: (run / name).read_bytes() for name in STORES} == before
+
+
+@pytest.mark.parametrize("files", [["nosuch.pt"], ["epoch-*.pt"], ["epoch-001.pt", "nosuch.pt"]])
+def test_a_checkpoint_that_is_not_there_is_one_line(tiny_data, cache, run, no_prediction, files):
+    with pytest.raises(SystemExit, match="no such checkpoint") as refusal:
+        infer.main(infer_line(tiny_data, cache, run, files=files))
+    assert str(run / files[-1]) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_folder_that_is_not_there_is_not_made(tiny_data, cache, tmp_path):
+    with pytest.raises(SystemExit, match="no such checkpoint"):
+        infer.main(infer_line(tiny_data, cache, tmp_path / "typo"))
+    assert not (tmp_path / "typo").exists()
+
+
+# ---- carries on or does nothing -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_prediction(monkeypatch):
+    """Any attempt to predict fails the test."""
+    monkeypatch.setattr(infer, "predict_probs", lambda *_: pytest.fail("prediction began"))
+
+
+@pytest.fixture
+def predicted(monkeypatch):
+    """The number of images in every batch that is predicted."""
+    batches, predict_probs = [], infer.predict_probs
+    monkeypatch.setattr(infer, "predict_probs", lambda models, images, tta: (
+        batches.append(len(images)), predict_probs(models, images, tta))[1])
+    return batches
+
+
+@pytest.fixture
+def fresh(trained, tmp_path):
+    """A copy of the trained folder without its stores."""
+    return shutil.copytree(trained, tmp_path / "fresh", ignore=shutil.ignore_patterns("*.npy", *STORES, ".*"))
+
+
+def parts(folder):
+    """Names of the batches kept, by the folder that they are in."""
+    return {path.name: sorted(p.name for p in path.glob("*/*")) for path in folder.glob(".*.parts")}
+
+
+def assert_same_stores(folder, expected):
+    """The same bytes, and nothing else is left of a prediction."""
+    for name in STORES:
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+    assert parts(folder) == {} and not list(folder.rglob("*.tmp"))
+
+
+# 5 images of valid and 4 of test in batches of 3: four calls
+@pytest.mark.parametrize(("name", "call", "kept", "left"), [
+    ("predict_probs", 1, {}, [3, 2, 3, 1]),
+    ("predict_probs", 2, {".valid.parts": ["000000"]}, [2, 3, 1]),
+    ("atomic_write", 2, {".valid.parts": ["000000"]}, [2, 3, 1]),  # the second batch was predicted but not written
+    ("atomic_write", 3, {".valid.parts": ["000000", "000003"]}, [3, 1]),  # as the store is begun
+    ("write_npy_header", 1, {".valid.parts": ["000000", "000003"]}, [3, 1]),
+    ("write_json", 1, {".valid.parts": ["000000", "000003"]}, [3, 1]),  # the .npy stands without its .json
+    ("predict_probs", 3, {}, [3, 1]),
+    ("predict_probs", 4, {".test.parts": ["000000"]}, [1]),
+    ("write_json", 2, {".test.parts": ["000000", "000003"]}, [])])
+def test_a_killed_prediction_carries_on_to_the_same_bytes_with_the_missing_batches_alone(
+        tiny_data, cache, trained, fresh, predicted, name, call, kept, left):
+    args = infer_line(tiny_data, cache, fresh)
+    run_until_killed(infer, args, name, call)
+    assert {folder: files for folder, files in parts(fresh).items() if files} == kept
+    infer.main(args)
+    assert predicted == left
+    assert_same_stores(fresh, trained)
+
+
+def test_batches_of_a_store_that_was_finished_as_the_process_was_killed_are_removed(
+        tiny_data, cache, trained, fresh, predicted, monkeypatch):
+    args = infer_line(tiny_data, cache, fresh, "--split", "valid")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(infer.shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            infer.main(args)
+    assert parts(fresh) == {".valid.parts": ["000000", "000003"]}
+    infer.main(infer_line(tiny_data, cache, fresh))
+    assert predicted == [3, 2, 3, 1]
+    assert_same_stores(fresh, trained)
+
+
+@pytest.mark.parametrize("stale", [["--tta", "none"], ["--batch", "2"], ["--split", "test", "--tta", "d4"]],
+                         ids=" ".join)
+def test_batches_of_another_prediction_are_not_used_and_are_gone_at_the_end(
+        tiny_data, cache, trained, fresh, predicted, stale):
+    run_until_killed(infer, infer_line(tiny_data, cache, fresh, *stale), "predict_probs", 2)
+    assert sum(map(len, parts(fresh).values())) == 1
+    infer.main(infer_line(tiny_data, cache, fresh))
+    assert predicted == [3, 2, 3, 1]
+    assert_same_stores(fresh, trained)
+
+
+def test_batches_of_other_weights_are_not_used(tiny_data, cache, trained, fresh, predicted):
+    shutil.copy(fresh / "model.pt", fresh / "kept.pt")
+    shutil.copy(fresh / "epoch-001.pt", fresh / "model.pt")
+    if common.file_hash(fresh / "kept.pt") == common.file_hash(fresh / "model.pt"):
+        shutil.copy(fresh / "epoch-002.pt", fresh / "model.pt")
+    run_until_killed(infer, infer_line(tiny_data, cache, fresh), "predict_probs", 2)
+    shutil.move(fresh / "kept.pt", fresh / "model.pt")
+    infer.main(infer_line(tiny_data, cache, fresh))
+    assert predicted == [3, 2, 3, 1]
+    assert_same_stores(fresh, trained)
+
+
+def test_the_same_line_again_only_touches_the_stores(tiny_data, cache, trained, run, no_prediction, capsys):
+    for name in STORES:
+        os.utime(run / name, (1e9, 1e9))
+    before = (run / "model.pt").stat().st_mtime
+    infer.main(infer_line(tiny_data, cache, run))
+    assert capsys.readouterr().out.count("nothing to do") == 2
+    for name in STORES:  # newer than what they were made from, so that make is content
+        assert (run / name).read_bytes() == (trained / name).read_bytes() and (run / name).stat().st_mtime > before
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def edit(path):
+    text = path.read_text()
+    assert text.count('"flip"') == 1
+    path.write_text(text.replace('"flip"', '"none"'))
+
+
+DAMAGES = {
+    "valid.npy cut": ("valid.npy", cut), "valid.npy empty": ("valid.npy", lambda path: path.write_bytes(b"")),
+    "valid.npy text": ("valid.npy", lambda path: path.write_text("what?")),
+    "valid.npy gone": ("valid.npy", lambda path: path.unlink()),
+    "valid.npy of fewer images": ("valid.npy", lambda path: np.save(path, np.load(path)[:-1])),
+    "valid.json changed": ("valid.json", edit), "valid.json cut": ("valid.json", cut),
+    "valid.json a list": ("valid.json", lambda path: path.write_text("[]")),
+    "valid.json gone": ("valid.json", lambda path: path.unlink())}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_store_is_made_anew_and_the_whole_one_left(tiny_data, cache, trained, run, predicted, damage):
+    name, change = DAMAGES[damage]
+    change(run / name)
+    if damage == "valid.json cut":  # of its line end alone: still the same JSON
+        cut(run / name)
+    infer.main(infer_line(tiny_data, cache, run))
+    assert predicted == [3, 2]
+    assert_same_stores(run, trained)
+
+
+def test_a_folder_in_which_another_process_predicts_is_refused(tiny_data, cache, run, no_prediction):
+    with common.lock(run), pytest.raises(SystemExit, match="in use"):
+        infer.main(infer_line(tiny_data, cache, run))
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", [
+    ["--data", "d", "--checkpoint", "m.pt", "--tt", "none"],
+    ["--data", "d", "--checkpoint", "m.pt", "--tta", "nosuch"],
+    ["--data", "d", "--checkpoint", "m.pt", "--split", "train"],
+    ["--data", "d", "--checkpoint"],
+    ["--data", "d"]])
+def test_misspelt_abbreviated_and_foreign_arguments_are_refused(line):
+    with pytest.raises(SystemExit) as refusal:
+        infer.parse_args(line)
+    assert refusal.value.code == 2
