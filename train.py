@@ -476,11 +476,8 @@ def check(args):
         describe(train, test, load_folds(args.exp, train, args.folds, renew=True))
 
 
-def main(args):
-    tune_process()
-    if args.check:
-        check(args)
-        return
+def check_args(args):
+    """Stop with one line when the arguments don't fit each other or what is there."""
     if args.scale % STRIDE:
         raise SystemExit(f"--scale {args.scale}: must be a multiple of {STRIDE}")
     if args.fold >= args.folds:
@@ -489,6 +486,14 @@ def main(args):
         raise SystemExit(f"--weights {args.weights}: no such file, and neither imagenet nor none")
     if args.batch < 2 * ranks()[1]:
         raise SystemExit(f"--batch {args.batch}: batch norm needs 2 images a process, of which there are {ranks()[1]}")
+
+
+def main(args):
+    tune_process()
+    if args.check:
+        check(args)
+        return
+    check_args(args)
     if args.overfit:
         args = argparse.Namespace(**vars(args) | {"augment": "none", "classmix": "none", "sampler": "all"})
     train_run(args, args.exp / "overfit" if args.overfit else args.exp)
