@@ -161,7 +161,7 @@ $(filter-out $(wildcard $(JSON)),$(JSON)):
 	@touch $@
 
 # ---- commands ---------------------------------------------------------------
-.PHONY: help setup check train pseudo submit score demo test test-all lint clean
+.PHONY: help setup check train pseudo submit score sweep demo test test-all lint clean
 help: ## show this text
 	@echo 'usage: make COMMAND [KNOB=VALUE ...]'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -176,6 +176,10 @@ pseudo: $(foreach f,$(FOLD),$(OUT)/r$(or $(ROUND),1)/pseudo/f$f/index.csv) ## ps
 submit: $(OUT)/submission.csv ## everything up to out/EXP/submission.csv
 score: $(addsuffix /valid.json,$(call grid,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))) ## out-of-fold scores of every recipe and of their vote
 	@$(run) ensemble.py score --data $(DATA) --cache $(CACHE) --batch $(BATCH) $(^:/valid.json=)
+sweep: $(OUT)/folds.csv | $(SETUP) ## try TRIALS recipes from train.py's SEARCH_SPACE on the first MODEL, SCALE and FOLD
+	$(run) tests/bench_sweep.py --trials $(TRIALS) -- --exp $(OUT) --cache $(CACHE) $(data) --model $(firstword \
+	    $(MODEL)) --scale $(firstword $(SCALE)) --fold $(firstword $(FOLD)) --round $(or $(ROUND),0) $(flags.train) \
+	    --device $(DEVICE)
 demo: | $(SETUP) ## draw a small dataset and run the whole graph on it, in out/demo
 	$(PY) tests/demo_data.py out/demo/data
 	$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j2) submit DATA=out/demo/data EXP=demo PY=$(PY) \

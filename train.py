@@ -399,8 +399,8 @@ def start_logger(name, out, recipe):
         import wandb
         return wandb.init(dir=out, config=recipe, mode=os.environ.get("WANDB_MODE", "offline")).log
     from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(out / "tensorboard", flush_secs=1)
-    return lambda row: [writer.add_scalar(key, value, row["epoch"]) for key, value in row.items()]
+    writer = SummaryWriter(out / "tensorboard")
+    return lambda row: [writer.add_scalar(k, v, row["epoch"]) for k, v in row.items()] and writer.flush()
 
 
 def log_row(run, row, args, recipe, out):
@@ -414,7 +414,8 @@ def log_row(run, row, args, recipe, out):
             run["logger"] = run.get("logger") or start_logger(args.logger, out, recipe)
             run["logger"](row)
         except Exception as e:
-            print(f"warning: {args.logger} failed, training goes on without it: {e}", file=sys.stderr)
+            print(f"warning: {args.logger} failed, training goes on without it (pip install {args.logger}, if it is "
+                  f"missing): {e}", file=sys.stderr)
             run["logger"] = lambda row: None
 
 

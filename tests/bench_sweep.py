@@ -14,6 +14,7 @@ import sys
 import warnings
 from contextlib import ExitStack, redirect_stderr
 from io import StringIO
+from itertools import accumulate
 from pathlib import Path
 
 import optuna
@@ -82,10 +83,10 @@ def open_study(folder, epochs, fixed):
     return study
 
 
-def train_values(args, fixed, values, report):
-    """v3 of the run with `values`, whose folder is named by all that decides it: tried again it resumes."""
-    key = hashlib.sha256(json.dumps([fixed, values], sort_keys=True).encode()).hexdigest()[:10]
-    return train.train_run(with_values(args, values), args.run.exp / "sweep" / key, report)
+def root_of(args, fixed, values):
+    """The folder of the run with `values`, named by all that decides its result: tried again it resumes."""
+    text = json.dumps([fixed, values], sort_keys=True)
+    return args.run.exp / "sweep" / hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def run_trial(args, fixed, trial):
@@ -94,8 +95,10 @@ def run_trial(args, fixed, trial):
         trial.report(v3, epoch)
         if epoch < trial.params.get("epochs", args.run.epochs) and trial.should_prune():
             raise optuna.TrialPruned
+    root = root_of(args, fixed, trial.params)
+    trial.set_user_attr("folder", root.name)
     try:
-        return COMPLETE, train_values(args, fixed, trial.params, report)
+        return COMPLETE, train.train_run(with_values(args, trial.params), root, report)
     except optuna.TrialPruned:
         return PRUNED, None
     except SystemExit as e:
@@ -140,13 +143,15 @@ def plot(study, path):
     left.bar_label(left.barh(list(shares), list(shares.values())), fmt="%.2f", padding=3)
     left.invert_yaxis()
     left.set(title="importance of the options", xlim=(0, 1.15 * max(shares.values())))
-    for state, marker in ((COMPLETE, "o"), (PRUNED, "x")):
-        some = {trial.number: trial.value for trial in study.get_trials(False, (state,)) if trial.value is not None}
-        right.plot(some.keys(), some.values(), marker, label=state.name.lower())
-    right.set(title="v3 of the trials", xlabel="trial")
+    complete = study.get_trials(False, (COMPLETE,))
+    numbers, v3s = [trial.number for trial in complete], [trial.value for trial in complete]
+    right.plot(numbers, v3s, "o")
+    right.step(numbers, list(accumulate(v3s, max)), where="post", alpha=0.5)
+    pruned = [trial.number for trial in study.get_trials(False, (PRUNED,))]  # their v3 is of an early epoch
+    right.plot(pruned, [0.03] * len(pruned), "x", color="grey", transform=right.get_xaxis_transform())
+    right.set(title="v3 of the complete trials, and the best so far; x: pruned", xlabel="trial")
     right.xaxis.get_major_locator().set_params(integer=True)
     right.grid(alpha=0.3)
-    right.legend()
     with atomic_write(path) as scratch:
         figure.savefig(scratch, format="png", dpi=120)
 
@@ -167,7 +172,8 @@ def judge(args, fixed, study):
     print(f"best setting, v3 {best.value:.4f} in trial {best.number}:\n  {line}", flush=True)
     used = best.params.get("seed", args.run.seed)
     seeds = [seed for seed in range(args.seeds + 1) if seed != used][:args.seeds]
-    v3s = [train_values(args, fixed, {**best.params, "seed": seed}, lambda epoch, v3: None) for seed in seeds]
+    runs = [{**best.params, "seed": seed} for seed in seeds]
+    v3s = [train.train_run(with_values(args, run), root_of(args, fixed, run), lambda epoch, v3: None) for run in runs]
     spread = statistics.stdev(v3s)
     print(f"with the seeds {', '.join(map(str, seeds))}: v3 mean {statistics.mean(v3s):.4f}, standard deviation "
           f"{spread:.4f}, range {min(v3s):.4f} to {max(v3s):.4f}")
