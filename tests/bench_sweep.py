@@ -128,7 +128,8 @@ def run_trials(args, fixed, space, study, folder):
                 trial = study.ask(space)
                 alive.enter_context(lock(folder / "running" / str(trial.number)))
             state, v3 = run_trial(args, fixed, trial)
-            done = study.tell(trial, v3, state if v3 is None else None)
+            with lock(folder, wait=True):  # or another process could list the trial as running, then find it unlocked
+                done = study.tell(trial, v3, state if v3 is None else None)
         v3 = "none" if done.value is None else f"{done.value:.4f}"
         values = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in done.params.items())
         print(f"trial {done.number}: v3 {v3} {state.name.lower()}, {values}", flush=True)
@@ -208,13 +209,14 @@ def main(args):
     if running := study.get_trials(False, (RUNNING,)):
         print(f"{len(running)} trials still run in other processes: the last to finish prints the result")
         return
-    with lock(folder, wait=True), atomic_write(folder / "trials.csv") as scratch:
-        study.trials_dataframe().to_csv(scratch, index=False)
     n_complete = len(study.get_trials(False, (COMPLETE,)))
+    with lock(folder, wait=True):
+        with atomic_write(folder / "trials.csv") as scratch:
+            study.trials_dataframe().to_csv(scratch, index=False)
+        if n_complete >= 4:  # of fewer the importances would be guesses
+            plot(study, folder / "importance.png")
     if not n_complete:
         raise SystemExit(f"{folder}/trials.csv: no trial is complete, see user_attrs_error; then remove study.db")
-    if n_complete >= 4:
-        plot(study, folder / "importance.png")
     judge(args, fixed, study)
 
 
