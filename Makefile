@@ -58,7 +58,7 @@ about.TRAIN_ARGS  := more arguments for train.py, INFER_ARGS and PSEUDO_ARGS lik
 about.SNAPSHOTS   := epochs of a run that vote together; 0: its best one alone
 about.TRIALS      := recipes that sweep tries
 about.GPUS        := processes, each with a GPU, of one run; on a CPU as many processes
-about.LAUNCH      := goes before every recipe's command, such as srun --gpus=1
+about.LAUNCH      := goes before the command of every recipe, such as srun --gpus=1
 about.DEVICE      := auto takes an idle GPU, or the CPU
 about.PY          := python to use; PY=python takes the current environment
 about.STRICT      := 1: an edited script rebuilds what it made

@@ -68,7 +68,7 @@ RECIPE = {
     "ema": (number(float, 0, 0.99999), 0.998, "decay of the weights' average; the first steps use a smaller one"),
     "seed": (number(int, 0, 2 ** 31 - 1), 0, "of everything random")}
 
-# what make sweep tries: option -> choices, or (lowest, highest) drawn evenly, or on a log scale
+# what make sweep tries: option -> its choices, or ("even", lowest, highest) or ("log", lowest, highest) to draw from
 SEARCH_SPACE = {
     "model": ("fpn/tu-tf_efficientnet_lite0", "fpn/tu-mobilenetv3_large_100", "efficientdet/tu-tf_efficientnet_lite0"),
     "batch": (4, 8, 16), "lr": ("log", 3e-4, 1e-2), "loss": ("iou_ce", "dice_ce", "ce", "lovasz"),
