@@ -164,7 +164,7 @@ $(filter-out $(wildcard $(JSON)),$(JSON)):
 	@touch $@
 
 # ---- commands ---------------------------------------------------------------
-.PHONY: help setup check train pseudo submit score runtimes demo test test-all lint clean
+.PHONY: help setup check train pseudo submit score runtimes sweep demo test test-all lint clean
 help: ## show this text
 	@echo 'usage: make COMMAND [KNOB=VALUE ...]'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -182,6 +182,10 @@ score: $(addsuffix /valid.json,$(call grid,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(S
 runtimes: | $(SETUP) ## speed, size and memory of every model and scale, in out/runtimes.csv; MODEL= SCALE= BATCH= DEVICE=
 	$(run) tests/bench_runtimes.py --models $(MODEL) --scales $(SCALE) --batch $(BATCH) --device $(DEVICE) \
 	    --out out/runtimes.csv
+sweep: $(OUT)/folds.csv | $(SETUP) ## try TRIALS recipes from train.py's SEARCH_SPACE on the first MODEL, SCALE and FOLD
+	$(run) tests/bench_sweep.py --trials $(TRIALS) -- --exp $(OUT) --cache $(CACHE) $(data) --model $(firstword \
+	    $(MODEL)) --scale $(firstword $(SCALE)) --fold $(firstword $(FOLD)) --round $(or $(ROUND),0) $(flags.train) \
+	    --device $(DEVICE)
 demo: | $(SETUP) ## draw a small dataset and run the whole graph on it, in out/demo
 	$(PY) tests/demo_data.py out/demo/data
 	$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j2) submit DATA=out/demo/data EXP=demo PY=$(PY) \

@@ -29,7 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -202,6 +202,7 @@ def tune_process():
             ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 
+@cache  # a second claim of the same process would wait for the first
 def claim_device(name="auto"):
     """The torch device to use; "auto" holds the first idle GPU until this process exits, or takes the CPU."""
     import torch

@@ -66,7 +66,7 @@ RECIPE = {
     "ema": (number(float, 0, 0.99999), 0.998, "decay of the weights' average; the first steps use a smaller one"),
     "seed": (number(int, 0, 2 ** 31 - 1), 0, "of everything random")}
 
-# what make sweep tries: option -> choices, or (lowest, highest) drawn evenly, or on a log scale
+# what make sweep tries: option -> its choices, or ("even", lowest, highest) or ("log", lowest, highest) to draw from
 SEARCH_SPACE = {
     "model": ("fpn/tu-tf_efficientnet_lite0", "fpn/tu-mobilenetv3_large_100", "efficientdet/tu-tf_efficientnet_lite0"),
     "batch": (4, 8, 16), "lr": ("log", 3e-4, 1e-2), "loss": ("iou_ce", "dice_ce", "ce", "lovasz"),
@@ -391,8 +391,8 @@ def start_logger(name, out, recipe):
         import wandb
         return wandb.init(dir=out, config=recipe, mode=os.environ.get("WANDB_MODE", "offline")).log
     from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(out / "tensorboard", flush_secs=1)
-    return lambda row: [writer.add_scalar(key, value, row["epoch"]) for key, value in row.items()]
+    writer = SummaryWriter(out / "tensorboard")
+    return lambda row: [writer.add_scalar(k, v, row["epoch"]) for k, v in row.items()] and writer.flush()
 
 
 def log_row(run, row, args, recipe, out):
@@ -405,7 +405,8 @@ def log_row(run, row, args, recipe, out):
             run["logger"] = run.get("logger") or start_logger(args.logger, out, recipe)
             run["logger"](row)
         except Exception as e:
-            print(f"warning: {args.logger} failed, training goes on without it: {e}", file=sys.stderr)
+            print(f"warning: {args.logger} failed, training goes on without it (pip install {args.logger}, if it is "
+                  f"missing): {e}", file=sys.stderr)
             run["logger"] = lambda row: None
 
 
@@ -465,11 +466,8 @@ def check(args):
             print(f"      warning: no image of fold {', '.join(map(str, absent))} has it")
 
 
-def main(args):
-    tune_process()
-    if args.check:
-        check(args)
-        return
+def check_args(args):
+    """Stop with one line when the arguments don't fit each other or what is there."""
     if args.scale % STRIDE:
         raise SystemExit(f"--scale {args.scale}: must be a multiple of {STRIDE}")
     if args.fold >= args.folds:
@@ -480,6 +478,14 @@ def main(args):
         raise SystemExit(f"--batch {args.batch}: batch norm needs 2 images a process, of which there are {ranks()[1]}")
     if len(snapshot_epochs(args)) < args.snapshots:
         raise SystemExit(f"--snapshots {args.snapshots}: this run has only {len(snapshot_epochs(args))} to keep")
+
+
+def main(args):
+    tune_process()
+    if args.check:
+        check(args)
+        return
+    check_args(args)
     if args.overfit:
         args = argparse.Namespace(**vars(args) | {"augment": "none", "classmix": "none", "sampler": "all"})
     train_run(args, args.exp / "overfit" if args.overfit else args.exp)

@@ -1,0 +1,356 @@
+"""The sweep: killed, shared or refused, it does each trial once; and what it says about the best is right."""
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import bench_sweep
+import optuna
+import pandas as pd
+import pytest
+from PIL import Image
+
+import common
+import train
+
+MODEL, ROOT = "fpn/tu-mobilenetv3_small_050", Path(__file__).resolve().parent.parent
+SPACE = {"model": (MODEL, "unet/tu-test_efficientnet"), "lr": ("log", 1e-4, 1e-2), "loss": ("ce", "lovasz"),
+         "seed": (0, 1)}
+EPOCHS, UNPRUNED = 6, ("--epochs", 1)  # nothing is pruned at the last epoch
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def sweep(tiny_data, cache, tmp_path, monkeypatch):
+    """Function (trials, more arguments of train.py) that runs a sweep in tmp_path/exp; returns its study."""
+    monkeypatch.setattr(train, "SEARCH_SPACE", SPACE)
+
+    def run(trials, *more, seeds=2):
+        bench_sweep.main(bench_sweep.parse_args([
+            "--trials", str(trials), "--seeds", str(seeds), "--", "--data", str(tiny_data), "--exp",
+            str(tmp_path / "exp"), "--cache", str(cache), "--model", MODEL, "--scale", "64", "--folds", "3",
+            "--epochs", str(EPOCHS), "--batch", "4", "--weights", "none", "--device", "cpu", *map(str, more)]))
+        return study(tmp_path / "exp")
+    return run
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Function (v3 of (number of the call, arguments) and of an epoch) that takes the place of training; each run is a
+    line in the file `trace`. The first call of this process is number 0."""
+    def put(v3_of=lambda call, args: 0.5, at=lambda call, epoch: None):
+        calls = iter(range(1000))
+
+        def train_run(args, root, report=None):
+            call = next(calls)
+            with open(tmp_path / "trace", "a") as f:
+                print(root.name, os.getpid(), file=f)
+            for epoch in range(1, args.epochs + 1):
+                at(call, epoch)
+                report(epoch, v3_of(call, args))
+            return v3_of(call, args)
+        monkeypatch.setattr(train, "train_run", train_run)
+        return lambda: [line.split() for line in (tmp_path / "trace").read_text().splitlines()]
+    return put
+
+
+def study(exp):
+    return optuna.load_study(study_name="sweep", storage=f"sqlite:///{exp}/sweep/study.db")
+
+
+def states(study):
+    return "".join(trial.state.name[0] for trial in study.trials)  # Complete, Pruned, Fail, Running, Waiting
+
+
+def slope(call, args):
+    """A v3 that every recipe and seed has for itself."""
+    return 0.5 + args.lr + 0.001 * args.seed
+
+
+# ---- killed, stopped, shared ----------------------------------------------------------------------------------------
+
+
+def test_killed_sweep_tries_the_same_values_again_and_a_finished_one_does_nothing_more(sweep, fake, tmp_path, capsys):
+    def kill(call, epoch):
+        if call == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    fake(slope, kill)
+    child = fork.Process(target=sweep, args=(6, *UNPRUNED))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL and states(study(tmp_path / "exp")) == "CCR"
+    runs = fake(slope)
+    done = sweep(6, *UNPRUNED)
+    assert states(done) == "CCFCCCC" and done.trials[3].params == done.trials[2].params
+    roots = [root for root, _ in runs()]
+    assert roots[2] == roots[3] and len(set(roots[:7])) == 6
+    csv = pd.read_csv(tmp_path / "exp/sweep/trials.csv")
+    assert csv.state.tolist() == [trial.state.name for trial in done.trials] and csv.value.max() == done.best_value
+    assert csv.user_attrs_folder.tolist() == roots[:7]
+    Image.open(tmp_path / "exp/sweep/importance.png").verify()
+    said = capsys.readouterr().out
+    assert said.count("\ntrial ") + said.startswith("trial ") == 4
+    assert states(sweep(6, *UNPRUNED)) == "CCFCCCC" and {root for root, _ in runs()} == set(roots)
+    assert capsys.readouterr().out == said[said.index("best setting"):]
+    assert states(sweep(7, *UNPRUNED)) == "CCFCCCCC"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_interruption_or_full_disk_ends_the_sweep_and_the_same_values_come_first_next_time(sweep, fake, error):
+    def stop(call, epoch):
+        if call == 1:
+            raise error
+    fake(slope, stop)
+    with pytest.raises(error):
+        sweep(3)
+    fake(slope)
+    done = sweep(3)
+    assert states(done) == "CFCC" and done.trials[1].params == done.trials[2].params
+
+
+def test_two_processes_share_a_study_and_do_no_trial_twice(sweep, fake, tmp_path, capfd):
+    both = fork.Barrier(2)
+
+    def meet(call, epoch):
+        if call == 0:
+            both.wait(60)  # each holds a trial
+    runs = fake(slope, meet)
+    children = [fork.Process(target=sweep, args=(6, *UNPRUNED)) for _ in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
+    done = study(tmp_path / "exp")
+    assert states(done) == "CCCCCC"
+    folders = [trial.user_attrs["folder"] for trial in done.trials]
+    trained = [(root, pid) for root, pid in runs() if root in folders]
+    assert len({root for root, _ in trained}) == len(set(folders)) == 6 and len({pid for _, pid in trained}) == 2
+    assert "best setting" in capfd.readouterr().out
+
+
+# ---- pruned and failed trials ---------------------------------------------------------------------------------------
+
+
+def test_hopeless_trial_is_pruned_after_a_third_of_its_epochs_and_never_at_the_last(sweep, fake):
+    seen = []
+
+    def v3(call, args):
+        seen.append(call)
+        late = call == 6 and seen.count(6) < EPOCHS
+        return 0.0 if call in (1, 5, 6) and not late else 0.5 + call / 100
+    fake(v3)
+    done = sweep(7)
+    assert states(done) == "CCCCCPC"  # the first five have nothing to be compared with
+    assert list(done.trials[5].intermediate_values) == list(range(1, EPOCHS // 3 + 1))
+    assert done.trials[5].value == 0.0
+
+
+def test_recipe_that_cannot_run_counts_as_a_trial_and_the_sweep_goes_on(sweep, fake, tmp_path, capsys):
+    def fail(call, epoch):
+        if call == 1:
+            raise SystemExit("the loss of epoch 1 is nan")
+    fake(slope, fail)
+    assert states(sweep(4)) == "CPCC"
+    assert capsys.readouterr().out.count("the loss of epoch 1 is nan\n") == 1
+    assert pd.read_csv(tmp_path / "exp/sweep/trials.csv").user_attrs_error[1] == "the loss of epoch 1 is nan"
+    assert not (tmp_path / "exp/sweep/importance.png").exists()  # of three trials it would say nothing
+
+
+def test_sweep_without_one_complete_trial_says_where_to_look(sweep, fake):
+    def fail(call, epoch):
+        raise SystemExit("no")
+    fake(slope, fail)
+    with pytest.raises(SystemExit, match=r"trials.csv: no trial is complete"):
+        sweep(2)
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("entry", "message"), [
+    ({"lrr": ("log", 1e-3, 1e-2)}, "lrr .*no option of RECIPE"), ({"device": ("cpu",)}, "device .*no option of RECIPE"),
+    ({"lr": ("log", 1e-3, 20)}, "argument --lr: 20 is not from 0 to 10"), ({"loss": "ce"}, "loss 'ce': .*choices"),
+    ({"loss": ("ce", "focall")}, "argument --loss: invalid choice: 'focall'"),
+    ({"model": ("fpm/resnet18",)}, "argument --model: 'fpm/resnet18' is not DECODER"),
+    ({"batch": ("even", 2, 8.5)}, "argument --batch: .*8.5"), ({"lr": ("log", 0, 1)}, "lr .*low"),
+    ({"lr": ("even", 1, 0.5)}, "lr .*low"), ({"lr": ("log", 1e-3)}, "lr .*high"), ({"lr": ()}, r"lr \(\)")])
+def test_mistake_in_the_search_space_is_one_line_before_any_trial(sweep, fake, tmp_path, monkeypatch, capfd, entry,
+                                                                  message):
+    fake(lambda *_: pytest.fail("a trial began"))
+    monkeypatch.setattr(train, "SEARCH_SPACE", SPACE | entry)
+    with pytest.raises(SystemExit, match=message) as error:
+        sweep(2)
+    assert "\n" not in str(error.value) and "SEARCH_SPACE" in str(error.value)
+    assert capfd.readouterr().err == "" and not (tmp_path / "exp").exists()
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    (["--data", "nosuch"], "nosuch"), (["--scale", 72], "--scale 72"), (["--fold", 3], "--fold 3"),
+    (["--weights", "nosuch"], "--weights nosuch"), (["--device", "nosuch"], "--device nosuch"),
+    (["--round", 1], "pseudo labels"), (["--overfit", 2], "--overfit")])
+def test_wrong_arguments_end_the_sweep_at_once(sweep, fake, wrong, message):
+    fake(lambda *_: pytest.fail("a trial began"))
+    with pytest.raises(SystemExit, match=message) as error:
+        sweep(2, *wrong)
+    assert "\n" not in str(error.value)
+
+
+def test_folder_that_cannot_be_written_ends_the_sweep_at_once(sweep, fake, tmp_path):
+    fake(lambda *_: pytest.fail("a trial began"))
+    (tmp_path / "exp").touch()
+    with pytest.raises(OSError, match="exp"):
+        sweep(2)
+
+
+def test_study_begun_with_other_values_is_refused_with_those_that_differ(sweep, fake, monkeypatch):
+    fake(slope)
+    sweep(2)
+    with pytest.raises(SystemExit, match=r"other values: epochs 6 -> 7, ema 0.998 -> 0.9; "):
+        sweep(3, "--ema", 0.9, "--epochs", 7)
+    monkeypatch.setattr(train, "SEARCH_SPACE", SPACE | {"seed": (0,)})
+    with pytest.raises(SystemExit, match=r"other values: SEARCH_SPACE seed \[0, 1\] -> \[0\]; "):
+        sweep(3)
+    monkeypatch.setattr(train, "SEARCH_SPACE", SPACE)
+    # what is searched, and what decides nothing, may differ
+    assert states(sweep(3, "--model", "unet/resnet18", "--lr", 1, "--seed", 7, "--workers", 1)) == "CCC"
+
+
+def test_weights_of_a_file_fix_the_model(sweep, fake, tmp_path, monkeypatch, capsys):
+    built = []
+    monkeypatch.setattr(bench_sweep, "build_model", lambda *args: built.append(args))
+    (tmp_path / "my.pth").write_text("")
+    fake(slope)
+    assert set(sweep(2, "--weights", tmp_path / "my.pth").trials[0].params) == set(SPACE) - {"model"}
+    assert "model is not searched" in capsys.readouterr().out and [args[0] for args in built] == [MODEL]
+
+
+# ---- the result -----------------------------------------------------------------------------------------------------
+
+
+def test_best_setting_is_judged_by_other_seeds(sweep, fake, capsys):
+    trials = 5
+
+    def v3(call, args):
+        return (0.3, 0.42, 0.6, 0.55, 0.2)[call] if call < trials else (0.50, 0.52, 0.57)[call - trials]
+    fake(v3)
+    done = sweep(trials, "--ema", 0.9, seeds=3)
+    said, best = capsys.readouterr().out, done.trials[2].params
+    seeds = [seed for seed in range(4) if seed != best["seed"]][:3]
+    spread = statistics.stdev([0.50, 0.52, 0.57])
+    assert "best setting, v3 0.6000 in trial 2:\n" in said
+    assert (f"with the seeds {', '.join(map(str, seeds))}: v3 mean 0.5300, standard deviation {spread:.4f}, range "
+            "0.5000 to 0.5700\n") in said
+    assert f"trial 3, is 0.0500 below the best, {0.05 / spread:.1f} standard deviations" in said
+    assert "are noise" in said
+    knobs = dict(word.split("=", 1) for word in shlex.split(re.search("^  (MODEL=.*)$", said, re.M)[1]))
+    run = train.parse_args(["--data", "d", "--exp", "e", "--model", knobs["MODEL"], "--batch", knobs["BATCH"], "--lr",
+                            knobs["LR"], *knobs["TRAIN_ARGS"].split()])
+    assert {name: getattr(run, name) for name in SPACE if name != "seed"} == {k: best[k] for k in best if k != "seed"}
+    assert (run.ema, run.batch, run.epochs, run.weights) == (0.9, 4, EPOCHS, "none")
+    assert "--seed" not in knobs["TRAIN_ARGS"]
+
+
+def test_one_setting_tried_with_two_seeds_is_no_second_best(sweep, fake, monkeypatch, capsys):
+    monkeypatch.setattr(train, "SEARCH_SPACE", {"model": (MODEL,), "seed": (0, 1)})
+    fake(slope)
+    sweep(4)
+    assert "second best" not in capsys.readouterr().out
+
+
+def test_make_passes_its_knobs(tiny_data):
+    knobs = {"DATA": tiny_data, "EXP": "e", "MODELS": "unet/b fpn/a", "SCALE": 96, "FOLDS": "2 1", "EPOCHS": 7,
+             "TRIALS": 11, "LAUNCH": "nice -n 5", "PY": sys.executable, "TRAIN_ARGS": "--ema 0.5"}
+    plan = subprocess.run(["make", "-n", "sweep", *(f"{k}={v}" for k, v in knobs.items())], cwd=ROOT, text=True,
+                          capture_output=True, check=True, env={"PATH": os.environ["PATH"]})
+    assert plan.stderr == ""
+    line = shlex.split(plan.stdout.replace("\\\n", " ").strip().splitlines()[-1])
+    assert line[:5] == ["nice", "-n", "5", sys.executable, "tests/bench_sweep.py"]
+    args = bench_sweep.parse_args(line[5:])
+    assert (args.trials, args.run.model, args.run.scale, args.run.fold) == (11, "unet/b", 96, 2)
+    assert (args.run.epochs, args.run.ema, str(args.run.exp)) == (7, 0.5, "out/e")
+
+
+def test_process_claims_its_gpu_once(monkeypatch, tmp_path):
+    import torch
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(common.time, "sleep", lambda _: pytest.fail("the process waits for its own GPU"))
+    for name, value in {"is_available": True, "device_count": 1, "set_device": None,
+                        "get_device_properties": SimpleNamespace(uuid="a")}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    common.claim_device.cache_clear()
+    try:
+        assert common.claim_device("auto") == common.claim_device("auto") == torch.device("cuda", 0)
+    finally:
+        common.claim_device.cache_clear()
+
+
+# ---- real training --------------------------------------------------------------------------------------------------
+
+
+def test_real_runs_are_found_done_and_tensorboard_has_v3_of_every_epoch(sweep, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    monkeypatch.setattr(train, "SEARCH_SPACE", {"model": (MODEL,), "lr": (1e-3, 1e-2)})
+    line = ("--epochs", 2, "--logger", "tensorboard")
+    done = sweep(1, *line)
+    monkeypatch.setattr(train, "train_one_epoch", lambda *_: pytest.fail("it trains again"))
+    sweep(1, *line)
+    root = tmp_path / "exp/sweep" / done.trials[0].user_attrs["folder"]
+    run = common.run_folder(root, 0, MODEL, 64, 0)
+    log = pd.read_csv(run / "log.csv")
+    assert done.trials[0].intermediate_values == pytest.approx(dict(zip(log.epoch, log.v3, strict=True)))
+    assert done.best_value == pytest.approx(log.v3.max()) and len(list(root.parent.rglob("model.pt"))) == 3
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("v3")] == [(1, pytest.approx(log.v3[0])),
+                                                                 (2, pytest.approx(log.v3[1]))]
+
+
+SCRIPT = """
+import os, signal, sys
+sys.path[:0] = sys.argv.pop(1).split(":")
+import bench_sweep, train
+train.SEARCH_SPACE = {"model": ("fpn/tu-mobilenetv3_small_050",), "lr": ("log", 1e-3, 1e-2), "seed": (0, 1)}
+save, n_saved = train.save_checkpoint, 0
+def save_and_die(path, **state):
+    global n_saved
+    save(path, **state)
+    n_saved += path.name == "last.pt"
+    if path.name == "last.pt" and n_saved == int(os.environ["KILL"]): os.kill(os.getpid(), signal.SIGKILL)
+train.save_checkpoint = save_and_die
+if __name__ == "__main__": bench_sweep.run_script(bench_sweep.main, bench_sweep.parse_args())
+"""
+
+
+@pytest.mark.slow
+def test_really_killed_sweep_of_six_resumes_in_the_middle_of_a_run(tiny_data, cache, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    line = [sys.executable, str(tmp_path / "script.py"), f"{ROOT}:{ROOT}/tests", "--trials", "6", "--seeds", "2", "--",
+            "--data", str(tiny_data), "--exp", str(tmp_path / "exp"), "--cache", str(cache), "--scale", "64", "--folds",
+            "3", "--epochs", "2", "--batch", "4", "--weights", "none", "--device", "cpu"]
+    texts = []
+    for kill in (5, 3, 0, 0):  # after the third trial's first epoch, the fourth's last, never
+        run = subprocess.run(line, env=os.environ | {"KILL": str(kill)}, capture_output=True, text=True)
+        assert run.returncode == (-signal.SIGKILL if kill else 0), run.stdout + run.stderr
+        texts.append(run.stdout)
+    done = study(tmp_path / "exp")
+    assert sum(trial.state.is_finished() and trial.state.name != "FAIL" for trial in done.trials) == 6
+    folders = [trial.user_attrs["folder"] for trial in done.trials]
+    assert states(done).count("F") == 2 and len(set(folders)) == 6
+    for folder in set(folders):
+        assert len(re.findall(f"{folder}.* epoch 1/2 ", "".join(texts))) <= 1  # what was saved is not trained again
+    assert len(pd.read_csv(tmp_path / "exp/sweep/trials.csv")) == 8
+    Image.open(tmp_path / "exp/sweep/importance.png").verify()
+    assert " epoch " not in texts[3] and "best setting" in texts[3]
