@@ -205,7 +205,7 @@ def main(args):
         claim_device(run.device)
         if "model" not in space:  # what no trial could build ends the sweep, not each of its trials
             build_model(run.model, len(data.classes), run.weights)
-        run_trials(args, fixed, space, study, folder)
+    run_trials(args, fixed, space, study, folder)
     if running := study.get_trials(False, (RUNNING,)):
         print(f"{len(running)} trials still run in other processes: the last to finish prints the result")
         return

@@ -48,9 +48,10 @@ def sweep(tiny_data, cache, tmp_path, monkeypatch):
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Function (v3 of (number of the call, arguments) and of an epoch) that takes the place of training; each run is a
-    line in the file `trace`. The first call of this process is number 0."""
-    def put(v3_of=lambda call, args: 0.5, at=lambda call, epoch: None):
+    """Function (v3 of (number of the call, arguments, epoch), what else happens at (call, epoch)) that puts these in
+    the place of training, and returns a function for the [folder, process] of all runs so far. A process's first call
+    is 0."""
+    def put(v3_of, at=lambda call, epoch: None):
         calls = iter(range(1000))
 
         def train_run(args, root, report=None):
@@ -59,8 +60,8 @@ def fake(monkeypatch, tmp_path):
                 print(root.name, os.getpid(), file=f)
             for epoch in range(1, args.epochs + 1):
                 at(call, epoch)
-                report(epoch, v3_of(call, args))
-            return v3_of(call, args)
+                report(epoch, v3_of(call, args, epoch))
+            return v3_of(call, args, args.epochs)
         monkeypatch.setattr(train, "train_run", train_run)
         return lambda: [line.split() for line in (tmp_path / "trace").read_text().splitlines()]
     return put
@@ -74,7 +75,7 @@ def states(study):
     return "".join(trial.state.name[0] for trial in study.trials)  # Complete, Pruned, Fail, Running, Waiting
 
 
-def slope(call, args):
+def slope(call, args, epoch):
     """A v3 that every recipe and seed has for itself."""
     return 0.5 + args.lr + 0.001 * args.seed
 
@@ -116,6 +117,7 @@ def test_interruption_or_full_disk_ends_the_sweep_and_the_same_values_come_first
     with pytest.raises(error):
         sweep(3)
     fake(slope)
+    assert states(sweep(1)) == "CFW"  # enough trials already: it waits until more are wanted
     done = sweep(3)
     assert states(done) == "CFCC" and done.trials[1].params == done.trials[2].params
 
@@ -141,21 +143,41 @@ def test_two_processes_share_a_study_and_do_no_trial_twice(sweep, fake, tmp_path
     assert "best setting" in capfd.readouterr().out
 
 
+def test_process_begins_no_trial_while_the_last_ones_run_elsewhere(sweep, fake, tmp_path, capfd):
+    both, first_is_over = fork.Barrier(2), fork.Event()
+
+    def run(is_first):
+        def meet(call, epoch):
+            if call == 0:
+                both.wait(60)
+                assert is_first or first_is_over.wait(60)
+        fake(slope, meet)
+        sweep(2, *UNPRUNED)
+        if is_first:
+            first_is_over.set()
+    children = [fork.Process(target=run, args=(is_first,)) for is_first in (True, False)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0] and states(study(tmp_path / "exp")) == "CC"
+    said = capfd.readouterr().out
+    assert said.count("1 trials still run in other processes") == said.count("best setting, v3") == 1
+
+
 # ---- pruned and failed trials ---------------------------------------------------------------------------------------
 
 
 def test_hopeless_trial_is_pruned_after_a_third_of_its_epochs_and_never_at_the_last(sweep, fake):
-    seen = []
-
-    def v3(call, args):
-        seen.append(call)
-        late = call == 6 and seen.count(6) < EPOCHS
-        return 0.0 if call in (1, 5, 6) and not late else 0.5 + call / 100
+    def v3(call, args, epoch):
+        if call == 6:
+            return 0.6  # best but for the last epoch
+        return 0.0 if call in (1, 5) else 0.9 if epoch == EPOCHS else 0.5
     fake(v3)
     done = sweep(7)
     assert states(done) == "CCCCCPC"  # the first five have nothing to be compared with
     assert list(done.trials[5].intermediate_values) == list(range(1, EPOCHS // 3 + 1))
-    assert done.trials[5].value == 0.0
+    assert done.trials[5].value == 0.0 and done.trials[6].value == 0.6
 
 
 def test_recipe_that_cannot_run_counts_as_a_trial_and_the_sweep_goes_on(sweep, fake, tmp_path, capsys):
@@ -205,7 +227,7 @@ def test_wrong_arguments_end_the_sweep_at_once(sweep, fake, wrong, message):
     fake(lambda *_: pytest.fail("a trial began"))
     with pytest.raises(SystemExit, match=message) as error:
         sweep(2, *wrong)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "SEARCH_SPACE" not in str(error.value)
 
 
 def test_folder_that_cannot_be_written_ends_the_sweep_at_once(sweep, fake, tmp_path):
@@ -243,7 +265,7 @@ def test_weights_of_a_file_fix_the_model(sweep, fake, tmp_path, monkeypatch, cap
 def test_best_setting_is_judged_by_other_seeds(sweep, fake, capsys):
     trials = 5
 
-    def v3(call, args):
+    def v3(call, args, epoch):
         return (0.3, 0.42, 0.6, 0.55, 0.2)[call] if call < trials else (0.50, 0.52, 0.57)[call - trials]
     fake(v3)
     done = sweep(trials, "--ema", 0.9, seeds=3)
@@ -302,6 +324,14 @@ def test_process_claims_its_gpu_once(monkeypatch, tmp_path):
 
 def test_real_runs_are_found_done_and_tensorboard_has_v3_of_every_epoch(sweep, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    log_row, seen = train.log_row, []
+
+    def log_and_read(run, row, args, recipe, out):
+        log_row(run, row, args, recipe, out)
+        events = EventAccumulator(str(out / "tensorboard"))
+        events.Reload()
+        seen.append({e.step: e.value for e in events.Scalars("v3")})
+    monkeypatch.setattr(train, "log_row", log_and_read)
     monkeypatch.setattr(train, "SEARCH_SPACE", {"model": (MODEL,), "lr": (1e-3, 1e-2)})
     line = ("--epochs", 2, "--logger", "tensorboard")
     done = sweep(1, *line)
@@ -312,10 +342,8 @@ def test_real_runs_are_found_done_and_tensorboard_has_v3_of_every_epoch(sweep, t
     log = pd.read_csv(run / "log.csv")
     assert done.trials[0].intermediate_values == pytest.approx(dict(zip(log.epoch, log.v3, strict=True)))
     assert done.best_value == pytest.approx(log.v3.max()) and len(list(root.parent.rglob("model.pt"))) == 3
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("v3")] == [(1, pytest.approx(log.v3[0])),
-                                                                 (2, pytest.approx(log.v3[1]))]
+    v3s = dict(zip(log.epoch, log.v3, strict=True))
+    assert seen[:2] == [pytest.approx({1: v3s[1]}), pytest.approx(v3s)]  # at once, after each epoch
 
 
 SCRIPT = """
