@@ -6,8 +6,7 @@ Shapes are fixed here and nowhere else:
     logits  float32 [B, C, H, W]   before softmax
     probs   float32 [B, C, H, W]   after softmax: 0..1, sums to 1 over C
     store   uint8   [N, C, SUBMIT_SIZE, SUBMIT_SIZE]   probs x 255 on disk
-Importing this file does nothing and is quick: torch, smp and albumentations take seconds to import, so the functions
-that use them import them.
+Importing this file does nothing and is quick: libraries that take seconds to import are imported where they are used.
 """
 import argparse
 import csv
@@ -469,8 +468,10 @@ class Split:
         return self.masks[self.starts[index]:self.starts[index + 1]].reshape(self.sizes[index])
 
     def truth(self, index):
-        """The mask as the leaderboard sees it: for 512 x 512 that is mask[::2, ::2], the competition's own resize."""
+        """The mask as the leaderboard sees it: of 512 x 512 the competition's mask[::2, ::2]; IGNORE_INDEX for test."""
         import cv2
+        if self.masks is None:
+            return np.full((SUBMIT_SIZE, SUBMIT_SIZE), IGNORE_INDEX, np.uint8)
         return cv2.resize(self.mask(index), (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_NEAREST)
 
 
@@ -636,7 +637,7 @@ def load_folds(exp, train, n_folds, renew=False):
 class EvalPhotos:
     """Items for a DataLoader: (image uint8 [scale, scale, 3], truth uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) of `indices`.
 
-    Photos are squashed to the square that the network sees. Without masks every pixel of the truth is IGNORE_INDEX.
+    Photos are squashed to the square that the network sees.
     """
 
     def __init__(self, split, indices, scale):
@@ -651,10 +652,7 @@ class EvalPhotos:
         image = self.split.image(index)
         # INTER_AREA averages when it shrinks but repeats pixels when it enlarges
         how = cv2.INTER_AREA if self.scale < min(image.shape[:2]) else cv2.INTER_LINEAR
-        image = cv2.resize(image, (self.scale, self.scale), interpolation=how)
-        truth = (np.full((SUBMIT_SIZE, SUBMIT_SIZE), IGNORE_INDEX, np.uint8) if self.split.masks is None
-                 else self.split.truth(index))
-        return image, truth
+        return cv2.resize(image, (self.scale, self.scale), interpolation=how), self.split.truth(index)
 
 
 class TrainSamples:
@@ -792,18 +790,21 @@ def build_model(name, n_classes, weights="none"):
     decoder, encoder = name.split("/", 1)
     architecture, options = DECODERS[decoder]
     options = options | {"encoder_weights": None}
-    of_timm, state = encoder.startswith("tu-"), None if weights in ("none", "imagenet") else load_state_dict(weights)
+    of_timm, from_file = encoder.startswith("tu-"), weights not in ("none", "imagenet")
+    state = load_checkpoint(weights) if from_file else {}
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise SystemExit(f"{weights}: not a plain state dict, which is a dict of tensors")
     logging.getLogger("timm.models").setLevel(logging.ERROR)  # it warns of the classifier's keys, which aren't needed
     try:
         if weights == "imagenet":
             options["encoder_weights"] = True if of_timm else weights
-        elif state and of_timm:
+        elif from_file and of_timm:
             with torch.device("meta"):  # a trial without memory: given a file, timm itself lets keys be missing
                 timm.create_model(encoder.removeprefix("tu-")).load_state_dict(state, assign=True)
             options |= {"encoder_weights": True, "pretrained_cfg_overlay": {"file": str(weights)}}
         model = (build_efficientdet(encoder, n_classes, **options) if architecture == "efficientdet" else
                  smp.create_model(architecture, encoder, classes=n_classes, **options))
-        if state and not of_timm:
+        if from_file and not of_timm:
             model.encoder.load_state_dict(state)
     except Exception as e:  # smp, timm and the hub raise many types; the reason is in the message
         cure = "; to work without the network bring the weights as --weights FILE, or take --weights none"
@@ -819,15 +820,14 @@ BIFPN_SIZES = ((64, 3), (88, 4), (112, 5), (160, 6), (224, 7), (288, 7), (384, 8
 
 def bifpn_modules():
     """The modules (Node, BiFPNLayer, BiFPN): the fusion of some maps, eight of them, and the whole decoder."""
-    import torch
-    from torch import nn
+    from torch import nn, ones
     from torch.nn.functional import interpolate, silu
     down = nn.MaxPool2d(3, stride=2, padding=1)  # of n pixels ceil(n / 2)
 
     class Node(nn.Module):
         def __init__(self, width, n_inputs):
             super().__init__()
-            self.weights = nn.Parameter(torch.ones(n_inputs))
+            self.weights = nn.Parameter(ones(n_inputs))
             self.conv = nn.Sequential(nn.SiLU(), nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
                                       nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width))
 
@@ -884,9 +884,10 @@ def build_efficientdet(encoder_name, n_classes, encoder_weights, **options):
     import segmentation_models_pytorch as smp
     size = re.search(r"(?<![a-z])(?:b|lite)([0-7])(?!\d)", encoder_name)
     width, n_layers = BIFPN_SIZES[int(size[1]) if size else 0]
+    *_, BiFPN = bifpn_modules()
     model = smp.base.SegmentationModel()
     model.encoder = smp.encoders.get_encoder(encoder_name, weights=encoder_weights, **options)
-    model.decoder = bifpn_modules()[2](model.encoder.out_channels, width, n_layers)
+    model.decoder = BiFPN(model.encoder.out_channels, width, n_layers)
     model.segmentation_head = smp.base.SegmentationHead(width, n_classes, kernel_size=1, upsampling=4)
     model.classification_head = None
     model.initialize()
@@ -905,15 +906,6 @@ def padded(model):
             return super().forward(images)[..., :height, :width]
     model.__class__ = Padded
     return model
-
-
-def load_state_dict(path):
-    """{key: tensor} of a file that holds just that; raises SystemExit when it holds anything else."""
-    import torch
-    state = load_checkpoint(path)
-    if not (isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values())):
-        raise SystemExit(f"{path}: not a plain state dict, which is a dict of tensors")
-    return state
 
 
 def encoder_mean_std(name):
