@@ -6,8 +6,7 @@ Shapes are fixed here and nowhere else:
     logits  float32 [B, C, H, W]   before softmax
     probs   float32 [B, C, H, W]   after softmax: 0..1, sums to 1 over C
     store   uint8   [N, C, SUBMIT_SIZE, SUBMIT_SIZE]   probs x 255 on disk
-Importing this file does nothing and is quick: torch, smp and albumentations take seconds to import, so the functions
-that use them import them.
+Importing this file does nothing and is quick: libraries that take seconds to import are imported where they are used.
 """
 import argparse
 import csv
@@ -33,6 +32,7 @@ from functools import cache, cached_property, partial
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from tqdm import tqdm
@@ -42,7 +42,6 @@ IGNORE_INDEX = 255
 SUBMIT_SIZE = 256  # side of a submitted mask, pixels: the competition's
 MAX_CLASSES = 200  # with the background; a submission is written with a byte for each id
 MAX_PIXELS = 100_000_000  # of one photo: 300 MB decoded
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # ---- files and devices ----------------------------------------------------------------------------------------------
 
@@ -66,12 +65,13 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Help that shows the docstring as it stands and every default."""
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: `kind`, int or float, from `low` to `high`; NaN and infinity are refused."""
+def number(kind, low, high=math.inf, step=None):
+    """An argparse type: `kind`, int or float, from `low` to `high`, a multiple of `step`; no NaN and no infinity."""
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        if not (math.isfinite(value) and low <= value <= high) or step and value % step:
+            steps = f" in steps of {step}" if step else ""
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}{steps}")
         return value
     parse.__name__ = kind.__name__
     return parse
@@ -141,11 +141,6 @@ def run_folder(exp, round_, model, scale, fold):
     return Path(exp) / f"r{round_}" / model / f"s{scale}" / f"f{fold}"
 
 
-def pseudo_folder(exp, round_, fold):
-    """Where the pseudo labels are that a run of this round and fold learns from."""
-    return Path(exp) / f"r{round_}" / "pseudo" / f"f{fold}"
-
-
 @contextmanager
 def lock(folder, wait=False):
     """Hold `folder` for this process. The kernel drops the lock when the process dies, so none is ever stale.
@@ -202,22 +197,43 @@ def tune_process():
             ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 
+def ranks():
+    """(rank of this process, number of processes) under torchrun, (0, 1) without; only rank 0 is to print and write."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 @cache  # a second claim of the same process would wait for the first
 def claim_device(name="auto"):
-    """The torch device to use; "auto" holds the first idle GPU until this process exits, or takes the CPU."""
+    """The torch device of this process: "auto" is an idle GPU, which is held until it exits, or the CPU.
+
+    Under torchrun each process gets a GPU of its own, or the CPU, and meets the others.
+    """
     import torch
-    if name != "auto" or not torch.cuda.is_available():
-        try:
-            return torch.empty(0, device="cpu" if name == "auto" else name).device
-        except (RuntimeError, AssertionError) as e:
-            raise SystemExit(f"--device {name}: {str(e).splitlines()[0]}") from None
+    cuda, n_ranks = torch.cuda.is_available() and name != "cpu", ranks()[1]
+    if cuda and n_ranks == 1 and name == "auto":
+        return idle_gpu()
+    asked = f"cuda:{os.environ['LOCAL_RANK']}" if cuda and n_ranks > 1 else "cpu" if name == "auto" else name
+    try:
+        device = torch.empty(0, device=asked).device
+    except (RuntimeError, AssertionError) as e:
+        raise SystemExit(f"--device {asked}: {str(e).splitlines()[0]}") from None
+    if n_ranks > 1:
+        if cuda:
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    return device
+
+
+def idle_gpu():
+    """The first GPU that no other process holds; it is this one's until it exits."""
+    import torch
     waiting = False
     while True:
         for index in range(torch.cuda.device_count()):
             uuid = torch.cuda.get_device_properties(index).uuid
-            claim_device.lock = lock(Path(tempfile.gettempdir()) / f"gpu-{uuid}-{os.getuid()}")
+            idle_gpu.lock = lock(Path(tempfile.gettempdir()) / f"gpu-{uuid}-{os.getuid()}")
             try:
-                claim_device.lock.__enter__()  # without an exit: held until the process ends
+                idle_gpu.lock.__enter__()  # without an exit: held until the process ends
             except SystemExit:
                 continue
             torch.cuda.set_device(index)
@@ -228,35 +244,15 @@ def claim_device(name="auto"):
         time.sleep(5)
 
 
-def ranks():
-    """(rank of this process, number of processes) under torchrun, (0, 1) without; only rank 0 is to print and write."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join_ranks(name):
-    """The device of this process; under torchrun a GPU of its own or the CPU, and the others have been met."""
-    if ranks()[1] == 1:
-        return claim_device(name)
-    import torch
-    cuda = torch.cuda.is_available() and name != "cpu"
-    device = claim_device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else name)
-    if cuda:
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    return device
-
-
 def amp(device):
-    """Mixed precision where the device has it: a context for the forward pass; nothing on a CPU, where it is slower."""
-    import torch
-    return torch.autocast(device.type, amp_dtype(device), enabled=device.type == "cuda")
+    """Mixed precision on a GPU: a context for the forward pass; it does nothing on a CPU, where it would be slower.
 
-
-def amp_dtype(device):
-    """bfloat16, which needs no loss scaling, on GPUs that compute in it (Ampere and later), else float16."""
+    bfloat16, which needs no loss scaling, where the GPU computes in it (Ampere and later), else float16.
+    """
     import torch
-    old = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
-    return torch.float16 if old else torch.bfloat16
+    cuda = device.type == "cuda"
+    old = cuda and torch.cuda.get_device_capability(device)[0] < 8
+    return torch.autocast(device.type, torch.float16 if old else torch.bfloat16, enabled=cuda)
 
 
 # ---- data: reading and checking -------------------------------------------------------------------------------------
@@ -473,8 +469,10 @@ class Split:
         return self.masks[self.starts[index]:self.starts[index + 1]].reshape(self.sizes[index])
 
     def truth(self, index):
-        """The mask as the leaderboard sees it: for 512 x 512 that is mask[::2, ::2], the competition's own resize."""
+        """The mask as the leaderboard sees it: of 512 x 512 the competition's mask[::2, ::2]; IGNORE_INDEX for test."""
         import cv2
+        if self.masks is None:
+            return np.full((SUBMIT_SIZE, SUBMIT_SIZE), IGNORE_INDEX, np.uint8)
         return cv2.resize(self.mask(index), (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_NEAREST)
 
 
@@ -620,12 +618,13 @@ def load_folds(exp, train, n_folds, renew=False):
     if path.exists():
         rows = read_csv(path, ("image_id", "group", "fold"))
         folds = [int(row["fold"]) if row["fold"].isdecimal() else -1 for row in rows]
-        groups = set(zip(train.groups, folds, strict=False))
-        checks = {"lists other images than DATA": [row["image_id"] for row in rows] != [str(i) for i in train.ids],
-                  f"has the folds {sorted(set(folds))}, not 0 to {n_folds - 1}": set(folds) != set(range(n_folds)),
-                  "has a group of images in two folds": len(groups) > len(set(train.groups))}
-        wrong = next((text for text, holds in checks.items() if holds), None)
-        if not wrong:
+        if [row["image_id"] for row in rows] != [str(i) for i in train.ids]:
+            wrong = "lists other images than DATA"
+        elif set(folds) != set(range(n_folds)):
+            wrong = f"has the folds {sorted(set(folds))}, not 0 to {n_folds - 1}"
+        elif len(set(zip(train.groups, folds, strict=True))) > len(set(train.groups)):
+            wrong = "has a group of images in two folds"
+        else:
             return np.array(folds)
         if not renew:
             raise SystemExit(f"{path} {wrong}: choose another EXP, or run train.py --check to make it anew")
@@ -639,7 +638,7 @@ def load_folds(exp, train, n_folds, renew=False):
 class EvalPhotos:
     """Items for a DataLoader: (image uint8 [scale, scale, 3], truth uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) of `indices`.
 
-    Photos are squashed to the square that the network sees. Without masks every pixel of the truth is IGNORE_INDEX.
+    Photos are squashed to the square that the network sees.
     """
 
     def __init__(self, split, indices, scale):
@@ -654,10 +653,7 @@ class EvalPhotos:
         image = self.split.image(index)
         # INTER_AREA averages when it shrinks but repeats pixels when it enlarges
         how = cv2.INTER_AREA if self.scale < min(image.shape[:2]) else cv2.INTER_LINEAR
-        image = cv2.resize(image, (self.scale, self.scale), interpolation=how)
-        truth = (np.full((SUBMIT_SIZE, SUBMIT_SIZE), IGNORE_INDEX, np.uint8) if self.split.masks is None
-                 else self.split.truth(index))
-        return image, truth
+        return cv2.resize(image, (self.scale, self.scale), interpolation=how), self.split.truth(index)
 
 
 class TrainSamples:
@@ -699,9 +695,9 @@ class EpochBatches:
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
         order = (rng.permutation(self.n_images) if self.odds is None
-                 else rng.choice(self.n_images, self.n_images, p=self.odds)).tolist()
-        for start, stop in zip(self.starts, [*self.starts[1:], self.n_images], strict=True):
-            yield [(self.epoch, index) for index in order[start:stop][self.rank::self.n_ranks]]
+                 else rng.choice(self.n_images, self.n_images, p=self.odds))
+        for batch in np.split(order, self.starts[1:]):
+            yield [(self.epoch, index) for index in batch[self.rank::self.n_ranks].tolist()]
 
 
 def rare_odds(present):
@@ -710,7 +706,10 @@ def rare_odds(present):
     return odds / odds.sum()
 
 
-# ---- augmentation ---------------------------------------------------------------------------------------------------
+# ---- augmentation and ClassMix --------------------------------------------------------------------------------------
+
+AUGMENTATIONS = ("none", "flip", "basic", "colour", "strong")
+
 
 def augmentations(A, size, cv2):
     """{recipe: what happens to a training image and its mask together, ending at `size`}; A is albumentations.
@@ -733,9 +732,6 @@ def augmentations(A, size, cv2):
                        A.CoarseDropout((1, 6), (0.05, 0.2), (0.05, 0.2), fill_mask=IGNORE_INDEX, p=0.3)]}
 
 
-AUGMENTATIONS = ("none", "flip", "basic", "colour", "strong")
-
-
 def make_augmentation(name, scale):
     """A function (image, mask, rng) -> (image, mask) of SCALE x SCALE; all randomness comes from the two generators."""
     import random
@@ -749,9 +745,6 @@ def make_augmentation(name, scale):
         out = transform(image=image, mask=mask)
         return out["image"], out["mask"]
     return augment
-
-
-# ---- ClassMix -------------------------------------------------------------------------------------------------------
 
 
 def classmix(images, masks, prob, weights, rng):
@@ -793,23 +786,31 @@ def build_model(name, n_classes, weights="none"):
     Raises SystemExit when the name, the pair or the weights don't work, with the reason.
     """
     import segmentation_models_pytorch as smp
+    import timm
+    import torch
     decoder, encoder = name.split("/", 1)
     architecture, options = DECODERS[decoder]
+    options = options | {"encoder_weights": None}
+    of_timm, from_file = encoder.startswith("tu-"), weights not in ("none", "imagenet")
+    state = load_checkpoint(weights) if from_file else {}
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise SystemExit(f"{weights}: not a plain state dict, which is a dict of tensors")
     logging.getLogger("timm.models").setLevel(logging.ERROR)  # it warns of the classifier's keys, which aren't needed
-    if weights == "imagenet":
-        options = options | {"encoder_weights": True if encoder.startswith("tu-") else weights}
-    elif weights != "none" and encoder.startswith("tu-"):
-        check_timm_weights(encoder.removeprefix("tu-"), weights)
-        options = options | {"encoder_weights": True, "pretrained_cfg_overlay": {"file": str(weights)}}
     try:
-        options = {"encoder_weights": None} | options
+        if weights == "imagenet":
+            options["encoder_weights"] = True if of_timm else weights
+        elif from_file and of_timm:
+            with torch.device("meta"):  # a trial without memory: given a file, timm itself lets keys be missing
+                timm.create_model(encoder.removeprefix("tu-")).load_state_dict(state, assign=True)
+            options |= {"encoder_weights": True, "pretrained_cfg_overlay": {"file": str(weights)}}
         model = (build_efficientdet(encoder, n_classes, **options) if architecture == "efficientdet" else
                  smp.create_model(architecture, encoder, classes=n_classes, **options))
-        if weights not in ("none", "imagenet") and not encoder.startswith("tu-"):
-            model.encoder.load_state_dict(load_state_dict(weights))
+        if from_file and not of_timm:
+            model.encoder.load_state_dict(state)
     except Exception as e:  # smp, timm and the hub raise many types; the reason is in the message
         cure = "; to work without the network bring the weights as --weights FILE, or take --weights none"
-        raise SystemExit(f"{name} with weights {weights}: {e}{cure if weights == 'imagenet' else ''}") from None
+        raise SystemExit(f"{name} with weights {weights}: {shorten(str(e), 2000)}"
+                         f"{cure if weights == 'imagenet' else ''}") from None
     return padded(model)
 
 
@@ -819,16 +820,15 @@ BIFPN_SIZES = ((64, 3), (88, 4), (112, 5), (160, 6), (224, 7), (288, 7), (384, 8
 
 
 def bifpn_modules():
-    """(Node, BiFPNLayer, down): the classes of one fusion node and of the eight in a layer; the way a level down."""
-    import torch
-    from torch import nn
-    from torch.nn.functional import interpolate
+    """The modules (Node, BiFPNLayer, BiFPN): the fusion of some maps, eight of them, and the whole decoder."""
+    from torch import nn, ones
+    from torch.nn.functional import interpolate, silu
     down = nn.MaxPool2d(3, stride=2, padding=1)  # of n pixels ceil(n / 2)
 
     class Node(nn.Module):
         def __init__(self, width, n_inputs):
             super().__init__()
-            self.weights = nn.Parameter(torch.ones(n_inputs))
+            self.weights = nn.Parameter(ones(n_inputs))
             self.conv = nn.Sequential(nn.SiLU(), nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
                                       nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width))
 
@@ -853,19 +853,11 @@ def bifpn_modules():
             o5 = self.o5(q5, m5, down(o4))
             o6 = self.o6(p6, m6, down(o5))
             return o3, o4, o5, o6, self.o7(p7, down(o6))
-    return Node, BiFPNLayer, down
-
-
-def build_bifpn(channels, width, n_layers):
-    """Decoder from an encoder's maps, the last four at strides 4 to 32 and `channels` deep, to [B, width, H/4, W/4]."""
-    from torch import nn
-    from torch.nn.functional import interpolate, silu
-    Node, BiFPNLayer, down = bifpn_modules()
-    c2, c3, c4, c5 = (int(c) for c in channels[-4:])  # Conv2d refuses floats
 
     class BiFPN(nn.Module):
-        def __init__(self):
+        def __init__(self, channels, width, n_layers):
             super().__init__()
+            c2, c3, c4, c5 = (int(c) for c in channels[-4:])  # Conv2d refuses floats
             # as in google/automl: P6 too starts from the encoder's last map, and the first way up projects anew (q)
             self.p2, self.p3, self.p4, self.p5, self.p6, self.q4, self.q5 = (
                 nn.Sequential(nn.Conv2d(c, width, 1, bias=False), nn.BatchNorm2d(width))
@@ -874,6 +866,7 @@ def build_bifpn(channels, width, n_layers):
             self.join = Node(width, 6)
 
         def forward(self, features):
+            """[B, width, H/4, W/4] from an encoder's maps, the last four at strides 4 to 32 and `channels` deep."""
             x2, x3, x4, x5 = features[-4:]
             p2, p6, q4, q5 = self.p2(x2), down(self.p6(x5)), self.q4(x4), self.q5(x5)
             levels = self.p3(x3), self.p4(x4), self.p5(x5), p6, down(p6)
@@ -882,7 +875,7 @@ def build_bifpn(channels, width, n_layers):
                 q4, q5 = levels[1:3]
             # P3 alone would leave half of the last layer untrained; nearest would show P7's squares, 128 px wide
             return silu(self.join(p2, *(interpolate(p, p2.shape[2:], mode="bilinear") for p in levels)))
-    return BiFPN()
+    return Node, BiFPNLayer, BiFPN
 
 
 def build_efficientdet(encoder_name, n_classes, encoder_weights, **options):
@@ -892,16 +885,14 @@ def build_efficientdet(encoder_name, n_classes, encoder_weights, **options):
     import segmentation_models_pytorch as smp
     size = re.search(r"(?<![a-z])(?:b|lite)([0-7])(?!\d)", encoder_name)
     width, n_layers = BIFPN_SIZES[int(size[1]) if size else 0]
-
-    class EfficientDet(smp.base.SegmentationModel):
-        def __init__(self):
-            super().__init__()
-            self.encoder = smp.encoders.get_encoder(encoder_name, weights=encoder_weights, **options)
-            self.decoder = build_bifpn(self.encoder.out_channels, width, n_layers)
-            self.segmentation_head = smp.base.SegmentationHead(width, n_classes, kernel_size=1, upsampling=4)
-            self.classification_head = None
-            self.initialize()
-    return EfficientDet()
+    *_, BiFPN = bifpn_modules()
+    model = smp.base.SegmentationModel()
+    model.encoder = smp.encoders.get_encoder(encoder_name, weights=encoder_weights, **options)
+    model.decoder = BiFPN(model.encoder.out_channels, width, n_layers)
+    model.segmentation_head = smp.base.SegmentationHead(width, n_classes, kernel_size=1, upsampling=4)
+    model.classification_head = None
+    model.initialize()
+    return model
 
 
 def padded(model):
@@ -918,41 +909,13 @@ def padded(model):
     return model
 
 
-def load_state_dict(path):
-    """{key: tensor} of a file that holds just that; raises SystemExit when it holds anything else."""
-    import torch
-    state = load_checkpoint(path)
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise SystemExit(f"{path}: not a plain state dict, which is a dict of tensors")
-    return state
-
-
-def check_timm_weights(encoder, path):
-    """Raise SystemExit that lists the keys by which the state dict in `path` differs from timm's `encoder`."""
-    import timm
-    import torch
-    try:
-        with torch.device("meta"):
-            ours = {k: tuple(v.shape) for k, v in timm.create_model(encoder).state_dict().items()}
-    except RuntimeError as e:  # timm: unknown model
-        raise SystemExit(f"tu-{encoder}: {e}") from None
-    theirs = {k: tuple(v.shape) for k, v in load_state_dict(path).items()}
-    wrong = sorted({k for k, shape in ours.items() if theirs.get(k) != shape} | (theirs.keys() - ours))
-    if wrong:
-        shown = ", ".join(f"{k} {theirs.get(k, 'missing')} for {ours.get(k, 'no such key')}" for k in wrong[:10])
-        raise SystemExit(f"{path} doesn't fit timm's {encoder}: {len(wrong)} keys differ: {shown}"
-                         + (", ..." if len(wrong) > 10 else ""))
-
-
 def encoder_mean_std(name):
     """(mean, std) per RGB channel, of values 0..1, that the encoder's pretrained weights were made with."""
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from timm.models import get_pretrained_cfg
     encoder = name.split("/", 1)[1]
-    if encoder.startswith("tu-"):
-        import timm
-        known = timm.models.get_pretrained_cfg(encoder.removeprefix("tu-"))
-        if known is not None:
-            return tuple(known.mean), tuple(known.std)
-    return IMAGENET_MEAN, IMAGENET_STD
+    known = get_pretrained_cfg(encoder.removeprefix("tu-")) if encoder.startswith("tu-") else None
+    return (tuple(known.mean), tuple(known.std)) if known else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def normalise(images, mean, std):
@@ -968,8 +931,7 @@ def normalise(images, mean, std):
 def region_loss(of_iou, log_probs, log_true, target, labelled):
     """1 - of_iou(soft IoU), mean over the classes in the batch's truth.
 
-    Soft IoU of a class is the overlap of truth and probabilities, summed over the batch, by their union (Rahman and
-    Wang 2016).
+    Soft IoU (Rahman and Wang 2016): the overlap of truth and probabilities by their union, both summed over the batch.
     """
     rows = target.flatten(0, 1)  # [B x H, W]: a float32 that millions of pixels are added to one by one loses them
     per_row = log_probs.new_zeros(len(rows), log_probs.shape[1])
@@ -1052,8 +1014,7 @@ def image_miou(confusions):
 def scores(confusions, batch_size):
     """v1, v2, v3 mIoU and the per-class IoU of v2, from the counts [N, C, C] of each image in order.
 
-    v1: mean over batches of `batch_size` (the official baseline's), v2: of the summed counts, v3: mean over images
-    (the leaderboard's).
+    v1: mean over batches (the official baseline's), v2: of the summed counts, v3: mean over images (the leaderboard's).
     """
     batches = np.add.reduceat(confusions, np.arange(0, len(confusions), batch_size))
     iou = class_iou(confusions.sum(0))
@@ -1084,13 +1045,3 @@ def open_store(path):
     if probs.shape != expected or probs.dtype != np.uint8:
         raise SystemExit(f"{path} is of uint8 {expected}, the .npy of {probs.dtype} {probs.shape}; run infer.py again")
     return probs, info
-
-
-def soft_vote(stores, weights):
-    """Yield float32 probs [C, SUBMIT_SIZE, SUBMIT_SIZE] of each image: the weighted mean of uint8 stores of one shape.
-
-    One image at a time, so memory stays the same however many stores vote.
-    """
-    weights = np.float32(weights) / np.float32(255 * np.sum(weights))
-    for images in zip(*stores, strict=True):
-        yield sum(weight * image for weight, image in zip(weights, images, strict=True))

@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (SUBMIT_SIZE, Help, atomic_write, confusion, image_miou, load_data, make_folds, number, open_store,
-                    run_script, scores, soft_vote)
+                    run_script, scores)
+from pseudo_label import soft_vote
 
 HEADER = ["image_id", "PredictionString"]
 

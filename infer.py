@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import (SUBMIT_SIZE, EvalPhotos, Help, amp, atomic_write, build_model, file_hash, join_ranks,
+from common import (SUBMIT_SIZE, EvalPhotos, Help, amp, atomic_write, build_model, file_hash, claim_device,
                     load_checkpoint, load_data, lock, normalise, number, open_store, ranks, resize_probs, run_script,
                     tune_process, write_json, write_npy_header)
 
@@ -148,7 +148,7 @@ def main(args):
         raise SystemExit(f"{', '.join(missing)}: no such checkpoint")
     folder = args.checkpoint[0].parent
     with lock(folder) if ranks()[0] == 0 else nullcontext():
-        device = join_ranks(args.device)
+        device = claim_device(args.device)
         models, state, names = load_models(args.checkpoint, device)
         recipe, classes = state["recipe"], state["classes"]
         train, test = load_data(args.data, args.cache, recipe["paint"])

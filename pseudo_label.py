@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import (Help, atomic_write, file_hash, load_data, lock, number, open_store, pseudo_folder, read_csv,
-                    run_script, soft_vote, write_csv, write_json, write_npy_header)
+from common import (Help, atomic_write, file_hash, load_data, lock, number, open_store, read_csv, read_json, run_script,
+                    write_csv, write_json, write_npy_header)
+
+FILES = ("manifest.json", "labels.npy", "index.csv")
 
 
 def parse_args(argv=None):
@@ -36,6 +38,11 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def pseudo_folder(exp, round_, fold):
+    """Where the pseudo labels are that a run of this round and fold learns from."""
+    return Path(exp) / f"r{round_}" / "pseudo" / f"f{fold}"
+
+
 def check_makers(args, makers, test):
     """Raise SystemExit unless all stores are of the test photos, the round before and this fold."""
     expected = {"split": "test", "round": args.round - 1, "fold": args.fold, "classes": test.classes,
@@ -46,6 +53,16 @@ def check_makers(args, makers, test):
                 found = "differ" if key == "image_ids" else f"is {info[key]}, not {value}"
                 raise SystemExit(f"{path}: {key} {found}; round {args.round} of fold {args.fold} learns only from fold "
                                  f"{args.fold} of round {args.round - 1}")
+
+
+def soft_vote(stores, weights):
+    """Yield float32 probs [C, SUBMIT_SIZE, SUBMIT_SIZE] of each image: the weighted mean of uint8 stores of one shape.
+
+    One image at a time, so memory stays the same however many stores vote.
+    """
+    weights = np.float32(weights) / np.float32(255 * np.sum(weights))
+    for images in zip(*stores, strict=True):
+        yield sum(weight * image for weight, image in zip(weights, images, strict=True))
 
 
 def judge(probs, confident, max_unsure):
@@ -64,6 +81,42 @@ def hand_decisions(path):
         return {}
     return {row["image_id"]: row["keep"] for row in read_csv(path, ("image_id", "keep", "reason"))
             if row["keep"] != str(int(not row["reason"]))}
+
+
+# ---- what train.py reads --------------------------------------------------------------------------------------------
+
+
+def hash_labels(args):
+    """Hashes of the labels that a run of train.py with `args` learns from; raises SystemExit when one is missing."""
+    folder = pseudo_folder(args.exp, args.round, args.fold)
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
+        raise SystemExit(f"{folder} has no {', no '.join(missing)}: make the pseudo labels of this round first")
+    return [file_hash(folder / name) for name in FILES]
+
+
+def load_pseudo(args, test, folds_hash):
+    """Entries of TrainSamples for the kept labels that a run of train.py with `args` learns from.
+
+    Raises SystemExit unless their makers held out the same fold of the same folds, so that validation stays honest.
+    """
+    folder = pseudo_folder(args.exp, args.round, args.fold)
+    manifest = read_json(folder / "manifest.json")
+    expected = {"round": args.round, "fold": args.fold, "folds_csv": folds_hash, "classes": test.classes,
+                "labels": file_hash(folder / "labels.npy")}
+    for key, value in expected.items():
+        if manifest.get(key) != value:
+            raise SystemExit(f"{folder}/manifest.json: {key} is {manifest.get(key)}, this run has {value}: its "
+                             "validation images may have trained the makers of these labels; run make pseudo again")
+    rows = read_csv(folder / "index.csv", ("image_id", "keep"))
+    labels = np.load(folder / "labels.npy", mmap_mode="r")
+    if [row["image_id"] for row in rows] != [str(i) for i in test.ids] or len(labels) != len(rows):
+        raise SystemExit(f"{folder}/index.csv lists other images than test.json; run make pseudo again")
+    if wrong := sorted({row["keep"] for row in rows} - {"0", "1"}):
+        raise SystemExit(f"{folder}/index.csv: keep is {', '.join(wrong)}; it must be 0 or 1")
+    return [(test, i, labels[i]) for i, row in enumerate(rows) if row["keep"] == "1"]
+
+
+# ---- command --------------------------------------------------------------------------------------------------------
 
 
 def main(args):

@@ -17,17 +17,16 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (AUGMENTATIONS, DECODERS, LOSSES, PAINT_ORDERS, STRIDE, EpochBatches, EvalPhotos, Help, TrainSamples,
-                    amp, amp_dtype, build_model, classmix, confusion, encoder_mean_std, file_hash, join_ranks,
+                    amp, build_model, classmix, confusion, encoder_mean_std, file_hash, claim_device,
                     load_checkpoint, load_data, load_folds, lock, make_augmentation, make_loss, normalise, number,
-                    pseudo_folder, ranks, rare_odds, read_csv, read_json, resize_probs, run_folder, run_script,
-                    save_checkpoint, scores, tune_process, write_csv, write_json)
+                    ranks, rare_odds, resize_probs, run_folder, run_script, save_checkpoint, scores, tune_process,
+                    write_csv, write_json)
+from pseudo_label import hash_labels, load_pseudo
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 LOGGERS = ("tensorboard", "wandb")
-PSEUDO_FILES = ("manifest.json", "labels.npy", "index.csv")
 
 # ---- options ---------------------------------------------------------------------------------------------------------
-
 
 # name -> share of the peak learning rate at t in [0, 1), from the end of the warm-up to the end of the run; n: cycles
 SCHEDULES = {
@@ -80,10 +79,8 @@ def parse_args(argv=None):
     run.add_argument("--data", type=Path, required=True, help="the competition's folder")
     run.add_argument("--exp", type=Path, required=True, help="folder of the experiment, out/EXP")
     run.add_argument("--model", type=model_name, default="fpn/tu-tf_efficientnet_lite0", metavar="DECODER/ENCODER",
-                     help=f"decoder: {', '.join(DECODERS)}; encoder: any of segmentation-models-pytorch, or tu- and a "
-                          "timm name")
-    run.add_argument("--scale", type=number(int, STRIDE, 4096), default=512,
-                     help="side of the square training image, a multiple of 32")
+                     help=f"decoder: {', '.join(DECODERS)}; encoder: segmentation-models-pytorch's, or tu- and timm's")
+    run.add_argument("--scale", type=number(int, STRIDE, 4096, STRIDE), default=512, help="side of training images")
     run.add_argument("--fold", type=number(int, 0), default=0, help="fold held out for validation")
     run.add_argument("--folds", type=number(int, 2), default=5, help="number of folds")
     run.add_argument("--round", type=number(int, 0, 9), default=0,
@@ -113,29 +110,7 @@ def model_name(text):
     return text
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------
-
-
-def load_pseudo(args, test, folds_hash):
-    """Entries of TrainSamples for the kept pseudo labels of this round and fold.
-
-    Raises SystemExit unless their makers held out the same fold of the same folds, so that validation stays honest.
-    """
-    folder = pseudo_folder(args.exp, args.round, args.fold)
-    manifest = read_json(folder / "manifest.json")
-    expected = {"round": args.round, "fold": args.fold, "folds_csv": folds_hash, "classes": test.classes,
-                "labels": file_hash(folder / "labels.npy")}
-    for key, value in expected.items():
-        if manifest.get(key) != value:
-            raise SystemExit(f"{folder}/manifest.json: {key} is {manifest.get(key)}, this run has {value}: its "
-                             "validation images may have trained the makers of these labels; run make pseudo again")
-    rows = read_csv(folder / "index.csv", ("image_id", "keep"))
-    labels = np.load(folder / "labels.npy", mmap_mode="r")
-    if [row["image_id"] for row in rows] != [str(i) for i in test.ids] or len(labels) != len(rows):
-        raise SystemExit(f"{folder}/index.csv lists other images than test.json; run make pseudo again")
-    if wrong := sorted({row["keep"] for row in rows} - {"0", "1"}):
-        raise SystemExit(f"{folder}/index.csv: keep is {', '.join(wrong)}; it must be 0 or 1")
-    return [(test, i, labels[i]) for i, row in enumerate(rows) if row["keep"] == "1"]
+# ---- training -------------------------------------------------------------------------------------------------------
 
 
 def make_loaders(args, train, test, learn, valid, cuda):
@@ -161,9 +136,6 @@ def make_loaders(args, train, test, learn, valid, cuda):
     samples = TrainSamples(entries, make_augmentation(args.augment, args.scale), args.seed)
     return (DataLoader(samples, batch_sampler=batches, **options),
             DataLoader(EvalPhotos(train, valid[rank::n_ranks].tolist(), args.scale), args.batch, **options))
-
-
-# ---- training -------------------------------------------------------------------------------------------------------
 
 
 def parameter_groups(model, encoder_lr, weight_decay):
@@ -256,10 +228,9 @@ def evaluate(model, loader, n_classes, recipe, device):
             logits = model(normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"]))
         preds = resize_probs(logits.float().softmax(dim=1)).argmax(dim=1).byte().cpu().numpy()
         counts += [confusion(pred, truth, n_classes) for pred, truth in zip(preds, truths.numpy(), strict=True)]
-    if n_ranks == 1:
-        return np.stack(counts)
-    shares = [None] * n_ranks
-    torch.distributed.all_gather_object(shares, counts)
+    shares = [counts] * n_ranks
+    if n_ranks > 1:
+        torch.distributed.all_gather_object(shares, counts)
     return np.stack([shares[i % n_ranks][i // n_ranks] for i in range(sum(map(len, shares)))])
 
 
@@ -275,10 +246,7 @@ def make_recipe(args, train):
     recipe["mean"], recipe["std"] = map(list, encoder_mean_std(args.model))
     recipe["data"], recipe["folds_csv"] = train.fingerprint, file_hash(args.exp / "folds.csv")
     if args.round:
-        folder = pseudo_folder(args.exp, args.round, args.fold)
-        if missing := [name for name in PSEUDO_FILES if not (folder / name).is_file()]:
-            raise SystemExit(f"{folder} has no {', no '.join(missing)}: make the pseudo labels of this round first")
-        recipe["pseudo"] = [file_hash(folder / name) for name in PSEUDO_FILES]
+        recipe["pseudo"] = hash_labels(args)
     return recipe
 
 
@@ -299,10 +267,7 @@ def same_recipe(path, recipe, replace):
 
 
 def set_prior(model, pixels):
-    """Start the last convolution's bias at the log frequency of each class in `pixels` [C].
-
-    The first epochs then need not find out that nearly all is background (Lin et al. 2017, section 4.1).
-    """
+    """Start the last bias at the log frequency of each class in `pixels` [C] (Lin et al. 2017, section 4.1)."""
     import torch
     last = [m for m in model.segmentation_head.modules() if isinstance(m, torch.nn.Conv2d)][-1]
     with torch.no_grad():
@@ -322,7 +287,7 @@ def start_run(args, classes, pixels, resume, device):
     for parameter in model.parameters():  # what the logits don't depend on would make DDP wait for its gradient
         parameter.requires_grad_(parameter.grad is not None)
     model.zero_grad()
-    set_prior(model, pixels)
+    set_prior(model, pixels)  # else the first epochs find out that nearly all is background
     model = model.to(device, memory_format=torch.channels_last)
     forward, n_ranks, gpu = model, ranks()[1], [device.index] if device.type == "cuda" else None
     if n_ranks > 1:
@@ -338,7 +303,7 @@ def start_run(args, classes, pixels, resume, device):
            "ema": ModelEmaV3(model, decay=args.ema, use_warmup=True),
            "optimizer": getattr(torch.optim, optimizer)(
                parameter_groups(model, args.encoder_lr, args.weight_decay), lr=args.lr, fused=True, **settings),
-           "scaler": torch.amp.GradScaler(device.type, enabled=amp_dtype(device) == torch.float16),
+           "scaler": torch.amp.GradScaler(device.type, enabled=amp(device).fast_dtype == torch.float16),
            "epoch": 0, "log": [], "best": None}
     if resume:
         state = load_checkpoint(resume)
@@ -350,10 +315,10 @@ def start_run(args, classes, pixels, resume, device):
     return run
 
 
-def fit(run, loaders, args, recipe, info, out, device, report):
-    """Train to the last epoch; the best by v3 is kept in run["best"]. info: what a model's file says besides."""
+def fit(run, loaders, args, info, out, device, report):
+    """Train to the last epoch; the best by v3 is kept in run["best"]. info: what every file of the run says besides."""
     import torch
-    train_loader, valid_loader = loaders
+    (train_loader, valid_loader), recipe = loaders, info["recipe"]
     while run["epoch"] < args.epochs and not (args.overfit and run["best"] and run["best"]["v3"] >= OVERFIT_V3):
         started = time.time()
         torch.manual_seed(args.seed * 1_000_003 + run["epoch"])  # dropout and the like, whether resumed or not
@@ -362,8 +327,7 @@ def fit(run, loaders, args, recipe, info, out, device, report):
         if not math.isfinite(loss):
             raise SystemExit(f"{out}: the loss of epoch {run['epoch'] + 1} is {loss}: lower --lr; {out}/last.pt keeps "
                              "the epoch before")
-        counts = evaluate(run["ema"].module, valid_loader, len(info["classes"]), recipe, device)
-        result = scores(counts, args.batch)
+        result = scores(evaluate(run["ema"].module, valid_loader, len(info["classes"]), recipe, device), args.batch)
         run["epoch"] += 1
         row = {"epoch": run["epoch"], "loss": loss, "lr": lr, **{k: float(result[k]) for k in ("v1", "v2", "v3")},
                "images_per_s": speed, "seconds": time.time() - started,
@@ -375,11 +339,10 @@ def fit(run, loaders, args, recipe, info, out, device, report):
             run["best"] = now
         if ranks()[0] == 0:
             if row["epoch"] in snapshot_epochs(args):
-                save_checkpoint(out / f"epoch-{row['epoch']:03}.pt", recipe=recipe, **info, **now)
+                save_checkpoint(out / f"epoch-{row['epoch']:03}.pt", **info, **now)
             write_csv(out / "log.csv", run["log"])  # before last.pt: an epoch that counts as done is in it
             states = {name: run[name].state_dict() for name in ("model", "ema", "optimizer", "scaler")}
-            save_checkpoint(out / "last.pt", recipe=recipe, **info, **states,
-                            **{k: run[k] for k in ("epoch", "log", "best")})
+            save_checkpoint(out / "last.pt", **info, **states, **{k: run[k] for k in ("epoch", "log", "best")})
             log_row(run, row, args, recipe, out)
         if report:
             report(row["epoch"], row["v3"])
@@ -430,22 +393,22 @@ def train_run(args, root, report=None):
             (out / "model.pt").touch()  # newer than what it was made from: make has nothing left to do
             return load_checkpoint(out / "model.pt")["v3"]
         resume = out / "last.pt" if same_recipe(out / "last.pt", recipe, args.replace) else None
-        device = join_ranks(args.device)
+        device = claim_device(args.device)
         if first:
             write_json(out / "config.json", recipe | {"classes": train.classes})
-            for old in () if resume else [*out.glob("epoch-*.pt"), *out.glob("model.pt")]:  # they belong together
+            for old in () if resume else out.glob("epoch-*.pt"):  # an old model.pt stays until the new one is there
                 old.unlink()
         loaders = make_loaders(args, train, test, learn, valid, device.type == "cuda")
         run = start_run(args, train.classes, np.array(train.pixels)[learn].sum(0), resume, device)
-        info = {"classes": train.classes, "valid_ids": [train.ids[i] for i in valid]}
-        fit(run, loaders, args, recipe, info, out, device, report)
+        info = {"recipe": recipe, "classes": train.classes, "valid_ids": [train.ids[i] for i in valid]}
+        fit(run, loaders, args, info, out, device, report)
         v3 = run["best"]["v3"]
         if args.overfit and v3 < OVERFIT_V3:
             raise SystemExit(f"{out}: v3 {v3:.4f} on its own {len(learn)} training images, below {OVERFIT_V3}: more "
                              "--epochs or another --lr, or the model or the loss doesn't learn")
         if first:
             best = {sys.intern(k): v for k, v in run["best"].items()}  # else a resumed run's file has other bytes
-            save_checkpoint(out / "model.pt", recipe=recipe, **info, **best)
+            save_checkpoint(out / "model.pt", **info, **best)
             (out / "last.pt").unlink()
             print(f"{out}/model.pt: epoch {run['best']['epoch']}, v3 {v3:.4f}")
     return v3
@@ -468,8 +431,6 @@ def check(args):
 
 def check_args(args):
     """Stop with one line when the arguments don't fit each other or what is there."""
-    if args.scale % STRIDE:
-        raise SystemExit(f"--scale {args.scale}: must be a multiple of {STRIDE}")
     if args.fold >= args.folds:
         raise SystemExit(f"--fold {args.fold}: there are the folds 0 to {args.folds - 1}")
     if args.weights not in ("imagenet", "none") and not Path(args.weights).is_file():

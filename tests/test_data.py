@@ -22,6 +22,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 import common
+import pseudo_label
 from common import IGNORE_INDEX, PAINT_ORDERS, SUBMIT_SIZE
 
 # pycocotools on a new NumPy
@@ -161,7 +162,7 @@ def test_file_hash_is_the_start_of_sha256(tmp_path):
 
 def test_folders_of_runs_and_pseudo_labels():
     assert str(common.run_folder("out/a", 1, "fpn/resnet18", 256, 3)) == "out/a/r1/fpn/resnet18/s256/f3"
-    assert str(common.pseudo_folder("out/a", 1, 3)) == "out/a/r1/pseudo/f3"
+    assert str(pseudo_label.pseudo_folder("out/a", 1, 3)) == "out/a/r1/pseudo/f3"
 
 
 def start_python(code, *args):

@@ -363,7 +363,7 @@ def test_every_node_of_a_layer_sees_the_maps_of_figure_2d():
 
 
 def test_the_first_layer_starts_from_the_encoder_and_the_second_from_the_first():
-    decoder = common.build_bifpn([3, 4, 5, 6, 7, 8], 16, 2).eval()
+    decoder = common.bifpn_modules()[2]([3, 4, 5, 6, 7, 8], 16, 2).eval()
     x = [torch.randn(1, 3 + i, 160 >> i, 128 >> i) for i in range(6)]
     seen = []
     for layer in decoder.layers:
@@ -379,7 +379,7 @@ def test_the_first_layer_starts_from_the_encoder_and_the_second_from_the_first()
 
 
 def test_the_join_sees_all_levels_at_stride_4_without_squares_and_ends_in_a_swish():
-    decoder = common.build_bifpn([3, 4, 5, 6, 7, 8], 16, 1).eval()
+    decoder = common.bifpn_modules()[2]([3, 4, 5, 6, 7, 8], 16, 1).eval()
     seen = []
     decoder.join.forward = lambda *maps: seen.extend(maps) or -maps[0].abs() * 100
     with torch.inference_mode():
@@ -392,7 +392,7 @@ def test_the_join_sees_all_levels_at_stride_4_without_squares_and_ends_in_a_swis
 @pytest.mark.parametrize("level", [2, 3, 4, 5])
 def test_each_encoder_map_reaches_the_output(level):
     torch.manual_seed(0)
-    decoder = common.build_bifpn([3, 4, 5, 6, 7, 8], 16, 1).eval()
+    decoder = common.bifpn_modules()[2]([3, 4, 5, 6, 7, 8], 16, 1).eval()
     maps = [torch.randn(1, 3 + i, 64 >> i, 64 >> i) for i in range(6)]
     with torch.inference_mode():
         before = decoder(maps)
@@ -403,7 +403,7 @@ def test_each_encoder_map_reaches_the_output(level):
 def test_the_deepest_levels_see_the_whole_image():
     """A change in one corner of the last map is felt in the opposite corner of the output."""
     torch.manual_seed(0)
-    decoder = common.build_bifpn([3, 4, 5, 6, 7, 8], 16, 1).eval()
+    decoder = common.bifpn_modules()[2]([3, 4, 5, 6, 7, 8], 16, 1).eval()
     maps = [torch.randn(1, 3 + i, 256 >> i, 256 >> i) for i in range(6)]
     with torch.inference_mode():
         before = decoder(maps)
@@ -413,7 +413,7 @@ def test_the_deepest_levels_see_the_whole_image():
 
 @pytest.mark.parametrize("channels", [[3, 16., 24., 40., 112., 320.], [3, 0, 24, 40, 112, 320], [9, 24, 40, 56]])
 def test_channels_may_be_floats_and_only_the_last_four_matter(channels):
-    decoder = common.build_bifpn(channels, 8, 1)
+    decoder = common.bifpn_modules()[2](channels, 8, 1)
     maps = [torch.zeros(2, int(c), 16 >> i, 16 >> i) for i, c in enumerate(channels[-4:])]
     assert decoder(maps).shape == (2, 8, 16, 16)
 

@@ -63,7 +63,7 @@ def test_a_top_probability_of_exactly_80_percent_is_unsure(top, reason):
 @pytest.mark.parametrize("n_stores", [1, 2, 3, 5, 8])
 def test_a_vote_of_exactly_80_percent_is_unsure(n_stores):
     store = np.array([51, 204], np.uint8)[None, :, None, None].repeat(2, 2).repeat(2, 3)
-    probs, = common.soft_vote([store] * n_stores, np.ones(n_stores))
+    probs, = pseudo_label.soft_vote([store] * n_stores, np.ones(n_stores))
     assert pseudo_label.judge(probs, 0.8, 0.1)[1] == "unsure"
 
 

@@ -114,7 +114,7 @@ def evaluate_rank(rank, notes, argv, checkpoint):
     import infer
     import train
     args = train.parse_args(argv)
-    device = common.join_ranks("cpu")
+    device = common.claim_device("cpu")
     splits = common.load_data(args.data, args.cache)
     folds = common.load_folds(args.exp, splits[0], args.folds)
     model, state = infer.load_model(Path(checkpoint))

@@ -859,12 +859,19 @@ def test_snapshots_are_the_averaged_weights_after_their_epochs_whether_resumed_o
         assert (run_of(resumed) / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_run_in_place_of_another_removes_the_others_snapshots_and_model(line, tmp_path, monkeypatch, interrupt):
-    first, second = line(tmp_path, "--snapshots", 3), line(tmp_path, "--snapshots", 1, "--seed", 3, "--replace")
+def test_a_run_in_place_of_another_removes_its_snapshots_and_keeps_its_model_until_the_new_one_is_there(
+        line, tmp_path, monkeypatch, interrupt):
+    first, second = line(tmp_path, "--snapshots", 2), line(tmp_path, "--snapshots", 1, "--seed", 3, "--replace")
     train.main(first)
-    assert len(list(run_of(first).glob("epoch-*.pt"))) == 2  # there are no more in the second half of 3 epochs
-    start_and_stop(second, monkeypatch, interrupt, "backward", 1)
-    assert not list(run_of(first).glob("*.pt"))  # else the first line would find its model done but not its snapshots
+    assert len(list(run_of(first).glob("epoch-*.pt"))) == 2
+    model = (run_of(first) / "model.pt").read_bytes()
+    start_and_stop(second, monkeypatch, interrupt, "backward", STEPS + 1)
+    assert {path.name for path in run_of(first).glob("*.pt")} == {"model.pt", "last.pt"}
+    assert (run_of(first) / "model.pt").read_bytes() == model
+    back = shutil.copytree(tmp_path, tmp_path / "back")
+    train.main(line(back, "--snapshots", 2, "--replace"))  # its model is there, but not its snapshots
+    assert {path.name for path in run_of(line(back)).glob("*.pt")} == {"model.pt", "epoch-002.pt", "epoch-003.pt"}
+    assert (run_of(line(back)) / "model.pt").read_bytes() == model
     train.main(second)
     assert {path.name for path in run_of(second).glob("*.pt")} == {"model.pt", "epoch-003.pt"}
     assert torch.load(run_of(second) / "epoch-003.pt")["recipe"]["seed"] == 3
@@ -1065,6 +1072,9 @@ class Recorder:
     def log(self, row):
         self.call()
         self.rows.append(dict(row))
+
+    def flush(self):
+        pass
 
     def SummaryWriter(self, folder, **_):  # noqa: N802  tensorboard's
         self.call()
