@@ -28,8 +28,11 @@ fork = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+def cache(tiny_data, tmp_path_factory):
+    """Already painted: a forked child can't, once its parent has started a fork server of its own."""
+    cache = tmp_path_factory.mktemp("cache")
+    common.load_data(tiny_data, cache)
+    return cache
 
 
 @pytest.fixture
