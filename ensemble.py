@@ -1,60 +1,85 @@
-"""Soft-vote the predictions of any number of runs into a submission, or score them out of fold.
+"""Let any number of runs vote on a submission, or score them out of fold.
 
     python ensemble.py soft --data DATA --out out/main/submission.csv out/main/r1/*/*/s512/f*
+    python ensemble.py hard --data DATA --out out/voted.csv mine.csv theirs.csv --weights 2 1
     python ensemble.py score --data DATA out/main/r1/*/*/s512/f*
+    python ensemble.py compare --data DATA out/lr5 out/main
 
-A run is a folder of train.py and infer.py. Both commands read its validation store and print every recipe and the vote;
-`soft` goes on to the test store and writes the CSV in test.json's order, read back and checked before it gets its name,
-and beside it a .png of some predictions.
+A run is a folder of train.py and infer.py; runs that differ only in the fold are one member. soft averages probabilities,
+hard counts the votes of submissions; both write the CSV in test.json's order, read back and checked before it gets
+its name, and soft a .png of some predictions. score prints tables and leaves them in --tables.
 """
 import argparse
 import csv
 import itertools
+import math
 import os
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common import (SUBMIT_SIZE, Help, atomic_write, confusion, image_miou, load_data, make_folds, number, open_store,
-                    run_script, scores, soft_vote)
+from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, confusion, image_miou, load_data, make_folds, number,
+                    open_store, run_script, scores, write_csv)
 
 HEADER = ["image_id", "PredictionString"]
+MAX_PICKS = 30  # of the greedy selection of weights
+THUMBNAILS = 64_000_000  # bytes that the votes' thumbnails may take while weights are fitted on them
+BIASES = (-1.4, -1, -0.7, -0.35, 0.35, 0.7, 1, 1.4)  # that are tried for each class
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
-    soft = commands.add_parser("soft", allow_abbrev=False, formatter_class=Help, help="write a submission")
-    soft.add_argument("--out", type=Path, required=True, help="the submission to write")
-    soft.add_argument("--image-id", choices=("id", "file_name"), default="id",
-                      help="what names an image in the submission; some editions' upload pages want the file_name")
-    score = commands.add_parser("score", allow_abbrev=False, formatter_class=Help, help="print scores")
-    for command in (soft, score):
-        command.add_argument("runs", type=Path, nargs="+", help="run folders with stores of infer.py")
+    about = {"soft": "average the probabilities of runs", "hard": "count the votes of submissions and runs",
+             "score": "print out-of-fold scores", "compare": "say whether one experiment beats another"}
+    options = {name: commands.add_parser(name, allow_abbrev=False, formatter_class=Help, help=text)
+               for name, text in about.items()}
+    for name, command in options.items():
         command.add_argument("--data", type=Path, required=True, help="the competition's folder")
-        command.add_argument("--batch", type=number(int, 1), default=8,
-                             help="images in a batch of v1, the baseline's score")
         command.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks")
+        command.add_argument("--batch", type=number(int, 1), default=8, help="images in a batch of v1")
+        if name in ("soft", "hard"):
+            command.add_argument("--out", type=Path, required=True, help="the submission to write")
+            command.add_argument("--image-id", choices=("id", "file_name"), default="id",
+                                 help="what names an image in the submission; some upload pages want file_name")
+        if name == "compare":
+            command.add_argument("experiments", type=Path, nargs=2, help="two out/EXP; their last rounds are compared")
+        else:
+            what = "run folders with stores of infer.py" + ", or submissions" * (name == "hard")
+            command.add_argument("runs", type=Path, nargs="+", help=what)
+    for name in ("soft", "score"):
+        options[name].add_argument("--weights", default="equal", metavar="equal|fit|W,W,...", type=weights_of,
+                                   help="of the members; fit: by greedy selection, if that gains more than chance")
+    options["hard"].add_argument("--weights", default=None, metavar="W,W,...", type=weights_of, help="default: equal")
+    options["score"].add_argument("--tables", type=Path, help="folder for the tables as CSV")
     return parser.parse_args(argv)
+
+
+def weights_of(text):
+    if text in ("equal", "fit"):
+        return text
+    weights = [float(w) for w in text.split(",")]
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights):
+        raise argparse.ArgumentTypeError(f"{text}: weights are numbers from 0, not all 0, with commas between them")
+    return weights
 
 
 # ---- members --------------------------------------------------------------------------------------------------------
 
 
 def open_members(runs, split):
-    """{recipe: {fold: (probs, info)}} of the runs' stores; raises SystemExit when they don't belong together.
-
-    Runs whose folders differ only in the fold are one recipe.
-    """
+    """{name: {fold: (probs, info)}} of the runs' stores; raises SystemExit when they don't belong together."""
     members, first = {}, None
     for run in runs:
         probs, info = open_store(run / f"{split}.json")
         first = first or info
-        for key in ("classes", "folds_csv", "paint") + (("image_ids",) if split == "test" else ()):
+        for key in ("classes", "folds_csv", "paint"):
             if info[key] != first[key]:
-                raise SystemExit(f"{run}/{split}.json and {runs[0]}/{split}.json have different {key}: their models "
-                                 "were made on other data or folds and can't vote together")
+                raise SystemExit(f"{run}/{split}.json has {key} {info[key]}, {runs[0]}/{split}.json {first[key]}: their "
+                                 "models were made on other data or folds and can't vote together")
         folds = members.setdefault(f"{os.path.normpath(run.parent)} {info['tta']}", {})
         if info["fold"] in folds:
             raise SystemExit(f"{run}: given twice")
@@ -70,7 +95,26 @@ def open_data(args, info, path):
     return train, test
 
 
-# ---- submission -----------------------------------------------------------------------------------------------------
+def order_of(found, wanted, path):
+    """Positions in the image ids `found` of those in `wanted`; raises SystemExit when they aren't the same images."""
+    position = {image_id: i for i, image_id in enumerate(found)}
+    absent, more = [i for i in wanted if i not in position], sorted(position.keys() - set(wanted))
+    if absent or more:
+        raise SystemExit(f"{path} is of other images: it lacks {len(absent)} {absent[:3]} and has {len(more)} more "
+                         f"{more[:3]}: run infer.py again")
+    return [position[i] for i in wanted]
+
+
+def member_weights(members, weights):
+    """[M] weights of the members, given or equal."""
+    if weights in (None, "equal", "fit"):
+        return np.ones(len(members))
+    if len(weights) != len(members):
+        raise SystemExit(f"{len(weights)} weights for {len(members)} members: {', '.join(members)}")
+    return np.array(weights)
+
+
+# ---- submissions ----------------------------------------------------------------------------------------------------
 
 
 def encode_mask(pred):
@@ -83,36 +127,42 @@ def encode_mask(pred):
     return text
 
 
-def write_submission(out, names, preds, n_classes):
+def write_submission(args, preds, test):
     """Write, read back and check the CSV; it gets its name only when every row is as it should be."""
-    with atomic_write(out) as scratch:
+    names = image_names(args, test)
+    with atomic_write(args.out) as scratch:
         with open(scratch, "wb") as f:
             f.write((",".join(HEADER) + "\n").encode())
-            for name, pred in zip(names, tqdm(preds, str(out), len(names), disable=None), strict=True):
+            for name, pred in zip(names, tqdm(preds, str(args.out), len(names), disable=None), strict=True):
                 quoted = '"' + name.replace('"', '""') + '"' if set(name) & set(',"\n\r') else name
                 f.write(quoted.encode() + b"," + encode_mask(pred) + b"\n")
-        if faults := submission_faults(scratch, names, n_classes):
+        if faults := [fault for fault, _ in read_submission(scratch, names, len(test.classes)) if fault]:
             raise SystemExit("\n".join(faults))
 
 
-def submission_faults(path, names, n_classes):
-    """What is wrong with a submission for the images `names`, in that order, a line each; [] when it is right."""
+def image_names(args, test):
+    return test.file_names if args.image_id == "file_name" else [str(i) for i in test.ids]
+
+
+def read_submission(path, names, n_classes):
+    """Yield (what is wrong or None, mask uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) of each row; they must be of `names`."""
     csv.field_size_limit(2 ** 31 - 1)
     with open(path, newline="", encoding="utf-8") as f:
         rows = csv.reader(f)
         header = next(rows, None)
         if header != HEADER:
-            return [f"{path}: the first line is {header}, not {','.join(HEADER)}"]
-        faults = []
-        for number, (name, row) in enumerate(itertools.zip_longest(names, rows), 2):
+            yield f"{path}: the first line is {header}, not {','.join(HEADER)}", None
+            return
+        for line, (name, row) in enumerate(itertools.zip_longest(names, rows), 2):
             if not row or row[0] != name or len(row) != 2:
                 found = row[0] if row else "missing"
-                faults.append(f"{path} line {number}: image {found}, expected {name or 'no more'}")
+                yield f"{path} line {line}: image {found}, expected {name or 'no more'}", None
                 continue
             ids = np.fromstring(row[1], np.int64, sep=" ") if set(row[1]) <= set("0123456789 ") else np.zeros(0, int)
             if ids.size != SUBMIT_SIZE ** 2 or ids.min() < 0 or ids.max() >= n_classes:
-                faults.append(f"{path} line {number}, image {name}: not {SUBMIT_SIZE ** 2} ids of 0 to {n_classes - 1}")
-    return faults
+                yield f"{path} line {line}, image {name}: not {SUBMIT_SIZE ** 2} ids of 0 to {n_classes - 1}", None
+            else:
+                yield None, ids.astype(np.uint8).reshape(SUBMIT_SIZE, SUBMIT_SIZE)
 
 
 def keep_looks(preds, test, looks, n=24):
@@ -127,24 +177,62 @@ def keep_looks(preds, test, looks, n=24):
         yield pred
 
 
-def submit(args):
+def soft(args):
     if args.out.suffix != ".csv":
         raise SystemExit(f"--out {args.out}: must end in .csv; a .png goes beside it")
     members, info = open_members(args.runs, "test")
     train, test = open_data(args, info, args.runs[0])
-    if info["image_ids"] != test.ids:
-        raise SystemExit(f"{args.runs[0]}/test.json is of other images than {args.data}/test.json: run infer.py again")
-    min_area = print_scores(args, open_members(args.runs, "valid")[0], train)
-    stores, weights = [], []
-    for folds in members.values():  # the folds of a recipe share its vote
-        stores += [probs for probs, _ in folds.values()]
-        weights += [1 / len(folds)] * len(folds)
-    names = test.file_names if args.image_id == "file_name" else [str(i) for i in test.ids]
+    streams = [[(probs[i] for i in order_of(info["image_ids"], test.ids, f"a store of {name}"))
+                for probs, info in folds.values()] for name, folds in members.items()]
+    oof = open_oof(open_members(args.runs, "valid")[0], train)
+    weights, factors, min_area, counts, tried, _ = choose(oof, member_weights(members, args.weights),
+                                                          args.weights == "fit")
+    print_scores(args, oof, counts, tried)
     looks = []
-    preds = (remove_small(probs.argmax(0).astype(np.uint8), min_area) for probs in soft_vote(stores, weights))
-    write_submission(args.out, names, keep_looks(preds, test, looks), len(test.classes))
+    votes = (sum(w * sum(map(np.float32, folds)) / len(folds) for w, folds in zip(weights, images, strict=True) if w)
+             for images in zip(*(zip(*stores, strict=True) for stores in streams), strict=True))
+    preds = (remove_small((probs * factors[:, None, None]).argmax(0).astype(np.uint8), min_area) for probs in votes)
+    write_submission(args, keep_looks(preds, test, looks), test)
     write_sheet(args.out.with_suffix(".png"), [sum(looks[i:i + 3], []) for i in range(0, len(looks), 3)], test.classes)
-    print(f"{args.out}: {len(names)} images by {len(stores)} run(s) of {len(members)} recipe(s)")
+    print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} run(s) of {len(members)} member(s)")
+
+
+def hard(args):
+    """Majority per pixel of submissions and of runs' own votes."""
+    paths = [path / "test.json" if path.is_dir() else path for path in args.runs]
+    weights = member_weights(args.runs, args.weights)
+    stores = {path: open_store(path) for path in paths if path.suffix == ".json"}
+    paint = next((info["paint"] for _, info in stores.values()), "area")
+    _, test = load_data(args.data, args.cache, paint)
+    names, preds = image_names(args, test), []
+    for path in paths:
+        if path in stores:
+            probs, info = stores[path]
+            if info["classes"] != test.classes:
+                raise SystemExit(f"{path} has the classes {info['classes']}, DATA has {test.classes}")
+            preds.append(probs[i].argmax(0) for i in order_of(info["image_ids"], test.ids, path))
+        else:
+            preds.append(sound_rows(read_submission(path, names, len(test.classes))))
+    voted = (majority(np.stack(masks), weights, len(test.classes)) for masks in zip(*preds, strict=True))
+    write_submission(args, voted, test)
+    print(f"{args.out}: {len(names)} images by {len(paths)} votes")
+
+
+def sound_rows(rows):
+    for fault, pred in rows:
+        if fault:
+            raise SystemExit(fault)
+        yield pred
+
+
+def majority(preds, weights, n_classes):
+    """uint8 [H, W]: the class with the largest sum of weights among [M, H, W] votes; ties go to the heaviest voter."""
+    votes = np.stack([np.tensordot(weights, preds == class_id, 1) for class_id in range(n_classes)])
+    top = votes.max(0) * (1 - 1e-9)  # 0.1 + 0.2 is a tie with 0.3
+    result = np.zeros(preds.shape[1:], np.uint8)
+    for pred in preds[np.argsort(-weights, kind="stable")[::-1]]:  # the heaviest has the last word
+        result = np.where(np.take_along_axis(votes, pred[None].astype(int), 0)[0] >= top, pred, result)
+    return result
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -187,53 +275,110 @@ def write_sheet(path, rows, classes):
         sheet.save(scratch, format="png")
 
 
-# ---- out-of-fold scores ---------------------------------------------------------------------------------------------
+# ---- out of fold ----------------------------------------------------------------------------------------------------
 
 
-def fold_confusions(stores, train, position):
-    """{image position in train: [C, C] pixel counts} of the soft vote of one fold's stores [(probs, info)]."""
-    image_ids = stores[0][1]["image_ids"]
-    if any(info["image_ids"] != image_ids for _, info in stores):
-        raise SystemExit("validation stores of one fold are of different images: run infer.py again")
-    if absent := [i for i in image_ids if i not in position]:
-        raise SystemExit(f"DATA has no image {absent[0]}, which a validation store has: run train.py again")
-    votes = soft_vote([probs for probs, _ in stores], np.ones(len(stores)))
-    return {position[i]: confusion(probs.argmax(0).astype(np.uint8), train.truth(position[i]), len(train.classes))
-            for i, probs in zip(image_ids, votes, strict=True)}
+@dataclass(frozen=True)
+class OutOfFold:
+    """The validation images of all members in train's order, and where each member's probabilities of them are."""
+    train: object
+    members: dict  # {name: {fold: (probs, info)}}
+    images: list  # positions in train
+    parts: np.ndarray  # [N] what is held out together when something is fitted: the fold
+
+    def probs(self, n):
+        """{member's number: uint8 [C, H, W]} of image n, by the models that held it out."""
+        image_id = self.train.ids[self.images[n]]
+        found = {m: places.get(image_id) for m, places in enumerate(self.places)}
+        return {m: place[0][place[1]] for m, place in found.items() if place}
+
+    @cached_property
+    def places(self):
+        """[{image id: (store, position)}] by member."""
+        return [{image_id: (probs, i) for probs, info in folds.values() for i, image_id in enumerate(info["image_ids"])}
+                for folds in self.members.values()]
+
+    @cached_property
+    def truths(self):
+        return np.stack([self.train.truth(i) for i in self.images])
 
 
-def oof_confusions(recipes, train):
-    """(image positions in train, their folds, [N, C, C] pixel counts) of the vote of recipes {fold: (probs, info)}."""
-    position = {image_id: i for i, image_id in enumerate(train.ids)}
-    counts, fold_of = {}, {}
-    for fold in sorted(set().union(*recipes)):
-        new = fold_confusions([folds[fold] for folds in recipes if fold in folds], train, position)
-        counts |= new
-        fold_of |= dict.fromkeys(new, fold)
-    images = sorted(counts)
-    return images, np.array([fold_of[i] for i in images]), np.stack([counts[i] for i in images])
+def open_oof(members, train):
+    """OutOfFold of the members; raises SystemExit when a store is of other images than its fold's other stores."""
+    position, fold_of = {image_id: i for i, image_id in enumerate(train.ids)}, {}
+    for name, folds in members.items():
+        for fold, (_, info) in folds.items():
+            if absent := [i for i in info["image_ids"] if i not in position]:
+                raise SystemExit(f"DATA has no image {absent[0]}, which a validation store has: run train.py again")
+            others = [i for i, f in fold_of.items() if f == fold]
+            order_of(info["image_ids"], others or info["image_ids"], f"the validation store of {name}, fold {fold},")
+            fold_of |= dict.fromkeys(info["image_ids"], fold)
+    images = sorted(position[i] for i in fold_of)
+    parts = np.array([fold_of[train.ids[i]] for i in images])
+    if len(set(parts)) == 1:  # parts of the one fold take the place of folds
+        groups = [train.groups[i] for i in images]
+        present = np.array(train.pixels)[images, 1:] > 0
+        parts = make_folds(present, groups, min(5, len(set(groups))))
+    return OutOfFold(train, members, images, parts)
 
 
-def print_scores(args, members, train):
-    """Print every recipe, the vote and what follows it, out of fold; returns the minimum area by class to use."""
-    rows = {name: oof_confusions([folds], train)[2] for name, folds in members.items()}
-    images, folds, vote = oof_confusions(list(members.values()), train)
-    rows["soft vote"] = vote
-    if len(set(folds)) == 1:  # parts of the one fold take the place of folds
-        present = vote.sum(2)[:, 1:] > 0
-        folds = make_folds(present, [train.groups[i] for i in images], min(5, len({train.groups[i] for i in images})))
-    min_area, cross_fitted, verdict = choose_min_area(vote, folds)
-    rows["soft vote, minimum area"] = cross_fitted
-    rows["all background"] = drop_columns(vote, np.zeros(vote.shape[:2], bool))
-    width = max(map(len, rows))
-    print(f"out of fold: {len(images)} of {len(train.ids)} training images\n"
-          f"{'':{width}}     v1     v2     v3   IoU of {', '.join(train.classes)}")
-    for name, counts in rows.items():
-        result = scores(counts, args.batch)
-        print(f"{name:{width}} {result['v1']:6.4f} {result['v2']:6.4f} {result['v3']:6.4f}   "
-              + " ".join("  -  " if np.isnan(iou) else f"{iou:.3f}" for iou in result["iou"]))
-    print(verdict)
-    return min_area
+def vote_counts(oof, votes, thumbnails=None):
+    """int32 [K, N, C, C] pixel counts of K votes, each a function of an image's part -> (weights [M], factors [C]).
+
+    An image that no member with a weight has predicted counts nothing. thumbnails uint8 [M, N, C, P] are filled by the
+    way with every so many pixels.
+    """
+    n_classes = len(oof.train.classes)
+    counts = np.zeros((len(votes), len(oof.images), n_classes, n_classes), np.int32)
+    for n, truth in enumerate(tqdm(oof.truths, "out of fold", disable=None)):
+        probs = oof.probs(n)
+        for m, image in probs.items() if thumbnails is not None else ():
+            thumbnails[m, n] = every(image, thumbnails.shape[3])
+        for k, vote in enumerate(votes):
+            weights, factors = vote(oof.parts[n])
+            parts = [np.float32(weights[m]) * image for m, image in probs.items() if weights[m]]
+            if parts:
+                total = sum(parts) * np.float32(factors)[:, None, None] if np.ndim(factors) else sum(parts)
+                counts[k, n] = confusion(total.argmax(0).astype(np.uint8), truth, n_classes)
+    return counts
+
+
+def every(maps, n_pixels):
+    """[..., n_pixels] of maps [..., H, W], evenly."""
+    step = math.isqrt(maps.shape[-1] * maps.shape[-2] // n_pixels)
+    return maps[..., step // 2::step, step // 2::step].reshape(*maps.shape[:-2], -1)
+
+
+def score_of(probs, truths):
+    """Mean v3 of [N, C, P] probabilities, or whatever has the same argmax."""
+    n, n_classes, _ = probs.shape
+    codes = (np.arange(n)[:, None] * n_classes + truths) * n_classes + probs.argmax(1)
+    counts = np.bincount(codes.ravel(), minlength=n * n_classes ** 2).reshape(n, n_classes, n_classes)
+    return image_miou(counts).mean()
+
+
+def fit_weights(thumbnails, truths):
+    """[M] weights: greedy selection with replacement by v3 (Caruana et al. 2004); thumbnails [M, N, C, P]."""
+    picks, total, best = np.zeros(len(thumbnails)), np.float32(0), -1.0
+    while picks.sum() < MAX_PICKS:
+        tries = [score_of(total + thumbnail, truths) for thumbnail in thumbnails]
+        if max(tries) <= best:
+            break
+        best, pick = max(tries), int(np.argmax(tries))
+        picks[pick] += 1
+        total = total + thumbnails[pick]
+    return picks
+
+
+def fit_bias(probs, truths):
+    """[C] log-bias of the classes' probabilities, class after class, that gains most in v3."""
+    bias, best = np.zeros(probs.shape[1], np.float32), score_of(probs, truths)
+    for class_id in range(1, len(bias)):
+        for step in BIASES:
+            tried = np.where(np.arange(len(bias)) == class_id, np.float32(step), bias)
+            if (score := score_of(probs * np.exp(tried)[:, None], truths)) > best:
+                best, bias = score, tried
+    return bias
 
 
 # ---- minimum area: a class with fewer pixels than that in an image becomes background -------------------------------
@@ -268,20 +413,7 @@ def fit_min_area(counts):
     return best
 
 
-def choose_min_area(counts, folds):
-    """(areas [C] to use, counts with areas fitted on the other folds, a line that says what was found).
-
-    Areas are used only if, fitted on the other folds, they gain more than chance: the 95% interval of the mean gain in
-    v3 by a paired bootstrap over images is above zero.
-    """
-    cross_fitted = counts.copy()
-    for fold in set(folds) if len(set(folds)) > 1 else ():
-        cross_fitted[folds == fold] = apply_min_area(counts[folds == fold], fit_min_area(counts[folds != fold]))
-    gain = image_miou(cross_fitted) - image_miou(counts)
-    low, high = bootstrap_interval(gain)
-    areas = fit_min_area(counts) if low > 0 else np.zeros(counts.shape[1], int)
-    return areas, cross_fitted, (f"minimum area, cross-fitted: v3 {gain.mean():+.4f} [{low:+.4f}, {high:+.4f}]: "
-                                 + (f"taken, {areas[1:].tolist()} pixels" if low > 0 else "not taken"))
+# ---- what is used, and how it scores --------------------------------------------------------------------------------
 
 
 def bootstrap_interval(values, n_draws=2000):
@@ -290,12 +422,164 @@ def bootstrap_interval(values, n_draws=2000):
     return np.percentile(values[draws].mean(1), (2.5, 97.5))
 
 
+def gain(name, before, after, found):
+    """A row of the table of what was tried: taken only if the 95% interval of its cross-fitted gain is above zero."""
+    gains = image_miou(after) - image_miou(before)
+    low, high = bootstrap_interval(gains)
+    return {"tried": name, "gain": gains.mean(), "low": low, "high": high, "taken": bool(low > 0), "found": found}
+
+
+def choose(oof, weights, fit):
+    """(weights [M], factors [C], minimum areas [C], counts [N, C, C] by name, rows of what was tried).
+
+    Everything fitted is fitted on the other parts of the images than those it is scored on.
+    """
+    n_members, n_classes = len(oof.members), len(oof.train.classes)
+    shape = n_members, len(oof.images), n_classes
+    step = next(s for s in (4, 8, 16, 32, 64) if s == 64 or math.prod(shape) * (SUBMIT_SIZE // s) ** 2 < THUMBNAILS)
+    thumbs = np.zeros((*shape, (SUBMIT_SIZE // step) ** 2), np.uint8)
+    singles = [lambda part, m=m: (np.eye(n_members)[m], 1) for m in range(n_members)]
+    *single_counts, vote = vote_counts(oof, [*singles, lambda part: (weights, 1)], thumbs)
+    counts = dict(zip(oof.members, single_counts, strict=True)) | {"soft vote": vote}
+    truths, parts, tried = every(oof.truths, thumbs.shape[3]).astype(int), oof.parts, []
+    others = {part: parts != part for part in sorted(set(parts))}
+
+    def attempt(name, after, found, nothing):
+        """The later of vote and `after` that is worth it, and what is then used."""
+        gains = image_miou(after) - image_miou(vote)
+        low, high = bootstrap_interval(gains)
+        tried.append({"tried": name, "gain in v3": gains.mean(), "low": low, "high": high, "taken": bool(low > 0),
+                      "fitted": found.round(2).tolist()})
+        return (after, found) if low > 0 else (vote, nothing)
+
+    by_part = dict.fromkeys(others, weights)
+    if fit:
+        fits = {part: fit_weights(thumbs[:, rest], truths[rest]) for part, rest in others.items()}
+        vote, weights = attempt("fitted weights", vote_counts(oof, [lambda part: (fits[part], 1)])[0],
+                                fit_weights(thumbs, truths), weights)
+        by_part = fits if tried[-1]["taken"] else by_part
+    mean = lambda weights, rest: np.tensordot(np.float32(weights), thumbs[:, rest], 1)  # noqa: E731
+    biases = {part: fit_bias(mean(by_part[part], rest), truths[rest]) for part, rest in others.items()}
+    vote, bias = attempt("log-bias by class", vote_counts(oof, [lambda part: (by_part[part], np.exp(biases[part]))])[0],
+                         fit_bias(mean(weights, slice(None)), truths), np.zeros(n_classes))
+    areas = {part: fit_min_area(vote[rest]) for part, rest in others.items()}
+    vote, min_area = attempt("minimum area by class", apply_min_area(vote, np.stack([areas[part] for part in parts])),
+                             fit_min_area(vote), np.zeros(n_classes, int))
+    counts |= {"with what is taken": vote, "all background": drop_columns(vote, np.zeros(vote.shape[:2], bool))}
+    return weights, np.exp(bias), min_area, counts, tried, (thumbs, truths)
+
+
+def print_scores(args, oof, counts, tried):
+    """Print every member and the vote by v1, v2, v3 and IoU, and what was tried after the vote; returns the rows."""
+    width = max(map(len, counts))
+    print(f"out of fold: {len(oof.images)} of {len(oof.train.ids)} training images\n"
+          f"{'':{width}}     v1     v2     v3 [95% interval]   IoU of {', '.join(oof.train.classes)}")
+    rows = []
+    for name, of_images in counts.items():
+        of_images = of_images[of_images.sum((1, 2)) > 0]
+        result, (low, high) = scores(of_images, args.batch), bootstrap_interval(image_miou(of_images))
+        print(f"{name:{width}} {result['v1']:6.4f} {result['v2']:6.4f} {result['v3']:6.4f} [{low:.4f}, {high:.4f}]   "
+              + " ".join("  -  " if np.isnan(iou) else f"{iou:.3f}" for iou in result["iou"]))
+        rows.append({"name": name, **{k: result[k] for k in ("v1", "v2", "v3")}, "low": low, "high": high,
+                     **{f"iou {c}": iou for c, iou in zip(oof.train.classes, result["iou"], strict=True)}})
+    for row in tried:
+        print(f"{row['tried']}, cross-fitted: v3 {row['gain in v3']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]: "
+              + (f"taken, {row['fitted']}" if row["taken"] else "not taken"))
+    return rows
+
+
+def analyse(oof, thumbs, truths):
+    """Rows of three tables: the members in the order of what they add, what each axis gains, who disagrees with whom.
+
+    The order is found on thumbnails, all numbers are of whole images. The gain of an axis is that of all members over
+    the best vote of those with one value of it; the folds of a member never predict the same image, so they have none.
+    """
+    names, infos = list(oof.members), [next(iter(folds.values()))[1] for folds in oof.members.values()]
+    left, order = list(range(len(names))), []
+    while left:
+        total = sum((np.float32(thumbs[m]) for m in order), np.float32(0))
+        order.append(max(left, key=lambda m: score_of(total + thumbs[m], truths)))
+        left.remove(order[-1])
+    sets = [(("waterfall", names[m]), order[:i + 1]) for i, m in enumerate(order)]
+    for axis in ("model", "scale", "round", "tta", "seed"):
+        values = [str(info[axis]) for info in infos]
+        sets += [((axis, v), [m for m, value in enumerate(values) if value == v])
+                 for v in sorted(set(values)) if len(set(values)) > 1]
+    votes = [lambda part, some=some: (np.isin(np.arange(len(names)), some), 1) for _, some in sets]
+    v3 = {key: image_miou(counts) for (key, _), counts in zip(sets, vote_counts(oof, votes), strict=True)}
+    steps = [value for (kind, _), value in v3.items() if kind == "waterfall"]
+    everyone = steps[-1]
+    waterfall = [{"member": names[m], "v3": after.mean(), **difference(after, before)}
+                 for m, after, before in zip(order, steps, [np.zeros(len(everyone)), *steps], strict=False)]
+    axes = []
+    for axis in sorted({kind for kind, _ in v3} - {"waterfall"}):
+        best = max((value for (kind, value) in v3 if kind == axis), key=lambda value: v3[axis, value].mean())
+        axes.append({"axis": axis, "best alone": best, **difference(everyone, v3[axis, best])})
+    apart = np.zeros((len(names), len(names)))
+    for n in range(len(oof.images)):
+        preds = {m: image.argmax(0) for m, image in oof.probs(n).items()}
+        for a, b in itertools.product(preds, preds):
+            apart[a, b] += (preds[a] != preds[b]).mean() / len(oof.images)
+    return {"waterfall": waterfall, "axes": axes,
+            "disagreement": [{"member": name, **dict(zip(names, row, strict=True))}
+                             for name, row in zip(names, apart.tolist(), strict=True)]}
+
+
+def difference(after, before):
+    """Mean and paired 95% interval of what [N] scores gain over others of the same images."""
+    low, high = bootstrap_interval(after - before)
+    return {"gain": (after - before).mean(), "low": low, "high": high}
+
+
+def score(args):
+    members, info = open_members(args.runs, "valid")
+    oof = open_oof(members, open_data(args, info, args.runs[0])[0])
+    *_, counts, tried, thumbs = choose(oof, member_weights(members, args.weights), args.weights == "fit")
+    tables = {"members": print_scores(args, oof, counts, tried), "tried": tried}
+    if len(members) > 1:
+        tables |= analyse(oof, *thumbs)
+    for name, rows in tables.items():
+        if name in ("waterfall", "axes", "disagreement") and rows:
+            print(f"{name}: " + ", ".join(rows[0]))
+            for row in rows:
+                print("  " + " ".join(f"{v:8.4f}" if isinstance(v, float) else str(v) for v in row.values()))
+        if args.tables and rows:
+            write_csv(args.tables / f"{name}.csv", rows)
+
+
+def compare(args):
+    """Print the gain in v3 of the first experiment over the second on the images that both held out, with intervals."""
+    results = []
+    for exp in args.experiments:
+        stores = list(exp.glob("r*/*/*/s*/f*/valid.json"))
+        if not stores:
+            raise SystemExit(f"{exp}: no run with valid.json: make score EXP={exp.name} makes them")
+        last = max(path.relative_to(exp).parts[0] for path in stores)
+        runs = sorted(path.parent for path in stores if path.relative_to(exp).parts[0] == last)
+        members, info = open_members(runs, "valid")
+        oof = open_oof(members, open_data(args, info, runs[0])[0])
+        equal = np.ones(len(members))
+        counts, = vote_counts(oof, [lambda part, equal=equal: (equal, 1)])
+        results.append({oof.train.ids[i]: of_image for i, of_image in zip(oof.images, counts, strict=True)})
+        classes = oof.train.classes
+        print(f"{exp}: {len(runs)} runs of {len(members)} members in {last}, {len(counts)} images")
+    shared = [i for i in results[0] if i in results[1]]
+    if not shared:
+        raise SystemExit("the two have no validation image in common")
+    a, b = (np.stack([result[i] for i in shared]) for result in results)
+    gain = difference(image_miou(a), image_miou(b))
+    print(f"v3 on {len(shared)} shared images: {image_miou(a).mean():.4f} and {image_miou(b).mean():.4f}, difference "
+          f"{gain['gain']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
+          + ("" if gain["low"] > 0 or gain["high"] < 0 else ": no more than chance"))
+    draws = np.random.default_rng(0).integers(len(shared), size=(500, len(shared)))
+    drawn = np.stack([class_iou(a[d].sum(0)) - class_iou(b[d].sum(0)) for d in draws])
+    for name, now, (low, high) in zip(classes, class_iou(a.sum(0)) - class_iou(b.sum(0)),
+                                      np.nanpercentile(drawn, (2.5, 97.5), axis=0).T, strict=True):
+        print(f"  IoU {name:20} {now:+.4f} [{low:+.4f}, {high:+.4f}]")
+
+
 def main(args):
-    if args.command == "soft":
-        submit(args)
-    else:
-        members, info = open_members(args.runs, "valid")
-        print_scores(args, members, open_data(args, info, args.runs[0])[0])
+    {"soft": soft, "hard": hard, "score": score, "compare": compare}[args.command](args)
 
 
 if __name__ == "__main__":
