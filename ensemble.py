@@ -5,9 +5,9 @@
     python ensemble.py score --data DATA out/main/r1/*/*/s512/f*
     python ensemble.py compare --data DATA out/lr5 out/main
 
-A run is a folder of train.py and infer.py; runs that differ only in the fold are one member. soft averages probabilities,
-hard counts the votes of submissions; both write the CSV in test.json's order, read back and checked before it gets
-its name, and soft a .png of some predictions. score prints tables and leaves them in --tables.
+A run is a folder of train.py and infer.py; runs that differ only in the fold are one member. soft averages
+probabilities, hard counts the votes of submissions and runs; both write the CSV in test.json's order, read back and
+checked before it gets its name, and soft a .png of some predictions. score prints tables and leaves them in --tables.
 """
 import argparse
 import csv
@@ -78,8 +78,8 @@ def open_members(runs, split):
         first = first or info
         for key in ("classes", "folds_csv", "paint"):
             if info[key] != first[key]:
-                raise SystemExit(f"{run}/{split}.json has {key} {info[key]}, {runs[0]}/{split}.json {first[key]}: their "
-                                 "models were made on other data or folds and can't vote together")
+                raise SystemExit(f"{run}/{split}.json has {key} {info[key]}, {runs[0]}/{split}.json {first[key]}: made "
+                                 "on other data or folds, they can't vote together")
         folds = members.setdefault(f"{os.path.normpath(run.parent)} {info['tta']}", {})
         if info["fold"] in folds:
             raise SystemExit(f"{run}: given twice")
@@ -185,9 +185,8 @@ def soft(args):
     streams = [[(probs[i] for i in order_of(info["image_ids"], test.ids, f"a store of {name}"))
                 for probs, info in folds.values()] for name, folds in members.items()]
     oof = open_oof(open_members(args.runs, "valid")[0], train)
-    weights, factors, min_area, counts, tried, _ = choose(oof, member_weights(members, args.weights),
-                                                          args.weights == "fit")
-    print_scores(args, oof, counts, tried)
+    weights, factors, min_area, *tables, _ = choose(oof, member_weights(members, args.weights), args.weights == "fit")
+    print_scores(args, oof, *tables)
     looks = []
     votes = (sum(w * sum(map(np.float32, folds)) / len(folds) for w, folds in zip(weights, images, strict=True) if w)
              for images in zip(*(zip(*stores, strict=True) for stores in streams), strict=True))
@@ -469,23 +468,20 @@ def choose(oof, weights, fit):
     return weights, np.exp(bias), min_area, counts, tried, (thumbs, truths)
 
 
-def print_scores(args, oof, counts, tried):
-    """Print every member and the vote by v1, v2, v3 and IoU, and what was tried after the vote; returns the rows."""
-    width = max(map(len, counts))
-    print(f"out of fold: {len(oof.images)} of {len(oof.train.ids)} training images\n"
-          f"{'':{width}}     v1     v2     v3 [95% interval]   IoU of {', '.join(oof.train.classes)}")
+def score_rows(oof, counts, batch):
+    """Rows of v1, v2, v3 with its interval, and IoU by class, of [N, C, C] counts by name."""
     rows = []
     for name, of_images in counts.items():
-        of_images = of_images[of_images.sum((1, 2)) > 0]
-        result, (low, high) = scores(of_images, args.batch), bootstrap_interval(image_miou(of_images))
-        print(f"{name:{width}} {result['v1']:6.4f} {result['v2']:6.4f} {result['v3']:6.4f} [{low:.4f}, {high:.4f}]   "
-              + " ".join("  -  " if np.isnan(iou) else f"{iou:.3f}" for iou in result["iou"]))
-        rows.append({"name": name, **{k: result[k] for k in ("v1", "v2", "v3")}, "low": low, "high": high,
-                     **{f"iou {c}": iou for c, iou in zip(oof.train.classes, result["iou"], strict=True)}})
-    for row in tried:
-        print(f"{row['tried']}, cross-fitted: v3 {row['gain in v3']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]: "
-              + (f"taken, {row['fitted']}" if row["taken"] else "not taken"))
+        of_images = of_images[of_images.sum((1, 2)) > 0]  # not every member has predicted every image
+        result, (low, high) = scores(of_images, batch), bootstrap_interval(image_miou(of_images))
+        rows.append({"name": name, "images": len(of_images), **{k: result[k] for k in ("v1", "v2", "v3")},
+                     "low": low, "high": high, **dict(zip(oof.train.classes, result["iou"], strict=True))})
     return rows
+
+
+def print_table(title, rows):
+    import pandas as pd
+    print(f"\n{title}\n" + pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
 
 
 def analyse(oof, thumbs, truths):
@@ -531,51 +527,57 @@ def difference(after, before):
     return {"gain": (after - before).mean(), "low": low, "high": high}
 
 
+def print_scores(args, oof, counts, tried):
+    rows = score_rows(oof, counts, args.batch)
+    print_table(f"out of fold, {len(oof.images)} of {len(oof.train.ids)} training images; the interval is v3's", rows)
+    print_table("after the vote, fitted on some folds and scored on others: gain in v3 with its 95% interval", tried)
+    return {"members": rows, "tried": tried}
+
+
 def score(args):
     members, info = open_members(args.runs, "valid")
     oof = open_oof(members, open_data(args, info, args.runs[0])[0])
     *_, counts, tried, thumbs = choose(oof, member_weights(members, args.weights), args.weights == "fit")
-    tables = {"members": print_scores(args, oof, counts, tried), "tried": tried}
+    tables = print_scores(args, oof, counts, tried)
     if len(members) > 1:
-        tables |= analyse(oof, *thumbs)
-    for name, rows in tables.items():
-        if name in ("waterfall", "axes", "disagreement") and rows:
-            print(f"{name}: " + ", ".join(rows[0]))
-            for row in rows:
-                print("  " + " ".join(f"{v:8.4f}" if isinstance(v, float) else str(v) for v in row.values()))
-        if args.tables and rows:
-            write_csv(args.tables / f"{name}.csv", rows)
+        more = analyse(oof, *thumbs)
+        for name, rows in more.items():
+            print_table(name, rows)
+        tables |= more
+    for name, rows in tables.items() if args.tables else ():
+        write_csv(args.tables / f"{name}.csv", rows)
+
+
+def last_round(args, exp):
+    """({image id: [C, C] pixel counts} of the equal vote of the runs of an experiment's last round, their classes)."""
+    rounds = sorted(exp.glob("r*"))
+    runs = sorted(path.parent for path in rounds[-1].glob("*/*/s*/f*/valid.json")) if rounds else []
+    if not runs:
+        raise SystemExit(f"{exp}: its last round has no run with a valid.json; make score EXP={exp.name} makes them")
+    members, info = open_members(runs, "valid")
+    oof = open_oof(members, open_data(args, info, runs[0])[0])
+    counts, = vote_counts(oof, [lambda part: (np.ones(len(members)), 1)])
+    print(f"{exp}: {len(runs)} runs of {len(members)} members in {rounds[-1].name}, {len(counts)} images")
+    return {oof.train.ids[i]: of_image for i, of_image in zip(oof.images, counts, strict=True)}, oof.train.classes
 
 
 def compare(args):
-    """Print the gain in v3 of the first experiment over the second on the images that both held out, with intervals."""
-    results = []
-    for exp in args.experiments:
-        stores = list(exp.glob("r*/*/*/s*/f*/valid.json"))
-        if not stores:
-            raise SystemExit(f"{exp}: no run with valid.json: make score EXP={exp.name} makes them")
-        last = max(path.relative_to(exp).parts[0] for path in stores)
-        runs = sorted(path.parent for path in stores if path.relative_to(exp).parts[0] == last)
-        members, info = open_members(runs, "valid")
-        oof = open_oof(members, open_data(args, info, runs[0])[0])
-        equal = np.ones(len(members))
-        counts, = vote_counts(oof, [lambda part, equal=equal: (equal, 1)])
-        results.append({oof.train.ids[i]: of_image for i, of_image in zip(oof.images, counts, strict=True)})
-        classes = oof.train.classes
-        print(f"{exp}: {len(runs)} runs of {len(members)} members in {last}, {len(counts)} images")
-    shared = [i for i in results[0] if i in results[1]]
+    """Print the gain of the second experiment over the first on the images that both held out, with intervals."""
+    (before, classes), (after, _) = (last_round(args, exp) for exp in args.experiments)
+    shared = [i for i in before if i in after]
     if not shared:
         raise SystemExit("the two have no validation image in common")
-    a, b = (np.stack([result[i] for i in shared]) for result in results)
-    gain = difference(image_miou(a), image_miou(b))
-    print(f"v3 on {len(shared)} shared images: {image_miou(a).mean():.4f} and {image_miou(b).mean():.4f}, difference "
-          f"{gain['gain']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
-          + ("" if gain["low"] > 0 or gain["high"] < 0 else ": no more than chance"))
+    before, after = (np.stack([counts[i] for i in shared]) for counts in (before, after))
     draws = np.random.default_rng(0).integers(len(shared), size=(500, len(shared)))
-    drawn = np.stack([class_iou(a[d].sum(0)) - class_iou(b[d].sum(0)) for d in draws])
-    for name, now, (low, high) in zip(classes, class_iou(a.sum(0)) - class_iou(b.sum(0)),
-                                      np.nanpercentile(drawn, (2.5, 97.5), axis=0).T, strict=True):
-        print(f"  IoU {name:20} {now:+.4f} [{low:+.4f}, {high:+.4f}]")
+    drawn = np.stack([class_iou(after[d].sum(0)) - class_iou(before[d].sum(0)) for d in draws])
+    v3 = {"score": "v3", "before": image_miou(before).mean(), "after": image_miou(after).mean(),
+          **difference(image_miou(after), image_miou(before))}
+    iou = zip(classes, class_iou(before.sum(0)), class_iou(after.sum(0)), *np.nanpercentile(drawn, (2.5, 97.5), axis=0),
+              strict=True)
+    print_table(f"{len(shared)} images, paired bootstrap", [v3] + [
+        {"score": f"IoU {name}", "before": b, "after": a, "gain": a - b, "low": low, "high": high}
+        for name, b, a, low, high in iou])
+    print("more than chance" if v3["low"] > 0 or v3["high"] < 0 else "v3: no more than chance")
 
 
 def main(args):
