@@ -58,7 +58,7 @@ about.TRAIN_ARGS  := more arguments for train.py, INFER_ARGS and PSEUDO_ARGS lik
 about.SNAPSHOTS   := epochs of a run that vote together; 0: its best one alone
 about.TRIALS      := recipes that sweep tries
 about.GPUS        := processes, each with a GPU, of one run; on a CPU as many processes
-about.LAUNCH      := goes before every recipe's command, such as srun --gpus=1
+about.LAUNCH      := goes before every command that computes, such as srun --gpus=1
 about.DEVICE      := auto takes an idle GPU, or the CPU
 about.PY          := python to use; PY=python takes the current environment
 about.STRICT      := 1: an edited script rebuilds what it made
@@ -68,6 +68,9 @@ typos := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),
 $(if $(strip $(typos)),$(error unknown knob: $(strip $(typos)); there are $(KNOBS)))
 $(foreach v,$(filter-out ROUND %_ARGS LAUNCH STRICT,$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
 $(if $(and $(filter pseudo,$(value MAKECMDGOALS)),$(filter 0,$(ROUND))),$(error ROUND=0 learns from no pseudo labels))
+numbers := $(foreach v,GPUS TRIALS SNAPSHOTS,'$v=$(subst ','\'',$($v))')
+wrong := $(shell for v in $(numbers); do [[ $$v =~ ^(SNAPSHOTS=0|[A-Z]+=[1-9][0-9]*)$$ ]] || echo "$$v"; done)
+$(if $(strip $(wrong)),$(error $(wrong): not a whole number, from 1 or for SNAPSHOTS from 0))
 $(foreach v,DATA EXP,$(if $(word 2,$($v)),$(error $v is '$($v)': make takes no path with a blank in it)))
 
 # ---- the grid: a run is rROUND/DECODER/ENCODER/sSCALE/fFOLD -----------------
@@ -100,7 +103,7 @@ $(STAMPS): ; @mkdir -p $(@D) && printf %s '$(subst ','\'',$(call text,$@))' >$@
 SETUP := $(filter .venv/.installed,$(PY:.venv/bin/python=.venv/.installed))
 code   = $(if $(STRICT),$1 common.py)
 run    = $(LAUNCH) $(PY)
-ranked = $(run) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc-per-node $(GPUS))
+ranked = $(run)$(if $(filter-out 1,$(GPUS)), -m torch.distributed.run --standalone --nproc-per-node $(GPUS))
 # as many threads as each process of the -j jobs has cores: more would only wait for each other
 cores := $(shell nproc)
 jobs   = $(or $(patsubst -j%,%,$(patsubst -j,-j$(cores),$(filter -j%,$(MAKEFLAGS)))),1)
@@ -121,7 +124,7 @@ stores  = $1/test.npy $1/test.json \
 # $1 folder of the run, $2 round, $3 model, $4 scale, $5 fold
 define one_run
 $1/model.pt: $(OUT)/folds.csv $(OUT)/.flags/train $(if $(filter-out 0,$2),$(call labels,$2,$5)) \
-             $(call code,train.py) | $(SETUP)
+             $(if $(filter $(SNAPSHOTS),0 $(words $(wildcard $1/epoch-*.pt))),,again) $(call code,train.py) | $(SETUP)
 	$(if $(STRICT),rm -f $1/model.pt)
 	$(ranked) train.py --exp $(OUT) --cache $(CACHE) $(data) --model $3 --scale $4 --fold $5 --round $2 \
 	    $(flags.train) --device $(DEVICE) --replace

@@ -11,6 +11,7 @@ that use them import them.
 """
 import argparse
 import csv
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -19,6 +20,7 @@ import math
 import os
 import platform
 import re
+import signal
 import socket
 import sys
 import tempfile
@@ -77,6 +79,12 @@ def number(kind, low, high=math.inf):
 
 def run_script(main, args):
     """main(args), with one line instead of a traceback for files that can't be used and for Ctrl-C."""
+    rank, n_ranks = ranks()
+    if n_ranks > 1:  # in a session of its own, where a signal that kills torchrun and its group doesn't reach it
+        kill_me_with_parent = 1  # PR_SET_PDEATHSIG in prctl.h
+        ctypes.CDLL(None).prctl(kill_me_with_parent, signal.SIGKILL)
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
     try:
         main(args)
     except OSError as e:
@@ -185,7 +193,6 @@ def tune_process():
     Waiting OpenMP threads sleep: two jobs on the same cores otherwise slow each other down 8 times. glibc keeps large
     blocks instead of handing them back to the kernel after every step: 1.3 to 1.5 times as many images/s on a CPU.
     """
-    import ctypes
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network on import
     if platform.libc_ver()[0] == "glibc":
@@ -226,17 +233,14 @@ def ranks():
 
 def join_ranks(name):
     """The device of this process; under torchrun a GPU of its own or the CPU, and the others have been met."""
-    rank, n_ranks = ranks()
-    if n_ranks == 1:
+    if ranks()[1] == 1:
         return claim_device(name)
     import torch
-    cpu = name == "cpu" or not torch.cuda.is_available()
-    device = torch.device("cpu" if cpu else f"cuda:{os.environ['LOCAL_RANK']}")
-    if device.type == "cuda":
+    cuda = torch.cuda.is_available() and name != "cpu"
+    device = claim_device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else name)
+    if cuda:
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
     return device
 
 
@@ -956,9 +960,10 @@ def region_loss(of_iou, log_probs, log_true, target, labelled):
     Soft IoU of a class is the overlap of truth and probabilities, summed over the batch, by their union (Rahman and
     Wang 2016).
     """
-    per_class = log_probs.new_zeros(log_probs.shape[1])
-    overlap = per_class.scatter_add(0, target.flatten(), (log_true.exp() * labelled).flatten())
-    truth = per_class.scatter_add(0, target.flatten(), labelled.flatten().float())
+    rows = target.flatten(0, 1)  # [B x H, W]: a float32 that millions of pixels are added to one by one loses them
+    per_row = log_probs.new_zeros(len(rows), log_probs.shape[1])
+    overlap = per_row.scatter_add(1, rows, (log_true.exp() * labelled).flatten(0, 1)).sum(0)
+    truth = per_row.scatter_add(1, rows, labelled.flatten(0, 1).float()).sum(0)
     predicted = (log_probs.exp() * labelled[:, None]).sum((0, 2, 3))
     present = truth > 0  # no branch and no boolean index: either would make a GPU wait for the answer
     iou = overlap / (truth + predicted - overlap).where(present, 1)

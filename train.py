@@ -150,13 +150,15 @@ def make_loaders(args, train, test, learn, valid, cuda):
         entries += pseudo
         present = np.stack([*present, *(np.bincount(label.ravel(), minlength=256)[:len(train.classes)] > 0
                                         for _, _, label in pseudo)])
+    rank, n_ranks = ranks()
+    if len(entries) < 2 * n_ranks:
+        raise SystemExit(f"{len(entries)} training images: batch norm needs 2 for each of {n_ranks} process(es)")
     workers = args.workers if args.workers is not None else min(8, os.cpu_count()) if cuda else 0
     options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": cuda,
                "multiprocessing_context": "fork" if workers else None,
                "generator": torch.Generator()}  # of its own: else starting workers would draw from the global one
     batches = EpochBatches(len(entries), args.batch, args.seed, rare_odds(present) if args.sampler == "rare" else None)
     samples = TrainSamples(entries, make_augmentation(args.augment, args.scale), args.seed)
-    rank, n_ranks = ranks()
     return (DataLoader(samples, batch_sampler=batches, **options),
             DataLoader(EvalPhotos(train, valid[rank::n_ranks].tolist(), args.scale), args.batch, **options))
 
@@ -191,7 +193,7 @@ def snapshot_epochs(args):
 def backward(run, images, masks, device):
     """Gradients of a batch, part after part; returns its loss. When a GPU's memory is too small, parts are halved."""
     import torch
-    n_parts = min(run["parts"], len(images) // 2)  # batch norm needs two images
+    n_parts = max(1, min(run["parts"], len(images) // 2))  # batch norm needs two images
     try:
         total = torch.zeros((), device=device)
         for image, mask in zip(images.tensor_split(n_parts), masks.tensor_split(n_parts), strict=True):
@@ -248,8 +250,7 @@ def train_one_epoch(run, loader, args, recipe, device):
 def evaluate(model, loader, n_classes, recipe, device):
     """[N, C, C] pixel counts of every validation image at the submission's size, put together from all ranks."""
     import torch
-    rank, n_ranks = ranks()
-    counts = []
+    n_ranks, counts = ranks()[1], []
     for images, truths in loader:
         with torch.inference_mode(), amp(device):
             logits = model(normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"]))
@@ -375,6 +376,7 @@ def fit(run, loaders, args, recipe, info, out, device, report):
         if ranks()[0] == 0:
             if row["epoch"] in snapshot_epochs(args):
                 save_checkpoint(out / f"epoch-{row['epoch']:03}.pt", recipe=recipe, **info, **now)
+            write_csv(out / "log.csv", run["log"])  # before last.pt: an epoch that counts as done is in it
             states = {name: run[name].state_dict() for name in ("model", "ema", "optimizer", "scaler")}
             save_checkpoint(out / "last.pt", recipe=recipe, **info, **states,
                             **{k: run[k] for k in ("epoch", "log", "best")})
@@ -394,8 +396,7 @@ def start_logger(name, out, recipe):
 
 
 def log_row(run, row, args, recipe, out):
-    """Write log.csv and tell the logger; whatever fails there is a warning, since log.csv has it all."""
-    write_csv(out / "log.csv", run["log"])
+    """Print the row and tell the logger; whatever fails there is a warning, since log.csv has it all."""
     print(f"{out} epoch {row['epoch']}/{args.epochs} loss {row['loss']:.4f} v1 {row['v1']:.4f} v2 {row['v2']:.4f} "
           f"v3 {row['v3']:.4f} {row['images_per_s']:.1f} images/s {row['seconds']:.0f} s\n   IoU "
           + ", ".join(f"{k.removeprefix('iou ')} {v:.3f}" for k, v in row.items() if k.startswith("iou ")), flush=True)
@@ -422,7 +423,8 @@ def train_run(args, root, report=None):
     out, first = run_folder(root, args.round, args.model, args.scale, args.fold), ranks()[0] == 0
     with lock(out, wait=report is not None) if first else nullcontext():
         recipe = make_recipe(args, train)
-        if same_recipe(out / "model.pt", recipe, args.replace):
+        made = [out / "model.pt", *(out / f"epoch-{epoch:03}.pt" for epoch in snapshot_epochs(args))]
+        if all(same_recipe(path, recipe, args.replace) for path in made):
             print(f"{out}/model.pt is there and has this recipe: nothing to do")
             (out / "model.pt").touch()  # newer than what it was made from: make has nothing left to do
             return load_checkpoint(out / "model.pt")["v3"]
@@ -430,7 +432,7 @@ def train_run(args, root, report=None):
         device = join_ranks(args.device)
         if first:
             write_json(out / "config.json", recipe | {"classes": train.classes})
-            for old in () if resume else out.glob("epoch-*.pt"):
+            for old in () if resume else [*out.glob("epoch-*.pt"), *out.glob("model.pt")]:  # they belong together
                 old.unlink()
         loaders = make_loaders(args, train, test, learn, valid, device.type == "cuda")
         run = start_run(args, train.classes, np.array(train.pixels)[learn].sum(0), resume, device)
@@ -441,7 +443,8 @@ def train_run(args, root, report=None):
             raise SystemExit(f"{out}: v3 {v3:.4f} on its own {len(learn)} training images, below {OVERFIT_V3}: more "
                              "--epochs or another --lr, or the model or the loss doesn't learn")
         if first:
-            save_checkpoint(out / "model.pt", recipe=recipe, **info, **run["best"])
+            best = {sys.intern(k): v for k, v in run["best"].items()}  # else a resumed run's file has other bytes
+            save_checkpoint(out / "model.pt", recipe=recipe, **info, **best)
             (out / "last.pt").unlink()
             print(f"{out}/model.pt: epoch {run['best']['epoch']}, v3 {v3:.4f}")
     return v3
@@ -475,6 +478,8 @@ def main(args):
         raise SystemExit(f"--weights {args.weights}: no such file, and neither imagenet nor none")
     if args.batch < 2 * ranks()[1]:
         raise SystemExit(f"--batch {args.batch}: batch norm needs 2 images a process, of which there are {ranks()[1]}")
+    if len(snapshot_epochs(args)) < args.snapshots:
+        raise SystemExit(f"--snapshots {args.snapshots}: this run has only {len(snapshot_epochs(args))} to keep")
     if args.overfit:
         args = argparse.Namespace(**vars(args) | {"augment": "none", "classmix": "none", "sampler": "all"})
     train_run(args, args.exp / "overfit" if args.overfit else args.exp)

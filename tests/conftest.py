@@ -1,7 +1,10 @@
 """What the tests share: the project on the path, a drawn data set, and data sets written by hand."""
 import json
 import os
+import signal
 import sys
+from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +61,19 @@ def write_coco(folder, images, annotations=(), categories=((0, "Paper"), (1, "Me
             if not (path := folder / image["file_name"]).exists():
                 write_photo(path, image["height"], image["width"], image["id"])
     return folder
+
+
+def run_until_killed(script, args, name, call):
+    """script.main(args) in a process that SIGKILL ends as the function `name` of the script is called, from 1 on."""
+    function, calls = getattr(script, name), count(1)
+
+    def deadly(*args, **kwargs):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, name, deadly)
+        process = get_context("fork").Process(target=script.main, args=[args])  # it has torch imported already
+        process.start()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL

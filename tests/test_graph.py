@@ -25,16 +25,16 @@ import os, sys, zlib
 class Args(dict): __getattr__ = dict.__getitem__
 def parse(flags, optional="", switches="", inputs=False):
     """Strict, but not argparse, whose import would take most of the time; what runs is noted in the file "trace"."""
-    with open("trace", "a") as f: print(os.environ["OMP_NUM_THREADS"], *sys.argv, file=f)
+    with open("trace", "a") as f: print(os.environ.get("OMP_NUM_THREADS"), *sys.argv, file=f)
     args, words = Args(dict.fromkeys(optional.split() + switches.split()), inputs=[]), iter(sys.argv[1:])
     for word in words:
         name = word.removeprefix("--").replace("-", "_")
-        if name == word: args.inputs.append(word)
+        if not word.startswith("--"): args.inputs.append(word)
         elif word[2:] in switches.split(): args[name] = True
         elif word[2:] in (flags + " " + optional).split(): args[name] = next(words)
         else: sys.exit(f"unknown argument {word}")
     lacking = [flag for flag in flags.split() if flag.replace("-", "_") not in args]
-    if lacking or bool(args.inputs) != inputs: sys.exit(f"{lacking} missing, or inputs: {args.inputs}")
+    if lacking or inputs not in (bool(args.inputs), None): sys.exit(f"{lacking} missing, or inputs: {args.inputs}")
     return args
 def digest(*made_of): return format(zlib.crc32(repr(made_of).encode()), "08x")
 def read(*paths): return [open(path).read() for path in paths]
@@ -51,26 +51,29 @@ def write(path, text):
 ''', "train.py": '''
 from common import *
 check = "--check" in sys.argv
-a = parse("exp cache data folds paint" + (not check) * " model scale fold round epochs batch lr seed weights device",
-          optional="augment", switches="check replace")
+run = " model scale fold round epochs batch lr seed weights snapshots device"
+a = parse("exp cache data folds paint" + (not check) * run, optional="augment", switches="check replace")
 json = a.data + ("/train_all.json" if os.path.exists(a.data + "/train_all.json") else "/train.json")
 folds = digest(a.folds, *read(json, a.data + "/test.json"))
 if check and not (os.path.exists(a.exp + "/folds.csv") and read(a.exp + "/folds.csv") == [folds]):
     write(a.exp + "/folds.csv", folds)
 if read(a.exp + "/folds.csv") != [folds]: sys.exit("folds.csv is of other data or folds")
 if check: sys.exit()
-out = f"{a.exp}/r{a.round}/{a.model}/s{a.scale}/f{a.fold}/model.pt"
+folder = f"{a.exp}/r{a.round}/{a.model}/s{a.scale}/f{a.fold}"
+out, epochs = folder + "/model.pt", [f"{folder}/epoch-{epoch:03}.pt" for epoch in range(int(a.snapshots))]
 labels = [f"{a.exp}/r{a.round}/pseudo/f{a.fold}/{n}" for n in ("labels.npy", "manifest.json", "index.csv")]
 recipe = digest(folds, sorted((k, v) for k, v in a.items() if k not in ("data", "exp", "cache", "device", "replace")),
                 read(*labels) if a.round != "0" else "")
-if os.path.exists(out) and read(out)[0].split()[0] == recipe: os.utime(out); sys.exit()
+if all(os.path.exists(f) and read(f)[0].split()[0] == recipe for f in [out, *epochs]): os.utime(out); sys.exit()
 if os.path.exists(out) and not a.replace: sys.exit(out + " was made with another recipe")
-write(out, recipe + " code 1")
+for name in os.listdir(folder) if os.path.exists(folder) else ():
+    if name.startswith("epoch-"): os.remove(f"{folder}/{name}")
+for path in [*epochs, out]: write(path, recipe + " code 1")
 ''', "infer.py": '''
 from common import *
-a = parse("data cache checkpoint tta device", optional="batch")
+a = parse("data cache checkpoint tta device", optional="batch", inputs=None)
 for name in ("valid.npy", "valid.json", "test.npy", "test.json"):
-    write(a.checkpoint.replace("model.pt", name), digest(name, a.tta, a.batch, read(a.checkpoint)))
+    write(os.path.dirname(a.checkpoint) + "/" + name, digest(name, a.tta, a.batch, read(a.checkpoint, *a.inputs)))
 ''', "pseudo_label.py": '''
 from common import *
 a = parse("data cache exp round fold", optional="confident", inputs=True)
@@ -85,7 +88,18 @@ a = parse("data cache batch" + soft * " image-id out", inputs=True)
 parts = ("valid.json", "valid.npy", "test.json", "test.npy")[:4 if soft else 2]
 text = digest(a.batch, soft and a.image_id, [read(f"{run}/{part}") for run in a.inputs for part in parts])
 write(a.out, text) if soft else print("score", text)
+''', "torch/distributed/run.py": '''
+import os, runpy, sys
+if sys.argv[1:3] != ["--standalone", "--nproc-per-node"]: sys.exit(f"not one machine: {sys.argv}")
+with open("ranked", "a") as f: print(*sys.argv[3:], file=f)
+sys.argv[:4] = []
+runpy.run_path(sys.argv[0], run_name="__main__")
 '''}
+LAUNCHER = """#!/bin/bash
+echo "$@" >>launched
+[[ $1 = --tag ]] && shift 2
+exec env -i PATH="$PATH" HOME="$HOME" "$@"
+"""
 PY = f"{sys.executable} -SE"  # the stubs need no site-packages
 GRID = {"MODELS": "fpn/a unet/b", "SCALES": 64, "FOLDS": "0 1", "NFOLDS": 2, "ROUNDS": 1, "PY": PY}
 ENV = {"PATH": os.environ["PATH"], "LC_ALL": "C"}  # no MAKEFLAGS or knobs of a make that runs the tests
@@ -100,6 +114,7 @@ FROM_LABELS, FROM_INFER, FROM_TRAIN, EVERYTHING = (
 
 def new_folder(folder):
     for name, text in STUBS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     for name in ("Makefile", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
@@ -153,7 +168,7 @@ def step(argv):
         run = "train r{--round}/{--model}/s{--scale}/f{--fold}"
         return "check" if "--check" in argv else run.format_map(flags)
     if script == "infer":
-        return re.sub(r"^out/\w+/(.*)/model.pt$", r"infer \1", flags["--checkpoint"])
+        return re.sub(r"^out/\w+/(.*)/[^/]+\.pt$", r"infer \1", flags["--checkpoint"])
     if script == "pseudo_label":
         return "pseudo r{--round}/f{--fold}".format_map(flags)
     return "submit" if "--out" in argv else "score"
@@ -163,6 +178,11 @@ def calls(folder, *goals, **knobs):
     """Command lines of the scripts as `make -n` prints them, without the interpreter."""
     text = make(folder, "-n", *goals, **knobs).stdout.replace("\\\n", " ")
     return [shlex.split(line.removeprefix(PY)) for line in text.splitlines() if line.startswith(PY)]
+
+
+def commands(folder, *goals, **knobs):
+    """All lines of `make -n` that start Python, as printed."""
+    return [line for line in make(folder, "-n", *goals, **knobs).stdout.replace("\\\n", " ").splitlines() if PY in line]
 
 
 def plan(folder, *goals, **knobs):
@@ -224,7 +244,11 @@ def test_dry_run_plans_the_whole_grid_without_a_warning_and_writes_nothing(fresh
 
 @pytest.mark.parametrize("knobs, message", [
     *(({typo: 1}, f"unknown knob: {typo};") for typo in ("FLOD", "lr", "OMP_NUM_THREADS")),
-    *(({knob: ""}, f" {knob} is empty") for knob in KNOBS if knob not in ("ROUND", "STRICT") and "_ARGS" not in knob),
+    *(({knob: ""}, f" {knob} is empty") for knob in KNOBS if knob not in ("ROUND", "STRICT", "LAUNCH")
+      and "_ARGS" not in knob),
+    *(({knob: value}, f"{knob}={value}: not a whole number") for knob, value in (
+        ("GPUS", 0), ("GPUS", "x"), ("GPUS", "2 2"), ("GPUS", "1.5"), ("GPUS", "'"), ("TRIALS", -1), ("TRIALS", 0),
+        ("SNAPSHOTS", -1), ("SNAPSHOTS", "two"), ("SNAPSHOTS", "01"))),
     ({"ROUNDS": 10}, "not 10"), ({"FOLD": 1}, "submit takes FOLDS, not FOLD"),
     ({"SCALE": 96}, "submit takes SCALES"),
     ({"ROUND": "x"}, "not x"), ({"DATA": "my data"}, "DATA"), ({"EXP": "my exp"}, "EXP")])
@@ -247,13 +271,13 @@ def test_real_scripts_accept_what_make_passes_and_get_every_knob(fresh, monkeypa
     knobs = {"DATA": "new", "EXP": "e", "MODELS": "unet/b", "SCALES": 96, "FOLDS": 3, "NFOLDS": 4, "PAINT": "order",
              "EPOCHS": 7, "BATCH": 9, "LR": "2e-5", "SEED": 11, "WEIGHTS": "none", "TTA": "none", "DEVICE": "cpu",
              "IMAGE_ID": "file_name", "TRAIN_ARGS": "--augment none --ema 0.5", "INFER_ARGS": "--batch 13",
-             "PSEUDO_ARGS": "--confident 0.75"}
+             "PSEUDO_ARGS": "--confident 0.75", "SNAPSHOTS": 6}
     values = {}  # {script: every value that its arguments ever had}
     for changed in ({}, knobs):
         for script, *argv in calls(fresh, "submit", "score", "check", **changed):
             args = vars(importlib.import_module(script.removesuffix(".py")).parse_args(argv))
             values.setdefault(script, set()).update(map(str, args.values()))
-    wanted = {"train.py": "new out/e unet/b 96 3 4 order 7 9 2e-05 11 none cpu 0.5 out/cache True 0 1",
+    wanted = {"train.py": "new out/e unet/b 96 3 4 order 7 9 2e-05 11 none cpu 0.5 out/cache True 0 1 6",
               "infer.py": "new none 13 cpu out/cache", "pseudo_label.py": "new out/e 3 0.75 out/cache 1",
               "ensemble.py": "new file_name 9 out/e/submission.csv out/cache soft score"}
     assert set(values) == set(wanted)
@@ -322,6 +346,7 @@ def test_score_remakes_a_deleted_half_of_a_validation_store(built, name):
 @pytest.mark.parametrize("knobs, if_changed, if_changed_back, grid", [
     ({"EPOCHS": 3, "BATCH": 4, "LR": "4e-3", "SEED": 1, "WEIGHTS": "none", "TRAIN_ARGS": "--augment 'none'"},
      FROM_TRAIN, FROM_TRAIN, {}),
+    ({"SNAPSHOTS": 2}, FROM_TRAIN, FROM_TRAIN, {}),
     ({"DATA": "./data", "PAINT": "id", "NFOLDS": 3}, EVERYTHING, EVERYTHING, {}),
     ({"INFER_ARGS": "--batch 4", "TTA": "none"}, FROM_INFER, FROM_INFER, {}),
     ({"PSEUDO_ARGS": "--confident 0.9"}, FROM_LABELS, FROM_LABELS, {}),
@@ -331,7 +356,7 @@ def test_score_remakes_a_deleted_half_of_a_validation_store(built, name):
     ({"SCALES": "64 96"}, ["* r0/*/s96/*", *FROM_LABELS], FROM_LABELS, {"scales": [64, 96]}),
     ({"ROUNDS": 2}, ["* r2/*", "submit"], ["submit"], {"rounds": [0, 1, 2]}),
     ({"EXP": "other"}, EVERYTHING, [], {}),
-    ({"DEVICE": "cpu", "STRICT": 1, "PY": f"{PY} -B"}, [], [], {}),
+    ({"DEVICE": "cpu", "GPUS": 2, "LAUNCH": "env", "TRIALS": 3, "STRICT": 1, "PY": f"{PY} -B"}, [], [], {}),
 ], ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
 def test_changed_knob_rebuilds_exactly_what_reads_it_and_so_does_changing_it_back(
         built, knobs, if_changed, if_changed_back, grid):
@@ -381,6 +406,62 @@ def test_edited_script_rebuilds_what_it_made_only_if_strict(built):
     assert {path.read_text()[-6:] for path in (built / "out/main").rglob("model.pt")} == {"code 2"}
 
 
+def test_snapshots_vote_instead_of_the_best_epoch_and_lost_ones_are_made_again(fresh):
+    knobs = {"SNAPSHOTS": 2, "ROUNDS": 0}
+    make(fresh, "-j4", "submit", **knobs)
+    made, run = texts(fresh), fresh / "out/main" / A0
+    passed = [argv[argv.index("--checkpoint") + 1:] for _, *argv in trace(fresh) if argv[0] == "infer.py"]
+    assert sorted(words[:2] for words in passed) == [
+        [f"out/main/{step}/epoch-00{e}.pt" for e in (0, 1)] for step in sorted(
+            name.removeprefix("train ") for name in steps("train r0/*"))]
+    assert plan(fresh, "submit", **knobs) == []
+    for lost in (["epoch-000.pt"], ["epoch-000.pt", "epoch-001.pt"]):
+        for name in lost:
+            (run / name).unlink()
+        assert remade(fresh, "submit", **knobs) == [f"infer {A0}", "submit", f"train {A0}"]
+        assert texts(fresh) == made
+    remade(fresh, "submit", **knobs | {"SNAPSHOTS": 0})
+    assert not list(fresh.rglob("epoch-*"))
+
+
+# ---- several processes, other machines ------------------------------------------------------------------------------
+
+
+def test_training_and_prediction_get_their_processes_and_the_rest_one(fresh, template):
+    one = commands(fresh, "check", "submit", "score")
+    three = commands(fresh, "check", "submit", "score", GPUS=3)
+    started = "-m torch.distributed.run --standalone --nproc-per-node 3 "
+    assert all("  train.py" not in line and "  infer.py" not in line for line in one + three)
+    assert three == [re.sub(r"(train.py(?! --check)|infer.py)", started + r"\1", line) for line in one]
+    make(fresh, "-j4", "submit", GPUS=3)
+    assert texts(fresh) == texts(template)
+    ranked = [line.split() for line in (fresh / "ranked").read_text().splitlines()]
+    assert {line[0] for line in ranked} == {"3"}
+    assert sorted(step(line[1:]) for line in ranked) == steps("train *", "infer *")
+
+
+def test_launcher_with_another_environment_starts_every_script_and_makes_the_same_files(fresh, template):
+    (fresh / "launch").write_text(LAUNCHER)
+    (fresh / "launch").chmod(0o755)
+    knobs = {"LAUNCH": "./launch --tag 'a b'", "GPUS": 2}
+    planned = commands(fresh, "check", "submit", "score", **knobs)
+    assert all(line.startswith("./launch --tag 'a b' ") for line in planned)
+    make(fresh, "-j2", "submit", **knobs)
+    make(fresh, "check", **knobs)
+    assert make(fresh, "score", **knobs).stdout.endswith(make(fresh, "score").stdout.splitlines()[-1] + "\n")
+    assert texts(fresh) == texts(template)
+    launched = [shlex.split(line) for line in (fresh / "launched").read_text().splitlines()]
+    scripts = [next(word for word in line if word.endswith(".py")) for line in launched]
+    ran = [argv for _, *argv in trace(fresh)][:-1]  # the last score ran without
+    assert sorted(scripts) == sorted(argv[0] for argv in ran) and set(scripts) == set(STUBS) - {
+        "common.py", "torch/distributed/run.py"}
+    assert {threads for threads, *_ in trace(fresh)[:-1]} == {"None"}
+
+
+def test_failure_of_the_launcher_stops_make(fresh):
+    assert "Error 3" in make(fresh, "submit", code=2, LAUNCH="exit 3;").stderr and not trace(fresh)
+
+
 # ---- jobs, failures and interruptions -------------------------------------------------------------------------------
 
 
@@ -394,13 +475,15 @@ def test_one_job_and_a_shell_that_is_given_the_printed_commands_make_what_four_j
     assert texts(built) == texts(template) and make(built, "-q", "submit")
 
 
-@pytest.mark.parametrize("jobs, threads", [("-j1", "8"), ("-j2", "4"), ("-kj3", "2"), ("-j16", "1"), ("-j", "1")])
-def test_jobs_share_the_cores(fresh, jobs, threads):
+@pytest.mark.parametrize("jobs, gpus, threads", [
+    ("-j1", 1, "8"), ("-j2", 1, "4"), ("-kj3", 1, "2"), ("-j16", 1, "1"), ("-j", 1, "1"), ("-j1", 2, "4"),
+    ("-j1", 3, "2"), ("-j2", 2, "2"), ("-j4", 4, "1"), ("-j1", 9, "1"), ("-j", 8, "1")])
+def test_processes_of_all_jobs_share_the_cores(fresh, jobs, gpus, threads):
     (fresh / "bin").mkdir()
     (fresh / "bin/nproc").write_text("#!/bin/sh\necho 8\n")
     (fresh / "bin/nproc").chmod(0o755)
-    make(fresh, jobs, "check", env={"PATH": f"{fresh}/bin:{ENV['PATH']}"})
-    assert trace(fresh)[0][0] == threads
+    make(fresh, jobs, "train", FOLD=0, MODEL="fpn/a", GPUS=gpus, env={"PATH": f"{fresh}/bin:{ENV['PATH']}"})
+    assert [line[0] for line in trace(fresh)] == [threads, threads]
 
 
 def test_with_k_a_failing_run_stops_only_what_needs_it(fresh, template):

@@ -209,12 +209,16 @@ def test_the_label_is_the_likeliest_class():
     assert all(probs[pred[y, x], y, x] == max(probs[:, y, x]) for y, x in np.ndindex(30, 40))
 
 
+MAKERS = [{"file": "epoch-002.pt", "hash": "c0ffee", "epoch": 2},
+          {"file": "epoch-004.pt", "hash": "0ff1ce", "epoch": 4}]
+
+
 def write_store(run, split, probs, **info):
     """A store as infer.py leaves it; `info` replaces or adds to a plain description."""
     run.mkdir(parents=True, exist_ok=True)
     np.save(run / f"{split}.npy", probs)
     common.write_json(run / f"{split}.json", {
-        "classes": CLASSES, "split": split, "tta": "flip", "checkpoint": "c0ffee", "epoch": 1, "data": "d", "seed": 0,
+        "classes": CLASSES, "split": split, "tta": "flip", "checkpoints": MAKERS, "data": "d", "seed": 0,
         "model": "unet/a", "scale": 64, "round": 0, "fold": 0, "folds_csv": "f01d", "paint": "area"} | info)
 
 
@@ -285,7 +289,7 @@ def test_the_manifest_says_what_made_the_labels(makers):
     pseudo_label.main(makers.args)
     manifest = common.read_json(makers.folder / "manifest.json")
     assert manifest.pop("makers") == [
-        {"store": str(path), "hash": common.file_hash(path), "checkpoint": "c0ffee", "tta": "flip"}
+        {"store": str(path), "hash": common.file_hash(path), "checkpoints": MAKERS, "tta": "flip"}
         for path in makers.paths]
     assert manifest == {"round": 1, "fold": 0, "folds_csv": "f01d", "classes": CLASSES, "confident": 0.8,
                         "max_unsure": 0.1,
@@ -563,6 +567,92 @@ def test_the_same_fold_of_a_recipe_twice_is_refused(tiny_data, cache, voters):
 def test_a_run_without_stores_is_refused_by_name(tiny_data, cache, voters, tmp_path):
     with pytest.raises(SystemExit, match="nosuch/valid.json"):
         ensemble.main(ensemble_line("score", tiny_data, cache, [voters["a", 0], tmp_path / "nosuch"]))
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def test_background_is_black_and_eleven_classes_have_colours_of_their_own():
+    colours = ensemble.class_colours(12)
+    assert colours.shape == (12, 3) and colours.dtype == np.uint8 and not colours[0].any()
+    assert len({tuple(c) for c in colours.tolist()}) == 12
+    many = ensemble.class_colours(200)
+    assert (many[:12] == colours).all() and (many[12:23] == colours[1:]).all() and (many[189:] == many[2:13]).all()
+    assert ensemble.class_colours(1).tolist() == [[0, 0, 0]]
+
+
+def test_an_overlay_is_the_greyed_photo_under_colours_and_the_photo_where_nothing_was_found():
+    image = np.zeros((SUBMIT_SIZE, SUBMIT_SIZE, 3), np.uint8)
+    image[:] = 30, 60, 120  # its grey is 70
+    mask = np.zeros((SUBMIT_SIZE, SUBMIT_SIZE), np.uint8)
+    mask[10:20, 30:50] = 2
+    mask[200:, 200:] = 11
+    shown = ensemble.overlay(image, mask, 12)
+    colours = ensemble.class_colours(12).astype(int)
+    assert shown.dtype == np.uint8 and (shown[mask == 0] == image[0, 0]).all()
+    for class_id in (2, 11):
+        assert abs(shown[mask == class_id] - (0.4 * 70 + 0.6 * colours[class_id])).max() <= 1
+    strong = ensemble.overlay(image, mask, 12, strength=1)
+    assert (strong[mask == 11] == colours[11]).all() and (image == image[0, 0]).all()
+
+
+@pytest.mark.parametrize("size", [(512, 512), (100, 300), (700, 400)])
+def test_an_overlay_has_the_submissions_size_and_colours_its_mask_in_place(size):
+    image = np.zeros((*size, 3), np.uint8)
+    image[:size[0] // 2] = 200  # the upper half is light
+    mask = np.zeros((SUBMIT_SIZE, SUBMIT_SIZE), np.uint8)
+    mask[:, 100:] = 1
+    shown = ensemble.overlay(image, mask, 2).astype(int)
+    assert shown.shape == (SUBMIT_SIZE, SUBMIT_SIZE, 3)
+    assert (shown[:126, :100] == 200).all() and (shown[130:, :100] == 0).all()
+    assert (shown[:126, 100:] - shown[-1, -1] == 80).all()  # 0.4 of the grey 200
+
+
+def read_sheet(path):
+    return cv2.imread(str(path))[:, :, ::-1].astype(int)
+
+
+def test_a_sheet_has_its_tiles_in_rows_under_captions_and_a_legend_below(tmp_path):
+    tiles = [np.full((40, 60, 3), value, np.uint8) for value in (10, 80, 200)]
+    tiles[0][0] = 255, 0, 0
+    ensemble.write_sheet(tmp_path / "s.png", [[("a", tiles[0]), ("", tiles[1])], [("x" * 300, tiles[2])]],
+                         ["Background", "Paper", "Metal"])
+    sheet, line = read_sheet(tmp_path / "s.png"), 18
+    assert sheet.shape == (2 * (40 + line) + 3 * line, 120, 3)
+    assert (sheet[line:line + 40, :60] == tiles[0]).all() and (sheet[line:line + 40, 60:] == tiles[1]).all()
+    second = 2 * line + 40
+    assert (sheet[second:second + 40, :60] == tiles[2]).all() and (sheet[second:second + 40, 60:] == 255).all()
+    assert (sheet[:line, :60] < 128).any() and (sheet[:line, 60:] == 255).all()  # one caption is empty
+    assert (sheet[40 + line:second, :60] < 128).any() and (sheet[40 + line:second, 64:] == 255).all()  # one is cut
+    for i, colour in enumerate(ensemble.class_colours(3).tolist()):
+        assert sheet[2 * (40 + line) + i * line + line // 2, 15].tolist() == colour
+        assert (sheet[2 * (40 + line) + i * line:][:line, 36:] < 128).any()
+
+
+def test_a_sheet_that_cannot_be_drawn_leaves_the_old_one(tmp_path):
+    (tmp_path / "s.png").write_text("old")
+    tile = np.zeros((40, 60, 3), np.uint8)
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        ensemble.write_sheet(tmp_path / "s.png", [[("a", tile), ("b", None)]], ["Background"])
+    assert (tmp_path / "s.png").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("n_images", "n", "chosen"), [
+    (4, 24, [0, 1, 2, 3]), (4, 4, [0, 1, 2, 3]), (9, 3, [0, 4, 8]), (100, 4, [0, 33, 66, 99]), (1, 24, [0])])
+def test_looks_are_spread_evenly_and_predictions_pass_unchanged(n_images, n, chosen):
+    test = Namespace(ids=list(range(n_images)), file_names=[f"{i}.jpg" for i in range(n_images)], classes=CLASSES,
+                     image=lambda i: np.full((32, 32, 3), i, np.uint8))
+    preds = [np.full((SUBMIT_SIZE, SUBMIT_SIZE), i % 12, np.uint8) for i in range(n_images)]
+    for pred in preds[1::2]:
+        pred[:9] = 3
+    looks = []
+    passed = list(ensemble.keep_looks(iter(preds), test, looks, n))
+    assert len(passed) == n_images and all(a is b for a, b in zip(passed, preds, strict=True))
+    assert [photo[0] for photo, _ in looks] == [f"{i}.jpg" for i in chosen]
+    for i, (photo, prediction) in zip(chosen, looks, strict=True):
+        assert (photo[1] == i).all() and (prediction[1] == ensemble.overlay(test.image(i), preds[i], 12)).all()
+        found = {CLASSES[c] for c in ({i % 12, 3} if i % 2 else {i % 12}) - {0}}
+        assert set(prediction[0].split(", ")) == (found or {"nothing"})
 
 
 # ---- out-of-fold scores ---------------------------------------------------------------------------------------------

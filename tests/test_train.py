@@ -4,8 +4,12 @@ import json
 import math
 import pickletools
 import shutil
+import sys
 import zipfile
 from argparse import Namespace
+from collections import OrderedDict
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -13,11 +17,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import run_until_killed, write_coco
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score
+from torch.optim import lr_scheduler
 
 import common
+import infer
 import train
 from common import SUBMIT_SIZE
 
@@ -53,13 +60,14 @@ def splits(line):
 
 def run_and_keep(args):
     """train.main; the last.pt, which it removes in the end, stays as EXP/kept.pt."""
-    save_run = train.save_run
+    save_checkpoint = train.save_checkpoint
 
-    def save_and_copy(path, *rest):
-        save_run(path, *rest)
-        shutil.copy(path, args.exp / "kept.pt")
+    def save_and_copy(path, **state):
+        save_checkpoint(path, **state)
+        if path.name == "last.pt":
+            shutil.copy(path, args.exp / "kept.pt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_run", save_and_copy)
+        patch.setattr(train, "save_checkpoint", save_and_copy)
         train.main(args)
 
 
@@ -137,11 +145,12 @@ def assert_same_run(args, finished):
 
 
 @pytest.mark.parametrize(("name", "call"), [
-    ("iou_ce", 1),  # nothing is saved yet
-    ("iou_ce", STEPS * 2 + 2),  # in the middle of epoch 3
+    ("backward", 1),  # nothing is saved yet
+    ("backward", STEPS * 2 + 2),  # in the middle of epoch 3
     ("evaluate", 2),
     ("save_checkpoint", 2),  # epoch 2 is lost
-    ("write_csv", 2),  # epoch 2 is in last.pt but not in log.csv
+    ("write_csv", 2),
+    ("write_csv", EPOCHS),
     ("save_checkpoint", EPOCHS + 1),  # all but model.pt is there
 ])
 def test_a_resumed_run_ends_in_the_bytes_of_one_never_interrupted(
@@ -157,7 +166,7 @@ def test_a_resumed_run_ends_in_the_bytes_of_one_never_interrupted(
 def test_a_resumed_run_trains_only_the_epochs_that_were_lost_and_counts_steps_on(
         line, tmp_path, monkeypatch, interrupt):
     args = line(tmp_path)
-    start_and_stop(args, monkeypatch, interrupt, "iou_ce", STEPS * 2 + 2)
+    start_and_stop(args, monkeypatch, interrupt, "backward", STEPS * 2 + 2)
     trained, train_one_epoch = [], train.train_one_epoch
     steps, update = [], timm.utils.ModelEmaV3.update
     monkeypatch.setattr(train, "train_one_epoch",
@@ -180,7 +189,7 @@ def test_the_same_line_again_does_nothing(line, exp, no_training, capsys):
 def test_the_number_of_workers_changes_nothing(line, finished_exp, tmp_path, monkeypatch, interrupt, interrupted):
     args = line(tmp_path, "--workers", 2)
     if interrupted:
-        start_and_stop(args, monkeypatch, interrupt, "iou_ce", STEPS * 2 + 1)
+        start_and_stop(args, monkeypatch, interrupt, "backward", STEPS * 2 + 1)
     run_and_keep(args)
     assert_same_run(args, line(finished_exp))
 
@@ -204,7 +213,7 @@ def test_another_recipe_is_refused_naming_the_values_that_differ(line, exp, no_t
 
 
 def test_an_unfinished_run_of_another_recipe_is_refused_too(line, tmp_path, monkeypatch, interrupt):
-    start_and_stop(line(tmp_path), monkeypatch, interrupt, "iou_ce", STEPS + 1)
+    start_and_stop(line(tmp_path), monkeypatch, interrupt, "backward", STEPS + 1)
     before = (run_of(line(tmp_path)) / "last.pt").read_bytes()
     with pytest.raises(SystemExit, match="augment basic -> none"):
         train.main(line(tmp_path, "--augment", "none"))
@@ -220,7 +229,7 @@ def test_another_recipe_is_replaced_on_request(line, exp, capsys):
 
 
 def test_replacing_does_not_resume_what_is_replaced(line, finished_exp, tmp_path, monkeypatch, interrupt):
-    start_and_stop(line(tmp_path, "--lr", "2e-3"), monkeypatch, interrupt, "iou_ce", STEPS * 2 + 1)
+    start_and_stop(line(tmp_path, "--lr", "2e-3"), monkeypatch, interrupt, "backward", STEPS * 2 + 1)
     run_and_keep(line(tmp_path, "--replace"))
     assert_same_run(line(tmp_path), line(finished_exp))
 
@@ -245,7 +254,7 @@ def test_pretrained_weights_are_read_at_the_start_but_not_on_resuming(line, tmp_
     def spy():
         monkeypatch.setattr(train, "build_model", lambda *a: built.append(str(a[2])) or build_model(*a))
     spy()
-    start_and_stop(args, monkeypatch, interrupt, "iou_ce", STEPS + 1)
+    start_and_stop(args, monkeypatch, interrupt, "backward", STEPS + 1)
     spy()
     train.main(args)
     assert built == [str(tmp_path / "encoder.pth"), "none"]
@@ -255,7 +264,7 @@ def test_a_weights_file_with_other_content_is_another_recipe(line, tmp_path, mon
     path = tmp_path / "encoder.pth"
     args = line(tmp_path / "exp", "--weights", path)
     torch.save(timm.create_model("test_efficientnet").state_dict(), path)
-    start_and_stop(args, monkeypatch, interrupt, "iou_ce", STEPS + 1)
+    start_and_stop(args, monkeypatch, interrupt, "backward", STEPS + 1)
     torch.save(timm.create_model("test_efficientnet").state_dict(), path)
     with pytest.raises(SystemExit, match="weights encoder.pth .* -> encoder.pth"):
         train.main(args)
@@ -264,7 +273,7 @@ def test_a_weights_file_with_other_content_is_another_recipe(line, tmp_path, mon
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flag", ["--epoch", "--rep", "--ephocs", "--iou_weight"])
+@pytest.mark.parametrize("flag", ["--epoch", "--rep", "--ephocs", "--loss_ratio"])
 def test_misspelt_and_abbreviated_flags_are_refused(line, tmp_path, flag, capsys):
     with pytest.raises(SystemExit):
         line(tmp_path, flag, 1)
@@ -281,8 +290,12 @@ def test_a_model_that_is_not_decoder_and_encoder_is_refused(line, tmp_path, mode
 @pytest.mark.parametrize("wrong", [
     ("--scale", "33"), ("--scale", "0"), ("--scale", "-32"), ("--scale", "16"), ("--fold", "3"), ("--fold", "-1"),
     ("--folds", "99"), ("--folds", "1"), ("--weights", "nosuch.pth"), ("--round", "-1"), ("--epochs", "0"),
-    ("--batch", "0"), ("--lr", "nan"), ("--lr", "-1"), ("--warmup", "1"), ("--iou-weight", "2"), ("--ema", "2"),
-    ("--seed", "-1"), ("--workers", "-1"), ("--augment", "nosuch"), ("--paint", "nosuch")], ids=" ".join)
+    ("--batch", "0"), ("--lr", "nan"), ("--lr", "-1"), ("--warmup", "1"), ("--loss-ratio", "2"), ("--ema", "2"),
+    ("--seed", "-1"), ("--workers", "-1"), ("--augment", "nosuch"), ("--paint", "nosuch"),
+    ("--batch", "1"), ("--accumulate", "0"), ("--optimizer", "adam"), ("--encoder-lr", "-1"), ("--schedule", "step"),
+    ("--cycles", "0"), ("--snapshots", "-1"), ("--weight-decay", "-1"), ("--clip", "inf"), ("--loss", "nosuch"),
+    ("--label-smoothing", "1"), ("--class-weights", "nosuch"), ("--classmix", "nosuch"), ("--classmix-prob", "1.5"),
+    ("--sampler", "nosuch"), ("--logger", "nosuch"), ("--overfit", "-1")], ids=" ".join)
 def test_a_wrong_value_is_refused_by_name_before_a_run_is_begun(line, tmp_path, no_training, capsys, wrong):
     with pytest.raises(SystemExit) as refusal:
         train.main(line(tmp_path, *wrong))
@@ -310,12 +323,16 @@ def test_an_encoder_that_does_not_exist_is_refused_before_training(line, tmp_pat
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(line, tmp_path, monkeypatch):
-    losses, iou_ce = [], train.iou_ce
+    losses, make_loss = [], train.make_loss
 
-    def failing(*args):
-        losses.append(iou_ce(*args) * (math.nan if len(losses) == STEPS else 1))
-        return losses[-1]
-    monkeypatch.setattr(train, "iou_ce", failing)
+    def make_failing(*settings):
+        loss = make_loss(*settings)
+
+        def failing(*args):
+            losses.append(loss(*args) * (math.nan if len(losses) == STEPS else 1))
+            return losses[-1]
+        return failing
+    monkeypatch.setattr(train, "make_loss", make_failing)
     with pytest.raises(SystemExit, match="epoch 2 is nan.*--lr"):
         train.main(line(tmp_path))
     state = torch.load(run_of(line(tmp_path)) / "last.pt")
@@ -334,7 +351,7 @@ def test_check_writes_the_folds_and_trains_nothing(line, tmp_path, no_training, 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5))
 def test_batches_hold_every_image_once_an_epoch_and_no_tail_of_one(n_images, batch_size, seed, epoch):
-    batches = train.EpochBatches(n_images, batch_size, seed)
+    batches = common.EpochBatches(n_images, batch_size, seed)
     batches.epoch = epoch
     listed = list(batches)
     assert len(listed) == len(batches)
@@ -347,13 +364,13 @@ def test_batches_hold_every_image_once_an_epoch_and_no_tail_of_one(n_images, bat
 
 
 def test_a_tail_of_one_image_joins_the_batch_before():
-    assert [len(batch) for batch in train.EpochBatches(7, 3, 0)] == [3, 4]
-    assert [len(batch) for batch in train.EpochBatches(8, 3, 0)] == [3, 3, 2]
+    assert [len(batch) for batch in common.EpochBatches(7, 3, 0)] == [3, 4]
+    assert [len(batch) for batch in common.EpochBatches(8, 3, 0)] == [3, 3, 2]
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
     def order(seed, epoch):
-        batches = train.EpochBatches(50, 8, seed)
+        batches = common.EpochBatches(50, 8, seed)
         batches.epoch = epoch
         return tuple(index for batch in batches for _, index in batch)
     orders = {(seed, epoch): order(seed, epoch) for seed in range(3) for epoch in range(3)}
@@ -363,7 +380,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(splits):
     augment = common.make_augmentation("basic", 32)
-    samples = {seed: train.TrainSamples([(splits[0], i, None) for i in (3, 3, 5)], augment, seed) for seed in (0, 1)}
+    samples = {seed: common.TrainSamples([(splits[0], i, None) for i in (3, 3, 5)], augment, seed) for seed in (0, 1)}
     keys = [(seed, epoch, index) for seed in samples for epoch in range(2) for index in range(3)]
 
     def draw(seed, epoch, index):
@@ -376,7 +393,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(splits):
 def test_a_sample_is_the_photo_with_its_mask_or_its_pseudo_label(splits):
     labelled, test = splits
     label = np.random.default_rng(0).integers(0, 12, (SUBMIT_SIZE, SUBMIT_SIZE), dtype=np.uint8)
-    samples = train.TrainSamples([(labelled, 4, None), (test, 1, label)], lambda image, mask, rng: (image, mask), 0)
+    samples = common.TrainSamples([(labelled, 4, None), (test, 1, label)], lambda image, mask, rng: (image, mask), 0)
     image, mask = samples[0, 0]
     assert (image == labelled.image(4)).all() and (mask == labelled.mask(4)).all()
     image, mask = samples[0, 1]
@@ -384,28 +401,299 @@ def test_a_sample_is_the_photo_with_its_mask_or_its_pseudo_label(splits):
     assert (mask == label[2::4, 2::4]).all()  # the centre of a pixel that covers 4 x 4
 
 
-def test_the_learning_rate_is_torchs_linear_warm_up_and_cosine():
-    steps, warm, peak = 200, 30, 3e-3
+def settings(schedule="cosine", **changes):
+    """What learning_rate and snapshot_epochs look at."""
+    return Namespace(**{"schedule": schedule, "lr": 3e-3, "warmup": 0.05, "cycles": 3, "epochs": 10, "snapshots": 0}
+                     | changes)
+
+
+def torch_rates(make, n_steps, peak):
+    """The learning rates of n_steps steps under a scheduler of torch's."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
-    rising = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1e-9, total_iters=warm)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps - warm)
-    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [rising, falling], milestones=[warm])
-    for step in range(steps):
-        assert train.cosine_lr(step / steps, peak, warm / steps) == pytest.approx(
-            optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-10)
+    scheduler, rates = make(optimizer), []
+    for _ in range(n_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
+    return rates
 
 
-@given(st.floats(0.01, 0.99), st.floats(1e-6, 10))
-def test_the_learning_rate_has_no_jump_at_the_end_of_warm_up(warmup, peak):
-    around = [train.cosine_lr(warmup + shift, peak, warmup) for shift in (-1e-6, 0, 1e-6)]
-    assert around == pytest.approx([peak] * 3, rel=1e-3)
-    assert train.cosine_lr(0, peak, warmup) == 0 and train.cosine_lr(1, peak, warmup) == pytest.approx(0, abs=1e-12)
+TORCH_SCHEDULES = {  # name -> torch's scheduler for this many steps
+    "cosine": lambda n: partial(lr_scheduler.CosineAnnealingLR, T_max=n),
+    "restarts": lambda n: partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=n // 3),
+    "poly": lambda n: partial(lr_scheduler.PolynomialLR, total_iters=n, power=0.9),
+    "multistep": lambda n: partial(lr_scheduler.MultiStepLR, milestones=[n * 60 // 100, n * 85 // 100], gamma=0.1),
+    "onecycle": lambda n: partial(lr_scheduler.LinearLR, start_factor=1, end_factor=0, total_iters=n)}
 
 
-def test_without_warm_up_the_learning_rate_starts_at_its_peak():
-    assert train.cosine_lr(0, 1e-3, 0) == 1e-3 and train.cosine_lr(1, 1e-3, 0) == pytest.approx(0, abs=1e-12)
+@pytest.mark.parametrize("schedule", train.SCHEDULES)
+@pytest.mark.parametrize("warm", [0, 60])
+def test_the_learning_rate_is_torchs_linear_warm_up_and_then_torchs_schedule(schedule, warm):
+    steps, args = 660, settings(schedule, warmup=Fraction(warm, 660))  # fractions: no step lies beside a milestone
+    rising = partial(lr_scheduler.LinearLR, start_factor=1e-9, total_iters=warm)
+    falling = TORCH_SCHEDULES[schedule](steps - warm)
+    expected = torch_rates(rising, warm, args.lr) + torch_rates(falling, steps - warm, args.lr)
+    rates = [train.learning_rate(Fraction(step, steps), args) for step in range(steps)]
+    assert rates == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("warm", [30, 60, 90])
+def test_onecycle_is_torchs_with_linear_annealing(warm):
+    steps, args = 200, settings("onecycle", warmup=Fraction(warm, 200))
+    make = partial(lr_scheduler.OneCycleLR, max_lr=args.lr, total_steps=steps + 1, pct_start=(warm + 1) / (steps + 1),
+                   anneal_strategy="linear", div_factor=1e9, cycle_momentum=False)
+    expected = torch_rates(make, steps, args.lr)  # its step number `steps` is the last
+    rates = [train.learning_rate(Fraction(step, steps), args) for step in range(steps)]
+    assert rates == pytest.approx(expected, rel=1e-6, abs=1e-9) and max(rates) == args.lr
+
+
+@given(st.sampled_from(sorted(train.SCHEDULES)), st.floats(0, 0.9), st.integers(1, 9), st.integers(1, 300),
+       st.floats(1e-6, 10))
+def test_the_learning_rate_is_above_nought_and_not_over_its_peak(schedule, warmup, cycles, steps, lr):
+    args = settings(schedule, warmup=warmup, cycles=cycles, lr=lr)
+    rates = [train.learning_rate((step + 0.5) / steps, args) for step in range(steps)]
+    assert all(isinstance(rate, float) and 0 < rate <= lr for rate in rates)
+
+
+@given(st.sampled_from(sorted(train.SCHEDULES)), st.floats(0.01, 0.9), st.floats(1e-6, 10))
+def test_the_learning_rate_has_no_jump_at_the_end_of_warm_up(schedule, warmup, peak):
+    args = settings(schedule, warmup=warmup, lr=peak)
+    around = [train.learning_rate(warmup + shift, args) for shift in (-1e-6, 0, 1e-6)]
+    assert around == pytest.approx([peak] * 3, rel=1e-3) and train.learning_rate(0, args) == 0
+
+
+@pytest.mark.parametrize("schedule", train.SCHEDULES)
+def test_without_warm_up_the_learning_rate_starts_at_its_peak_and_ends_low(schedule):
+    args = settings(schedule, warmup=0.0)
+    assert train.learning_rate(0, args) == args.lr
+    end = 0.01 * args.lr if schedule == "multistep" else 0
+    assert train.learning_rate(1 - 1e-9, args) == pytest.approx(end, abs=1e-9)
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "snapshots", "expected"), [
+    (10, 0.05, 0, []),
+    (10, 0.05, 1, [10]),
+    (10, 0.05, 2, [7, 10]),  # after 7.5 and 10 epochs
+    (8, 0.0, 4, [5, 6, 7, 8]),
+    (12, 0.3, 3, [8, 10, 12]),
+    (4, 0.05, 10, [2, 3, 4]),  # there are no more in the second half
+    (1, 0.05, 2, [1])])
+@pytest.mark.parametrize("schedule", sorted(train.SCHEDULES.keys() - {"restarts"}))
+def test_snapshots_are_spread_over_the_second_half_of_the_run(schedule, epochs, warmup, snapshots, expected):
+    args = settings(schedule, epochs=epochs, warmup=warmup, snapshots=snapshots)
+    assert train.snapshot_epochs(args) == expected
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "cycles", "snapshots", "expected"), [
+    (9, 0.0, 3, 0, []),
+    (9, 0.0, 3, 1, [9]),
+    (9, 0.0, 3, 2, [6, 9]),
+    (9, 0.0, 3, 5, [3, 6, 9]),  # there are no more valleys
+    (10, 0.0, 3, 3, [3, 6, 10]),  # after 3.33, 6.67 and 10: the last whole epoch before each valley
+    (10, 0.1, 3, 3, [4, 7, 10]),
+    (20, 0.1, 3, 3, [8, 14, 20]),
+    (40, 0.05, 3, 2, [27, 40]),  # 0.05 + 0.95 * 2 / 3 of 40 is 27.33
+    (3, 0.0, 5, 9, [1, 2, 3]),  # valleys after 0.6, 1.2, 1.8, 2.4 and 3 epochs
+    (3, 0.0, 5, 2, [2, 3]),
+    (1, 0.5, 4, 4, [1])])
+def test_snapshots_of_restarts_are_the_last_valleys(epochs, warmup, cycles, snapshots, expected):
+    args = settings("restarts", epochs=epochs, warmup=warmup, cycles=cycles, snapshots=snapshots)
+    assert train.snapshot_epochs(args) == expected
+
+
+# ---- a training step ------------------------------------------------------------------------------------------------
+
+
+def small_net(seed=0):
+    """Encoder and head without batch norm, of 3 classes; the class of a pixel is learnt from its 3 x 3 surroundings."""
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(OrderedDict(encoder=torch.nn.Conv2d(3, 8, 3, padding=1), norm=torch.nn.GroupNorm(2, 8),
+                                          act=torch.nn.ReLU(), head=torch.nn.Conv2d(8, 3, 1)))
+    net.frozen = torch.nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    return net
+
+
+def small_run(net, loss="ce", parts=1, lr=0.1, optimizer=None):
+    return {"model": net, "forward": net, "parts": parts, "loss": common.make_loss(loss), "epoch": 0,
+            "optimizer": optimizer or torch.optim.SGD(train.parameter_groups(net, 1.0, 0.0), lr=lr),
+            "scaler": torch.amp.GradScaler("cpu", enabled=False), "mix_weights": np.ones(3),
+            "ema": Namespace(update=lambda *_, **__: None)}
+
+
+def small_batch(n_images, seed=0, size=8):
+    """Normalised images [n, 3, size, size] and fully labelled masks of 3 classes."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(n_images, 3, size, size, generator=generator),
+            torch.randint(0, 3, (n_images, size, size), generator=generator))
+
+
+def gradients(net):
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def assert_close(tensors, expected, **tolerance):
+    assert tensors.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(tensors[name], expected[name], **tolerance or {"rtol": 1e-4, "atol": 1e-6})
+
+
+CPU = torch.device("cpu")
+
+
+def test_parameters_have_the_encoders_factor_and_norms_and_biases_no_decay():
+    net = small_net()
+    groups = train.parameter_groups(net, 0.1, 0.3)
+    names = {p: name for name, p in net.named_parameters()}
+    listed = [(names[p], group["factor"], group["weight_decay"]) for group in groups for p in group["params"]]
+    assert sorted(listed) == [
+        ("encoder.bias", 0.1, 0.0), ("encoder.weight", 0.1, 0.3), ("head.bias", 1.0, 0.0), ("head.weight", 1.0, 0.3),
+        ("norm.bias", 1.0, 0.0), ("norm.weight", 1.0, 0.0)]
+
+
+@pytest.mark.parametrize("model", [MODEL, "unet/resnet18", "efficientdet/tu-test_efficientnet"])
+def test_every_trainable_parameter_is_in_one_group(model):
+    net = common.build_model(model, 4)
+    groups = train.parameter_groups(net, 0.5, 0.01)
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert len(set(listed)) == len(listed) and set(listed) == {id(p) for p in net.parameters() if p.requires_grad}
+    encoder = {id(p) for p in net.encoder.parameters()}
+    assert encoder == {id(p) for group in groups if group["factor"] == 0.5 for p in group["params"]}
+
+
+@pytest.mark.parametrize(("name", "make"), [
+    ("adamw", lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=False)),
+    ("sgd", lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, fused=False))])
+def test_steps_are_those_of_torchs_optimizer_with_the_middle_of_each_steps_learning_rate(
+        line, tmp_path, name, make, monkeypatch):
+    """Two epochs of train.main's own loop on a small net against a loop written out."""
+    args = line(tmp_path, "--optimizer", name, "--encoder-lr", 0.25, "--weight-decay", 0.2, "--epochs", 2, "--lr", 0.01,
+                "--warmup", 0.3)
+    net, reference = small_net(), small_net()
+    kind, options = train.OPTIMIZERS[name]
+    run = small_run(net, optimizer=getattr(torch.optim, kind)(train.parameter_groups(net, 0.25, 0.2), lr=1, fused=True,
+                                                             **options))
+    batches = [tuple(part.byte() for part in small_batch(4, seed)) for seed in range(3)]
+    batches = [(images.permute(0, 2, 3, 1) * 40, masks) for images, masks in batches]
+    recipe = {"mean": (0.2, 0.3, 0.4), "std": (0.5, 0.6, 0.7)}
+    part = dict(reference.named_parameters())
+    optimizer = make([{"params": [part["encoder.weight"]], "weight_decay": 0.2, "of": 0.25},
+                      {"params": [part["encoder.bias"]], "weight_decay": 0.0, "of": 0.25},
+                      {"params": [part["head.weight"]], "weight_decay": 0.2, "of": 1.0},
+                      {"params": [part[n] for n in ("head.bias", "norm.weight", "norm.bias")], "weight_decay": 0.0,
+                       "of": 1.0}])
+    for epoch in range(2):
+        run["epoch"] = epoch
+        loss, lr, _ = train.train_one_epoch(run, batches, args, recipe, CPU)
+        losses = []
+        for step, (images, masks) in enumerate(batches):
+            middle = (epoch * 3 + step + 0.5) / 6
+            rate = 0.01 * (middle / 0.3 if middle < 0.3 else (1 + math.cos(math.pi * (middle - 0.3) / 0.7)) / 2)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["of"]
+            inputs = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(recipe["mean"]).view(3, 1, 1)) \
+                / torch.tensor(recipe["std"]).view(3, 1, 1)
+            losses.append(torch.nn.functional.cross_entropy(reference(inputs), masks.long()))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        assert lr == pytest.approx(rate) and loss == pytest.approx(sum(losses).item() / 3, rel=1e-4)
+    assert_close(dict(net.named_parameters()), part, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 99])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(parts):
+    images, masks = small_batch(9)
+    whole, net = small_net(), small_net()
+    loss = train.backward(small_run(whole), images, masks, CPU)
+    seen = []
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    assert train.backward(small_run(net, parts=parts), images, masks, CPU) == pytest.approx(loss.item(), rel=1e-5)
+    assert_close(gradients(net), gradients(whole))
+    assert sum(seen) == 9 and len(seen) == min(parts, 4) and min(seen) >= 2  # batch norm needs two images
+
+
+def test_a_batch_of_one_image_is_one_part():
+    net = small_net()
+    train.backward(small_run(net, parts=2), *small_batch(1), CPU)
+    assert gradients(net)
+
+
+def limit_memory(run, net, largest, only_from_call=1):
+    """Let forward passes of more than `largest` images fail as a GPU does; returns the sizes of all parts tried."""
+    tried = []
+
+    def forward(images):
+        tried.append(len(images))
+        if len(images) > largest and len(tried) >= only_from_call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return net(images)
+    run["forward"] = forward
+    return tried
+
+
+@pytest.mark.parametrize(("n_images", "largest", "tried", "parts"), [
+    (8, 8, [8], 1), (8, 4, [8, 4, 4], 2), (8, 3, [8, 4, 2, 2, 2, 2], 4), (9, 3, [9, 5, 3, 2, 2, 2], 4),
+    (6, 2, [6, 3, 2, 2, 2], 4)])
+def test_out_of_memory_halves_the_parts_and_keeps_the_batch_and_its_gradients(n_images, largest, tried, parts, capsys):
+    images, masks = small_batch(n_images)
+    whole, net = small_net(), small_net()
+    loss = train.backward(small_run(whole), images, masks, CPU)
+    run = small_run(net)
+    sizes = limit_memory(run, net, largest)
+    assert train.backward(run, images, masks, CPU).item() == pytest.approx(loss.item(), rel=1e-5)
+    assert sizes == tried and run["parts"] == parts
+    assert_close(gradients(net), gradients(whole))
+    said = capsys.readouterr().out
+    assert said.count("out of memory: batches now go through the model in") == len(range(1, parts.bit_length()))
+    assert parts == 1 or f"in {parts} parts" in said.splitlines()[-1]
+    sizes.clear()
+    run["optimizer"].zero_grad()
+    train.backward(run, images, masks, CPU)  # the next batch doesn't try again
+    assert sizes == tried[-min(parts, n_images // 2):]
+
+
+def test_no_gradient_of_a_failed_attempt_stays(capsys):
+    images, masks = small_batch(8)
+    whole, net = small_net(), small_net()
+    train.backward(small_run(whole), images, masks, CPU)
+    run = small_run(net, parts=2)
+    sizes = limit_memory(run, net, largest=2, only_from_call=2)  # the first part of the first attempt goes through
+    train.backward(run, images, masks, CPU)
+    assert sizes == [4, 4, 2, 2, 2, 2] and run["parts"] == 4
+    assert_close(gradients(net), gradients(whole))
+
+
+@pytest.mark.parametrize("n_images", [2, 3, 8, 9])
+def test_two_images_that_do_not_fit_are_the_end_in_one_line(n_images, capsys):
+    net = small_net()
+    run = small_run(net)
+    limit_memory(run, net, largest=1)
+    with pytest.raises(SystemExit) as end:
+        train.backward(run, *small_batch(n_images), CPU)
+    said = str(end.value)
+    assert "\n" not in said and "--batch" in said and "--accumulate" in said and "Tried to allocate 2.00 GiB" in said
+
+
+def test_other_errors_of_the_model_are_not_taken_for_a_lack_of_memory():
+    run = small_run(small_net())
+    run["forward"] = lambda images: pytest.fail("shape") if len(images) < 4 else torch.zeros(2, 2) @ torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match="multipl|shape"):
+        train.backward(run, *small_batch(4), CPU)
+
+
+@pytest.mark.parametrize("clip", [0, 0.01, 1e6])
+def test_a_long_gradient_is_cut_to_the_norm_asked_for(line, tmp_path, clip):
+    net, whole = small_net(), small_net()
+    images, masks = small_batch(4)
+    batch = (images.permute(0, 2, 3, 1).mul(40).byte(), masks.byte())
+    recipe = {"mean": (0.4,) * 3, "std": (0.2,) * 3}
+    train.backward(small_run(whole), common.normalise(batch[0], **recipe), masks, CPU)
+    full = torch.cat([g.flatten() for g in gradients(whole).values()]).norm().item()
+    args = line(tmp_path, "--clip", clip, "--lr", 0.5, "--warmup", 0, "--schedule", "multistep")
+    train.train_one_epoch(small_run(net), [batch], args, recipe, CPU)
+    before, after = (torch.cat([p.detach().flatten() for p in n.parameters()]) for n in (whole, net))
+    assert full > 0.1
+    assert (after - before).norm().item() / 0.5 == pytest.approx(min(full, clip or full), rel=1e-3)
 
 
 # ---- what a run leaves ----------------------------------------------------------------------------------------------
@@ -417,7 +705,8 @@ def test_the_log_has_a_row_an_epoch_with_loss_rate_scores_and_iou_by_class(line,
     assert list(rows[0]) == ["epoch", "loss", "lr", "v1", "v2", "v3", "images_per_s", "seconds",
                              *(f"iou {name}" for name in splits[0].classes)]
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    rates = [train.cosine_lr(epoch / EPOCHS, 1e-3, 0.05) for epoch in (1, 2, 3)]
+    middles = [(epoch - 0.5 / STEPS) / EPOCHS for epoch in (1, 2, 3)]  # of each epoch's last step
+    rates = [1e-3 * (1 + math.cos(math.pi * (middle - 0.05) / 0.95)) / 2 for middle in middles]
     assert [float(row["lr"]) for row in rows] == pytest.approx(rates)
     for row in rows:
         ious = [float(v) for k, v in row.items() if k.startswith("iou ")]
@@ -427,7 +716,7 @@ def test_the_log_has_a_row_an_epoch_with_loss_rate_scores_and_iou_by_class(line,
 
 def test_the_saved_v3_is_what_the_saved_weights_score_on_the_held_out_fold(line, finished_exp, splits):
     labelled = splits[0]
-    model, state = common.load_model(run_of(line(finished_exp)) / "model.pt")
+    model, state = infer.load_model(run_of(line(finished_exp)) / "model.pt")
     with open(finished_exp / "folds.csv", newline="") as f:
         held_out = [int(row["image_id"]) for row in csv.DictReader(f) if row["fold"] == str(FOLD)]
     assert state["valid_ids"] == held_out and 0 < len(held_out) < len(labelled.ids)
@@ -510,12 +799,303 @@ def test_training_learns_to_tell_pixels_apart_by_the_photo(line, tmp_path, split
     logits = (torch.bincount(masks.flatten(), minlength=12) + 1).log().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.05)
     for _ in range(100):
-        loss = common.iou_ce(logits.view(1, 12, 1, 1).expand(len(masks), -1, *masks.shape[1:]), masks)
+        loss = common.make_loss("iou_ce")(logits.view(1, 12, 1, 1).expand(len(masks), -1, *masks.shape[1:]), masks)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     losses = [float(row["loss"]) for row in read_log(run_of(line(tmp_path, "--model", "unet/tu-test_efficientnet")))]
     assert losses[-1] < 0.85 * loss.item() and losses[-1] < 0.85 * losses[0]
+
+
+# ---- snapshots ------------------------------------------------------------------------------------------------------
+
+
+def test_snapshots_are_the_averaged_weights_after_their_epochs_whether_resumed_or_not(
+        line, tmp_path, monkeypatch, interrupt):
+    seen, evaluate = [], train.evaluate
+
+    def remember(model, *rest):
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return evaluate(model, *rest)
+    monkeypatch.setattr(train, "evaluate", remember)
+    args, resumed = line(tmp_path / "a", "--snapshots", 2), line(tmp_path / "b", "--snapshots", 2)
+    train.main(args)
+    monkeypatch.undo()
+    snapshots = sorted(run_of(args).glob("epoch-*.pt"))
+    assert [path.name for path in snapshots] == ["epoch-002.pt", "epoch-003.pt"]
+    for path, epoch in zip(snapshots, (2, 3), strict=True):
+        model, state = infer.load_model(path)
+        assert state["epoch"] == epoch and state["recipe"]["snapshots"] == 2
+        assert state["v3"] == float(read_log(run_of(args))[epoch - 1]["v3"])
+        assert state["valid_ids"] == torch.load(run_of(args) / "model.pt")["valid_ids"]
+        weights = model.state_dict()
+        assert weights.keys() == seen[epoch - 1].keys()
+        assert all(torch.equal(v, weights[k]) for k, v in seen[epoch - 1].items())
+    assert not all(torch.equal(v, seen[2][k]) for k, v in seen[1].items())
+    start_and_stop(resumed, monkeypatch, interrupt, "backward", STEPS * 2 + 1)
+    assert [path.name for path in run_of(resumed).glob("epoch-*.pt")] == ["epoch-002.pt"]
+    train.main(resumed)
+    for path in snapshots:
+        assert (run_of(resumed) / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_run_in_place_of_another_removes_the_others_snapshots_and_model(line, tmp_path, monkeypatch, interrupt):
+    first, second = line(tmp_path, "--snapshots", 3), line(tmp_path, "--snapshots", 1, "--seed", 3, "--replace")
+    train.main(first)
+    assert len(list(run_of(first).glob("epoch-*.pt"))) == 2  # there are no more in the second half of 3 epochs
+    start_and_stop(second, monkeypatch, interrupt, "backward", 1)
+    assert not list(run_of(first).glob("*.pt"))  # else the first line would find its model done but not its snapshots
+    train.main(second)
+    assert {path.name for path in run_of(second).glob("*.pt")} == {"model.pt", "epoch-003.pt"}
+    assert torch.load(run_of(second) / "epoch-003.pt")["recipe"]["seed"] == 3
+
+
+# ---- options that change a run and keep it reproducible -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [
+    ["--sampler", "rare"], ["--classmix", "plain"], ["--classmix", "weighted", "--classmix-prob", 1],
+    ["--class-weights", "inverse"], ["--optimizer", "sgd", "--clip", 0.5, "--accumulate", 2, "--encoder-lr", 0.1],
+], ids=lambda more: "_".join(map(str, more)))
+def test_an_option_changes_the_run_which_stays_the_same_with_workers_and_when_killed(
+        line, finished_exp, tmp_path, more, capsys):
+    straight, workers, killed = (line(tmp_path / name, "--epochs", 2, *more) for name in "abc")
+    train.main(straight)
+    plain, log = read_log(run_of(line(finished_exp))), read_log(run_of(straight))
+    assert log[0]["loss"] != plain[0]["loss"]
+    workers.workers = 2
+    train.main(workers)
+    run_until_killed(train, killed, "backward", STEPS + 1)
+    assert torch.load(run_of(killed) / "last.pt")["epoch"] == 1 and not (run_of(killed) / "model.pt").exists()
+    capsys.readouterr()
+    train.main(killed)
+    assert "resuming after epoch 1" in capsys.readouterr().out
+    for args in (workers, killed):
+        assert (run_of(args) / "model.pt").read_bytes() == (run_of(straight) / "model.pt").read_bytes()
+        assert read_log(run_of(args)) == log
+
+
+def drawn(args, epochs=range(3)):
+    """Index of every training sample of some epochs, as the loader of a run asks for them."""
+    labelled, test = common.load_data(args.data, args.cache, args.paint)
+    folds = common.load_folds(args.exp, labelled, args.folds)
+    loader, _ = train.make_loaders(args, labelled, test, np.flatnonzero(folds != args.fold),
+                                   np.flatnonzero(folds == args.fold), cuda=False)
+    indices = []
+    for loader.batch_sampler.epoch in epochs:
+        indices += [index for batch in loader.batch_sampler for _, index in batch]
+    return indices, np.array(labelled.pixels)[folds != args.fold] > 0
+
+
+def test_the_rare_sampler_draws_images_with_a_rare_class_oftener(line, exp):
+    indices, present = drawn(line(exp, "--sampler", "rare"), range(300))
+    times = np.bincount(indices, minlength=len(present))
+    rarest = np.array([present.sum(0)[image].min() for image in present])  # images with the rarest class of each
+    expected = 1 / rarest / (1 / rarest).sum()
+    assert times / times.sum() == pytest.approx(expected, abs=0.02) and np.ptp(expected) > 0.06
+    assert sorted(drawn(line(exp), range(1))[0]) == list(range(len(present)))
+
+
+def test_inverse_class_weights_are_of_the_training_folds_pixels(line, exp, splits, monkeypatch):
+    made, make_loss = [], train.make_loss
+    monkeypatch.setattr(train, "make_loss", lambda *settings: made.append(settings) or make_loss(*settings))
+    args = line(exp, "--class-weights", "inverse", "--loss", "dice_ce", "--loss-ratio", 0.3, "--label-smoothing", 0.1)
+    train.start_run(args, splits[0].classes, np.array([100, 0, 25, 50] + [0] * 8), None, CPU)
+    name, ratio, smoothing, weights = made[0]
+    assert (name, ratio, smoothing) == ("dice_ce", 0.3, 0.1)
+    expected = [1 / 100, 0, 1 / 25, 1 / 50] + [0] * 8  # a class without pixels has none to weigh
+    assert weights.numpy() == pytest.approx(np.array(expected) / (0.07 / 3))
+    train.start_run(line(exp), splits[0].classes, np.ones(12), None, CPU)
+    assert made[1][3] is None
+
+
+def test_a_run_that_runs_out_of_memory_goes_on_in_parts(line, tmp_path, monkeypatch, capsys):
+    start_run = train.start_run
+
+    def start_small(*arguments):
+        run = start_run(*arguments)
+        limit_memory(run, run["model"], largest=3)
+        return run
+    monkeypatch.setattr(train, "start_run", start_small)
+    train.main(line(tmp_path, "--epochs", 1))
+    assert "in 2 parts" in capsys.readouterr().out and (run_of(line(tmp_path)) / "model.pt").exists()
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+def test_compile_changes_neither_the_weights_nor_their_names(line, finished_exp, tmp_path, monkeypatch):
+    compiled, calls = [], []
+
+    def compile_model(model):
+        compiled.append(model)
+        return lambda images: calls.append(len(images)) or model(images)
+    monkeypatch.setattr(torch, "compile", compile_model)
+    args = line(tmp_path, "--compile")
+    run_and_keep(args)
+    assert len(compiled) == 1 and calls == [4, 5] * EPOCHS  # evaluated is the average, as it is
+    assert_same_run(args, line(finished_exp))
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_and_its_file_is_read_without_compiling(line, tmp_path):
+    args = line(tmp_path, "--compile", "--epochs", 2)
+    train.main(args)
+    state = torch.load(run_of(args) / "model.pt")
+    assert state["model"].keys() == common.build_model(MODEL, 12).state_dict().keys()
+    infer.load_model(run_of(args) / "model.pt")
+    assert all(math.isfinite(float(row["loss"])) for row in read_log(run_of(args)))
+
+
+# ---- overfit --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Folder with 8 photos of 64 x 64 that each show a plain square of one of two classes."""
+    folder = tmp_path_factory.mktemp("shapes")
+    annotations = []
+    for i in range(1, 9):
+        x, y = (4 * int(v) for v in np.random.default_rng(i).integers(0, 8, 2))
+        photo = np.full((64, 64, 3), (60, 120, 50), np.uint8)
+        photo[y:y + 32, x:x + 32] = ((220, 40, 40), (40, 60, 230))[i % 2]
+        (folder / "batch_01").mkdir(exist_ok=True)
+        cv2.imwrite(str(folder / f"batch_01/{i:04}.png"), photo[..., ::-1])
+        annotations.append((i, i % 2, [[x, y, x + 32, y, x + 32, y + 32, x, y + 32]]))
+    return write_coco(folder, [(i, 64, 64) for i in range(1, 9)], annotations)
+
+
+def overfit_line(line, shapes, exp, *more):
+    return line(exp, "--data", shapes, "--batch", 8, "--lr", "5e-3", "--epochs", 8, "--overfit", 2, *more)
+
+
+def test_overfit_learns_its_few_images_by_heart_beside_the_normal_run(line, shapes, tmp_path, monkeypatch, capsys):
+    args = overfit_line(line, shapes, tmp_path, "--augment", "strong", "--classmix", "plain", "--sampler", "rare")
+    run_of(args).mkdir(parents=True)
+    (run_of(args) / "model.pt").write_text("a normal run")
+    seen, backward = [], train.backward
+    monkeypatch.setattr(train, "backward", lambda run, images, masks, device: (
+        seen.extend(zip(images.clone(), masks.clone(), strict=True)), backward(run, images, masks, device))[1])
+    train.main(args)
+    assert {path.name for path in run_of(args).iterdir()} == {"model.pt"}
+    assert (run_of(args) / "model.pt").read_text() == "a normal run"
+    folder = common.run_folder(tmp_path / "overfit", 0, MODEL, SCALE, FOLD)
+    state = torch.load(folder / "model.pt")
+    assert state["v3"] >= 0.9 and state["epoch"] == len(read_log(folder)) < 8  # it stops when it can
+    recipe = state["recipe"]
+    assert (recipe["overfit"], recipe["augment"], recipe["classmix"], recipe["sampler"]) == (2, "none", "none", "all")
+    assert len(seen) == 256 * state["epoch"]
+    assert len({image.numpy().tobytes() for image, _ in seen}) == 2 == len(state["valid_ids"])
+    labelled = common.load_data(args.data, args.cache)[0]
+    for image_id in state["valid_ids"]:  # those that it has learnt, as they are
+        image, mask = (v(labelled.ids.index(image_id)) for v in (labelled.image, labelled.mask))
+        inputs = (torch.tensor(image).permute(2, 0, 1) / 255 - torch.tensor(recipe["mean"]).view(3, 1, 1)) \
+            / torch.tensor(recipe["std"]).view(3, 1, 1)
+        assert any(torch.allclose(inputs, i, atol=1e-5) and (m.numpy() == mask).all() for i, m in seen[:16])
+    capsys.readouterr()
+    monkeypatch.setattr(train, "train_one_epoch", lambda *_: pytest.fail("training began"))
+    train.main(args)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_overfit_that_learns_nothing_fails_with_one_line_every_time(line, shapes, tmp_path, monkeypatch):
+    args = overfit_line(line, shapes, tmp_path, "--lr", 0, "--epochs", 1, "--overfit", 4)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=r"v3 0\.\d+ on its own 4 training images, below 0.9.*--lr") as failure:
+            train.main(args)
+        assert isinstance(failure.value.code, str) and "\n" not in failure.value.code  # printed, and status 1
+        assert not list(tmp_path.rglob("model.pt"))
+        monkeypatch.setattr(train, "train_one_epoch", lambda *_: pytest.fail("training began"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", common.DECODERS)
+def test_every_decoder_can_learn_a_few_images_by_heart(line, shapes, tmp_path, decoder):
+    encoder = "tu-test_vit" if decoder == "dpt" else "tu-mobilenetv3_small_050"
+    train.main(overfit_line(line, shapes, tmp_path, "--model", f"{decoder}/{encoder}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", common.LOSSES)
+def test_every_loss_teaches_a_few_images_by_heart(line, shapes, tmp_path, loss):
+    train.main(overfit_line(line, shapes, tmp_path, "--loss", loss))
+
+
+# ---- loggers --------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """In place of a logger's module and its writer: remembers, and raises at the call `fails`."""
+
+    def __init__(self, fails=None):
+        self.rows, self.fails, self.started, self.calls = [], fails, [], 0
+
+    def call(self):
+        self.calls += 1
+        if self.fails is not None and self.calls == self.fails:
+            raise RuntimeError("no route to host")
+
+    def init(self, **settings):  # wandb's
+        self.call()
+        self.started.append(settings)
+        return self
+
+    def log(self, row):
+        self.call()
+        self.rows.append(dict(row))
+
+    def SummaryWriter(self, folder, **_):  # noqa: N802  tensorboard's
+        self.call()
+        self.started.append({"dir": folder})
+        return self
+
+    def add_scalar(self, key, value, step):
+        if key == "epoch":
+            self.call()
+            self.rows.append({})
+        self.rows[-1][key] = value
+        assert self.rows[-1]["epoch"] == step
+
+
+MODULES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
+
+
+@pytest.mark.parametrize("logger", train.LOGGERS)
+def test_a_logger_gets_every_row_of_the_log(line, finished_exp, tmp_path, monkeypatch, capsys, logger):
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, MODULES[logger], recorder)
+    args = line(tmp_path, "--logger", logger)
+    run_and_keep(args)
+    assert len(recorder.started) == 1 and str(run_of(args)) in str(recorder.started[0]["dir"])
+    with open(run_of(args) / "log.csv", newline="") as f:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    assert len(rows) == EPOCHS and repr(rows) == repr([{k: float(v) for k, v in r.items()} for r in recorder.rows])
+    assert "warning" not in capsys.readouterr().err
+    assert_same_run(args, line(finished_exp))
+
+
+@pytest.mark.parametrize("logger", train.LOGGERS)
+@pytest.mark.parametrize("fails", [1, 3])  # at the start, at the second row
+def test_a_logger_that_fails_is_one_warning_and_the_run_goes_on(
+        line, finished_exp, tmp_path, monkeypatch, capsys, logger, fails):
+    recorder = Recorder(fails)
+    monkeypatch.setitem(sys.modules, MODULES[logger], recorder)
+    args = line(tmp_path, "--logger", logger)
+    run_and_keep(args)
+    assert recorder.calls == fails
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and f"{logger} failed" in said and "no route to host" in said
+    assert_same_run(args, line(finished_exp))
+
+
+@pytest.mark.parametrize("logger", train.LOGGERS)
+def test_a_logger_that_is_not_installed_is_one_warning(line, finished_exp, tmp_path, monkeypatch, capsys, logger):
+    for name in (logger, MODULES[logger]):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
+    args = line(tmp_path, "--logger", logger)
+    run_and_keep(args)
+    assert capsys.readouterr().err.count(f"warning: {logger} failed") == 1
+    assert_same_run(args, line(finished_exp))
 
 
 # ---- pseudo labels --------------------------------------------------------------------------------------------------
@@ -608,8 +1188,9 @@ def test_missing_pseudo_labels_are_refused_by_name(pseudo, no_training, name):
 
 def test_a_run_of_round_1_trains_on_both_and_an_edited_index_makes_it_another_recipe(
         pseudo, monkeypatch, capsys):
-    seen, iou_ce = [], train.iou_ce
-    monkeypatch.setattr(train, "iou_ce", lambda logits, mask, w: seen.append(mask.clone()) or iou_ce(logits, mask, w))
+    seen, backward = [], train.backward
+    monkeypatch.setattr(train, "backward", lambda run, images, masks, device: (
+        seen.append(masks.clone()), backward(run, images, masks, device))[1])
     train.main(pseudo.args)
     assert "9 labelled and 3 pseudo-labelled images" in capsys.readouterr().out
     masks = torch.cat(seen)

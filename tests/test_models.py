@@ -1,0 +1,475 @@
+"""build_model of common.py: every decoder, sizes that are padded, weights from files, and EfficientDet's BiFPN."""
+import math
+from copy import deepcopy
+from functools import cache
+
+import pytest
+import segmentation_models_pytorch as smp
+import timm
+import torch
+import torchvision
+
+import common
+import infer
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SHARED_ENCODER = "../shared/encoders/tf_efficientnet_lite0_imagenet.pth"  # beside the project, where there is one
+
+
+# ---- decoders and sizes ---------------------------------------------------------------------------------------------
+
+
+def encoder_of(decoder):
+    return "tu-test_vit" if decoder == "dpt" else "tu-test_efficientnet"
+
+
+@cache
+def small(decoder):
+    """The decoder's model with a tiny encoder and 5 classes; tests only read it."""
+    torch.manual_seed(0)
+    return common.build_model(f"{decoder}/{encoder_of(decoder)}", 5).eval()
+
+
+@pytest.mark.parametrize("decoder", common.DECODERS)
+def test_every_decoder_makes_logits_of_the_inputs_size(decoder):
+    sides = [(160, 160), (64, 64), (64, 96)] if decoder == "dpt" else [(128, 160), (64, 64), (64, 96)]
+    with torch.inference_mode():
+        for height, width in sides[:1] if decoder == "pan" else sides:  # pan halves the deepest map three times
+            logits = small(decoder)(torch.randn(2, 3, height, width))
+            assert logits.shape == (2, 5, height, width) and logits.dtype == torch.float32 and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("decoder", common.DECODERS)
+def test_sides_that_are_no_multiples_of_32_are_padded_and_cropped_back(decoder):
+    model, low = small(decoder), 96 if decoder == "pan" else 32
+    for height, width in ((low + 1, low + 32), (low + 32, low + 31), (low + 10, low + 1)):
+        images = torch.randn(2, 3, height, width)
+        whole = torch.zeros(2, 3, low + 32, low + 32)
+        whole[:, :, :height, :width] = images
+        with torch.inference_mode():
+            assert torch.equal(model(images), model(whole)[:, :, :height, :width])
+
+
+@pytest.mark.parametrize("decoder", common.DECODERS)
+def test_padding_leaves_the_model_its_class_its_keys_and_its_answers(decoder):
+    if decoder == "efficientdet":
+        plain = common.build_efficientdet(encoder_of(decoder), 5, None)
+    else:
+        name, options = common.DECODERS[decoder]
+        plain = smp.create_model(name, encoder_of(decoder), encoder_weights=None, classes=5, **options)
+    kind, model = type(plain), small(decoder)
+    plain.eval().load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 128, 128)
+    with torch.inference_mode():
+        expected = plain(images)
+        assert torch.equal(model(images), expected)
+        same = common.padded(plain)
+        assert same is plain and isinstance(same, kind) and type(same).mro()[1] is kind
+        assert torch.equal(same(images), expected)
+    assert list(same.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("decoder", ["fpn", "efficientdet"])
+def test_a_copy_of_a_padded_model_pads_and_lives_on_its_own(decoder):
+    model, images = small(decoder), torch.randn(1, 3, 40, 72)
+    with torch.inference_mode():
+        expected = model(images)
+    copy = deepcopy(model)
+    with torch.inference_mode():
+        assert torch.equal(copy(images), expected)
+        for parameter in copy.parameters():
+            parameter.add_(1)
+        assert torch.equal(model(images), expected) and not torch.equal(copy(images), expected)
+
+
+def test_gradients_come_from_the_pixels_and_not_from_the_padding():
+    model, images = deepcopy(small("unet")).train(), torch.randn(2, 3, 40, 72, requires_grad=True)
+    model(images).square().sum().backward()
+    assert images.grad.shape == images.shape and (images.grad != 0).float().mean() > 0.9
+
+
+def test_fpn_is_narrow_and_fpn_wide_as_in_smp():
+    n = {name: sum(p.numel() for p in small(name).decoder.parameters()) for name in ("fpn", "fpn-wide")}
+    smps = smp.FPN(encoder_of("fpn"), encoder_weights=None)
+    assert n["fpn-wide"] == sum(p.numel() for p in smps.decoder.parameters()) > 5 * n["fpn"]
+
+
+@pytest.mark.parametrize("name", ["unet/resnet18", "fpn/tu-mobilenetv3_small_100", "deeplabv3plus/resnet18"])
+def test_smps_own_and_timms_encoders_make_logits_of_the_inputs_size(name):
+    model = common.build_model(name, 12).eval()
+    with torch.inference_mode():
+        assert model(torch.zeros(1, 3, 64, 96)).shape == (1, 12, 64, 96)
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("unet/nosuch", "Wrong encoder name"), ("unet/tu-nosuch", "Unknown model"), ("dpt/resnet18", "Only Timm encoders"),
+    ("unetplusplus/mit_b0", "not support"), ("unet/tu-vit_tiny_patch16_224", "Unsupported"),
+    ("efficientdet/nosuch", "Wrong encoder name"), ("efficientdet/tu-nosuch", "Unknown model"),
+    ("efficientdet/tu-vit_tiny_patch16_224", "Unsupported")])
+def test_a_model_that_cannot_be_built_ends_with_the_reason(name, reason):
+    with pytest.raises(SystemExit, match=f"{name} .*{reason}"):
+        common.build_model(name, 5)
+
+
+# ---- weights and checkpoints ----------------------------------------------------------------------------------------
+
+
+def random_state(model):
+    """The model's state dict with every tensor replaced by random numbers, so that any left-over is seen."""
+    return {k: torch.rand_like(v) if v.is_floating_point() else v + 7 for k, v in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def mobilenet_state():
+    return random_state(timm.create_model("mobilenetv3_small_100"))
+
+
+def test_torchvisions_state_dict_is_in_the_model_that_was_built_with_it(tmp_path):
+    state = random_state(torchvision.models.resnet18())
+    torch.save(state, tmp_path / "resnet18.pth")
+    loaded = common.build_model("unet/resnet18", 5, tmp_path / "resnet18.pth").encoder.state_dict()
+    assert loaded.keys() == state.keys() - {"fc.weight", "fc.bias"}
+    assert all(torch.equal(loaded[k], state[k]) for k in loaded)
+
+
+def test_timms_state_dict_is_in_the_model_that_was_built_with_it(tmp_path, mobilenet_state):
+    torch.save(mobilenet_state, tmp_path / "mobilenet.pth")
+    model = common.build_model("fpn/tu-mobilenetv3_small_100", 5, str(tmp_path / "mobilenet.pth"))
+    loaded = model.encoder.model.state_dict()
+    assert {k.split(".")[0] for k in mobilenet_state.keys() - loaded.keys()} == {"conv_head", "classifier"}
+    assert loaded and all(torch.equal(loaded[k], mobilenet_state[k]) for k in loaded)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_100", "resnet18"])
+def test_efficientdet_takes_a_state_dict_like_other_decoders(tmp_path, mobilenet_state, name):
+    timms = name.startswith("mobilenet")
+    state = mobilenet_state if timms else random_state(torchvision.models.resnet18())
+    torch.save(state, tmp_path / "weights.pth")
+    model = common.build_model(f"efficientdet/{'tu-' * timms}{name}", 5, tmp_path / "weights.pth")
+    loaded = (model.encoder.model if timms else model.encoder).state_dict()
+    assert loaded and all(torch.equal(loaded[k], state[k]) for k in loaded)
+
+
+def test_the_shared_encoder_file_is_in_the_model_that_was_built_with_it():
+    path = (common.Path(common.__file__).resolve().parent / SHARED_ENCODER).resolve()
+    if not path.is_file():
+        pytest.skip(f"{SHARED_ENCODER} is not there")
+    state = common.load_checkpoint(path)
+    loaded = common.build_model("fpn/tu-tf_efficientnet_lite0", 12, path).encoder.model.state_dict()
+    assert {k.split(".")[0] for k in state.keys() - loaded.keys()} == {"conv_head", "bn2", "classifier"}
+    assert loaded and all(torch.equal(loaded[k], state[k]) for k in loaded)
+
+
+STATE_FAULTS = {  # what is done to a state dict, and the key that the refusal must name
+    "missing": lambda state, key: {k: v for k, v in state.items() if k != key},
+    "renamed": lambda state, key: {f"module.{k}" if k == key else k: v for k, v in state.items()},
+    "misshaped": lambda state, key: state | {key: torch.zeros(3, 2)},
+    "surplus": lambda state, key: state | {key + "_more": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("fault", STATE_FAULTS)
+def test_a_timm_state_dict_that_does_not_fit_is_refused_by_key(tmp_path, mobilenet_state, fault):
+    key = "blocks.1.0.conv_pw.weight"
+    assert key in mobilenet_state
+    torch.save(STATE_FAULTS[fault](mobilenet_state, key), tmp_path / "bad.pth")
+    with pytest.raises(SystemExit, match=f"(?s)bad.pth.*{key}"):
+        common.build_model("fpn/tu-mobilenetv3_small_100", 5, tmp_path / "bad.pth")
+
+
+@pytest.mark.parametrize("fault", STATE_FAULTS)
+def test_a_torchvision_state_dict_that_does_not_fit_is_refused_by_key(tmp_path, fault):
+    key = "layer2.0.conv1.weight"
+    torch.save(STATE_FAULTS[fault](torchvision.models.resnet18().state_dict(), key), tmp_path / "bad.pth")
+    with pytest.raises(SystemExit, match=f"(?s)bad.pth.*{key}"):
+        common.build_model("unet/resnet18", 5, tmp_path / "bad.pth")
+
+
+@pytest.mark.parametrize("content", [{"model": {"conv1.weight": torch.zeros(2)}, "epoch": 3}, [1, 2], torch.zeros(2)])
+@pytest.mark.parametrize("name", ["unet/resnet18", "fpn/tu-mobilenetv3_small_100"])
+def test_a_file_that_is_no_state_dict_is_refused_by_name(tmp_path, name, content):
+    torch.save(content, tmp_path / "bad.pth")
+    with pytest.raises(SystemExit, match="bad.pth"):
+        common.build_model(name, 5, tmp_path / "bad.pth")
+
+
+@pytest.mark.parametrize("name", ["unet/resnet18", "fpn/tu-mobilenetv3_small_100"])
+def test_a_missing_weights_file_is_refused_by_name(tmp_path, name):
+    with pytest.raises(SystemExit, match="none.pth: no such"):
+        common.build_model(name, 5, tmp_path / "none.pth")
+
+
+def test_mean_and_std_are_those_the_encoders_weights_were_made_with():
+    half = ((0.5,) * 3,) * 2
+    assert common.encoder_mean_std("fpn/tu-tf_efficientnet_lite0") == half
+    assert common.encoder_mean_std("unet/tu-tf_efficientnet_lite0.in1k") == half
+    assert common.encoder_mean_std("unet/resnet18") == IMAGENET
+    assert common.encoder_mean_std("fpn/tu-mobilenetv3_small_100") == IMAGENET
+    assert common.encoder_mean_std("unet/tu-nosuch") == IMAGENET
+
+
+def test_a_model_is_rebuilt_from_its_checkpoint_alone(tmp_path):
+    model = common.build_model("unet/tu-test_efficientnet", 3)
+    model.load_state_dict(random_state(model))
+    common.save_checkpoint(tmp_path / "model.pt", model=model.state_dict(), classes=["Background", "a", "b"], epoch=4,
+                           recipe={"model": "unet/tu-test_efficientnet", "scale": 64}, valid_ids=[7])
+    rebuilt, state = infer.load_model(tmp_path / "model.pt")
+    assert not rebuilt.training and state["epoch"] == 4 and state["recipe"]["scale"] == 64
+    expected = model.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in rebuilt.state_dict().items())
+
+
+def test_a_checkpoint_of_something_else_is_no_model(tmp_path):
+    for value in ({"model": {}}, [1, 2]):
+        torch.save(value, tmp_path / "x.pt")
+        with pytest.raises(SystemExit, match="x.pt: not a model.pt"):
+            infer.load_model(tmp_path / "x.pt")
+
+
+# ---- EfficientDet: sizes --------------------------------------------------------------------------------------------
+
+# N: BiFPN width, layers (table 1 of the paper); depth of EfficientNet-BN's maps at strides 4, 8, 16, 32;
+# layers in each detection head and EfficientDet-DN's parameters in millions (tables 1 and 2), None where the paper's
+# detector takes another encoder
+PAPER = {
+    0: (64, 3, (24, 40, 112, 320), 3, 3.9), 1: (88, 4, (24, 40, 112, 320), 3, 6.6),
+    2: (112, 5, (24, 48, 120, 352), 3, 8.1), 3: (160, 6, (32, 48, 136, 384), 4, 12),
+    4: (224, 7, (32, 56, 160, 448), 4, 21), 5: (288, 7, (40, 64, 176, 512), 4, 34),
+    6: (384, 8, (40, 72, 200, 576), 5, 52), 7: (384, 8, (48, 80, 224, 640), None, None)}
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def modules(module, kind):
+    """Every (name, module) whose class is called `kind`: each build makes its own classes."""
+    return [(name, m) for name, m in module.named_modules() if type(m).__name__ == kind]
+
+
+@pytest.mark.parametrize(("encoder", "n"), [
+    *((f"efficientnet-b{n}", n) for n in range(8)), *((f"tu-tf_efficientnet_lite{n}", n) for n in range(5)),
+    ("tu-tf_efficientnet_b5.ns_jft_in1k", 5), ("tu-efficientnet_b3_pruned", 3), ("tu-hgnetv2_b4", 4), ("mit_b2", 2),
+    ("tu-mobilenetv3_small_100", 0), ("resnet18", 0), ("tu-caformer_b36", 0), ("tu-regnetz_b16", 0),
+    ("tu-tf_efficientnet_b8", 0), ("tu-mobilenetv3_large_100.miil_in21k_ft_in1k", 0)])
+def test_the_encoders_name_decides_the_size(encoder, n, monkeypatch):
+    class Encoder(torch.nn.Module):
+        out_channels = (3, 4, 5, 6, 7, 8)
+
+    asked = []
+    monkeypatch.setattr(smp.encoders, "get_encoder", lambda name, **options: asked.append((name, options)) or Encoder())
+    with torch.device("meta"):
+        model = common.build_model(f"efficientdet/{encoder}", 5)
+    assert asked == [(encoder, {"weights": None})]
+    assert (model.decoder.p2[0].out_channels, len(model.decoder.layers)) == PAPER[n][:2]
+
+
+@pytest.mark.parametrize("n", PAPER)
+def test_parameters_and_nodes_are_those_counted_by_hand(n):
+    width, layers, (c2, c3, c4, c5), head_layers, millions = PAPER[n]
+    with torch.device("meta"):
+        model = common.build_model(f"efficientdet/efficientnet-b{n}", 12)
+    norm = 2 * width
+    node = 9 * width + width ** 2 + norm  # depthwise 3x3, pointwise, batch norm
+    layer = 8 * node + 5 * 2 + 3 * 3  # five nodes weigh two maps, three weigh three
+    project = (c3 + 2 * c4 + 3 * c5) * width + 6 * norm  # P3 once; P4 twice; P5 twice and once more for P6
+    stride4 = c2 * width + norm + node + 6
+    assert len(model.decoder.layers) == layers
+    assert len(modules(model.decoder.layers, "Node")) == 8 * layers
+    assert count(model.decoder.layers) == layers * layer
+    assert count(model.decoder) == layers * layer + project + stride4
+    assert count(model.segmentation_head) == (width + 1) * 12
+    if millions is None:
+        return
+    # EfficientDet as published: this encoder without its classifier, this BiFPN with the biases that batch norm makes
+    # idle and without what is ours at stride 4, and heads of 90 classes and of boxes, 9 anchors at each place
+    encoder = model.encoder
+    detector = count(encoder) - count(encoder._conv_head) - count(encoder._bn1)
+    detector += layers * (layer + 8 * width) + project + 6 * width
+    for outputs in (9 * 90, 9 * 4):
+        detector += head_layers * (9 * width + width ** 2 + width + 5 * norm) + 9 * width + (width + 1) * outputs
+    assert detector / 1e6 == pytest.approx(millions, abs=0.06 if millions < 10 else 0.6)
+
+
+# ---- EfficientDet: fusion --------------------------------------------------------------------------------------------
+
+
+def fusion(*weights):
+    """A node of those weights that shows what its fusion makes: the convolution is left out."""
+    node = common.bifpn_modules()[0](4, len(weights))
+    node.conv = torch.nn.Identity()
+    node.weights.data = torch.tensor(weights)
+    return node
+
+
+@pytest.mark.parametrize(("weights", "values", "expected"), [
+    ((1., 1.), (2., 6.), 8 / 2.0001), ((3., 1.), (2., 6.), 12 / 4.0001), ((1., 1., 2.), (1., 2., 3.), 9 / 4.0001),
+    ((2., -5.), (7., 100.), 14 / 2.0001), ((-1., -1.), (7., 9.), 0), ((0., 0., 0.), (7., 8., 9.), 0)])
+def test_constant_maps_fuse_to_the_number_worked_by_hand(weights, values, expected):
+    fused = fusion(*weights)(*(torch.full((2, 4, 3, 5), v) for v in values))
+    assert fused.shape == (2, 4, 3, 5)
+    assert torch.allclose(fused, torch.tensor(float(expected)), atol=1e-6)
+
+
+def test_fusion_weights_start_equal_and_initialize_leaves_them_so():
+    nodes = modules(small("efficientdet"), "Node")
+    assert sorted({m.weights.numel() for _, m in nodes}) == [2, 3, 6]
+    assert all(torch.equal(m.weights, torch.ones_like(m.weights)) for _, m in nodes)
+
+
+def test_normalised_weights_stay_in_0_to_1_whatever_training_does():
+    torch.manual_seed(0)
+    for _ in range(50):
+        node = fusion(*(torch.randn(3) * 10).tolist())
+        shares = torch.stack([node(*(torch.full((1, 4, 1, 1), float(i == j)) for i in range(3)))[0, 0, 0, 0]
+                              for j in range(3)])  # the share of map j: it alone is 1
+        assert (shares >= 0).all() and shares.sum() <= 1
+        assert (shares[node.weights < 0] == 0).all()
+
+
+def test_half_precision_maps_stay_so_through_fusion():
+    assert fusion(1., 1.)(*torch.ones(2, 1, 4, 2, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_node_is_swish_depthwise_pointwise_batch_norm_in_this_order():
+    node = common.bifpn_modules()[0](2, 2).eval()
+    _, depthwise, pointwise, norm = node.conv
+    depthwise.weight.data = torch.tensor([1., 10.]).view(2, 1, 1, 1).expand(2, 1, 3, 3).clone()
+    pointwise.weight.data = torch.tensor([[1., 1.], [1., -1.]]).view(2, 2, 1, 1)
+    norm.running_mean.data, norm.eps = torch.tensor([5., 0.]), 0.
+    value = -1 / 2.0001  # of -3 and 2
+    swish = value / (1 + math.exp(-value))
+    out = node(torch.full((1, 2, 3, 3), -3.), torch.full((1, 2, 3, 3), 2.))
+    centre, corner = out[0, :, 1, 1].tolist(), out[0, :, 0, 0].tolist()
+    assert centre == pytest.approx([99 * swish - 5, -81 * swish], rel=1e-5)
+    assert corner == pytest.approx([44 * swish - 5, -36 * swish], rel=1e-5)  # four of nine pixels are inside
+
+
+# ---- EfficientDet: wiring --------------------------------------------------------------------------------------------
+
+
+def test_every_node_of_a_layer_sees_the_maps_of_figure_2d():
+    """Nodes that only fuse, worked by hand on 1x1 maps, with a different power of ten for each input."""
+    layer = common.bifpn_modules()[1](1)
+    for _, node in modules(layer, "Node"):
+        node.forward = lambda *maps: sum(maps)
+    p3, p4, p5, p6, p7, q4, q5 = (torch.full((1, 1, 1, 1), 10. ** i) for i in range(7))
+    out = [int(o) for o in layer(p3, p4, p5, p6, p7, q4, q5)]
+    m6, m5, m4, o3 = 11000, 11100, 11110, 11111
+    o4 = 100000 + m4 + o3
+    o5 = 1000000 + m5 + o4
+    o6 = 1000 + m6 + o5
+    assert out == [o3, o4, o5, o6, 10000 + o6]
+
+
+def test_the_first_layer_starts_from_the_encoder_and_the_second_from_the_first():
+    decoder = common.build_bifpn([3, 4, 5, 6, 7, 8], 16, 2).eval()
+    x = [torch.randn(1, 3 + i, 160 >> i, 128 >> i) for i in range(6)]
+    seen = []
+    for layer in decoder.layers:
+        layer.forward = lambda *maps: seen.append(maps) or [m + 1 for m in maps[:5]]
+    with torch.inference_mode():
+        decoder(x)
+        p6 = torch.nn.functional.max_pool2d(decoder.p6(x[5]), 3, 2, 1)
+        expected = [decoder.p3(x[3]), decoder.p4(x[4]), decoder.p5(x[5]), p6,
+                    torch.nn.functional.max_pool2d(p6, 3, 2, 1), decoder.q4(x[4]), decoder.q5(x[5])]
+    assert [tuple(m.shape[2:]) for m in seen[0]] == [(20, 16), (10, 8), (5, 4), (3, 2), (2, 1), (10, 8), (5, 4)]
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], expected, strict=True))
+    assert all(torch.equal(a, b + 1) for a, b in zip(seen[1], expected[:5] + expected[1:3], strict=True))
+
+
+def test_the_join_sees_all_levels_at_stride_4_without_squares_and_ends_in_a_swish():
+    decoder = common.build_bifpn([3, 4, 5, 6, 7, 8], 16, 1).eval()
+    seen = []
+    decoder.join.forward = lambda *maps: seen.extend(maps) or -maps[0].abs() * 100
+    with torch.inference_mode():
+        out = decoder([torch.randn(1, 3 + i, 256 >> i, 256 >> i) for i in range(6)])
+    assert [tuple(m.shape) for m in seen] == [(1, 16, 64, 64)] * 6
+    assert all(m[0, 0].unique().numel() > 1000 for m in seen)  # P7 has 4 pixels
+    assert out.min() > -0.2785 and out.max() <= 0  # of swish left of 0
+
+
+@pytest.mark.parametrize("level", [2, 3, 4, 5])
+def test_each_encoder_map_reaches_the_output(level):
+    torch.manual_seed(0)
+    decoder = common.build_bifpn([3, 4, 5, 6, 7, 8], 16, 1).eval()
+    maps = [torch.randn(1, 3 + i, 64 >> i, 64 >> i) for i in range(6)]
+    with torch.inference_mode():
+        before = decoder(maps)
+        maps[level] = maps[level] + 1
+        assert not torch.allclose(before, decoder(maps))
+
+
+def test_the_deepest_levels_see_the_whole_image():
+    """A change in one corner of the last map is felt in the opposite corner of the output."""
+    torch.manual_seed(0)
+    decoder = common.build_bifpn([3, 4, 5, 6, 7, 8], 16, 1).eval()
+    maps = [torch.randn(1, 3 + i, 256 >> i, 256 >> i) for i in range(6)]
+    with torch.inference_mode():
+        before = decoder(maps)
+        maps[5][..., 0, 0] += 10
+        assert (before - decoder(maps))[..., -1, -1].abs().max() > 0
+
+
+@pytest.mark.parametrize("channels", [[3, 16., 24., 40., 112., 320.], [3, 0, 24, 40, 112, 320], [9, 24, 40, 56]])
+def test_channels_may_be_floats_and_only_the_last_four_matter(channels):
+    decoder = common.build_bifpn(channels, 8, 1)
+    maps = [torch.zeros(2, int(c), 16 >> i, 16 >> i) for i, c in enumerate(channels[-4:])]
+    assert decoder(maps).shape == (2, 8, 16, 16)
+
+
+# ---- EfficientDet: the model -----------------------------------------------------------------------------------------
+
+
+def randomise(module):
+    """Normal random parameters, so that nothing in a test is 0 or 1 by its initial value; fusion weights positive."""
+    for name, p in module.named_parameters():
+        torch.nn.init.uniform_(p, 0.5, 1.5) if name.endswith("weights") else torch.nn.init.normal_(p, std=0.1)
+
+
+@pytest.mark.parametrize("sides", [(32, 32), (64, 96), (160, 128), (32, 224), (288, 32)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_logits_have_the_inputs_size_also_for_a_batch_of_one(sides, layout):
+    model = deepcopy(small("efficientdet")).to(memory_format=layout)
+    image = torch.randn(1, 3, *sides).contiguous(memory_format=layout)
+    with torch.inference_mode():
+        logits = model(image)
+    assert logits.shape == (1, 5, *sides) and logits.isfinite().all()
+
+
+def test_channels_last_changes_no_number():
+    image, model = torch.randn(2, 3, 160, 96), small("efficientdet")
+    with torch.inference_mode():
+        plain = model(image)
+        last = deepcopy(model).to(memory_format=torch.channels_last)(
+            image.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(plain, last, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("encoder", ["tu-test_efficientnet", "resnet18", "tu-test_convnext"])
+def test_gradients_reach_every_parameter(encoder):
+    torch.manual_seed(0)
+    model = common.build_model(f"efficientdet/{encoder}", 5).train()
+    randomise(model.decoder)
+    randomise(model.segmentation_head)
+    model(torch.randn(4, 3, 160, 160)).square().sum().backward()  # P7 is 2x2: batch norm has 16 values
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gradients_reach_every_parameter_from_the_initial_weights():
+    torch.manual_seed(0)
+    model = common.build_model("efficientdet/tu-mobilenetv3_small_050", 5).train()
+    model(torch.randn(4, 3, 128, 128)).square().sum().backward()  # P7 is 1x1: batch norm has 4 values
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_state_dict_makes_the_same_model_again(tmp_path):
+    model, image = small("efficientdet"), torch.randn(1, 3, 64, 90)
+    common.save_checkpoint(tmp_path / "model.pt", model=model.state_dict())
+    torch.manual_seed(1)
+    again = common.build_model("efficientdet/tu-test_efficientnet", 5).eval()
+    with torch.inference_mode():
+        assert not torch.allclose(again(image), model(image))
+        again.load_state_dict(common.load_checkpoint(tmp_path / "model.pt")["model"])
+        assert torch.equal(again(image), model(image))
