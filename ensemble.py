@@ -1,21 +1,21 @@
 """Let any number of runs vote on a submission, or score them out of fold.
 
-    python ensemble.py soft --data DATA --out out/main/submission.csv out/main/r1/*/*/s512/f*
-    python ensemble.py hard --data DATA --out out/voted.csv mine.csv theirs.csv --weights 2 1
-    python ensemble.py score --data DATA out/main/r1/*/*/s512/f*
-    python ensemble.py compare --data DATA out/lr5 out/main
+    python ensemble.py soft --data DATA --weights fit --out out/main/submission.csv out/main/r1/*/*/s512/f*
+    python ensemble.py hard --data DATA --weights 2,1 --out out/voted.csv mine.csv theirs.csv
+    python ensemble.py score --data DATA --weights fit --tables out/main/report out/main/r1/*/*/s512/f*
+    python ensemble.py compare --data DATA out/main out/lr5
 
 A run is a folder of train.py and infer.py; runs that differ only in the fold are one member. soft averages
 probabilities, hard counts the votes of submissions and runs; both write the CSV in test.json's order, read back and
-checked before it gets its name, and soft a .png of some predictions. score prints tables and leaves them in --tables.
+checked before it gets its name, and soft a .png of some predictions. Whatever is fitted is fitted on some folds, scored
+on the others, and used only if the 95% interval of its gain in v3 is above zero.
 """
 import argparse
 import csv
 import itertools
 import math
 import os
-from dataclasses import dataclass
-from functools import cached_property
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -26,39 +26,36 @@ from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, confusion, image
 
 HEADER = ["image_id", "PredictionString"]
 MAX_PICKS = 30  # of the greedy selection of weights
-THUMBNAILS = 64_000_000  # bytes that the votes' thumbnails may take while weights are fitted on them
-BIASES = (-1.4, -1, -0.7, -0.35, 0.35, 0.7, 1, 1.4)  # that are tried for each class
+THUMBNAILS = 128_000_000  # bytes for the small copies of probabilities that weights and biases are fitted on
+BIASES = (-1.4, -1, -0.7, -0.35, 0.35, 0.7, 1, 1.4)  # tried for each class
+AREAS = (0, *(2 ** np.arange(4, 12)))  # up to 3% of the image: a larger one fits the images it was fitted on
+FITTED = {"weights": "fitted weights", "bias": "log-bias by class", "min_area": "minimum area by class"}
 
 
 def parse_args(argv=None):
+    data, runs, scored, out = (argparse.ArgumentParser(add_help=False) for _ in range(4))
+    data.add_argument("--data", type=Path, required=True, help="the competition's folder")
+    data.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks")
+    runs.add_argument("runs", type=Path, nargs="+", help="run folders with stores of infer.py; hard: or CSVs")
+    runs.add_argument("--weights", type=vote_weights, default="equal", metavar="equal|fit|W,W,...",
+                      help="of the members, or for hard of the voters; fit: by greedy selection, not for hard")
+    scored.add_argument("--batch", type=number(int, 1), default=8, help="images in a batch of v1")
+    scored.add_argument("--tables", type=Path, help="folder for the printed tables as CSV")
+    out.add_argument("--out", type=Path, required=True, help="the submission to write")
+    out.add_argument("--image-id", choices=("id", "file_name"), default="id",
+                     help="what names an image in the submission; some upload pages want file_name")
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
-    about = {"soft": "average the probabilities of runs", "hard": "count the votes of submissions and runs",
-             "score": "print out-of-fold scores", "compare": "say whether one experiment beats another"}
-    options = {name: commands.add_parser(name, allow_abbrev=False, formatter_class=Help, help=text)
-               for name, text in about.items()}
-    for name, command in options.items():
-        command.add_argument("--data", type=Path, required=True, help="the competition's folder")
-        command.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks")
-        command.add_argument("--batch", type=number(int, 1), default=8, help="images in a batch of v1")
-        if name in ("soft", "hard"):
-            command.add_argument("--out", type=Path, required=True, help="the submission to write")
-            command.add_argument("--image-id", choices=("id", "file_name"), default="id",
-                                 help="what names an image in the submission; some upload pages want file_name")
-        if name == "compare":
-            command.add_argument("experiments", type=Path, nargs=2, help="two out/EXP; their last rounds are compared")
-        else:
-            what = "run folders with stores of infer.py" + ", or submissions" * (name == "hard")
-            command.add_argument("runs", type=Path, nargs="+", help=what)
-    for name in ("soft", "score"):
-        options[name].add_argument("--weights", default="equal", metavar="equal|fit|W,W,...", type=weights_of,
-                                   help="of the members; fit: by greedy selection, if that gains more than chance")
-    options["hard"].add_argument("--weights", default=None, metavar="W,W,...", type=weights_of, help="default: equal")
-    options["score"].add_argument("--tables", type=Path, help="folder for the tables as CSV")
+    for name, parents, text in (("soft", [data, runs, scored, out], "average the probabilities of runs"),
+                                ("hard", [data, runs, out], "count the votes of submissions and runs"),
+                                ("score", [data, runs, scored], "print out-of-fold scores"),
+                                ("compare", [data, scored], "say whether one experiment beats another")):
+        commands.add_parser(name, parents=parents, allow_abbrev=False, formatter_class=Help, help=text)
+    commands.choices["compare"].add_argument("experiments", type=Path, nargs=2, help="two out/EXP: their last rounds")
     return parser.parse_args(argv)
 
 
-def weights_of(text):
+def vote_weights(text):
     if text in ("equal", "fit"):
         return text
     weights = [float(w) for w in text.split(",")]
@@ -71,72 +68,337 @@ def weights_of(text):
 
 
 def open_members(runs, split):
-    """{name: {fold: (probs, info)}} of the runs' stores; raises SystemExit when they don't belong together."""
-    members, first = {}, None
+    """({name: {fold: (probs, info)}} of the runs' stores, the folder they share); SystemExit if they don't fit."""
+    members, first = defaultdict(dict), None
     for run in runs:
-        probs, info = open_store(run / f"{split}.json")
+        path = run / f"{split}.json"
+        probs, info = open_store(path)
         first = first or info
-        for key in ("classes", "folds_csv", "paint"):
+        check_classes(info["classes"], first["classes"], path, runs[0])
+        for key in ("folds_csv", "paint"):
             if info[key] != first[key]:
-                raise SystemExit(f"{run}/{split}.json has {key} {info[key]}, {runs[0]}/{split}.json {first[key]}: made "
-                                 "on other data or folds, they can't vote together")
-        folds = members.setdefault(f"{os.path.normpath(run.parent)} {info['tta']}", {})
+                raise SystemExit(f"{path} has another {key} than {runs[0]}, {info[key]} and not {first[key]}: made on "
+                                 "other data or folds, they can't vote together")
+        folds = members[os.path.abspath(run.parent), info["tta"]]
         if info["fold"] in folds:
-            raise SystemExit(f"{run}: given twice")
+            raise SystemExit(f"{run}: given twice, or another of its member has fold {info['fold']} too")
         folds[info["fold"]] = probs, info
-    return members, first
+    shared = os.path.commonpath([os.path.dirname(folder) for folder, _ in members])
+    return {f"{os.path.relpath(folder, shared)} {tta}": folds for (folder, tta), folds in members.items()}, shared
 
 
-def open_data(args, info, path):
-    """(train, test) Splits with the classes of the stores."""
-    train, test = load_data(args.data, args.cache, info["paint"])
-    if info["classes"] != train.classes:
-        raise SystemExit(f"{path} has the classes {info['classes']}, DATA has {train.classes}")
-    return train, test
+def difference(found, wanted):
+    """What tells two lists apart, in a few words."""
+    parts = (("lacks", set(wanted) - set(found)), ("also has", set(found) - set(wanted)))
+    return "; ".join(f"{word} {len(some)}: {', '.join(map(str, sorted(some)[:3]))}" for word, some in parts if some)
+
+
+def check_classes(found, wanted, path, other):
+    if found != wanted:
+        raise SystemExit(f"{path} has other classes than {other}: it {difference(found, wanted) or 'orders them so'}: "
+                         f"{', '.join(found)}")
 
 
 def order_of(found, wanted, path):
     """Positions in the image ids `found` of those in `wanted`; raises SystemExit when they aren't the same images."""
+    if text := difference(found, wanted):
+        raise SystemExit(f"{path} is of other images: it {text}; run infer.py again")
     position = {image_id: i for i, image_id in enumerate(found)}
-    absent, more = [i for i in wanted if i not in position], sorted(position.keys() - set(wanted))
-    if absent or more:
-        raise SystemExit(f"{path} is of other images: it lacks {len(absent)} {absent[:3]} and has {len(more)} more "
-                         f"{more[:3]}: run infer.py again")
     return [position[i] for i in wanted]
 
 
-def member_weights(members, weights):
-    """[M] weights of the members, given or equal."""
-    if weights in (None, "equal", "fit"):
-        return np.ones(len(members))
-    if len(weights) != len(members):
-        raise SystemExit(f"{len(weights)} weights for {len(members)} members: {', '.join(members)}")
-    return np.array(weights)
+def member_weights(args, voters):
+    """[M] weights of the voters, given or equal."""
+    if args.weights in ("equal", "fit"):
+        return np.ones(len(voters))
+    if len(args.weights) != len(voters):
+        raise SystemExit(f"{len(args.weights)} weights for {len(voters)} voters: {', '.join(map(str, voters))}")
+    return np.array(args.weights)
+
+
+def read_probs(store, i):
+    """uint8 [C, H, W] of image i; read, because the pages of a memmap that were touched count as memory."""
+    size = math.prod(store.shape[1:])
+    return np.fromfile(store.filename, np.uint8, size, offset=store.offset + i * size).reshape(store.shape[1:])
+
+
+def vote(images, weights, bias):
+    """Class ids uint8 [H, W] by the weighted sum of {voter's number: probs uint8 [C, H, W]}; background without any."""
+    total = np.zeros((len(bias), SUBMIT_SIZE, SUBMIT_SIZE), np.float32)
+    for m, image in images.items():
+        if weights[m]:
+            total += np.float32(weights[m]) * image
+    return (total * np.float32(np.exp(bias))[:, None, None]).argmax(0).astype(np.uint8)
+
+
+# ---- out of fold ----------------------------------------------------------------------------------------------------
+
+
+class OutOfFold:
+    """The validation images of all members, in train's order, and where each member's probabilities of them are."""
+
+    def __init__(self, args, runs):
+        members, shared = open_members(runs, "valid")
+        self.names, self.infos = list(members), [next(iter(folds.values()))[1] for folds in members.values()]
+        train, self.test = load_data(args.data, args.cache, self.infos[0]["paint"])
+        check_classes(self.infos[0]["classes"], train.classes, runs[0], args.data)
+        self.classes, fold_of, stores = train.classes, {}, defaultdict(dict)
+        for m, folds in enumerate(members.values()):
+            for fold, (probs, info) in folds.items():
+                others = [i for i, other in fold_of.items() if other == fold]
+                order_of(info["image_ids"], others or info["image_ids"], probs.filename)
+                for i, image_id in enumerate(info["image_ids"]):
+                    fold_of[image_id] = fold
+                    stores[image_id][m] = probs, i
+        if absent := fold_of.keys() - set(train.ids):
+            raise SystemExit(f"DATA has no image {min(absent)}, which a validation store has: run train.py again")
+        indices = [i for i, image_id in enumerate(train.ids) if image_id in fold_of]
+        self.ids = [train.ids[i] for i in indices]
+        self.stores = [stores[i] for i in self.ids]  # [N] {member's number: (store, position)}
+        self.truths = np.stack([train.truth(i) for i in indices])  # uint8 [N, H, W]
+        folds = [fold_of[i] for i in self.ids]
+        if len(set(folds)) == 1:  # parts of the one fold take the place of folds
+            groups = [train.groups[i] for i in indices]
+            folds = make_folds(np.array(train.pixels)[indices, 1:] > 0, groups, min(5, len(set(groups))))
+        self.parts = np.unique(folds, return_inverse=True)[1]  # [N] from 0: what is held out together in a fit
+        self.title = f"out of fold: {len(self.ids)} of {len(train.ids)} training images, runs in {shared}"
+
+    def probs(self, n):
+        """{member's number: uint8 [C, H, W]} of image n, by the models that held it out."""
+        return {m: read_probs(*place) for m, place in self.stores[n].items()}
+
+
+def survey(oof):
+    """One pass over the members: (counts, thumbnails, truths of these, shares).
+
+    Pixel counts int32 [M, N, C, C], 0 where a member hasn't predicted an image; of every so many pixels probabilities
+    uint8 [M, N, C, P] and truths [N, P]; the share of pixels on which two members differ, [M, M].
+    """
+    n_members, n_images, n_classes = len(oof.names), len(oof.ids), len(oof.classes)
+    room = THUMBNAILS / (n_images * n_classes * (n_members + 8))  # 8 for two sums of them in float32
+    step = next((s for s in (4, 8, 16, 32) if (SUBMIT_SIZE // s) ** 2 <= room), 64)
+    pixels = np.s_[..., step // 2::step, step // 2::step]
+    truths = oof.truths[pixels].reshape(n_images, -1).astype(int)
+    thumbs = np.zeros((n_members, n_images, n_classes, truths.shape[1]), np.uint8)
+    counts = np.zeros((n_members, n_images, n_classes, n_classes), np.int32)
+    apart, both = np.zeros((2, n_members, n_members))
+    for n, truth in enumerate(tqdm(oof.truths, "members", disable=None)):
+        images = oof.probs(n)
+        preds = {m: image.argmax(0).astype(np.uint8) for m, image in images.items()}
+        for m, pred in preds.items():
+            counts[m, n] = confusion(pred, truth, n_classes)
+            thumbs[m, n] = images[m][pixels].reshape(n_classes, -1)
+        for a, b in itertools.product(preds, preds):
+            apart[a, b] += (preds[a] != preds[b]).mean() if a < b else apart[b, a] - apart[a, b]
+            both[a, b] += 1
+    return counts, thumbs, truths, apart / np.maximum(both, 1)
+
+
+def vote_counts(oof, weights, biases):
+    """int32 [K, N, C, C] pixel counts of K votes of weights [K, M] and log-biases [K, C]."""
+    kinds, kind_of = np.unique(np.column_stack([weights, biases]), axis=0, return_inverse=True)
+    counts = np.zeros((len(kinds), len(oof.ids), len(oof.classes), len(oof.classes)), np.int32)
+    for n, truth in enumerate(tqdm(oof.truths, "votes", disable=None)):
+        images = oof.probs(n)
+        for k, kind in enumerate(kinds):
+            pred = vote(images, kind[:len(oof.names)], kind[len(oof.names):])
+            counts[k, n] = confusion(pred, truth, len(oof.classes))
+    return counts[kind_of]
+
+
+# ---- what is fitted -------------------------------------------------------------------------------------------------
+
+
+def score_of(probs, truths):
+    """Mean v3 of [N, C, P] probabilities, or whatever has the same argmax."""
+    n, n_classes, _ = probs.shape
+    codes = (np.arange(n)[:, None] * n_classes + truths) * n_classes + probs.argmax(1)
+    counts = np.bincount(codes.ravel(), minlength=n * n_classes ** 2).reshape(n, n_classes, n_classes)
+    return image_miou(counts).mean()
+
+
+def fit_weights(thumbs, truths):
+    """[M] weights: greedy selection with replacement by v3 (Caruana et al. 2004); thumbs [M, N, C, P]."""
+    picks, total, best = np.zeros(len(thumbs)), np.float32(0), -1.0
+    while picks.sum() < MAX_PICKS:
+        tries = [score_of(total + thumb, truths) for thumb in thumbs]
+        if max(tries) <= best:
+            break
+        best, pick = max(tries), int(np.argmax(tries))
+        picks[pick] += 1
+        total = total + thumbs[pick]
+    return picks / picks.sum()
+
+
+def climb(values, grid, score):
+    """[C] values after each class but background in turn took the value of the grid that scores best, if it gains."""
+    best = score(values)
+    for class_id in range(1, len(values)):
+        for value in grid:
+            tried = np.where(np.arange(len(values)) == class_id, value, values)
+            if (found := score(tried)) > best:
+                best, values = found, tried
+    return values
+
+
+def fit_bias(weights, thumbs, truths):
+    """[C] log-bias of the classes' probabilities that gains most in v3."""
+    def v3(bias):
+        return score_of(total * np.float32(np.exp(bias))[:, None], truths)
+    total = sum(np.float32(w) * thumb for w, thumb in zip(weights, thumbs, strict=True) if w)
+    return climb(np.zeros(total.shape[1]), BIASES, v3)
+
+
+def fit_min_area(counts):
+    """[C] pixels: the best common area for v3, then each class in turn; counts [N, C, C] hold all that this needs."""
+    def v3(areas):
+        return image_miou(apply_min_area(counts, areas)).mean()
+    foreground = np.arange(counts.shape[1]) > 0
+    return climb(max((area * foreground for area in AREAS), key=v3), AREAS, v3)
+
+
+def apply_min_area(counts, min_area):
+    """[N, C, C] pixel counts after remove_small."""
+    kept = counts * (counts.sum(1) >= min_area)[:, None, :]
+    kept[:, :, 0] += (counts - kept).sum(2)
+    return kept
+
+
+def remove_small(pred, min_area):
+    """pred uint8 [H, W] with the classes that have fewer than min_area[class_id] pixels turned into background."""
+    areas = np.bincount(pred.ravel(), minlength=len(min_area))
+    return np.where(areas >= min_area, np.arange(len(min_area)), 0).astype(np.uint8)[pred]
+
+
+def bootstrap_interval(values, n_draws=2000):
+    """95% interval of the mean of [N] values, each an image's, by drawing images with replacement."""
+    draws = np.random.default_rng(0).integers(len(values), size=(n_draws, len(values)))
+    return np.percentile(values[draws].mean(1), (2.5, 97.5))
+
+
+def gain(after, before):
+    """Mean gain in v3 and its paired 95% interval, from the pixel counts [N, C, C] of the same images."""
+    gains = image_miou(after) - image_miou(before)
+    low, high = bootstrap_interval(gains)
+    return {"gain": gains.mean(), "low": low, "high": high}
+
+
+def choose(oof, thumbs, truths, weights, fit):
+    """({"weights": [M], "bias": [C], "min_area": [C]} to use, counts [N, C, C] by name, rows of what was tried).
+
+    For each part all three are fitted on the other parts, one on top of the other, and scored on that part. The last
+    of each list is fitted on all images: that is what the test photos get.
+    """
+    n_classes, every_image = len(oof.classes), np.arange(len(oof.ids))
+    rests = [oof.parts != part for part in np.unique(oof.parts)] + [oof.parts >= 0]
+    start = {"weights": weights, "bias": np.zeros(n_classes), "min_area": np.zeros(n_classes, int)}
+    used = {key: [value] * len(rests) for key, value in start.items()}
+    votes = vote_counts(oof, used["weights"], used["bias"])
+    name = f"soft vote, {'given' if np.ptp(weights) else 'equal'} weights"
+    counts, tried = {name: votes[oof.parts, every_image]}, []
+    for key in FITTED if len(rests) > 2 else ():  # one group of photos has no other part to be fitted on
+        if key == "weights":
+            if not fit or len(oof.names) == 1:
+                continue
+            found = [fit_weights(thumbs[:, rest], truths[rest]) for rest in rests]
+        elif key == "bias":
+            found = [fit_bias(w, thumbs[:, rest], truths[rest]) for w, rest in zip(used["weights"], rests, strict=True)]
+        else:
+            found = [fit_min_area(of_fit[rest]) for of_fit, rest in zip(votes, rests, strict=True)]
+        now = used | {key: found}
+        after = votes if key == "min_area" else vote_counts(oof, now["weights"], now["bias"])
+        after = np.stack([apply_min_area(*pair) for pair in zip(after, now["min_area"], strict=True)])
+        row = gain(after[oof.parts, every_image], votes[oof.parts, every_image])
+        tried.append({"tried": FITTED[key], **row, "taken": "yes" if row["low"] > 0 else "no"})
+        if row["low"] > 0:
+            used, votes = now, after
+    counts["with what is taken"] = votes[oof.parts, every_image]
+    counts["all background"] = apply_min_area(counts[name], SUBMIT_SIZE ** 2 + 1)
+    return {key: found[-1] for key, found in used.items()}, counts, tried
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def show(args, name, title, rows):
+    import pandas as pd
+    print(f"\n{title}\n" + pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
+    if args.tables:
+        write_csv(args.tables / f"{name}.csv", rows)
+
+
+def show_scores(args, oof, singles, used, counts, tried):
+    members, iou = [], [{"class": name} for name in oof.classes]
+    numbered = [(str(m + 1), name, singles[m]) for m, name in enumerate(oof.names)]
+    for label, name, of_images in [*numbered, *(("", name, of_images) for name, of_images in counts.items())]:
+        of_images = of_images[of_images.sum((1, 2)) > 0]  # not every member has predicted every image
+        found, (low, high) = scores(of_images, args.batch), bootstrap_interval(image_miou(of_images))
+        members.append({"": label, "name": name, "images": len(of_images), **{k: found[k] for k in ("v1", "v2", "v3")},
+                        "low": low, "high": high})
+        for row, value in zip(iou, found["iou"], strict=True):
+            row[label or name] = value
+    show(args, "members", f"{oof.title}; low and high: 95% interval of v3", members)
+    show(args, "iou", "IoU of each class, members by their number", iou)
+    if tried:
+        show(args, "tried", "tried: gain in v3 on the folds that it wasn't fitted on; taken if low is above 0", tried)
+    print("\nused, fitted on all of these images:")
+    for key, labels in (("weights", oof.names), ("bias", oof.classes), ("min_area", oof.classes)):
+        values = [f"{label} {value:.4g}" for label, value in zip(labels, used[key], strict=True) if value]
+        print(f"    {key}: {', '.join(values) or 'none'}")
+
+
+def analyse(args, oof, thumbs, truths, apart):
+    """Show who adds what, what each axis gains, and who disagrees with whom.
+
+    The order of the waterfall is found on thumbnails, all numbers are of whole images.
+    """
+    n_members, order, total = len(oof.names), [], np.float32(0)
+    while len(order) < n_members:
+        left = [m for m in range(n_members) if m not in order]
+        order.append(max(left, key=lambda m: score_of(total + thumbs[m], truths)))
+        total = total + thumbs[order[-1]]
+    axes = {axis: [str(info[axis]) for info in oof.infos] for axis in ("model", "scale", "round", "tta", "seed")}
+    axes["epochs"] = [str(len(info.get("checkpoints") or [1])) for info in oof.infos]
+    alike = [(axis, value) for axis, values in axes.items() for value in sorted(set(values)) if len(set(values)) > 1]
+    sets = [order[:i + 1] for i in range(n_members)] + [
+        [m for m in range(n_members) if axes[axis][m] == value] for axis, value in alike]
+    weights = [np.isin(np.arange(n_members), some) for some in sets]
+    votes = vote_counts(oof, weights, np.zeros((len(sets), len(oof.classes))))
+    v3 = [image_miou(counts).mean() for counts in votes]
+    rows = [{"": m + 1, "member": oof.names[m], "v3": v3[i], **gain(votes[i], votes[max(i - 1, 0)])}
+            for i, m in enumerate(order)]
+    show(args, "waterfall", "waterfall: the member next is the one that the vote of those above gains most from", rows)
+    rows = []
+    for axis in dict.fromkeys(axis for axis, _ in alike):
+        best = max((k for k, found in enumerate(alike, n_members) if found[0] == axis), key=lambda k: v3[k])
+        rows.append({"axis": axis, "best alone": alike[best - n_members][1], "v3": v3[best],
+                     **gain(votes[n_members - 1], votes[best])})
+    if rows:
+        show(args, "axes", "axes: what the vote of all gains over that of the members with the best value alone (fold "
+             "isn't here: its models never predict the same image out of fold)", rows)
+    rows = [{"": m + 1, "member": name, **{str(k + 1): share for k, share in enumerate(apart[m].tolist())}}
+            for m, name in enumerate(oof.names)]
+    show(args, "disagreement", "disagreement: share of pixels on which two members differ", rows)
 
 
 # ---- submissions ----------------------------------------------------------------------------------------------------
 
 
 def encode_mask(pred):
-    """b"0 0 11 3": the class ids of a mask uint8 [H, W], row by row."""
-    text = np.full(2 * pred.size, ord(" "), np.uint8)
-    text[::2] = pred.ravel() + ord("0")  # ids from 10 on stand as the bytes after "9" until they are replaced
-    text = text[:-1].tobytes()
-    for class_id in range(10, int(pred.max()) + 1):
-        text = text.replace(bytes([class_id + ord("0")]), str(class_id).encode())
-    return text
+    """"0 0 11 3": the class ids of a mask uint8 [H, W], row by row."""
+    texts = [str(i) for i in range(int(pred.max()) + 1)]  # 5 times as fast as str() of each pixel
+    return " ".join([texts[i] for i in pred.ravel().tolist()])
 
 
-def write_submission(args, preds, test):
+def write_submission(path, names, preds, n_classes):
     """Write, read back and check the CSV; it gets its name only when every row is as it should be."""
-    names = image_names(args, test)
-    with atomic_write(args.out) as scratch:
-        with open(scratch, "wb") as f:
-            f.write((",".join(HEADER) + "\n").encode())
-            for name, pred in zip(names, tqdm(preds, str(args.out), len(names), disable=None), strict=True):
-                quoted = '"' + name.replace('"', '""') + '"' if set(name) & set(',"\n\r') else name
-                f.write(quoted.encode() + b"," + encode_mask(pred) + b"\n")
-        if faults := [fault for fault, _ in read_submission(scratch, names, len(test.classes)) if fault]:
+    with atomic_write(path) as scratch:
+        with open(scratch, "w", newline="", encoding="utf-8") as f:
+            writer = csv.writer(f, lineterminator="\n")
+            writer.writerow(HEADER)
+            for name, pred in zip(names, tqdm(preds, str(path), len(names), disable=None), strict=True):
+                writer.writerow((name, encode_mask(pred)))
+        if faults := [fault for fault, _ in read_submission(scratch, names, n_classes) if fault]:
             raise SystemExit("\n".join(faults))
 
 
@@ -163,75 +425,6 @@ def read_submission(path, names, n_classes):
                 yield f"{path} line {line}, image {name}: not {SUBMIT_SIZE ** 2} ids of 0 to {n_classes - 1}", None
             else:
                 yield None, ids.astype(np.uint8).reshape(SUBMIT_SIZE, SUBMIT_SIZE)
-
-
-def keep_looks(preds, test, looks, n=24):
-    """Pass `preds` on; put [(caption, photo), (caption, prediction)] of `n` photos, spread evenly, in `looks`."""
-    chosen = set(np.linspace(0, len(test.ids) - 1, min(n, len(test.ids))).astype(int).tolist())
-    for i, pred in enumerate(preds):
-        if i in chosen:
-            image = test.image(i)
-            found = ", ".join(test.classes[c] for c in np.unique(pred) if c) or "nothing"
-            looks.append([(test.file_names[i], overlay(image, np.zeros_like(pred), len(test.classes))),
-                          (found, overlay(image, pred, len(test.classes)))])
-        yield pred
-
-
-def soft(args):
-    if args.out.suffix != ".csv":
-        raise SystemExit(f"--out {args.out}: must end in .csv; a .png goes beside it")
-    members, info = open_members(args.runs, "test")
-    train, test = open_data(args, info, args.runs[0])
-    streams = [[(probs[i] for i in order_of(info["image_ids"], test.ids, f"a store of {name}"))
-                for probs, info in folds.values()] for name, folds in members.items()]
-    oof = open_oof(open_members(args.runs, "valid")[0], train)
-    weights, factors, min_area, *tables, _ = choose(oof, member_weights(members, args.weights), args.weights == "fit")
-    print_scores(args, oof, *tables)
-    looks = []
-    votes = (sum(w * sum(map(np.float32, folds)) / len(folds) for w, folds in zip(weights, images, strict=True) if w)
-             for images in zip(*(zip(*stores, strict=True) for stores in streams), strict=True))
-    preds = (remove_small((probs * factors[:, None, None]).argmax(0).astype(np.uint8), min_area) for probs in votes)
-    write_submission(args, keep_looks(preds, test, looks), test)
-    write_sheet(args.out.with_suffix(".png"), [sum(looks[i:i + 3], []) for i in range(0, len(looks), 3)], test.classes)
-    print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} run(s) of {len(members)} member(s)")
-
-
-def hard(args):
-    """Majority per pixel of submissions and of runs' own votes."""
-    paths = [path / "test.json" if path.is_dir() else path for path in args.runs]
-    weights = member_weights(args.runs, args.weights)
-    stores = {path: open_store(path) for path in paths if path.suffix == ".json"}
-    paint = next((info["paint"] for _, info in stores.values()), "area")
-    _, test = load_data(args.data, args.cache, paint)
-    names, preds = image_names(args, test), []
-    for path in paths:
-        if path in stores:
-            probs, info = stores[path]
-            if info["classes"] != test.classes:
-                raise SystemExit(f"{path} has the classes {info['classes']}, DATA has {test.classes}")
-            preds.append(probs[i].argmax(0) for i in order_of(info["image_ids"], test.ids, path))
-        else:
-            preds.append(sound_rows(read_submission(path, names, len(test.classes))))
-    voted = (majority(np.stack(masks), weights, len(test.classes)) for masks in zip(*preds, strict=True))
-    write_submission(args, voted, test)
-    print(f"{args.out}: {len(names)} images by {len(paths)} votes")
-
-
-def sound_rows(rows):
-    for fault, pred in rows:
-        if fault:
-            raise SystemExit(fault)
-        yield pred
-
-
-def majority(preds, weights, n_classes):
-    """uint8 [H, W]: the class with the largest sum of weights among [M, H, W] votes; ties go to the heaviest voter."""
-    votes = np.stack([np.tensordot(weights, preds == class_id, 1) for class_id in range(n_classes)])
-    top = votes.max(0) * (1 - 1e-9)  # 0.1 + 0.2 is a tie with 0.3
-    result = np.zeros(preds.shape[1:], np.uint8)
-    for pred in preds[np.argsort(-weights, kind="stable")[::-1]]:  # the heaviest has the last word
-        result = np.where(np.take_along_axis(votes, pred[None].astype(int), 0)[0] >= top, pred, result)
-    return result
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -274,295 +467,109 @@ def write_sheet(path, rows, classes):
         sheet.save(scratch, format="png")
 
 
-# ---- out of fold ----------------------------------------------------------------------------------------------------
+def keep_looks(preds, test, looks, n=24):
+    """Pass `preds` on; put [(caption, photo), (caption, prediction)] of `n` photos, spread evenly, in `looks`."""
+    chosen = set(np.linspace(0, len(test.ids) - 1, min(n, len(test.ids))).astype(int).tolist())
+    for i, pred in enumerate(preds):
+        if i in chosen:
+            image = test.image(i)
+            found = ", ".join(test.classes[c] for c in np.unique(pred) if c) or "nothing"
+            looks.append([(test.file_names[i], overlay(image, np.zeros_like(pred), len(test.classes))),
+                          (found, overlay(image, pred, len(test.classes)))])
+        yield pred
 
 
-@dataclass(frozen=True)
-class OutOfFold:
-    """The validation images of all members in train's order, and where each member's probabilities of them are."""
-    train: object
-    members: dict  # {name: {fold: (probs, info)}}
-    images: list  # positions in train
-    parts: np.ndarray  # [N] what is held out together when something is fitted: the fold
-
-    def probs(self, n):
-        """{member's number: uint8 [C, H, W]} of image n, by the models that held it out."""
-        image_id = self.train.ids[self.images[n]]
-        found = {m: places.get(image_id) for m, places in enumerate(self.places)}
-        return {m: place[0][place[1]] for m, place in found.items() if place}
-
-    @cached_property
-    def places(self):
-        """[{image id: (store, position)}] by member."""
-        return [{image_id: (probs, i) for probs, info in folds.values() for i, image_id in enumerate(info["image_ids"])}
-                for folds in self.members.values()]
-
-    @cached_property
-    def truths(self):
-        return np.stack([self.train.truth(i) for i in self.images])
-
-
-def open_oof(members, train):
-    """OutOfFold of the members; raises SystemExit when a store is of other images than its fold's other stores."""
-    position, fold_of = {image_id: i for i, image_id in enumerate(train.ids)}, {}
-    for name, folds in members.items():
-        for fold, (_, info) in folds.items():
-            if absent := [i for i in info["image_ids"] if i not in position]:
-                raise SystemExit(f"DATA has no image {absent[0]}, which a validation store has: run train.py again")
-            others = [i for i, f in fold_of.items() if f == fold]
-            order_of(info["image_ids"], others or info["image_ids"], f"the validation store of {name}, fold {fold},")
-            fold_of |= dict.fromkeys(info["image_ids"], fold)
-    images = sorted(position[i] for i in fold_of)
-    parts = np.array([fold_of[train.ids[i]] for i in images])
-    if len(set(parts)) == 1:  # parts of the one fold take the place of folds
-        groups = [train.groups[i] for i in images]
-        present = np.array(train.pixels)[images, 1:] > 0
-        parts = make_folds(present, groups, min(5, len(set(groups))))
-    return OutOfFold(train, members, images, parts)
-
-
-def vote_counts(oof, votes, thumbnails=None):
-    """int32 [K, N, C, C] pixel counts of K votes, each a function of an image's part -> (weights [M], factors [C]).
-
-    An image that no member with a weight has predicted counts nothing. thumbnails uint8 [M, N, C, P] are filled by the
-    way with every so many pixels.
-    """
-    n_classes = len(oof.train.classes)
-    counts = np.zeros((len(votes), len(oof.images), n_classes, n_classes), np.int32)
-    for n, truth in enumerate(tqdm(oof.truths, "out of fold", disable=None)):
-        probs = oof.probs(n)
-        for m, image in probs.items() if thumbnails is not None else ():
-            thumbnails[m, n] = every(image, thumbnails.shape[3])
-        for k, vote in enumerate(votes):
-            weights, factors = vote(oof.parts[n])
-            parts = [np.float32(weights[m]) * image for m, image in probs.items() if weights[m]]
-            if parts:
-                total = sum(parts) * np.float32(factors)[:, None, None] if np.ndim(factors) else sum(parts)
-                counts[k, n] = confusion(total.argmax(0).astype(np.uint8), truth, n_classes)
-    return counts
-
-
-def every(maps, n_pixels):
-    """[..., n_pixels] of maps [..., H, W], evenly."""
-    step = math.isqrt(maps.shape[-1] * maps.shape[-2] // n_pixels)
-    return maps[..., step // 2::step, step // 2::step].reshape(*maps.shape[:-2], -1)
-
-
-def score_of(probs, truths):
-    """Mean v3 of [N, C, P] probabilities, or whatever has the same argmax."""
-    n, n_classes, _ = probs.shape
-    codes = (np.arange(n)[:, None] * n_classes + truths) * n_classes + probs.argmax(1)
-    counts = np.bincount(codes.ravel(), minlength=n * n_classes ** 2).reshape(n, n_classes, n_classes)
-    return image_miou(counts).mean()
-
-
-def fit_weights(thumbnails, truths):
-    """[M] weights: greedy selection with replacement by v3 (Caruana et al. 2004); thumbnails [M, N, C, P]."""
-    picks, total, best = np.zeros(len(thumbnails)), np.float32(0), -1.0
-    while picks.sum() < MAX_PICKS:
-        tries = [score_of(total + thumbnail, truths) for thumbnail in thumbnails]
-        if max(tries) <= best:
-            break
-        best, pick = max(tries), int(np.argmax(tries))
-        picks[pick] += 1
-        total = total + thumbnails[pick]
-    return picks
-
-
-def fit_bias(probs, truths):
-    """[C] log-bias of the classes' probabilities, class after class, that gains most in v3."""
-    bias, best = np.zeros(probs.shape[1], np.float32), score_of(probs, truths)
-    for class_id in range(1, len(bias)):
-        for step in BIASES:
-            tried = np.where(np.arange(len(bias)) == class_id, np.float32(step), bias)
-            if (score := score_of(probs * np.exp(tried)[:, None], truths)) > best:
-                best, bias = score, tried
-    return bias
-
-
-# ---- minimum area: a class with fewer pixels than that in an image becomes background -------------------------------
-
-
-def remove_small(pred, min_area):
-    """pred uint8 [H, W] with the classes that have fewer than min_area[class_id] pixels turned into background."""
-    areas = np.bincount(pred.ravel(), minlength=len(min_area))
-    return np.where(areas >= min_area, np.arange(len(min_area)), 0).astype(np.uint8)[pred]
-
-
-def drop_columns(counts, keep):
-    """[N, C, C] pixel counts after the predictions of the classes with keep [N, C] false became background."""
-    kept = counts * keep[:, None, :]
-    kept[:, :, 0] += (counts - kept).sum(2)
-    return kept
-
-
-def apply_min_area(counts, min_area):
-    return drop_columns(counts, counts.sum(1) >= min_area)
-
-
-def fit_min_area(counts):
-    """[C] pixels: the best common area for v3, then each class in turn; counts [N, C, C] hold all that this needs."""
-    grid = [0, *(2 ** np.arange(4, 12))]  # up to 3% of the image: a larger area fits the images it was fitted on
-    v3 = lambda area: image_miou(apply_min_area(counts, area)).mean()  # noqa: E731
-    areas = [np.full(counts.shape[1], area) for area in grid]
-    best = max(areas, key=v3)
-    for class_id in range(1, len(best)):
-        tries = [np.where(np.arange(len(best)) == class_id, area, best) for area in [best[class_id], *grid]]
-        best = max(tries, key=v3)
-    return best
-
-
-# ---- what is used, and how it scores --------------------------------------------------------------------------------
-
-
-def bootstrap_interval(values, n_draws=2000):
-    """95% interval of the mean of [N] values, each an image's, by drawing images with replacement."""
-    draws = np.random.default_rng(0).integers(len(values), size=(n_draws, len(values)))
-    return np.percentile(values[draws].mean(1), (2.5, 97.5))
-
-
-def gain(name, before, after, found):
-    """A row of the table of what was tried: taken only if the 95% interval of its cross-fitted gain is above zero."""
-    gains = image_miou(after) - image_miou(before)
-    low, high = bootstrap_interval(gains)
-    return {"tried": name, "gain": gains.mean(), "low": low, "high": high, "taken": bool(low > 0), "found": found}
-
-
-def choose(oof, weights, fit):
-    """(weights [M], factors [C], minimum areas [C], counts [N, C, C] by name, rows of what was tried).
-
-    Everything fitted is fitted on the other parts of the images than those it is scored on.
-    """
-    n_members, n_classes = len(oof.members), len(oof.train.classes)
-    shape = n_members, len(oof.images), n_classes
-    step = next(s for s in (4, 8, 16, 32, 64) if s == 64 or math.prod(shape) * (SUBMIT_SIZE // s) ** 2 < THUMBNAILS)
-    thumbs = np.zeros((*shape, (SUBMIT_SIZE // step) ** 2), np.uint8)
-    singles = [lambda part, m=m: (np.eye(n_members)[m], 1) for m in range(n_members)]
-    *single_counts, vote = vote_counts(oof, [*singles, lambda part: (weights, 1)], thumbs)
-    counts = dict(zip(oof.members, single_counts, strict=True)) | {"soft vote": vote}
-    truths, parts, tried = every(oof.truths, thumbs.shape[3]).astype(int), oof.parts, []
-    others = {part: parts != part for part in sorted(set(parts))}
-
-    def attempt(name, after, found, nothing):
-        """The later of vote and `after` that is worth it, and what is then used."""
-        gains = image_miou(after) - image_miou(vote)
-        low, high = bootstrap_interval(gains)
-        tried.append({"tried": name, "gain in v3": gains.mean(), "low": low, "high": high, "taken": bool(low > 0),
-                      "fitted": found.round(2).tolist()})
-        return (after, found) if low > 0 else (vote, nothing)
-
-    by_part = dict.fromkeys(others, weights)
-    if fit:
-        fits = {part: fit_weights(thumbs[:, rest], truths[rest]) for part, rest in others.items()}
-        vote, weights = attempt("fitted weights", vote_counts(oof, [lambda part: (fits[part], 1)])[0],
-                                fit_weights(thumbs, truths), weights)
-        by_part = fits if tried[-1]["taken"] else by_part
-    mean = lambda weights, rest: np.tensordot(np.float32(weights), thumbs[:, rest], 1)  # noqa: E731
-    biases = {part: fit_bias(mean(by_part[part], rest), truths[rest]) for part, rest in others.items()}
-    vote, bias = attempt("log-bias by class", vote_counts(oof, [lambda part: (by_part[part], np.exp(biases[part]))])[0],
-                         fit_bias(mean(weights, slice(None)), truths), np.zeros(n_classes))
-    areas = {part: fit_min_area(vote[rest]) for part, rest in others.items()}
-    vote, min_area = attempt("minimum area by class", apply_min_area(vote, np.stack([areas[part] for part in parts])),
-                             fit_min_area(vote), np.zeros(n_classes, int))
-    counts |= {"with what is taken": vote, "all background": drop_columns(vote, np.zeros(vote.shape[:2], bool))}
-    return weights, np.exp(bias), min_area, counts, tried, (thumbs, truths)
-
-
-def score_rows(oof, counts, batch):
-    """Rows of v1, v2, v3 with its interval, and IoU by class, of [N, C, C] counts by name."""
-    rows = []
-    for name, of_images in counts.items():
-        of_images = of_images[of_images.sum((1, 2)) > 0]  # not every member has predicted every image
-        result, (low, high) = scores(of_images, batch), bootstrap_interval(image_miou(of_images))
-        rows.append({"name": name, "images": len(of_images), **{k: result[k] for k in ("v1", "v2", "v3")},
-                     "low": low, "high": high, **dict(zip(oof.train.classes, result["iou"], strict=True))})
-    return rows
-
-
-def print_table(title, rows):
-    import pandas as pd
-    print(f"\n{title}\n" + pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
-
-
-def analyse(oof, thumbs, truths):
-    """Rows of three tables: the members in the order of what they add, what each axis gains, who disagrees with whom.
-
-    The order is found on thumbnails, all numbers are of whole images. The gain of an axis is that of all members over
-    the best vote of those with one value of it; the folds of a member never predict the same image, so they have none.
-    """
-    names, infos = list(oof.members), [next(iter(folds.values()))[1] for folds in oof.members.values()]
-    left, order = list(range(len(names))), []
-    while left:
-        total = sum((np.float32(thumbs[m]) for m in order), np.float32(0))
-        order.append(max(left, key=lambda m: score_of(total + thumbs[m], truths)))
-        left.remove(order[-1])
-    sets = [(("waterfall", names[m]), order[:i + 1]) for i, m in enumerate(order)]
-    for axis in ("model", "scale", "round", "tta", "seed"):
-        values = [str(info[axis]) for info in infos]
-        sets += [((axis, v), [m for m, value in enumerate(values) if value == v])
-                 for v in sorted(set(values)) if len(set(values)) > 1]
-    votes = [lambda part, some=some: (np.isin(np.arange(len(names)), some), 1) for _, some in sets]
-    v3 = {key: image_miou(counts) for (key, _), counts in zip(sets, vote_counts(oof, votes), strict=True)}
-    steps = [value for (kind, _), value in v3.items() if kind == "waterfall"]
-    everyone = steps[-1]
-    waterfall = [{"member": names[m], "v3": after.mean(), **difference(after, before)}
-                 for m, after, before in zip(order, steps, [np.zeros(len(everyone)), *steps], strict=False)]
-    axes = []
-    for axis in sorted({kind for kind, _ in v3} - {"waterfall"}):
-        best = max((value for (kind, value) in v3 if kind == axis), key=lambda value: v3[axis, value].mean())
-        axes.append({"axis": axis, "best alone": best, **difference(everyone, v3[axis, best])})
-    apart = np.zeros((len(names), len(names)))
-    for n in range(len(oof.images)):
-        preds = {m: image.argmax(0) for m, image in oof.probs(n).items()}
-        for a, b in itertools.product(preds, preds):
-            apart[a, b] += (preds[a] != preds[b]).mean() / len(oof.images)
-    return {"waterfall": waterfall, "axes": axes,
-            "disagreement": [{"member": name, **dict(zip(names, row, strict=True))}
-                             for name, row in zip(names, apart.tolist(), strict=True)]}
-
-
-def difference(after, before):
-    """Mean and paired 95% interval of what [N] scores gain over others of the same images."""
-    low, high = bootstrap_interval(after - before)
-    return {"gain": (after - before).mean(), "low": low, "high": high}
-
-
-def print_scores(args, oof, counts, tried):
-    rows = score_rows(oof, counts, args.batch)
-    print_table(f"out of fold, {len(oof.images)} of {len(oof.train.ids)} training images; the interval is v3's", rows)
-    print_table("after the vote, fitted on some folds and scored on others: gain in v3 with its 95% interval", tried)
-    return {"members": rows, "tried": tried}
+# ---- commands -------------------------------------------------------------------------------------------------------
 
 
 def score(args):
-    members, info = open_members(args.runs, "valid")
-    oof = open_oof(members, open_data(args, info, args.runs[0])[0])
-    *_, counts, tried, thumbs = choose(oof, member_weights(members, args.weights), args.weights == "fit")
-    tables = print_scores(args, oof, counts, tried)
-    if len(members) > 1:
-        more = analyse(oof, *thumbs)
-        for name, rows in more.items():
-            print_table(name, rows)
-        tables |= more
-    for name, rows in tables.items() if args.tables else ():
-        write_csv(args.tables / f"{name}.csv", rows)
+    """Show the tables; ({"weights": [M], ...} that are to be used, OutOfFold)."""
+    oof = OutOfFold(args, args.runs)
+    weights = member_weights(args, oof.names)
+    singles, thumbs, truths, apart = survey(oof)
+    used, counts, tried = choose(oof, thumbs, truths, weights, args.weights == "fit")
+    show_scores(args, oof, singles, used, counts, tried)
+    if args.command == "score" and len(oof.names) > 1:
+        analyse(args, oof, thumbs, truths, apart)
+    return used, oof
+
+
+def soft(args):
+    if args.out.suffix != ".csv":
+        raise SystemExit(f"--out {args.out}: must end in .csv; a .png goes beside it")
+    members, _ = open_members(args.runs, "test")
+    used, oof = score(args)
+    test, looks = oof.test, []
+    if list(members) != oof.names:
+        raise SystemExit(f"the test stores are {', '.join(members)}, those of validation {', '.join(oof.names)}")
+    weights, places = [], []  # of every store: the folds of a member share its weight
+    for weight, folds in zip(used["weights"], members.values(), strict=True):
+        for store, info in folds.values():
+            weights.append(weight / len(folds))
+            places.append((store, order_of(info["image_ids"], test.ids, store.filename)))
+
+    def preds():
+        for n in range(len(test.ids)):
+            images = {s: read_probs(store, order[n]) for s, (store, order) in enumerate(places) if weights[s]}
+            yield remove_small(vote(images, weights, used["bias"]), used["min_area"])
+    write_submission(args.out, image_names(args, test), keep_looks(preds(), test, looks), len(test.classes))
+    write_sheet(args.out.with_suffix(".png"), [sum(looks[i:i + 3], []) for i in range(0, len(looks), 3)], test.classes)
+    print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} run(s) of {len(members)} member(s)")
+
+
+def hard(args):
+    """Majority per pixel of submissions and of runs' own votes."""
+    if args.weights == "fit":
+        raise SystemExit("--weights fit: submissions have no out-of-fold predictions to fit on; give W,W,...")
+    stores = {path: open_store(path / "test.json") for path in args.runs if path.is_dir()}
+    weights, paint = member_weights(args, args.runs), [info["paint"] for _, info in stores.values()]
+    _, test = load_data(args.data, args.cache, *paint[:1])
+    preds = (majority(np.stack(masks), weights) for masks in zip(
+        *(masks_of(path, stores.get(path), args, test) for path in args.runs), strict=True))
+    write_submission(args.out, image_names(args, test), preds, len(test.classes))
+    print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} votes")
+
+
+def masks_of(path, store, args, test):
+    """Yield the masks uint8 [H, W] of a voter, a submission or the (probs, info) of a run."""
+    if store:
+        probs, info = store
+        check_classes(info["classes"], test.classes, path, args.data)
+        yield from (read_probs(probs, i).argmax(0) for i in order_of(info["image_ids"], test.ids, path))
+        return
+    for fault, pred in read_submission(path, image_names(args, test), len(test.classes)):
+        if fault:
+            raise SystemExit(fault)
+        yield pred
+
+
+def majority(preds, weights):
+    """uint8 [H, W]: the class with the largest sum of weights among votes [M, H, W].
+
+    Ties go to the class of the heaviest voter in them, of equally heavy ones to the first.
+    """
+    heaviest_first = np.argsort(-weights, kind="stable")
+    preds, weights = preds[heaviest_first], weights[heaviest_first] / weights.sum()
+    behind = np.stack([np.tensordot(weights, preds == pred, 1) for pred in preds])  # the class of each voter
+    winner = behind.round(9).argmax(0)  # rounded: 0.1 + 0.2 is a tie with 0.3
+    return np.take_along_axis(preds, winner[None], 0)[0].astype(np.uint8)
 
 
 def last_round(args, exp):
-    """({image id: [C, C] pixel counts} of the equal vote of the runs of an experiment's last round, their classes)."""
-    rounds = sorted(exp.glob("r*"))
-    runs = sorted(path.parent for path in rounds[-1].glob("*/*/s*/f*/valid.json")) if rounds else []
+    """({image id: [C, C] pixel counts}, classes) of the equal vote of the runs of an experiment's last round."""
+    runs = sorted(path.parent for path in exp.glob("r[0-9]/*/*/s*/f*/valid.json"))
     if not runs:
-        raise SystemExit(f"{exp}: its last round has no run with a valid.json; make score EXP={exp.name} makes them")
-    members, info = open_members(runs, "valid")
-    oof = open_oof(members, open_data(args, info, runs[0])[0])
-    counts, = vote_counts(oof, [lambda part: (np.ones(len(members)), 1)])
-    print(f"{exp}: {len(runs)} runs of {len(members)} members in {rounds[-1].name}, {len(counts)} images")
-    return {oof.train.ids[i]: of_image for i, of_image in zip(oof.images, counts, strict=True)}, oof.train.classes
+        raise SystemExit(f"{exp}: no run with a valid.json; make score EXP={exp.name} makes them")
+    last = runs[-1].parents[3]
+    runs = [run for run in runs if run.parents[3] == last]
+    oof = OutOfFold(args, runs)
+    counts, = vote_counts(oof, np.ones((1, len(oof.names))), np.zeros((1, len(oof.classes))))
+    print(f"{last}: {len(runs)} run(s) of {len(oof.names)} member(s), {len(oof.ids)} images")
+    return dict(zip(oof.ids, counts, strict=True)), oof.classes
 
 
 def compare(args):
-    """Print the gain of the second experiment over the first on the images that both held out, with intervals."""
+    """Show what the second experiment gains over the first on the images that both held out."""
     (before, classes), (after, _) = (last_round(args, exp) for exp in args.experiments)
     shared = [i for i in before if i in after]
     if not shared:
@@ -570,14 +577,17 @@ def compare(args):
     before, after = (np.stack([counts[i] for i in shared]) for counts in (before, after))
     draws = np.random.default_rng(0).integers(len(shared), size=(500, len(shared)))
     drawn = np.stack([class_iou(after[d].sum(0)) - class_iou(before[d].sum(0)) for d in draws])
-    v3 = {"score": "v3", "before": image_miou(before).mean(), "after": image_miou(after).mean(),
-          **difference(image_miou(after), image_miou(before))}
-    iou = zip(classes, class_iou(before.sum(0)), class_iou(after.sum(0)), *np.nanpercentile(drawn, (2.5, 97.5), axis=0),
-              strict=True)
-    print_table(f"{len(shared)} images, paired bootstrap", [v3] + [
-        {"score": f"IoU {name}", "before": b, "after": a, "gain": a - b, "low": low, "high": high}
-        for name, b, a, low, high in iou])
-    print("more than chance" if v3["low"] > 0 or v3["high"] < 0 else "v3: no more than chance")
+    v3 = gain(after, before)
+    rows = [{"score": "v3", "before": image_miou(before).mean(), "after": image_miou(after).mean(), **v3}]
+    for c in np.flatnonzero(before.sum((0, 2))):  # the classes in the truth
+        old, new = (class_iou(counts.sum(0))[c] for counts in (before, after))
+        low, high = np.nanpercentile(drawn[:, c], (2.5, 97.5))
+        rows.append({"score": f"IoU {classes[c]}", "before": old, "after": new, "gain": new - old, "low": low,
+                     "high": high})
+    show(args, "compare", f"{args.experiments[1]} against {args.experiments[0]}: {len(shared)} images that both held "
+         "out, 95% intervals by paired bootstrap", rows)
+    verdict = "better" if v3["low"] > 0 else "worse" if v3["high"] < 0 else "no more than chance apart"
+    print(f"by v3 {args.experiments[1]} is {verdict}")
 
 
 def main(args):
