@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, confusion, image_miou, load_data, make_folds, number,
-                    open_store, run_script, scores, write_csv)
+                    open_store, run_script, scores)
 
 HEADER = ["image_id", "PredictionString"]
 MAX_PICKS = 30  # of the greedy selection of weights
@@ -322,9 +322,11 @@ def choose(oof, thumbs, truths, weights, fit):
 
 def show(args, name, title, rows):
     import pandas as pd
-    print(f"\n{title}\n" + pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
+    table = pd.DataFrame(rows)
+    print(f"\n{title}\n" + table.to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
     if args.tables:
-        write_csv(args.tables / f"{name}.csv", rows)
+        with atomic_write(args.tables / f"{name}.csv") as scratch:
+            table.to_csv(scratch, index=False)
 
 
 def show_scores(args, oof, singles, used, counts, tried):
@@ -365,7 +367,7 @@ def analyse(args, oof, thumbs, truths, apart):
     weights = [np.isin(np.arange(n_members), some) for some in sets]
     votes = vote_counts(oof, weights, np.zeros((len(sets), len(oof.classes))))
     v3 = [image_miou(counts).mean() for counts in votes]
-    rows = [{"": m + 1, "member": oof.names[m], "v3": v3[i], **gain(votes[i], votes[max(i - 1, 0)])}
+    rows = [{"": m + 1, "member": oof.names[m], "v3": v3[i], **(gain(votes[i], votes[i - 1]) if i else {})}
             for i, m in enumerate(order)]
     show(args, "waterfall", "waterfall: the member next is the one that the vote of those above gains most from", rows)
     rows = []
