@@ -119,7 +119,8 @@ def test_a_list_holds_each_orientation_once_in_the_order_of_the_first(items):
     assert all((a == b).all() for a, b in zip(seen, expected, strict=True))
 
 
-@pytest.mark.parametrize("text", ["", "flips", "identity,", "hflip,nosuch", "hflip+", "+", "flip,rot180", "hflip rot180"])
+@pytest.mark.parametrize("text", [
+    "", "flips", "identity,", "hflip,nosuch", "hflip+", "+", "flip,rot180", "hflip rot180"])
 def test_an_unknown_view_is_one_line_that_lists_the_known(text, capsys):
     with pytest.raises(SystemExit) as refusal:
         infer.parse_args(["--data", "d", "--checkpoint", "m.pt", "--tta", text])
