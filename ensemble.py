@@ -346,7 +346,7 @@ def show_scores(args, oof, singles, used, counts, tried):
     print("\nused, fitted on all of these images:")
     for key, labels in (("weights", oof.names), ("bias", oof.classes), ("min_area", oof.classes)):
         values = [f"{label} {value:.4g}" for label, value in zip(labels, used[key], strict=True) if value]
-        print(f"    {key}: {', '.join(values) or 'none'}")
+        print(f"    {FITTED[key].removeprefix('fitted ')}: {', '.join(values) or 'none'}")
 
 
 def analyse(args, oof, thumbs, truths, apart):
@@ -376,8 +376,8 @@ def analyse(args, oof, thumbs, truths, apart):
         rows.append({"axis": axis, "best alone": alike[best - n_members][1], "v3": v3[best],
                      **gain(votes[n_members - 1], votes[best])})
     if rows:
-        show(args, "axes", "axes: what the vote of all gains over that of the members with the best value alone (fold "
-             "isn't here: its models never predict the same image out of fold)", rows)
+        show(args, "axes", "axes: what the vote of all gains over that of the members with the best value alone\n"
+             "(fold isn't here: no two folds predict the same image out of fold)", rows)
     rows = [{"": m + 1, "member": name, **{str(k + 1): share for k, share in enumerate(apart[m].tolist())}}
             for m, name in enumerate(oof.names)]
     show(args, "disagreement", "disagreement: share of pixels on which two members differ", rows)
