@@ -277,12 +277,12 @@ def test_fitted_weights_find_the_good_member(small):
 
 
 def test_equal_weights_win_where_the_interval_spans_zero(small):
-    rng = np.random.default_rng(0)
-    truths = random_truths(rng, 12, 3)
-    oof = FakeOof(np.stack([blurred(rng, truths, 3, 0.5) for _ in range(3)]), truths, np.arange(12) % 3)
+    rng = np.random.default_rng(10)
+    truths = random_truths(rng, 6, 3)
+    oof = FakeOof(np.stack([blurred(rng, truths, 3, r) for r in (0.6, 0.5, 0.2)]), truths, np.arange(6) % 3)
     used, _, tried = chosen(oof)
     row = tried["fitted weights"]
-    assert row["taken"] == "no" and row["low"] <= 0 and used["weights"].tolist() == [1, 1, 1]
+    assert row["taken"] == "no" and row["low"] < 0 < row["gain"] and used["weights"].tolist() == [1, 1, 1]
 
 
 def stray(n_images, pixels):
@@ -612,13 +612,14 @@ def test_weights_that_are_none_are_refused(weights, capsys):
 def test_given_weights_decide_the_submission(tiny_data, cache, splits, experiments, tmp_path, monkeypatch):
     gain = ensemble.gain
     monkeypatch.setattr(ensemble, "gain", lambda after, before: gain(after, before) | {"low": -1.0})
-    runs = runs_of(experiments, "good/r0/*/*/*/f*")
+    runs = runs_of(experiments, "good/r0/*/*/*/f*")[:3]
     run_ensemble(tiny_data, cache, "soft", "--weights", "1,3", "--out", tmp_path / "s.csv", *runs)
-    a0, a1, b0, b1 = (np.load(run / "test.npy").astype(float) for run in runs)
-    total = ((a0 + a1) / 2 + 3 * (b0 + b1) / 2).reshape(4, 12, -1)
+    a0, a1, b0 = (np.load(run / "test.npy").astype(float) for run in runs)
+    total = ((a0 + a1) / 2 + 3 * b0).reshape(4, 12, -1)
     ids = np.array(read_ids(tmp_path / "s.csv"))
     assert (np.take_along_axis(total, ids[:, None], 1)[:, 0] > total.max(1) - 1e-3).all()
-    assert (ids != (a0 + a1 + b0 + b1).reshape(4, 12, -1).argmax(1)).mean() > 0.05
+    for other in (a0 + a1 + b0, (a0 + a1) / 2 + b0, a0 + a1 + 3 * b0):
+        assert (ids != other.reshape(4, 12, -1).argmax(1)).mean() > 0.02
 
 
 # ---- submissions that vote ------------------------------------------------------------------------------------------
