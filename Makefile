@@ -27,6 +27,9 @@ LR         ?= 2e-3
 SEED       ?= 0
 WEIGHTS    ?= imagenet
 TTA        ?= flip
+VOTE       ?= fit
+A          ?=
+B          ?=
 IMAGE_ID   ?= id
 TRAIN_ARGS ?=
 INFER_ARGS ?=
@@ -52,7 +55,10 @@ about.BATCH       := images in a training step
 about.LR          := peak learning rate
 about.SEED        := of everything random
 about.WEIGHTS     := of the encoder: imagenet (downloaded), none, or a file
-about.TTA         := views averaged in prediction: none, flip, flip_rot, d4
+about.TTA         := views averaged in prediction: none, flip, flip_rot, d4, or a list: identity,hflip,rot180
+about.VOTE        := weights of the members that vote: fit (if that gains), equal, or given, 2,1
+about.A           := experiment that compare starts from
+about.B           := experiment that is compared with it
 about.IMAGE_ID    := what names an image in the submission: id, file_name
 about.TRAIN_ARGS  := more arguments for train.py, INFER_ARGS and PSEUDO_ARGS likewise: see python train.py --help
 about.SNAPSHOTS   := epochs of a run that vote together; 0: its best one alone
@@ -62,11 +68,11 @@ about.LAUNCH      := goes before every command that computes, such as srun --gpu
 about.DEVICE      := auto takes an idle GPU, or the CPU
 about.PY          := python to use; PY=python takes the current environment
 about.STRICT      := 1: an edited script rebuilds what it made
-KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT EPOCHS BATCH LR SEED WEIGHTS TTA \
+KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT EPOCHS BATCH LR SEED WEIGHTS TTA VOTE A B \
          IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS SNAPSHOTS TRIALS GPUS LAUNCH DEVICE PY STRICT
 typos := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(filter-out $(KNOBS),$v)))
 $(if $(strip $(typos)),$(error unknown knob: $(strip $(typos)); there are $(KNOBS)))
-$(foreach v,$(filter-out ROUND %_ARGS LAUNCH STRICT,$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
+$(foreach v,$(filter-out ROUND A B %_ARGS LAUNCH STRICT,$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
 $(if $(and $(filter pseudo,$(value MAKECMDGOALS)),$(filter 0,$(ROUND))),$(error ROUND=0 learns from no pseudo labels))
 numbers := $(foreach v,GPUS TRIALS SNAPSHOTS,'$v=$(subst ','\'',$($v))')
 wrong := $(shell for v in $(numbers); do [[ $$v =~ ^(SNAPSHOTS=0|[A-Z]+=[1-9][0-9]*)$$ ]] || echo "$$v"; done)
@@ -82,6 +88,9 @@ prev    = $(word $1,$(digits))
 $(foreach r,$(ROUNDS) $(ROUND),$(if $(filter $r,$(digits)),,$(error ROUNDS and ROUND go from 0 to 9, not $r)))
 $(if $(filter submit,$(value MAKECMDGOALS)),$(foreach v,MODEL SCALE FOLD ROUND,$(if $(filter command,$(word \
     1,$(origin $v))),$(error submit takes $vS, not $v))))
+$(if $(filter compare,$(value MAKECMDGOALS)),$(foreach v,A B,$(if $(wildcard $(addsuffix \
+    /r[0-9]/*/*/s*/f*/valid.json,$(addprefix out/,$($v)))),,$(error $v=$($v): compare takes two experiments that have been \
+    scored, A=main B=lr5; there is no out/$($v)/r*/*/*/s*/f*/valid.json))))
 grid    = $(foreach r,$1,$(foreach m,$2,$(foreach s,$3,$(foreach f,$4,$(OUT)/r$r/$m/s$s/f$f))))
 FINAL  := $(call grid,$(ROUNDS),$(MODELS),$(SCALES),$(FOLDS))
 JSON   := $(firstword $(wildcard $(DATA)/train_all.json) $(DATA)/train.json) $(DATA)/test.json
@@ -93,7 +102,7 @@ flags.train  := --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --seed $(SEED) --
                 --snapshots $(SNAPSHOTS) $(TRAIN_ARGS)
 flags.infer  := --tta $(TTA) $(INFER_ARGS)
 flags.pseudo := $(PSEUDO_ARGS) $(MODELS) $(SCALES)
-flags.submit := --image-id $(IMAGE_ID) --batch $(BATCH) $(FINAL)
+flags.submit := --weights $(VOTE) --image-id $(IMAGE_ID) --batch $(BATCH) $(FINAL)
 STAMPS := $(patsubst flags.%,$(OUT)/.flags/%,$(filter flags.%,$(.VARIABLES)))
 text    = $(strip $(flags.$(notdir $1)))
 .PHONY: $(foreach s,$(STAMPS),$(if $(findstring [$(call text,$s)],[$(file <$s)]),,$s))
@@ -152,7 +161,7 @@ $(foreach r,$(filter-out 0,$(every)),$(foreach f,$(sort $(FOLDS) $(FOLD)),$(eval
 
 $(OUT)/submission.csv: $(foreach file,valid.npy valid.json test.npy test.json,$(FINAL:=/$(file))) \
                        $(OUT)/.flags/submit $(call code,ensemble.py) | $(SETUP)
-	$(run) ensemble.py soft --data $(DATA) --cache $(CACHE) --image-id $(IMAGE_ID) --batch $(BATCH) --out $@ $(FINAL)
+	$(run) ensemble.py soft --data $(DATA) --cache $(CACHE) --out $@ $(flags.submit)
 $(filter-out $(wildcard $(JSON)),$(JSON)):
 	@echo 'no $@: DATA=$(DATA) must be the folder of the competition with train.json, test.json and the photos' >&2; exit 1
 
@@ -164,7 +173,7 @@ $(filter-out $(wildcard $(JSON)),$(JSON)):
 	@touch $@
 
 # ---- commands ---------------------------------------------------------------
-.PHONY: help setup check train pseudo submit score runtimes sweep demo test test-all lint clean
+.PHONY: help setup check train pseudo submit score compare runtimes sweep demo test test-all lint clean
 help: ## show this text
 	@echo 'usage: make COMMAND [KNOB=VALUE ...]'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -177,8 +186,11 @@ check: $(JSON) $(OUT)/.flags/data | $(SETUP) ## check the data and list all faul
 train: $(addsuffix /model.pt,$(call grid,$(or $(ROUND),0),$(MODEL),$(SCALE),$(FOLD))) ## the models; narrow with MODEL= SCALE= FOLD= ROUND=
 pseudo: $(foreach f,$(FOLD),$(OUT)/r$(or $(ROUND),1)/pseudo/f$f/index.csv) ## pseudo labels for the test photos
 submit: $(OUT)/submission.csv ## everything up to out/EXP/submission.csv
-score: $(addsuffix /valid.json,$(call grid,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))) ## out-of-fold scores of every recipe and of their vote
-	@$(run) ensemble.py score --data $(DATA) --cache $(CACHE) --batch $(BATCH) $(^:/valid.json=)
+score: $(addsuffix /valid.json,$(call grid,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))) ## out-of-fold scores of members and vote, who adds what; out/EXP/report
+	@$(run) ensemble.py score --data $(DATA) --cache $(CACHE) --batch $(BATCH) --weights $(VOTE) --tables $(OUT)/report \
+	    $(^:/valid.json=)
+compare: | $(SETUP) ## whether experiment B beats A on the images that both held out: A=main B=lr5
+	@$(run) ensemble.py compare --data $(DATA) --cache $(CACHE) out/$A out/$B
 runtimes: | $(SETUP) ## speed, size and memory of every model and scale, in out/runtimes.csv; MODEL= SCALE= BATCH= DEVICE=
 	$(run) tests/bench_runtimes.py --models $(MODEL) --scales $(SCALE) --batch $(BATCH) --device $(DEVICE) \
 	    --out out/runtimes.csv

@@ -9,7 +9,6 @@ the work.
 """
 import argparse
 import hashlib
-import itertools
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,7 +27,11 @@ def parse_args(argv=None):
     what.add_argument("--checkpoint", type=Path, nargs="+", required=True,
                       help="model.pt of train.py, or epoch-*.pt of one run, whose probabilities are averaged")
     what.add_argument("--split", choices=("valid", "test"), nargs="+", default=["valid", "test"])
-    what.add_argument("--tta", choices=TTA, default="flip", help="the views whose probabilities are averaged")
+    what.add_argument("--tta", type=tta_name, default="flip", metavar="SET|VIEW,VIEW+VIEW,...",
+                      help=f"views whose probabilities are averaged: {', '.join(TTA)}, or a list of "
+                           f"{', '.join(VIEWS)}; + does one after another")
+    what.add_argument("--tta-scales", type=number(float, 0.1, 10), nargs="+", default=[1.0], metavar="SCALE",
+                      help="sizes that every view is predicted at, times the scale that the model was trained at")
     system = parser.add_argument_group("system: none of these decides the result")
     system.add_argument("--batch", type=number(int, 1), default=8)
     system.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks, shared by experiments")
@@ -37,32 +40,72 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def view(quarter_turns, mirrored=False):
-    """(apply, undo) on [..., H, W]: the image mirrored left to right or not, then turned anticlockwise."""
-    def apply(x):
-        return (x.flip(-1) if mirrored else x).rot90(quarter_turns, (-2, -1))
+# ---- TTA ------------------------------------------------------------------------------------------------------------
 
-    def undo(x):
-        x = x.rot90(-quarter_turns, (-2, -1))
-        return x.flip(-1) if mirrored else x
-    return apply, undo
+# name -> (quarter turns anticlockwise, mirrored left to right before that): these 8 are all that flips and turns make
+VIEWS = {"identity": (0, False), "hflip": (0, True), "vflip": (2, True), "rot90ccw": (1, False), "rot180": (2, False),
+         "rot90cw": (3, False), "transpose": (1, True), "antitranspose": (3, True)}
+TTA = {"none": "identity", "flip": "identity,hflip,vflip", "flip_rot": "identity,hflip,vflip,rot90cw,rot90ccw,rot180",
+       "d4": ",".join(VIEWS)}
 
 
-# name -> views; flips and turns together make only these 8 different orientations
-TTA = {"none": [view(0)],
-       "flip": [view(0), view(0, mirrored=True), view(2, mirrored=True)],  # left to right and upside down
-       "flip_rot": [view(0), view(0, mirrored=True), view(2, mirrored=True), view(1), view(2), view(3)],
-       "d4": [view(turns, mirrored) for turns in range(4) for mirrored in (False, True)]}
+def tta_views(text):
+    """The different views of a set's name or a list such as "identity,hflip,hflip+rot90cw"; + does one after another.
+
+    Raises argparse.ArgumentTypeError for a name that is neither.
+    """
+    views = []
+    for item in TTA.get(text, text).split(","):
+        turns, mirrored = 0, False
+        for name in item.split("+"):
+            if name not in VIEWS:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(TTA)} and none of {', '.join(VIEWS)}")
+            more, flip = VIEWS[name]
+            turns, mirrored = ((more - turns if flip else more + turns) % 4), mirrored != flip
+        views.append((turns, mirrored))
+    return list(dict.fromkeys(views))
 
 
-def predict_probs(models, images, tta):
-    """probs [B, C, H, W] averaged over the models and the views of a TTA set; images normalised [B, 3, H, W]."""
+def tta_name(text):
+    tta_views(text)
+    return text
+
+
+def apply_view(x, view):
+    """[..., H, W], or [..., W, H] for an odd number of turns."""
+    turns, mirrored = view
+    return (x.flip(-1) if mirrored else x).rot90(turns, (-2, -1))
+
+
+def undo_view(x, view):
+    turns, mirrored = view
+    x = x.rot90(-turns, (-2, -1))
+    return x.flip(-1) if mirrored else x
+
+
+def predict_probs(models, images, views, scales=(1.0,), most=8):
+    """probs [B, C, H, W] averaged over models, views and scales; images normalised [B, 3, H, W], `most` at a time.
+
+    Probabilities are averaged, not logits, and in float32.
+    """
     import torch
-    total = 0
+    from torch.nn.functional import interpolate
+    total, size = 0, images.shape[2:]
     with torch.inference_mode(), amp(images.device):
-        for model, (apply, undo) in itertools.product(models, TTA[tta]):
-            total += undo(model(apply(images)).float().softmax(dim=1))
-    return total / (len(models) * len(TTA[tta]))
+        for scale in scales:
+            scaled = images if scale == 1 else interpolate(images, [round(side * scale) for side in size],
+                                                           mode="bilinear", antialias=True)
+            for odd in (0, 1):  # turned views of images that are not square have another shape
+                alike = [view for view in views if view[0] % 2 == odd]
+                parts = torch.cat([apply_view(scaled, view) for view in alike]).split(most) if alike else ()
+                for model in models if alike else ():
+                    probs = torch.cat([model(part).float().softmax(dim=1) for part in parts]).chunk(len(alike))
+                    probs = sum(undo_view(p, view) for p, view in zip(probs, alike, strict=True))
+                    total += probs if scale == 1 else interpolate(probs, size, mode="bilinear")
+    return total / (len(models) * len(views) * len(scales))
+
+
+# ---- stores ---------------------------------------------------------------------------------------------------------
 
 
 def load_model(path):
@@ -113,7 +156,7 @@ def predict_split(models, recipe, photos, path, info, args, device):
                         pin_memory=device.type == "cuda", multiprocessing_context="fork" if args.workers else None)
     for part, (images, _) in zip(mine, tqdm(loader, str(path), disable=True if rank else None), strict=True):
         images = normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"])
-        probs = resize_probs(predict_probs(models, images, args.tta))
+        probs = resize_probs(predict_probs(models, images, tta_views(args.tta), args.tta_scales, args.batch))
         with atomic_write(part) as scratch:
             (probs * 255).round_().to(torch.uint8).cpu().numpy().tofile(scratch)
     if n_ranks > 1:
@@ -146,6 +189,7 @@ def main(args):
     tune_process()
     if missing := [str(path) for path in args.checkpoint if not path.is_file()]:
         raise SystemExit(f"{', '.join(missing)}: no such checkpoint")
+    tta = args.tta if args.tta_scales == [1] else f"{args.tta} x {','.join(f'{s:g}' for s in args.tta_scales)}"
     folder = args.checkpoint[0].parent
     with lock(folder) if ranks()[0] == 0 else nullcontext():
         device = claim_device(args.device)
@@ -158,7 +202,7 @@ def main(args):
         for name in args.split:
             split, indices = (train, valid) if name == "valid" else (test, range(len(test.ids)))
             path = folder / f"{name}.npy"
-            info = {"image_ids": [split.ids[i] for i in indices], "classes": classes, "split": name, "tta": args.tta,
+            info = {"image_ids": [split.ids[i] for i in indices], "classes": classes, "split": name, "tta": tta,
                     "checkpoints": names, "data": split.fingerprint,
                     **{k: recipe[k] for k in ("model", "scale", "round", "fold", "folds_csv", "seed", "paint")}}
             if is_done(path, info):

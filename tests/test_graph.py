@@ -83,10 +83,15 @@ if os.path.exists(folder + "/index.csv"): os.remove(folder + "/index.csv")
 for name in ("labels.npy", "manifest.json", "index.csv"): write(f"{folder}/{name}", digest(name, made_of))
 ''', "ensemble.py": '''
 from common import *
-soft = sys.argv.pop(1) == "soft"
-a = parse("data cache batch" + soft * " image-id out", inputs=True)
+command = sys.argv.pop(1)
+soft = command == "soft"
+if command == "compare":
+    a = parse("data cache", inputs=True)
+    sys.exit(print("compare", *a.inputs))
+a = parse("data cache batch weights" + (" image-id out" if soft else " tables"), inputs=True)
 parts = ("valid.json", "valid.npy", "test.json", "test.npy")[:4 if soft else 2]
-text = digest(a.batch, soft and a.image_id, [read(f"{run}/{part}") for run in a.inputs for part in parts])
+text = digest(a.batch, a.weights, soft and a.image_id, [read(f"{run}/{part}") for run in a.inputs for part in parts])
+if not soft: os.makedirs(a.tables, exist_ok=True)
 write(a.out, text) if soft else print("score", text)
 ''', "torch/distributed/run.py": '''
 import os, runpy, sys
@@ -244,7 +249,7 @@ def test_dry_run_plans_the_whole_grid_without_a_warning_and_writes_nothing(fresh
 
 @pytest.mark.parametrize("knobs, message", [
     *(({typo: 1}, f"unknown knob: {typo};") for typo in ("FLOD", "lr", "OMP_NUM_THREADS")),
-    *(({knob: ""}, f" {knob} is empty") for knob in KNOBS if knob not in ("ROUND", "STRICT", "LAUNCH")
+    *(({knob: ""}, f" {knob} is empty") for knob in KNOBS if knob not in ("ROUND", "STRICT", "LAUNCH", "A", "B")
       and "_ARGS" not in knob),
     *(({knob: value}, f"{knob}={value}: not a whole number") for knob, value in (
         ("GPUS", 0), ("GPUS", "x"), ("GPUS", "2 2"), ("GPUS", "1.5"), ("GPUS", "'"), ("TRIALS", -1), ("TRIALS", 0),
@@ -271,7 +276,7 @@ def test_real_scripts_accept_what_make_passes_and_get_every_knob(fresh, monkeypa
     knobs = {"DATA": "new", "EXP": "e", "MODELS": "unet/b", "SCALES": 96, "FOLDS": 3, "NFOLDS": 4, "PAINT": "order",
              "EPOCHS": 7, "BATCH": 9, "LR": "2e-5", "SEED": 11, "WEIGHTS": "none", "TTA": "none", "DEVICE": "cpu",
              "IMAGE_ID": "file_name", "TRAIN_ARGS": "--augment none --ema 0.5", "INFER_ARGS": "--batch 13",
-             "PSEUDO_ARGS": "--confident 0.75", "SNAPSHOTS": 6}
+             "PSEUDO_ARGS": "--confident 0.75", "SNAPSHOTS": 6, "VOTE": "3,1"}
     values = {}  # {script: every value that its arguments ever had}
     for changed in ({}, knobs):
         for script, *argv in calls(fresh, "submit", "score", "check", **changed):
@@ -279,10 +284,10 @@ def test_real_scripts_accept_what_make_passes_and_get_every_knob(fresh, monkeypa
             values.setdefault(script, set()).update(map(str, args.values()))
     wanted = {"train.py": "new out/e unet/b 96 3 4 order 7 9 2e-05 11 none cpu 0.5 out/cache True 0 1 6",
               "infer.py": "new none 13 cpu out/cache", "pseudo_label.py": "new out/e 3 0.75 out/cache 1",
-              "ensemble.py": "new file_name 9 out/e/submission.csv out/cache soft score"}
+              "ensemble.py": "new file_name 9 out/e/submission.csv out/e/report out/cache soft score fit [3.0, 1.0]"}
     assert set(values) == set(wanted)
     for script, text in wanted.items():
-        assert set(text.split()) <= values[script], script
+        assert set(re.findall(r"\[.*\]|\S+", text)) <= values[script], script
 
 
 def test_runtimes_measures_what_model_and_scale_pick_every_time(fresh, monkeypatch):
@@ -314,6 +319,31 @@ def test_runtimes_measures_what_model_and_scale_pick_every_time(fresh, monkeypat
 ])
 def test_model_scale_fold_and_round_pick_a_slice_of_the_grid_or_outside_it(fresh, goal, knobs, patterns, grid):
     assert plan(fresh, goal, **knobs) == sorted(steps("check", *patterns, **grid) + ["score"] * (goal == "score"))
+
+
+def test_compare_gets_both_experiments_and_trains_nothing(built):
+    shutil.copytree(built / "out/main", built / "out/lr5")
+    assert calls(built, "compare", A="main", B="lr5") == [
+        ["ensemble.py", "compare", "--data", "data", "--cache", "out/cache", "out/main", "out/lr5"]]
+    before = texts(built)
+    assert make(built, "compare", A="main", B="lr5").stdout == "compare out/main out/lr5\n"
+    assert texts(built) == before
+
+
+@pytest.mark.parametrize("knobs, wrong", [
+    ({}, "A="), ({"A": "main"}, "B="), ({"B": "main"}, "A="), ({"A": "main", "B": "empty"}, "B=empty"),
+    ({"A": "nosuch", "B": "main"}, "A=nosuch")])
+def test_compare_without_two_experiments_that_were_scored_is_an_error_of_one_line(built, knobs, wrong):
+    (built / "out/empty/r0").mkdir(parents=True)
+    before = len(trace(built))
+    error = make(built, "compare", code=2, **knobs).stderr
+    assert f" {wrong}" in error and "compare takes two experiments" in error and error.count("\n") == 1
+    assert len(trace(built)) == before
+
+
+def test_score_leaves_its_tables_in_the_experiments_report(built):
+    make(built, "score", EXP="main")
+    assert (built / "out/main/report").is_dir()
 
 
 # ---- what is remade, and nothing else -------------------------------------------------------------------------------
@@ -364,7 +394,7 @@ def test_score_remakes_a_deleted_half_of_a_validation_store(built, name):
     ({"DATA": "./data", "PAINT": "id", "NFOLDS": 3}, EVERYTHING, EVERYTHING, {}),
     ({"INFER_ARGS": "--batch 4", "TTA": "none"}, FROM_INFER, FROM_INFER, {}),
     ({"PSEUDO_ARGS": "--confident 0.9"}, FROM_LABELS, FROM_LABELS, {}),
-    ({"FOLDS": 0, "ROUNDS": 0, "IMAGE_ID": "file_name"}, ["submit"], ["submit"], {}),
+    ({"FOLDS": 0, "ROUNDS": 0, "IMAGE_ID": "file_name", "VOTE": "equal"}, ["submit"], ["submit"], {}),
     ({"FOLDS": "0 1 2"}, ["*/f2", "submit"], ["submit"], {"folds": [0, 1, 2]}),
     ({"MODELS": "fpn/a"}, FROM_LABELS, FROM_LABELS, {"models": ["fpn/a"]}),
     ({"SCALES": "64 96"}, ["* r0/*/s96/*", *FROM_LABELS], FROM_LABELS, {"scales": [64, 96]}),

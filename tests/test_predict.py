@@ -204,16 +204,20 @@ def test_decisions_made_by_hand_outlive_labels_made_anew_and_the_others_do_not(m
 
 @given(arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(0, 200)))
 def test_a_mask_is_encoded_as_its_ids_row_by_row(pred):
-    assert ensemble.encode_mask(pred) == " ".join(map(str, pred.ravel().tolist())).encode()
+    assert ensemble.encode_mask(pred) == " ".join(map(str, pred.ravel().tolist()))
 
 
 def test_every_class_id_up_to_200_is_encoded():
     ids = np.random.default_rng(0).permutation(201).astype(np.uint8)
-    assert ensemble.encode_mask(np.stack([ids, ids[::-1]])).split() == [b"%d" % i for i in [*ids, *ids[::-1]]]
+    assert ensemble.encode_mask(np.stack([ids, ids[::-1]])).split() == [str(i) for i in [*ids, *ids[::-1]]]
 
 
 def masks(n, seed=0):
     return np.random.default_rng(seed).integers(0, 12, (n, SUBMIT_SIZE, SUBMIT_SIZE), dtype=np.uint8)
+
+
+def submission_faults(path, names, n_classes):
+    return [fault for fault, _ in ensemble.read_submission(path, names, n_classes) if fault]
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +233,7 @@ def test_a_submission_read_back_holds_the_masks_in_order(good_csv):
     for line, name, mask in zip(lines[1:], ("7", "3", "12"), masks(3), strict=True):
         image_id, ids = line.split(",")
         assert image_id == name and [int(i) for i in ids.split(" ")] == mask.ravel().tolist()
-    assert ensemble.submission_faults(good_csv, ["7", "3", "12"], 12) == []
+    assert submission_faults(good_csv, ["7", "3", "12"], 12) == []
 
 
 @pytest.mark.parametrize("name", ["batch_01_vt/0003.jpg", 'a,"b".jpg', "new\nline.jpg", "Müll 1.jpg", ' "', "'"])
@@ -278,7 +282,7 @@ ROW_FAULTS = {  # name: (what is done to the lines, the lines that must be named
 def test_a_faulty_submission_is_refused_naming_its_lines(good_csv, tmp_path, fault):
     change, numbers = ROW_FAULTS[fault]
     (tmp_path / "bad.csv").write_text("\n".join(change(good_csv.read_text().splitlines())) + "\n")
-    faults = ensemble.submission_faults(tmp_path / "bad.csv", ["7", "3", "12"], 12)
+    faults = submission_faults(tmp_path / "bad.csv", ["7", "3", "12"], 12)
     assert [line.split("bad.csv line ")[1].split(",")[0].split(":")[0] for line in faults] == [str(n) for n in numbers]
 
 
@@ -286,20 +290,20 @@ def test_a_faulty_submission_is_refused_naming_its_lines(good_csv, tmp_path, fau
                                     "image_id,PredictionString,x"])
 def test_a_submission_with_another_header_is_refused(good_csv, tmp_path, header):
     (tmp_path / "bad.csv").write_text("\n".join([header, *good_csv.read_text().splitlines()[1:]]) + "\n")
-    faults = ensemble.submission_faults(tmp_path / "bad.csv", ["7", "3", "12"], 12)
+    faults = submission_faults(tmp_path / "bad.csv", ["7", "3", "12"], 12)
     assert len(faults) == 1 and "the first line is" in faults[0]
 
 
 def test_an_empty_file_is_no_submission(tmp_path):
     (tmp_path / "bad.csv").write_text("")
-    assert len(ensemble.submission_faults(tmp_path / "bad.csv", [], 12)) == 1
+    assert len(submission_faults(tmp_path / "bad.csv", [], 12)) == 1
 
 
 def test_a_file_cut_off_anywhere_is_no_submission(good_csv, tmp_path):
     content = good_csv.read_bytes()
     for size in (10, 27, 1000, len(content) // 2, len(content) - 3):
         (tmp_path / "cut.csv").write_bytes(content[:size])
-        assert ensemble.submission_faults(tmp_path / "cut.csv", ["7", "3", "12"], 12)
+        assert submission_faults(tmp_path / "cut.csv", ["7", "3", "12"], 12)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -360,10 +364,9 @@ def soft(tmp_path, data, cache, runs, *more):
 
 @pytest.fixture
 def all_kept(monkeypatch):
-    """No minimum area, so that the submission is the vote itself."""
-    choose = ensemble.choose_min_area
-    monkeypatch.setattr(ensemble, "choose_min_area", lambda counts, folds: (
-        np.zeros(counts.shape[1], int), *choose(counts, folds)[1:]))
+    """No log-bias and no minimum area, so that the submission is the vote itself."""
+    gain = ensemble.gain
+    monkeypatch.setattr(ensemble, "gain", lambda after, before: gain(after, before) | {"low": -1.0})
 
 
 def test_the_submission_is_the_vote_in_which_the_folds_of_a_recipe_share_one(
@@ -391,8 +394,9 @@ def test_a_picture_of_predictions_stands_beside_the_submission(tiny_data, cache,
 
 
 def test_the_submission_has_no_class_below_its_minimum_area(tiny_data, cache, voters, tmp_path, monkeypatch):
-    choose, areas = ensemble.choose_min_area, np.arange(12) * 1000
-    monkeypatch.setattr(ensemble, "choose_min_area", lambda counts, folds: (areas, *choose(counts, folds)[1:]))
+    choose, areas = ensemble.choose, np.arange(12) * 1000
+    monkeypatch.setattr(ensemble, "choose", lambda *args: (
+        {"weights": np.ones(1), "bias": np.zeros(12), "min_area": areas}, *choose(*args)[1:]))
     _, ids = soft(tmp_path, tiny_data, cache, [voters["a", 0]])
     voted = np.load(voters["a", 0] / "test.npy").argmax(1).reshape(4, -1)
     for found, vote in zip(ids, voted, strict=True):
@@ -408,21 +412,30 @@ def test_runs_that_disagree_are_refused_by_name(tiny_data, cache, changeable, tm
     for split in ("valid", "test"):
         change_json(changeable["a", 1] / f"{split}.json", **{key: value})
     out = ["--out", str(tmp_path / "s.csv")] if command == "soft" else []
-    with pytest.raises(SystemExit, match=f"a/f1/.*different {key}"):
+    told = "other classes than .*a/f0: it orders them so: Background, C" if key == "classes" else f"another {key}"
+    with pytest.raises(SystemExit, match=f"a/f1/.*{told}"):
         ensemble.main(ensemble_line(command, tiny_data, cache, changeable.values(), *out))
     assert not (tmp_path / "s.csv").exists()
 
 
-def test_test_stores_of_different_images_are_refused(tiny_data, cache, splits, changeable, tmp_path):
-    change_json(changeable["b", 0] / "test.json", image_ids=splits[1].ids[::-1])
-    with pytest.raises(SystemExit, match="b/f0/.*different image_ids"):
-        soft(tmp_path, tiny_data, cache, changeable.values())
+@pytest.mark.parametrize("split", ["test", "valid"])
+def test_stores_of_the_same_images_in_another_order_are_aligned(tiny_data, cache, changeable, tmp_path, capsys, split):
+    runs = list(changeable.values())
+    expected = soft(tmp_path, tiny_data, cache, runs), capsys.readouterr().out
+    path, store = changeable["b", 0] / f"{split}.json", np.load(changeable["b", 0] / f"{split}.npy")
+    change_json(path, image_ids=common.read_json(path)["image_ids"][::-1])
+    np.save(path.with_suffix(".npy"), store[::-1])
+    found = soft(tmp_path, tiny_data, cache, runs), capsys.readouterr().out
+    assert found[0][0] == expected[0][0] and (found[0][1] == expected[0][1]).all() and found[1] == expected[1]
 
 
-def test_a_vote_on_other_images_than_the_datas_is_refused(tiny_data, cache, splits, changeable, tmp_path):
-    change_json(changeable["b", 0] / "test.json", image_ids=splits[1].ids[::-1])
-    with pytest.raises(SystemExit, match="test.json is of other images"):
-        soft(tmp_path, tiny_data, cache, [changeable["b", 0]])
+def test_test_stores_of_other_images_than_the_datas_are_refused_with_the_difference(
+        tiny_data, cache, splits, changeable, tmp_path):
+    change_json(changeable["b", 0] / "test.json", image_ids=[*splits[1].ids[:3], 777])
+    for runs in (changeable.values(), [changeable["b", 0]]):
+        with pytest.raises(SystemExit, match=f"b/f0/test.npy is of other images: it lacks 1: {splits[1].ids[3]}; also "
+                                             "has 1: 777; run infer.py again"):
+            soft(tmp_path, tiny_data, cache, runs)
 
 
 @pytest.mark.parametrize("command", ["soft", "score"])
@@ -430,7 +443,7 @@ def test_stores_of_other_classes_than_the_datas_are_refused(tiny_data, cache, ch
     for split in ("valid", "test"):
         change_json(changeable["b", 0] / f"{split}.json", classes=CLASSES[:-1] + ["Clothes"])
     out = ["--out", str(tmp_path / "s.csv")] if command == "soft" else []
-    with pytest.raises(SystemExit, match="has the classes"):
+    with pytest.raises(SystemExit, match="b/f0 has other classes than .*: it lacks 1: Clothing; also has 1: Clothes"):
         ensemble.main(ensemble_line(command, tiny_data, cache, [changeable["b", 0]], *out))
 
 
@@ -565,7 +578,7 @@ def slow_vote(runs):
 
 def printed_scores(out):
     """{row: [v1, v2, v3]} of what `score` prints."""
-    rows = (re.match(r"(\S.*?) +(\d\.\d{4}) (\d\.\d{4}) (\d\.\d{4}) ", line) for line in out.splitlines())
+    rows = (re.match(r" *\d* +(\S.*?) +\d+ (\d\.\d{4}) (\d\.\d{4}) (\d\.\d{4}) ", line) for line in out.splitlines())
     return {row[1]: [float(score) for score in row.groups()[1:]] for row in rows if row}
 
 
@@ -576,9 +589,9 @@ def test_score_prints_the_out_of_fold_scores_of_every_recipe_and_the_vote(
     printed = printed_scores(out)
     everywhere = slow_vote(voters.values())
     expected = {
-        f"{voters['a', 0].parent} flip": slow_vote(run for (recipe, _), run in voters.items() if recipe == "a"),
-        f"{voters['b', 0].parent} flip": slow_vote(run for (recipe, _), run in voters.items() if recipe == "b"),
-        "soft vote": everywhere,
+        "a flip": slow_vote(run for (recipe, _), run in voters.items() if recipe == "a"),
+        "b flip": slow_vote(run for (recipe, _), run in voters.items() if recipe == "b"),
+        "soft vote, equal weights": everywhere,
         "all background": {i: np.zeros_like(pred) for i, pred in everywhere.items()}}
     for name, preds in expected.items():
         assert printed[name] == pytest.approx(slow_scores(splits[0], preds, 4), abs=1e-4), name
@@ -591,13 +604,14 @@ def test_score_counts_the_images_that_the_folds_cover(tiny_data, cache, splits, 
     out = capsys.readouterr().out
     assert "out of fold: 5 of 14 training images" in out
     preds = slow_vote([voters["b", 1]])
-    assert printed_scores(out)["soft vote"] == pytest.approx(slow_scores(splits[0], preds, 8), abs=1e-4)
+    assert printed_scores(out)["soft vote, equal weights"] == pytest.approx(slow_scores(splits[0], preds, 8), abs=1e-4)
 
 
-def test_validation_stores_of_one_fold_on_different_images_are_refused(tiny_data, cache, changeable):
+def test_validation_stores_of_one_fold_on_different_images_are_refused(tiny_data, cache, splits, changeable):
     ids = common.read_json(changeable["b", 1] / "valid.json")["image_ids"]
-    change_json(changeable["b", 1] / "valid.json", image_ids=ids[::-1])
-    with pytest.raises(SystemExit, match="of different images"):
+    change_json(changeable["b", 1] / "valid.json", image_ids=[*ids[:-1], splits[0].ids[0]])
+    with pytest.raises(SystemExit, match=f"b/f1/valid.npy is of other images: it lacks 1: {ids[-1]}; also has 1: "
+                                         f"{splits[0].ids[0]}"):
         ensemble.main(ensemble_line("score", tiny_data, cache, changeable.values()))
 
 
@@ -619,49 +633,6 @@ def test_removing_small_classes_from_a_mask_and_from_its_pixel_counts_is_the_sam
     assert (counts == confusion_matrix(truth.ravel(), removed.ravel(), labels=range(4))).all()
     sizes = [(pred == c).sum() for c in range(4)]
     assert removed.tolist() == [[c if sizes[c] >= min_area[c] else 0 for c in row] for row in pred.tolist()]
-
-
-def stray_counts(n_images, stray, seed=0):
-    """[N, 3, 3] counts of perfect predictions of classes 0 and 1 but for `stray` pixels said to be class 2."""
-    rng = np.random.default_rng(seed)
-    counts = np.zeros((n_images, 3, 3), int)
-    counts[:, 1, 1] = rng.integers(9000, 12000, n_images)
-    counts[:, 0, 2] = stray
-    counts[:, 0, 0] = SUBMIT_SIZE ** 2 - counts.sum((1, 2))
-    return counts
-
-
-def test_a_minimum_area_is_taken_when_stray_pixels_cost_score():
-    counts, folds = stray_counts(30, 5), np.arange(30) % 3
-    areas, cross_fitted, verdict = ensemble.choose_min_area(counts, folds)
-    assert areas[2] > 5 and areas[1] < 9000 and ": taken" in verdict
-    assert common.image_miou(counts).mean() == pytest.approx(0.667, abs=1e-3)
-    assert common.image_miou(cross_fitted).mean() > 0.999
-
-
-def test_no_minimum_area_is_taken_without_a_gain():
-    counts = stray_counts(30, 0)
-    areas, cross_fitted, verdict = ensemble.choose_min_area(counts, np.arange(30) % 3)
-    assert not areas.any() and "not taken" in verdict and (cross_fitted == counts).all()
-
-
-def test_an_area_that_helps_only_where_it_was_fitted_is_not_taken():
-    counts = stray_counts(30, 0)
-    counts[0] = stray_counts(1, 5)[0]
-    assert ensemble.fit_min_area(counts)[2] > 5
-    areas, _, verdict = ensemble.choose_min_area(counts, np.arange(30) % 3)
-    assert not areas.any() and "not taken" in verdict
-
-
-def test_a_fold_is_judged_with_areas_fitted_on_the_other_folds(monkeypatch):
-    counts, folds = np.concatenate([stray_counts(4, 5), stray_counts(6, 40), stray_counts(5, 900)]), np.repeat(
-        [0, 1, 2], [4, 6, 5])
-    fitted_on, fit = [], ensemble.fit_min_area
-    monkeypatch.setattr(ensemble, "fit_min_area", lambda part: fitted_on.append(part) or fit(part))
-    _, cross_fitted, _ = ensemble.choose_min_area(counts, folds)
-    for fold, part in zip(range(3), fitted_on, strict=False):
-        assert (part == counts[folds != fold]).all()
-        assert (cross_fitted[folds == fold] == ensemble.apply_min_area(counts[folds == fold], fit(part))).all()
 
 
 def test_the_bootstrap_interval_covers_the_mean_about_as_often_as_it_says():

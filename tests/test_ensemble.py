@@ -1,0 +1,715 @@
+"""ensemble.py against slow implementations of the same, on small votes by hand and on stores by hand."""
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, write_coco
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from sklearn.metrics import confusion_matrix, jaccard_score
+
+import common
+import ensemble
+from common import SUBMIT_SIZE, image_miou
+
+SIDE = 16  # of the images of a FakeOof, in place of SUBMIT_SIZE
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(ensemble, "SUBMIT_SIZE", SIDE)
+
+
+class FakeOof(Namespace):
+    """What OutOfFold offers, of probs uint8 [M, N, C, SIDE, SIDE]; member m has predicted image n where has[m, n]."""
+
+    def __init__(self, probs, truths, parts, has=None, **info):
+        n_members, n_images, n_classes = probs.shape[:3]
+        plain = {"model": "m", "scale": 64, "round": 0, "tta": "flip", "seed": 0, "checkpoints": ["model.pt"]}
+        super().__init__(
+            names=[f"member {m}" for m in range(n_members)], classes=[f"class {c}" for c in range(n_classes)],
+            ids=list(range(n_images)), truths=truths, parts=np.array(parts), title="out of fold", all=probs,
+            has=np.ones((n_members, n_images), bool) if has is None else has,
+            infos=[plain | {key: values[m] for key, values in info.items()} for m in range(n_members)])
+
+    def probs(self, n):
+        return {m: image[n] for m, image in enumerate(self.all) if self.has[m, n]}
+
+
+def random_truths(rng, n_images, n_classes):
+    """uint8 [N, SIDE, SIDE] in blocks of 4 x 4."""
+    return rng.integers(0, n_classes, (n_images, SIDE // 4, SIDE // 4), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
+
+
+def one_hot(masks, n_classes, value=200):
+    """uint8 [N, C, SIDE, SIDE] probabilities that say the masks."""
+    return ((masks[:, None] == np.arange(n_classes)[:, None, None]) * value).astype(np.uint8)
+
+
+def blurred(rng, truths, n_classes, right):
+    """Probabilities that say the truth on about the share `right` of the pixels."""
+    noise = rng.integers(0, 150, (len(truths), n_classes, SIDE, SIDE))
+    sure = rng.random((len(truths), 1, SIDE, SIDE)) < right
+    return (noise + one_hot(truths, n_classes, 100) * sure).astype(np.uint8)
+
+
+def slow_v3(preds, truths):
+    """By scikit-learn, image by image."""
+    return np.mean([jaccard_score(t.ravel(), p.ravel(), labels=np.union1d(t, p), average="macro")
+                    for p, t in zip(preds, truths, strict=True)])
+
+
+def slow_vote(images, weights, bias):
+    """The mask of one image, pixel by pixel: the first of the classes with the largest sum."""
+    pred = np.zeros((SIDE, SIDE), np.uint8)
+    for y, x in product(range(SIDE), repeat=2):
+        totals = [sum(weights[m] * float(image[c, y, x]) for m, image in images.items()) * math.exp(bias[c])
+                  for c in range(len(bias))]
+        pred[y, x] = totals.index(max(totals))
+    return pred
+
+
+def no_tables(tmp_path=None):
+    return Namespace(tables=tmp_path, batch=2)
+
+
+def chosen(oof, weights=None, fit=True):
+    """(what is used, counts, {name of what was tried: row})."""
+    _, thumbs, truths, _ = ensemble.survey(oof)
+    used, counts, tried = ensemble.choose(oof, thumbs, truths, np.ones(len(oof.names)) if weights is None else weights,
+                                          fit)
+    return used, counts, {row["tried"]: row for row in tried}
+
+
+# ---- scores and votes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_quick_score_is_the_real_one(small, seed):
+    rng = np.random.default_rng(seed)
+    truths = random_truths(rng, 5, 4)
+    probs = blurred(rng, truths, 4, 0.4)
+    found = ensemble.score_of(probs.reshape(5, 4, -1), truths.reshape(5, -1).astype(int))
+    assert found == pytest.approx(slow_v3(probs.argmax(1), truths), abs=1e-12)
+
+
+def test_votes_are_counted_as_a_plain_loop_counts_them(small):
+    rng = np.random.default_rng(0)
+    truths = random_truths(rng, 4, 3)
+    truths[2, :5] = common.IGNORE_INDEX
+    has = np.array([[1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 0]], bool)  # nobody has predicted the last
+    oof = FakeOof(rng.integers(0, 256, (3, 4, 3, SIDE, SIDE), dtype=np.uint8), truths, [0, 0, 1, 1], has)
+    weights = [[1, 1, 1], [2, 0, 1], [0, 0, 1], [1, 1, 1], [0.3, 0.5, 0.2]]
+    biases = [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0.7, -1.4], [0.35, 0, 1]]
+    found = ensemble.vote_counts(oof, weights, biases)
+    for k, n in product(range(5), range(4)):
+        pred, labelled = slow_vote(oof.probs(n), weights[k], biases[k]), truths[n] < 3
+        assert (found[k, n] == confusion_matrix(truths[n][labelled], pred[labelled], labels=range(3))).all(), (k, n)
+    assert (found[0] != found[3]).any() and not found[:, 3, :, 1:].any()
+
+
+def test_a_survey_counts_each_member_where_it_has_predicted_and_thins_its_probabilities(small):
+    rng = np.random.default_rng(1)
+    has = np.array([[1, 1, 1], [1, 0, 1], [0, 1, 0]], bool)
+    oof = FakeOof(rng.integers(0, 256, (3, 3, 4, SIDE, SIDE), dtype=np.uint8), random_truths(rng, 3, 4), [0, 1, 2], has)
+    counts, thumbs, truths, apart = ensemble.survey(oof)
+    preds = oof.all.argmax(2)
+    for m, n in product(range(3), range(3)):
+        if has[m, n]:
+            assert (counts[m, n] == confusion_matrix(oof.truths[n].ravel(), preds[m, n].ravel(), labels=range(4))).all()
+            assert thumbs[m, n].tolist() == oof.all[m, n][:, 2::4, 2::4].reshape(4, -1).tolist()
+        else:
+            assert not counts[m, n].any() and not thumbs[m, n].any()
+    assert truths.tolist() == oof.truths[:, 2::4, 2::4].reshape(3, -1).tolist()
+    for a, b in product(range(3), range(3)):
+        both = [n for n in range(3) if has[a, n] and has[b, n]]
+        expected = np.mean([(preds[a, n] != preds[b, n]).mean() for n in both]) if both else 0
+        assert apart[a, b] == pytest.approx(expected)
+
+
+def test_thumbnails_keep_within_their_bound(small, monkeypatch):
+    rng = np.random.default_rng(1)
+    oof = FakeOof(rng.integers(0, 256, (2, 3, 4, SIDE, SIDE), dtype=np.uint8), random_truths(rng, 3, 4), [0, 1, 2])
+    monkeypatch.setattr(ensemble, "THUMBNAILS", 3 * 4 * (2 + 8) * 4)
+    assert ensemble.survey(oof)[1].shape == (2, 3, 4, 4)
+    monkeypatch.setattr(ensemble, "THUMBNAILS", 3 * 4 * (2 + 8) * 4 - 1)
+    assert ensemble.survey(oof)[1].shape == (2, 3, 4, 1)
+
+
+# ---- the hard vote --------------------------------------------------------------------------------------------------
+
+
+def slow_majority(preds, weights):
+    """Exactly, pixel by pixel: of the classes with the most weight that of the heaviest voter, of equals the first."""
+    result = np.zeros(preds.shape[1:], int)
+    for place in np.ndindex(result.shape):
+        votes, total = [int(pred[place]) for pred in preds], {}
+        for vote, weight in zip(votes, weights, strict=True):
+            total[vote] = total.get(vote, 0) + weight
+        tied = [(-weights[m], m, votes[m]) for m in range(len(votes)) if total[votes[m]] == max(total.values())]
+        result[place] = min(tied)[2]
+    return result
+
+
+@given(arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 3), st.integers(1, 5)), elements=st.integers(0, 3)),
+       st.lists(st.sampled_from(["0", "0.1", "0.2", "0.3", "0.5", "0.7", "1", "2", "3"]), min_size=6, max_size=6))
+def test_the_majority_is_that_of_a_slow_count_also_in_ties(preds, texts):
+    exact = [Fraction(text) for text in texts[:len(preds)]]
+    if sum(exact):
+        found = ensemble.majority(preds, np.array([float(weight) for weight in exact]))
+        assert found.dtype == np.uint8 and (found == slow_majority(preds, exact)).all()
+
+
+@pytest.mark.parametrize(("votes", "weights", "winner"), [
+    ([1, 2], [1, 1], 1), ([2, 1], [1, 1], 2), ([1, 2], [1, 2], 2), ([3, 2, 2], [2, 1, 1], 3), ([2, 2, 3], [1, 1, 2], 3),
+    ([3, 2, 2], [0.3, 0.1, 0.2], 3), ([2, 2, 3], [0.1, 0.2, 0.3], 3), ([1, 2, 2, 1], [1, 1, 1, 1], 1),
+    ([5, 1, 2, 2, 1], [1] * 5, 1), ([0, 7, 7], [1, 1, 1], 7), ([4], [3], 4), ([1, 2, 2], [0, 1, 0], 2)])
+def test_ties_go_to_the_heavier_voter_and_of_equals_to_the_first(votes, weights, winner):
+    assert ensemble.majority(np.uint8(votes)[:, None, None], np.array(weights, float)).tolist() == [[winner]]
+
+
+@given(arrays(np.uint8, st.tuples(st.integers(1, 4), st.just(3), st.just(3)), elements=st.integers(0, 200)))
+def test_masks_survive_encoding_writing_and_reading(tmp_path_factory, masks):
+    path, names = tmp_path_factory.mktemp("s") / "s.csv", [f"a,{i}" for i in range(len(masks))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ensemble, "SUBMIT_SIZE", 3)
+        ensemble.write_submission(path, names, masks, 201)
+        rows = list(ensemble.read_submission(path, names, 201))
+    assert [fault for fault, _ in rows] == [None] * len(masks)
+    assert all((pred == mask).all() for (_, pred), mask in zip(rows, masks, strict=True))
+
+
+# ---- what is fitted -------------------------------------------------------------------------------------------------
+
+
+def slow_greedy(thumbs, truths):
+    """Caruana's selection with replacement, until nothing gains or 30 are picked."""
+    chosen, best = [], -1
+    while len(chosen) < 30:
+        tries = []
+        for m in range(len(thumbs)):
+            total = sum(thumbs[k].astype(int) for k in [*chosen, m])
+            tries.append(slow_v3(total.argmax(1), truths))
+        if max(tries) <= best + 1e-12:
+            break
+        best = max(tries)
+        chosen.append(next(m for m, value in enumerate(tries) if value >= best - 1e-12))
+    return [chosen.count(m) / len(chosen) for m in range(len(thumbs))]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_weights_are_those_of_a_slow_greedy_selection(seed):
+    rng = np.random.default_rng(seed)
+    truths = rng.integers(0, 3, (6, 20))
+    right = (truths[:, None] == np.arange(3)[:, None]) * 60
+    thumbs = (rng.integers(0, 150, (4, 6, 3, 20)) + right).astype(np.uint8)
+    found = ensemble.fit_weights(thumbs, truths)
+    assert found.tolist() == pytest.approx(slow_greedy(thumbs, truths)) and (found > 0).sum() > 1
+
+
+def test_the_selection_ends_after_so_many_picks(monkeypatch):
+    rising = iter(range(1000))
+    monkeypatch.setattr(ensemble, "score_of", lambda probs, truths: next(rising))
+    assert ensemble.fit_weights(np.zeros((2, 1, 2, 1), np.uint8), None).tolist() == [0, 1] and next(rising) == 60
+
+
+def test_climbing_takes_each_class_in_turn_to_the_best_value_of_the_grid():
+    goal = np.array([9, 3, -1, 0.5])
+    found = ensemble.climb(np.zeros(4), (-1, 1, 2, 3), lambda values: -abs(values - goal).sum())
+    assert found.tolist() == [0, 3, -1, 0]  # background stays, and the last is as far from 1 as from 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_bias_and_an_area_are_the_best_of_their_grids_for_two_classes(seed):
+    rng = np.random.default_rng(seed)
+    truths = rng.integers(0, 2, (8, 30))
+    probs = (rng.integers(0, 150, (1, 8, 2, 30)) + (truths[:, None] == np.arange(2)[:, None]) * 90) // [[1], [3]]
+    bias = ensemble.fit_bias([0.5], probs.astype(np.uint8), truths)
+    tries = {b: slow_v3((probs[0] * np.exp([[0], [b]])).argmax(1), truths) for b in (0, *ensemble.BIASES)}
+    assert bias[0] == 0 and tries[bias[1]] == pytest.approx(max(tries.values())) and bias[1] > 0
+    counts = rng.integers(0, 300, (9, 2, 2))
+    area = ensemble.fit_min_area(counts)
+    v3 = {a: image_miou(ensemble.apply_min_area(counts, np.array([0, a]))).mean() for a in ensemble.AREAS}
+    assert v3[area[1]] == max(v3.values())
+
+
+def test_the_interval_is_that_of_a_slow_bootstrap():
+    values = np.random.default_rng(5).normal(size=13)
+    means = []
+    for draw in np.random.default_rng(0).integers(13, size=(200, 13)):
+        means.append(sum(float(values[i]) for i in draw) / 13)
+    means.sort()
+
+    def percentile(share):
+        place = share * 199
+        low = math.floor(place)
+        return means[low] + (place - low) * (means[low + 1] - means[low])
+    assert ensemble.bootstrap_interval(values, 200).tolist() == pytest.approx([percentile(0.025), percentile(0.975)])
+    before, after = np.random.default_rng(6).integers(0, 9, (2, 13, 3, 3))
+    gains = image_miou(after) - image_miou(before)
+    row = ensemble.gain(after, before)
+    assert [row["gain"], row["low"], row["high"]] == pytest.approx(
+        [gains.mean(), *ensemble.bootstrap_interval(gains)])
+
+
+# ---- what is taken --------------------------------------------------------------------------------------------------
+
+
+def test_fitted_weights_find_the_good_member(small):
+    rng = np.random.default_rng(0)
+    truths = random_truths(rng, 30, 4)
+    oof = FakeOof(np.stack([blurred(rng, truths, 4, right) for right in (0.1, 0.9, 0.1)]), truths, np.arange(30) % 3)
+    used, counts, tried = chosen(oof)
+    assert tried["fitted weights"]["taken"] == "yes" and used["weights"][1] > 0.5
+    assert image_miou(counts["with what is taken"]).mean() > image_miou(counts["soft vote, equal weights"]).mean()
+    assert "fitted weights" not in chosen(oof, fit=False)[2]
+    assert chosen(oof, np.array([3, 1, 1.0]), fit=False)[0]["weights"].tolist() == [3, 1, 1]
+
+
+def test_equal_weights_win_where_the_interval_spans_zero(small):
+    rng = np.random.default_rng(10)
+    truths = random_truths(rng, 6, 3)
+    oof = FakeOof(np.stack([blurred(rng, truths, 3, r) for r in (0.6, 0.5, 0.2)]), truths, np.arange(6) % 3)
+    used, _, tried = chosen(oof)
+    row = tried["fitted weights"]
+    assert row["taken"] == "no" and row["low"] < 0 < row["gain"] and used["weights"].tolist() == [1, 1, 1]
+
+
+def stray(n_images, pixels):
+    """(probs, truths): right everywhere but for `pixels` pixels that are taken for class 2, in a 3-class problem."""
+    truths = np.zeros((n_images, SIDE, SIDE), np.uint8)
+    truths[:, :8] = 1
+    preds = truths.copy()
+    preds.reshape(n_images, -1)[:, 200:200 + pixels] = 2
+    return one_hot(preds, 3)[None], truths
+
+
+def test_a_minimum_area_is_taken_when_stray_pixels_cost_score_and_not_otherwise(small):
+    used, counts, tried = chosen(FakeOof(*stray(30, 5), np.arange(30) % 3))
+    assert tried["minimum area by class"]["taken"] == "yes" and used["min_area"][2] > 5
+    assert used["min_area"][0] == 0 and used["min_area"][1] < SIDE * 8
+    assert image_miou(counts["soft vote, equal weights"]).mean() == pytest.approx(0.66, abs=0.01)
+    assert image_miou(counts["with what is taken"]).mean() > 0.97
+    used, counts, tried = chosen(FakeOof(*stray(30, 0), np.arange(30) % 3))
+    assert tried["minimum area by class"]["taken"] == "no" and not used["min_area"].any() and not used["bias"].any()
+    assert (counts["with what is taken"] == counts["soft vote, equal weights"]).all()
+
+
+def test_a_log_bias_is_taken_when_a_class_is_always_too_weak(small):
+    rng = np.random.default_rng(0)
+    truths = random_truths(rng, 24, 3)
+    probs = blurred(rng, truths, 3, 1)
+    probs[:, 2] //= 3
+    used, _, tried = chosen(FakeOof(probs[None], truths, np.arange(24) % 4))
+    assert tried["log-bias by class"]["taken"] == "yes" and used["bias"][2] > 0 == used["bias"][0]
+
+
+def memorising(n_images=30):
+    """Probabilities of 3 members, each right on the images of one fold alone and wrong on the others."""
+    rng = np.random.default_rng(0)
+    truths, parts = random_truths(rng, n_images, 4), np.arange(n_images) % 3
+    wrong = np.stack([one_hot((truths + 1 + m) % 4, 4, 90) for m in range(3)])
+    knows = np.arange(3)[:, None] == parts
+    return np.where(knows[:, :, None, None, None], one_hot(truths, 4, 80), wrong).astype(np.uint8), truths, parts
+
+
+def test_weights_that_memorise_a_fold_gain_nothing_on_it(small):
+    probs, truths, parts = memorising()
+    oof = FakeOof(probs, truths, parts)
+    _, thumbs, small_truths, _ = ensemble.survey(oof)
+    fold_0 = parts == 0
+    fitted = ensemble.fit_weights(thumbs[:, fold_0], small_truths[fold_0])
+    assert fitted.tolist() == [1, 0, 0]  # whoever looks at the fold sees that one member knows it
+    used, _, tried = chosen(oof)
+    assert tried["fitted weights"]["taken"] == "no" and tried["fitted weights"]["gain"] <= 0
+    assert used["weights"].tolist() == [1, 1, 1]
+
+
+def test_a_bias_and_an_area_that_memorise_a_fold_gain_nothing_on_it(small):
+    """In fold k alone class k + 1 is too weak, in the other folds it is too strong; so are its areas."""
+    n_images, parts = 30, np.arange(30) % 3
+    truths = np.zeros((n_images, SIDE, SIDE), np.uint8)
+    probs = one_hot(truths, 4, 100)
+    for n, part in enumerate(parts):
+        for c in (1, 2, 3):
+            probs[n, c, 4 * c + 2:4 * c + 4] = 80  # almost: a bias would make it class c
+            if c == part + 1:
+                truths[n, 4 * c + 2:4 * c + 4] = c
+    oof = FakeOof(probs[None], truths, parts)
+    _, thumbs, small_truths, _ = ensemble.survey(oof)
+    seen = ensemble.fit_bias([1.0], thumbs[:, parts == 0], small_truths[parts == 0])
+    assert seen[1] > 0 and not seen[2:].any()
+    used, _, tried = chosen(oof)
+    assert tried["log-bias by class"]["taken"] == "no" and tried["log-bias by class"]["gain"] <= 0
+    assert not used["bias"].any() and tried["minimum area by class"]["gain"] <= 0
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """{name: what each call of that fit returned}, and everything is taken whatever it gains."""
+    found = {name: [] for name in ("fit_weights", "fit_bias", "fit_min_area")}
+    for name, results in found.items():
+        fit = getattr(ensemble, name)
+        monkeypatch.setattr(ensemble, name, lambda *args, fit=fit, results=results: results.append(fit(*args))
+                            or results[-1])
+    gain = ensemble.gain
+    monkeypatch.setattr(ensemble, "gain", lambda *args: gain(*args) | {"low": 1.0})
+    return found
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_nothing_that_scores_a_fold_depends_on_its_truth_however_many_fits_stand_on_one_another(small, fits, part):
+    rng = np.random.default_rng(3)
+    truths, parts = random_truths(rng, 12, 4), np.arange(12) % 3
+    probs = np.stack([blurred(rng, truths, 4, right) for right in (0.3, 0.5, 0.4)])
+    chosen(FakeOof(probs, truths, parts))
+    other = np.where((parts == part)[:, None, None], random_truths(rng, 12, 4), truths)
+    chosen(FakeOof(probs, other.astype(np.uint8), parts))
+    for name, results in fits.items():
+        before, after = results[:4], results[4:]
+        assert len(before) == len(after) == 4 and (before[part] == after[part]).all(), name
+    assert any((b != a).any() for results in fits.values() for b, a in zip(results[:4], results[4:], strict=True))
+
+
+def test_each_fold_is_scored_with_what_was_fitted_on_the_others_and_the_last_fit_is_used(small, fits):
+    rng = np.random.default_rng(4)
+    truths, parts = random_truths(rng, 9, 3), np.arange(9) % 3
+    oof = FakeOof(np.stack([blurred(rng, truths, 3, right) for right in (0.2, 0.6)]), truths, parts)
+    used, counts, _ = chosen(oof)
+    for n, part in enumerate(parts):
+        pred = slow_vote(oof.probs(n), fits["fit_weights"][part], fits["fit_bias"][part])
+        areas = np.bincount(pred.ravel(), minlength=3)
+        pred = np.where(areas[pred] >= fits["fit_min_area"][part][pred], pred, 0)
+        assert (counts["with what is taken"][n] == confusion_matrix(
+            truths[n].ravel(), pred.ravel(), labels=range(3))).all()
+    for key, name in (("weights", "fit_weights"), ("bias", "fit_bias"), ("min_area", "fit_min_area")):
+        assert (used[key] == fits[name][3]).all()
+
+
+def test_one_group_of_photos_has_no_other_part_so_nothing_is_tried(small):
+    used, counts, tried = chosen(FakeOof(*stray(6, 5), np.zeros(6, int)))
+    assert tried == {} and not used["min_area"].any() and len(counts) == 3
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(small):
+    """Left half class 1, right half class 2. A knows the left, B the right, C says class 1, without being sure."""
+    truths = np.ones((4, SIDE, SIDE), np.uint8)
+    truths[:, :, 8:] = 2
+    probs = np.zeros((3, 4, 3, SIDE, SIDE), np.uint8)
+    probs[0, :, 1, :, :8], probs[0, :, 0, :, 8:] = 200, 90
+    probs[1, :, 2, :, 8:], probs[1, :, 0, :, :8] = 200, 90
+    probs[2, :, 1] = 50
+    return FakeOof(probs, truths, np.arange(4) % 2, model=["x", "x", "y"], scale=[64, 96, 64],
+                   checkpoints=[["a"], ["a"], ["a"]])
+
+
+def test_waterfall_axes_and_disagreement_by_hand(three, tmp_path, capsys):
+    _, thumbs, truths, apart = ensemble.survey(three)
+    ensemble.analyse(no_tables(tmp_path), three, thumbs, truths, apart)
+    waterfall, axes, disagreement = (pd.read_csv(tmp_path / f"{name}.csv", keep_default_na=False)
+                                     for name in ("waterfall", "axes", "disagreement"))
+    assert waterfall["member"].tolist() == ["member 0", "member 1", "member 2"]
+    assert waterfall["v3"].tolist() == pytest.approx([1 / 3, 1, 1])
+    assert waterfall["gain"][0] == "" and [float(g) for g in waterfall["gain"][1:]] == pytest.approx([2 / 3, 0])
+    assert axes["axis"].tolist() == ["model", "scale"] and axes["best alone"].tolist() == ["x", "64"]
+    assert axes["v3"].tolist() == pytest.approx([1, 1 / 3])
+    for key in ("gain", "low", "high"):
+        assert axes[key].tolist() == pytest.approx([0, 2 / 3])
+    assert disagreement[["1", "2", "3"]].values.tolist() == [[0, 1, 0.5], [1, 0, 1], [0.5, 1, 0]]
+    out = capsys.readouterr().out
+    assert "fold isn't here" in out and "nan" not in out.lower()
+
+
+def test_snapshots_are_an_axis_and_without_axes_there_is_no_table_of_them(three, tmp_path, capsys):
+    found = ensemble.survey(three)[1:]
+    three.infos = [info | {"model": "x", "scale": 64} for info in three.infos]
+    ensemble.analyse(no_tables(tmp_path), three, *found)
+    assert "axes" not in capsys.readouterr().out and not (tmp_path / "axes.csv").exists()
+    three.infos[1]["checkpoints"] = ["a", "b", "c"]
+    ensemble.analyse(no_tables(tmp_path), three, *found)
+    assert pd.read_csv(tmp_path / "axes.csv")["axis"].tolist() == ["epochs"]
+
+
+# ---- real stores ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def splits(tiny_data, cache):
+    return common.load_data(tiny_data, cache)
+
+
+def write_store(run, split, probs, ids, classes, **info):
+    run.mkdir(parents=True, exist_ok=True)
+    np.save(run / f"{split}.npy", probs)
+    common.write_json(run / f"{split}.json", {
+        "classes": classes, "split": split, "tta": "flip", "data": "d", "seed": 0, "model": "unet/a", "scale": 64,
+        "round": 0, "fold": 0, "folds_csv": "f01d", "paint": "area", "image_ids": ids,
+        "checkpoints": [{"file": "model.pt", "hash": "0", "epoch": 1}]} | info)
+
+
+def write_run(run, splits, rng, fold, n_folds=2, right=120, **info):
+    """Both stores of one fold by a model that is the better the larger `right`."""
+    train, test = splits
+    ids = train.ids[fold::n_folds]
+    truths = np.stack([train.truth(train.ids.index(i)) for i in ids])
+    noise = rng.integers(0, 130, (len(ids), 12, 16, 16)).repeat(16, 2).repeat(16, 3)
+    probs = noise + (truths[:, None] == np.arange(12)[:, None, None]) * right
+    write_store(run, "valid", probs.astype(np.uint8), ids, train.classes, fold=fold, **info)
+    noise = rng.integers(0, 256, (len(test.ids), 12, 16, 16), dtype=np.uint8).repeat(16, 2).repeat(16, 3)
+    write_store(run, "test", noise, test.ids, train.classes, fold=fold, **info)
+    return run
+
+
+@pytest.fixture(scope="module")
+def experiments(tmp_path_factory, splits):
+    """Folder with two experiments: "weak" of one member and "good" of two, on two folds; tests only read it."""
+    root, rng = tmp_path_factory.mktemp("out"), np.random.default_rng(0)
+    for exp, right, round_, models in (("weak", 40, 0, "a"), ("good", 120, 0, "ab"), ("good", 125, 1, "a")):
+        for model, fold in product(models, (0, 1)):
+            write_run(common.run_folder(root / exp, round_, f"unet/{model}", 64, fold), splits, rng, fold, right=right,
+                      model=f"unet/{model}", round=round_)
+    (root / "weak/report").mkdir()
+    return root
+
+
+def run_ensemble(data, cache, command, *args):
+    ensemble.main(ensemble.parse_args([command, "--data", str(data), "--cache", str(cache), *map(str, args)]))
+
+
+def runs_of(experiments, pattern):
+    return sorted(experiments.glob(pattern))
+
+
+def test_an_experiment_against_itself_gains_nothing(tiny_data, cache, experiments, tmp_path, capsys):
+    run_ensemble(tiny_data, cache, "compare", "--tables", tmp_path, experiments / "good", experiments / "good")
+    rows = pd.read_csv(tmp_path / "compare.csv")
+    assert (rows[["gain", "low", "high"]] == 0).all(axis=None) and len(rows) > 5
+    assert capsys.readouterr().out.endswith("is no more than chance apart\n")
+
+
+@pytest.mark.parametrize(("a", "b", "sign", "verdict"), [("weak", "good", 1, "better"), ("good", "weak", -1, "worse")])
+def test_a_better_experiment_is_found_better_in_its_last_round(
+        tiny_data, cache, experiments, tmp_path, capsys, a, b, sign, verdict):
+    run_ensemble(tiny_data, cache, "compare", "--tables", tmp_path, experiments / a, experiments / b)
+    rows, out = pd.read_csv(tmp_path / "compare.csv", index_col="score"), capsys.readouterr().out
+    assert rows.loc["v3", "gain"] * sign > 0 and rows.loc["v3", "gain"] == pytest.approx(
+        rows.loc["v3", "after"] - rows.loc["v3", "before"])
+    assert (rows["low"] <= rows["high"]).all()
+    assert f"{b} is {verdict}" in out and "good/r1: 2 run(s) of 1 member(s), 14 images" in out and "weak/r0: " in out
+
+
+def test_only_the_images_that_both_held_out_are_compared(tiny_data, cache, splits, experiments, tmp_path, capsys):
+    half, other = (write_run(common.run_folder(tmp_path / name, 0, "unet/a", 64, fold), splits,
+                             np.random.default_rng(7), fold).parents[4] for name, fold in (("half", 0), ("other", 1)))
+    run_ensemble(tiny_data, cache, "compare", "--tables", tmp_path, half, experiments / "good")
+    assert "7 images that both held out" in capsys.readouterr().out
+    ids = splits[0].ids[::2]
+    truths = [splits[0].truth(splits[0].ids.index(i)) for i in ids]
+    store = np.load(half / "r0/unet/a/s64/f0/valid.npy")
+    assert pd.read_csv(tmp_path / "compare.csv")["before"][0] == pytest.approx(slow_v3(store.argmax(1), truths))
+    with pytest.raises(SystemExit, match="no validation image in common"):
+        run_ensemble(tiny_data, cache, "compare", half, other)
+    with pytest.raises(SystemExit, match="nosuch: no run with a valid.json"):
+        run_ensemble(tiny_data, cache, "compare", half, tmp_path / "nosuch")
+
+
+def test_score_prints_every_table_and_keeps_it(tiny_data, cache, experiments, tmp_path, capsys):
+    runs = [*runs_of(experiments, "good/r0/*/*/*/f*"), *runs_of(experiments, "weak/r0/*/*/*/f*")]
+    run_ensemble(tiny_data, cache, "score", "--weights", "fit", "--tables", tmp_path / "report", *runs)
+    out = capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
+        "axes.csv", "disagreement.csv", "iou.csv", "members.csv", "tried.csv", "waterfall.csv"]
+    names = ["good/r0/unet/a/s64 flip", "good/r0/unet/b/s64 flip", "weak/r0/unet/a/s64 flip"]  # the folder is the title
+    rows = pd.read_csv(tmp_path / "report/members.csv")
+    assert rows["name"].tolist() == [*names, "soft vote, equal weights", "with what is taken", "all background"]
+    assert all(name in out for name in rows["name"]) and f"runs in {experiments}; " in out
+    assert rows["images"].tolist() == [14] * 6
+    assert (rows["low"] <= rows["v3"]).all() and (rows["v3"] <= rows["high"]).all()
+    waterfall = pd.read_csv(tmp_path / "report/waterfall.csv")
+    assert sorted(waterfall["member"]) == names and waterfall["member"].iloc[-1] == names[2]
+    tried = pd.read_csv(tmp_path / "report/tried.csv", index_col="tried")
+    assert tried.index.tolist() == ["fitted weights", "log-bias by class", "minimum area by class"]
+    assert ((tried["low"] > 0) == (tried["taken"] == "yes")).all()
+
+
+def test_a_member_without_some_folds_is_scored_on_what_it_covers(tiny_data, cache, splits, experiments, tmp_path):
+    runs = [*runs_of(experiments, "good/r0/unet/a/*/f*"), *runs_of(experiments, "good/r0/unet/b/*/f1")]
+    run_ensemble(tiny_data, cache, "score", "--weights", "fit", "--tables", tmp_path, *runs)
+    rows = pd.read_csv(tmp_path / "members.csv")
+    assert rows["images"].tolist() == [14, 7, 14, 14, 14]
+    truths = [splits[0].truth(i) for i in range(1, 14, 2)]
+    assert rows["v3"][1] == pytest.approx(slow_v3(np.load(runs[2] / "valid.npy").argmax(1), truths))
+
+
+def test_one_fold_is_split_into_parts_that_keep_groups_whole(tmp_path):
+    images = [{"id": i, "group": f"scene {i // 2}"} for i in range(8)]
+    write_coco(tmp_path / "data", images, [(i, i % 2, [[0, 0, 0, 6, 6, 6, 6, 0]]) for i in range(8)])
+    splits = common.load_data(tmp_path / "data", tmp_path / "cache")
+    probs = np.random.default_rng(0).integers(0, 256, (8, 3, SUBMIT_SIZE, SUBMIT_SIZE), dtype=np.uint8)
+    run = tmp_path / "unet/a/s64/f0"
+    write_store(run, "valid", probs, splits[0].ids, splits[0].classes)
+    args = Namespace(data=tmp_path / "data", cache=tmp_path / "cache")
+    parts = ensemble.OutOfFold(args, [run]).parts
+    assert sorted(set(parts)) == [0, 1, 2, 3] and all(parts[i] == parts[i + 1] for i in range(0, 8, 2))
+
+
+def test_stores_that_were_made_with_another_tta_are_another_member(tiny_data, cache, splits, tmp_path):
+    rng = np.random.default_rng(0)
+    runs = [write_run(tmp_path / f"unet/a/s64/f{fold}{tta}", splits, rng, fold, tta=tta)
+            for tta in ("flip", "d4") for fold in (0, 1)]
+    run_ensemble(tiny_data, cache, "score", "--tables", tmp_path, *runs)
+    assert pd.read_csv(tmp_path / "members.csv")["name"].tolist()[:2] == ["s64 flip", "s64 d4"]
+    assert pd.read_csv(tmp_path / "axes.csv")["axis"].tolist() == ["tta"]
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_soft_refuses_test_stores_made_otherwise_than_those_of_validation(tiny_data, cache, splits, tmp_path):
+    run = write_run(tmp_path / "unet/a/s64/f0", splits, np.random.default_rng(0), 0)
+    change_json(run / "test.json", tta="d4")
+    with pytest.raises(SystemExit, match="the test stores are s64 d4, those of validation s64 flip"):
+        run_ensemble(tiny_data, cache, "soft", "--out", tmp_path / "s.csv", run)
+    assert not (tmp_path / "s.csv").exists()
+
+
+@pytest.mark.parametrize(("weights", "told"), [("1,2,3", "3 weights for 2 voters: "), ("1", "1 weights for 2 ")])
+@pytest.mark.parametrize("command", ["soft", "score"])
+def test_weights_that_are_not_one_for_each_member_are_refused(
+        tiny_data, cache, experiments, tmp_path, command, weights, told):
+    out = ["--out", tmp_path / "s.csv"] if command == "soft" else []
+    with pytest.raises(SystemExit, match=told):
+        run_ensemble(tiny_data, cache, command, "--weights", weights, *out, *runs_of(experiments, "good/r0/*/*/*/f*"))
+
+
+@pytest.mark.parametrize("weights", ["-1,2", "0,0", "nan,1", "inf,1", "a,b", "1,,2", "", "fitted"])
+def test_weights_that_are_none_are_refused(weights, capsys):
+    with pytest.raises(SystemExit):
+        ensemble.parse_args(["score", "--data", "d", f"--weights={weights}", "run"])
+    assert "argument --weights: " in capsys.readouterr().err
+
+
+def test_given_weights_decide_the_submission(tiny_data, cache, splits, experiments, tmp_path, monkeypatch):
+    gain = ensemble.gain
+    monkeypatch.setattr(ensemble, "gain", lambda after, before: gain(after, before) | {"low": -1.0})
+    runs = runs_of(experiments, "good/r0/*/*/*/f*")[:3]
+    run_ensemble(tiny_data, cache, "soft", "--weights", "1,3", "--out", tmp_path / "s.csv", *runs)
+    a0, a1, b0 = (np.load(run / "test.npy").astype(float) for run in runs)
+    total = ((a0 + a1) / 2 + 3 * b0).reshape(4, 12, -1)
+    ids = np.array(read_ids(tmp_path / "s.csv"))
+    assert (np.take_along_axis(total, ids[:, None], 1)[:, 0] > total.max(1) - 1e-3).all()
+    for other in (a0 + a1 + b0, (a0 + a1) / 2 + b0, a0 + a1 + 3 * b0):
+        assert (ids != other.reshape(4, 12, -1).argmax(1)).mean() > 0.02
+
+
+# ---- submissions that vote ------------------------------------------------------------------------------------------
+
+
+def read_ids(path):
+    csv.field_size_limit(2 ** 31 - 1)
+    with open(path, newline="") as f:
+        return [[int(i) for i in row[1].split(" ")] for row in list(csv.reader(f))[1:]]
+
+
+@pytest.fixture
+def team(tmp_path, splits):
+    """Three submissions, and their masks [3, N, 16, 16], of which each pixel stands for a block."""
+    masks = np.random.default_rng(0).integers(0, 4, (3, 4, 16, 16), dtype=np.uint8)
+    paths = [tmp_path / f"{name}.csv" for name in "abc"]
+    for path, of_path in zip(paths, masks, strict=True):
+        ensemble.write_submission(path, [str(i) for i in splits[1].ids], blocks(of_path), 12)
+    return paths, masks
+
+
+def blocks(masks):
+    return masks.repeat(16, -1).repeat(16, -2)
+
+
+@pytest.mark.parametrize("weights", ["1,1,1", "1,2,1", "0.1,0.2,0.3", "3,1,1", None])
+def test_a_submission_is_made_from_submissions_alone(tiny_data, cache, tmp_path, team, weights):
+    paths, masks = team
+    run_ensemble(tiny_data, cache, "hard", "--out", tmp_path / "s.csv", *(["--weights", weights] if weights else []),
+                 *paths)
+    exact = [Fraction(w) for w in (weights or "1,1,1").split(",")]
+    assert read_ids(tmp_path / "s.csv") == blocks(slow_majority(masks, exact)).reshape(4, -1).tolist()
+
+
+def test_submissions_and_runs_vote_together(tiny_data, cache, experiments, tmp_path, team):
+    paths, masks = team
+    run, = runs_of(experiments, "weak/r0/unet/a/*/f0")
+    run_ensemble(tiny_data, cache, "hard", "--out", tmp_path / "s.csv", run, *paths)
+    own = np.load(run / "test.npy").argmax(1)[:, ::16, ::16]
+    expected = blocks(slow_majority(np.stack([own, *masks]), [1] * 4))
+    assert read_ids(tmp_path / "s.csv") == expected.reshape(4, -1).tolist()
+
+
+def test_a_faulty_submission_is_named_and_nothing_is_written(tiny_data, cache, tmp_path, team):
+    paths, _ = team
+    lines = paths[1].read_text().splitlines()
+    paths[1].write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:]]) + "\n")
+    with pytest.raises(SystemExit, match="b.csv line 2: image"):
+        run_ensemble(tiny_data, cache, "hard", "--out", tmp_path / "s.csv", *paths)
+    paths[1].write_text("\n".join(lines[:3]) + "\n")
+    with pytest.raises(SystemExit, match="b.csv line 4: image missing"):
+        run_ensemble(tiny_data, cache, "hard", "--out", tmp_path / "s.csv", *paths)
+    with pytest.raises(SystemExit, match="--weights fit: submissions have no out-of-fold"):
+        run_ensemble(tiny_data, cache, "hard", "--weights", "fit", "--out", tmp_path / "s.csv", *paths)
+    assert not (tmp_path / "s.csv").exists()
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import ensemble
+ensemble.THUMBNAILS = 1
+ensemble.main(ensemble.parse_args(sys.argv[2:]))
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def peak(data, cache, runs, out):
+    """Megabytes that soft takes at most, in a process of its own."""
+    command = [sys.executable, "-c", MEASURE, str(ROOT), "soft", "--data", str(data), "--cache", str(cache), "--out",
+               str(out), *map(str, runs)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=-1, text=True)
+    return int(done.stdout.split("peak ")[1])
+
+
+def test_memory_stays_the_same_with_more_members(tmp_path):
+    """Stores of 10 + 10 images, 33 MB for a member, as hard links of one; with mapped files the peak would grow."""
+    write_coco(tmp_path / "data", [(i, 8, 8) for i in range(10)], [(0, 1, [[0, 0, 0, 6, 6, 6]])],
+               categories=[(c, f"c{c}") for c in range(1, 25)], test_images=[(100 + i, 8, 8) for i in range(10)])
+    splits = common.load_data(tmp_path / "data", tmp_path / "cache")
+    runs = [tmp_path / f"{m}/s64/f0" for m in range(4)]
+    for run in runs:
+        for split, of_split in zip(("valid", "test"), splits, strict=True):
+            write_store(run, split, np.zeros((1, 1), np.uint8), of_split.ids, splits[0].classes)
+            (run / f"{split}.npy").unlink()
+            if run is runs[0]:
+                np.lib.format.open_memmap(run / f"{split}.npy", "w+", np.uint8, (10, 25, SUBMIT_SIZE, SUBMIT_SIZE))
+            else:
+                os.link(runs[0] / f"{split}.npy", run / f"{split}.npy")
+    one, four = (peak(tmp_path / "data", tmp_path / "cache", some, tmp_path / "s.csv") for some in (runs[:1], runs))
+    assert four - one < 40
