@@ -65,7 +65,7 @@ def test_submission_has_a_class_id_for_every_pixel_in_the_order_of_test_json(rep
 def test_scores_of_recipe_vote_and_background_are_printed(repo):
     out = (repo / "log").read_text()
     for line in ("out of fold: 8 of 8 training images", "out/main/r1/unet/tu-mobilenetv3_small_100;", " s64 flip ",
-                 "soft vote, equal weights", "all background", "\n         Can ", "\n  Cup, small "):
+                 "soft vote, equal weights", "all background", "\n       Can ", "\nCup, small "):
         assert line in out
     assert "soft vote" in make(repo, "score", "ROUND=0").stdout
 
