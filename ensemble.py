@@ -29,7 +29,7 @@ MAX_PICKS = 30  # of the greedy selection of weights
 THUMBNAILS = 128_000_000  # bytes for the small copies of probabilities that weights and biases are fitted on
 BIASES = (-1.4, -1, -0.7, -0.35, 0.35, 0.7, 1, 1.4)  # tried for each class
 AREAS = (0, *(2 ** np.arange(4, 12)))  # up to 3% of the image: a larger one fits the images it was fitted on
-FITTED = {"weights": "fitted weights", "bias": "log-bias by class", "min_area": "minimum area by class"}
+FITTED = {"weights": "weights", "bias": "log-bias by class", "min_area": "minimum area by class"}
 
 
 def parse_args(argv=None):
@@ -287,32 +287,38 @@ def choose(oof, thumbs, truths, weights, fit):
     """({"weights": [M], "bias": [C], "min_area": [C]} to use, counts [N, C, C] by name, rows of what was tried).
 
     For each part all three are fitted on the other parts, one on top of the other, and scored on that part. The last
-    of each list is fitted on all images: that is what the test photos get.
+    of each list is fitted on all images: that is what the test photos get. Log-bias and minimum area compete, alone and
+    together: the first that gains would often spoil the other's larger gain.
     """
-    n_classes, every_image = len(oof.classes), np.arange(len(oof.ids))
+    n_classes, n_images = len(oof.classes), np.arange(len(oof.ids))
     rests = [oof.parts != part for part in np.unique(oof.parts)] + [oof.parts >= 0]
-    start = {"weights": weights, "bias": np.zeros(n_classes), "min_area": np.zeros(n_classes, int)}
-    used = {key: [value] * len(rests) for key, value in start.items()}
-    votes = vote_counts(oof, used["weights"], used["bias"])
+    none = {"weights": [weights] * len(rests), "bias": [np.zeros(n_classes)] * len(rests),
+            "min_area": [np.zeros(n_classes, int)] * len(rests)}
+    used, votes = none, vote_counts(oof, none["weights"], none["bias"])
     name = f"soft vote, {'given' if np.ptp(weights) else 'equal'} weights"
-    counts, tried = {name: votes[oof.parts, every_image]}, []
-    for key in FITTED if len(rests) > 2 else ():  # one group of photos has no other part to be fitted on
-        if key == "weights":
-            if not fit or len(oof.names) == 1:
-                continue
-            found = [fit_weights(thumbs[:, rest], truths[rest]) for rest in rests]
-        elif key == "bias":
-            found = [fit_bias(w, thumbs[:, rest], truths[rest]) for w, rest in zip(used["weights"], rests, strict=True)]
-        else:
-            found = [fit_min_area(of_fit[rest]) for of_fit, rest in zip(votes, rests, strict=True)]
-        now = used | {key: found}
-        after = votes if key == "min_area" else vote_counts(oof, now["weights"], now["bias"])
-        after = np.stack([apply_min_area(*pair) for pair in zip(after, now["min_area"], strict=True)])
-        row = gain(after[oof.parts, every_image], votes[oof.parts, every_image])
-        tried.append({"tried": FITTED[key], **row, "taken": "yes" if row["low"] > 0 else "no"})
-        if row["low"] > 0:
-            used, votes = now, after
-    counts["with what is taken"] = votes[oof.parts, every_image]
+    counts, tried = {name: votes[oof.parts, n_images]}, []
+
+    def take_best(options):
+        """What wins of {name: (used, votes)} over what is used, if it does by more than chance; all into `tried`."""
+        rows = {name: gain(after[oof.parts, n_images], votes[oof.parts, n_images])
+                for name, (_, after) in options.items()}
+        best = max((name for name in rows if rows[name]["low"] > 0), key=lambda n: rows[n]["gain"], default=None)
+        tried.extend({"tried": name, **row, "taken": "yes" if name == best else "no"} for name, row in rows.items())
+        return options.get(best, (used, votes))
+
+    if fit and len(oof.names) > 1 and len(rests) > 2:  # one group of photos has no other part to be fitted on
+        now = none | {"weights": [fit_weights(thumbs[:, rest], truths[rest]) for rest in rests]}
+        used, votes = take_best({"fitted weights": (now, vote_counts(oof, now["weights"], now["bias"]))})
+    if len(rests) > 2:
+        biased = used | {"bias": [fit_bias(w, thumbs[:, rest], truths[rest])
+                                  for w, rest in zip(used["weights"], rests, strict=True)]}
+        options = {"log-bias": (biased, vote_counts(oof, used["weights"], biased["bias"]))}
+        for label, (before, counted) in {"minimum area": (used, votes), "both of them": options["log-bias"]}.items():
+            areas = [fit_min_area(of_fit[rest]) for of_fit, rest in zip(counted, rests, strict=True)]
+            sized = np.stack([apply_min_area(*pair) for pair in zip(counted, areas, strict=True)])
+            options[label] = before | {"min_area": areas}, sized
+        used, votes = take_best(options)
+    counts["with what is taken"] = votes[oof.parts, n_images]
     counts["all background"] = apply_min_area(counts[name], SUBMIT_SIZE ** 2 + 1)
     return {key: found[-1] for key, found in used.items()}, counts, tried
 
@@ -346,7 +352,7 @@ def show_scores(args, oof, singles, used, counts, tried):
     print("\nused, fitted on all of these images:")
     for key, labels in (("weights", oof.names), ("bias", oof.classes), ("min_area", oof.classes)):
         values = [f"{label} {value:.4g}" for label, value in zip(labels, used[key], strict=True) if value]
-        print(f"    {FITTED[key].removeprefix('fitted ')}: {', '.join(values) or 'none'}")
+        print(f"    {FITTED[key]}: {', '.join(values) or 'none'}")
 
 
 def analyse(args, oof, thumbs, truths, apart):
@@ -388,8 +394,12 @@ def analyse(args, oof, thumbs, truths, apart):
 
 def encode_mask(pred):
     """"0 0 11 3": the class ids of a mask uint8 [H, W], row by row."""
-    texts = [str(i) for i in range(int(pred.max()) + 1)]  # 5 times as fast as str() of each pixel
-    return " ".join([texts[i] for i in pred.ravel().tolist()])
+    text = np.full(2 * pred.size, ord(" "), np.uint8)
+    text[::2] = pred.ravel() + ord("0")  # ids from 10 on stand as the bytes after "9" until they are replaced
+    text = text[:-1].tobytes()
+    for class_id in range(10, int(pred.max()) + 1):
+        text = text.replace(bytes([class_id + ord("0")]), str(class_id).encode())
+    return text.decode()
 
 
 def write_submission(path, names, preds, n_classes):

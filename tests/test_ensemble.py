@@ -296,12 +296,12 @@ def stray(n_images, pixels):
 
 def test_a_minimum_area_is_taken_when_stray_pixels_cost_score_and_not_otherwise(small):
     used, counts, tried = chosen(FakeOof(*stray(30, 5), np.arange(30) % 3))
-    assert tried["minimum area by class"]["taken"] == "yes" and used["min_area"][2] > 5
+    assert tried["minimum area"]["taken"] == "yes" and used["min_area"][2] > 5
     assert used["min_area"][0] == 0 and used["min_area"][1] < SIDE * 8
     assert image_miou(counts["soft vote, equal weights"]).mean() == pytest.approx(0.66, abs=0.01)
     assert image_miou(counts["with what is taken"]).mean() > 0.97
     used, counts, tried = chosen(FakeOof(*stray(30, 0), np.arange(30) % 3))
-    assert tried["minimum area by class"]["taken"] == "no" and not used["min_area"].any() and not used["bias"].any()
+    assert tried["minimum area"]["taken"] == "no" and not used["min_area"].any() and not used["bias"].any()
     assert (counts["with what is taken"] == counts["soft vote, equal weights"]).all()
 
 
@@ -311,7 +311,7 @@ def test_a_log_bias_is_taken_when_a_class_is_always_too_weak(small):
     probs = blurred(rng, truths, 3, 1)
     probs[:, 2] //= 3
     used, _, tried = chosen(FakeOof(probs[None], truths, np.arange(24) % 4))
-    assert tried["log-bias by class"]["taken"] == "yes" and used["bias"][2] > 0 == used["bias"][0]
+    assert tried["log-bias"]["taken"] == "yes" and used["bias"][2] > 0 == used["bias"][0]
 
 
 def memorising(n_images=30):
@@ -350,8 +350,8 @@ def test_a_bias_and_an_area_that_memorise_a_fold_gain_nothing_on_it(small):
     seen = ensemble.fit_bias([1.0], thumbs[:, parts == 0], small_truths[parts == 0])
     assert seen[1] > 0 and not seen[2:].any()
     used, _, tried = chosen(oof)
-    assert tried["log-bias by class"]["taken"] == "no" and tried["log-bias by class"]["gain"] <= 0
-    assert not used["bias"].any() and tried["minimum area by class"]["gain"] <= 0
+    assert tried["log-bias"]["taken"] == "no" and tried["log-bias"]["gain"] <= 0
+    assert not used["bias"].any() and tried["minimum area"]["gain"] <= 0
 
 
 @pytest.fixture
@@ -376,8 +376,10 @@ def test_nothing_that_scores_a_fold_depends_on_its_truth_however_many_fits_stand
     other = np.where((parts == part)[:, None, None], random_truths(rng, 12, 4), truths)
     chosen(FakeOof(probs, other.astype(np.uint8), parts))
     for name, results in fits.items():
-        before, after = results[:4], results[4:]
-        assert len(before) == len(after) == 4 and (before[part] == after[part]).all(), name
+        half = len(results) // 2  # areas are fitted twice: with the log-bias and without
+        assert half == (8 if name == "fit_min_area" else 4)
+        before, after = results[:half][part::4], results[half:][part::4]
+        assert np.array_equal(before, after), name
     assert any((b != a).any() for results in fits.values() for b, a in zip(results[:4], results[4:], strict=True))
 
 
@@ -385,7 +387,13 @@ def test_each_fold_is_scored_with_what_was_fitted_on_the_others_and_the_last_fit
     rng = np.random.default_rng(4)
     truths, parts = random_truths(rng, 9, 3), np.arange(9) % 3
     oof = FakeOof(np.stack([blurred(rng, truths, 3, right) for right in (0.2, 0.6)]), truths, parts)
-    used, counts, _ = chosen(oof)
+    used, counts, tried = chosen(oof)
+    taken, = {name for name, row in tried.items() if row["taken"] == "yes"} - {"fitted weights"}
+    if "log" not in taken and taken != "both of them":
+        fits["fit_bias"] = [np.zeros(3)] * 4
+    fits["fit_min_area"] = {"log-bias": [np.zeros(3, int)] * 4, "minimum area": fits["fit_min_area"][:4],
+                            "both of them": fits["fit_min_area"][4:]}[taken]
+    assert tried["fitted weights"]["taken"] == "yes"
     for n, part in enumerate(parts):
         pred = slow_vote(oof.probs(n), fits["fit_weights"][part], fits["fit_bias"][part])
         areas = np.bincount(pred.ravel(), minlength=3)
@@ -547,7 +555,7 @@ def test_score_prints_every_table_and_keeps_it(tiny_data, cache, experiments, tm
     waterfall = pd.read_csv(tmp_path / "report/waterfall.csv")
     assert sorted(waterfall["member"]) == names and waterfall["member"].iloc[-1] == names[2]
     tried = pd.read_csv(tmp_path / "report/tried.csv", index_col="tried")
-    assert tried.index.tolist() == ["fitted weights", "log-bias by class", "minimum area by class"]
+    assert tried.index.tolist() == ["fitted weights", "log-bias", "minimum area", "both of them"]
     assert ((tried["low"] > 0) == (tried["taken"] == "yes")).all()
 
 
