@@ -175,8 +175,8 @@ def test_two_epochs_predict_the_mean_of_what_each_predicts(tiny_data, cache, run
 def test_the_mean_over_models_is_taken_over_probabilities_and_every_view():
     models = [torch.nn.Conv2d(3, 4, 3, padding=1) for _ in range(3)]
     images = 5 * torch.randn(2, 3, 6, 6)
-    single = [infer.predict_probs([model], images, "d4") for model in models]
-    torch.testing.assert_close(infer.predict_probs(models, images, "d4"), sum(single) / 3)
+    single = [infer.predict_probs([model], images, infer.tta_views("d4")) for model in models]
+    torch.testing.assert_close(infer.predict_probs(models, images, infer.tta_views("d4")), sum(single) / 3)
     assert (single[0] - single[1]).abs().max() > 0.1
 
 
@@ -216,8 +216,8 @@ def no_prediction(monkeypatch):
 def predicted(monkeypatch):
     """The number of images in every batch that is predicted."""
     batches, predict_probs = [], infer.predict_probs
-    monkeypatch.setattr(infer, "predict_probs", lambda models, images, tta: (
-        batches.append(len(images)), predict_probs(models, images, tta))[1])
+    monkeypatch.setattr(infer, "predict_probs", lambda models, images, *how: (
+        batches.append(len(images)), predict_probs(models, images, *how))[1])
     return batches
 
 

@@ -223,7 +223,7 @@ def test_mistake_in_the_search_space_is_one_line_before_any_trial(sweep, fake, t
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
-    (["--data", "nosuch"], "nosuch"), (["--scale", 72], "--scale 72"), (["--fold", 3], "--fold 3"),
+    (["--data", "nosuch"], "nosuch"), (["--snapshots", 9], "--snapshots 9"), (["--fold", 3], "--fold 3"),
     (["--weights", "nosuch"], "--weights nosuch"), (["--device", "nosuch"], "--device nosuch"),
     (["--round", 1], "pseudo labels"), (["--overfit", 2], "--overfit")])
 def test_wrong_arguments_end_the_sweep_at_once(sweep, fake, wrong, message):
