@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import (SUBMIT_SIZE, EvalPhotos, Help, amp, atomic_write, build_model, file_hash, claim_device,
+from common import (SUBMIT_SIZE, EvalPhotos, Help, amp, atomic_write, build_model, claim_device, file_hash,
                     load_checkpoint, load_data, lock, normalise, number, open_store, ranks, resize_probs, run_script,
                     tune_process, write_json, write_npy_header)
 

@@ -17,10 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (AUGMENTATIONS, DECODERS, LOSSES, PAINT_ORDERS, STRIDE, EpochBatches, EvalPhotos, Help, TrainSamples,
-                    amp, build_model, classmix, confusion, encoder_mean_std, file_hash, claim_device,
-                    load_checkpoint, load_data, load_folds, lock, make_augmentation, make_loss, normalise, number,
-                    ranks, rare_odds, resize_probs, run_folder, run_script, save_checkpoint, scores, tune_process,
-                    write_csv, write_json)
+                    amp, build_model, claim_device, classmix, confusion, encoder_mean_std, file_hash, load_checkpoint,
+                    load_data, load_folds, lock, make_augmentation, make_loss, normalise, number, ranks, rare_odds,
+                    resize_probs, run_folder, run_script, save_checkpoint, scores, tune_process, write_csv, write_json)
 from pseudo_label import hash_labels, load_pseudo
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
@@ -83,8 +82,7 @@ def parse_args(argv=None):
     run.add_argument("--scale", type=number(int, STRIDE, 4096, STRIDE), default=512, help="side of training images")
     run.add_argument("--fold", type=number(int, 0), default=0, help="fold held out for validation")
     run.add_argument("--folds", type=number(int, 2), default=5, help="number of folds")
-    run.add_argument("--round", type=number(int, 0, 9), default=0,
-                     help="0: no pseudo labels; R: also learn from EXP/rR/pseudo/fFOLD")
+    run.add_argument("--round", type=number(int, 0, 9), default=0, help="from 1: also learns EXP/rROUND/pseudo/fFOLD")
     run.add_argument("--paint", choices=PAINT_ORDERS, default="area", help="which object wins where they overlap")
     run.add_argument("--check", action="store_true", help="check the data, write EXP/folds.csv and stop")
     run.add_argument("--overfit", type=number(int, 0), default=0, metavar="N",
@@ -167,7 +165,7 @@ def backward(run, images, masks, device):
     import torch
     n_parts = max(1, min(run["parts"], len(images) // 2))  # batch norm needs two images
     try:
-        total = torch.zeros((), device=device)
+        total = 0
         for image, mask in zip(images.tensor_split(n_parts), masks.tensor_split(n_parts), strict=True):
             with amp(device):
                 logits = run["forward"](image)
@@ -368,8 +366,7 @@ def log_row(run, row, args, recipe, out):
             run["logger"] = run.get("logger") or start_logger(args.logger, out, recipe)
             run["logger"](row)
         except Exception as e:
-            print(f"warning: {args.logger} failed, training goes on without it (pip install {args.logger}, if it is "
-                  f"missing): {e}", file=sys.stderr)
+            print(f"warning: {args.logger} failed, training goes on without it: {e}", file=sys.stderr)
             run["logger"] = lambda row: None
 
 
