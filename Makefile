@@ -133,7 +133,8 @@ stores  = $1/test.npy $1/test.json \
 # $1 folder of the run, $2 round, $3 model, $4 scale, $5 fold
 define one_run
 $1/model.pt: $(OUT)/folds.csv $(OUT)/.flags/train $(if $(filter-out 0,$2),$(call labels,$2,$5)) \
-             $(if $(filter $(SNAPSHOTS),0 $(words $(wildcard $1/epoch-*.pt))),,again) $(call code,train.py) | $(SETUP)
+             $(if $(filter $(SNAPSHOTS),0 $(words $(wildcard $1/epoch-*.pt))),,again) $(wildcard $(WEIGHTS)) \
+             $(call code,train.py) | $(SETUP)
 	$(if $(STRICT),rm -f $1/model.pt)
 	$(ranked) train.py --exp $(OUT) --cache $(CACHE) $(data) --model $3 --scale $4 --fold $5 --round $2 \
 	    $(flags.train) --device $(DEVICE) --replace

@@ -349,7 +349,7 @@ def show_scores(args, oof, singles, used, counts, tried):
     show(args, "iou", "IoU of each class, members by their number", iou)
     if tried:
         show(args, "tried", "tried: gain in v3 on the folds that it wasn't fitted on; taken if low is above 0", tried)
-    print("\nused, fitted on all of these images:")
+    print("\nused:")
     for key, labels in (("weights", oof.names), ("bias", oof.classes), ("min_area", oof.classes)):
         values = [f"{label} {value:.4g}" for label, value in zip(labels, used[key], strict=True) if value]
         print(f"    {FITTED[key]}: {', '.join(values) or 'none'}")
@@ -568,7 +568,7 @@ def majority(preds, weights):
 
 
 def last_round(args, exp):
-    """({image id: [C, C] pixel counts}, classes) of the equal vote of the runs of an experiment's last round."""
+    """({image id: [C, C] pixel counts}, classes, paint order) of the equal vote of an experiment's last round."""
     runs = sorted(path.parent for path in exp.glob("r[0-9]/*/*/s*/f*/valid.json"))
     if not runs:
         raise SystemExit(f"{exp}: no run with a valid.json; make score EXP={exp.name} makes them")
@@ -577,12 +577,14 @@ def last_round(args, exp):
     oof = OutOfFold(args, runs)
     counts, = vote_counts(oof, np.ones((1, len(oof.names))), np.zeros((1, len(oof.classes))))
     print(f"{last}: {len(runs)} run(s) of {len(oof.names)} member(s), {len(oof.ids)} images")
-    return dict(zip(oof.ids, counts, strict=True)), oof.classes
+    return dict(zip(oof.ids, counts, strict=True)), oof.classes, oof.infos[0]["paint"]
 
 
 def compare(args):
     """Show what the second experiment gains over the first on the images that both held out."""
-    (before, classes), (after, _) = (last_round(args, exp) for exp in args.experiments)
+    (before, classes, paint), (after, _, other) = (last_round(args, exp) for exp in args.experiments)
+    if paint != other:
+        raise SystemExit(f"one has the paint order {paint}, the other {other}: their truths differ")
     shared = [i for i in before if i in after]
     if not shared:
         raise SystemExit("the two have no validation image in common")

@@ -111,7 +111,7 @@ def predict_probs(models, images, views, scales=(1.0,), most=8):
 def load_model(path):
     """(model in eval mode on the CPU, the checkpoint's other content), from the checkpoint alone."""
     state = load_checkpoint(path)
-    if not isinstance(state, dict) or not {"model", "recipe", "classes", "valid_ids"} <= state.keys():
+    if not isinstance(state, dict) or not {"model", "recipe", "classes", "valid_ids", "v3"} <= state.keys():
         raise SystemExit(f"{path}: not a model.pt of train.py")
     import torch
     model = build_model(state["recipe"]["model"], len(state["classes"]))

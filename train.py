@@ -95,7 +95,7 @@ def parse_args(argv=None):
     system.add_argument("--replace", action="store_true", help="replace a run of another recipe instead of refusing")
     system.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks, shared by experiments")
     system.add_argument("--device", default="auto", help="auto takes the first idle GPU, or the CPU")
-    system.add_argument("--workers", type=number(int, 0), help="of the loader; default 0 on a CPU, else a core each, 8")
+    system.add_argument("--workers", type=number(int, 0), help="of the loader; none on a CPU, else one a core up to 8")
     system.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
     system.add_argument("--logger", choices=LOGGERS, help="besides log.csv")
     return parser.parse_args(argv)
@@ -177,6 +177,7 @@ def backward(run, images, masks, device):
         if n_parts >= len(images) // 2 or ranks()[1] > 1:
             raise SystemExit(f"out of memory: lower --scale or --batch, or raise --accumulate ({e})") from None
         run["parts"] = 2 * n_parts
+        logits = loss = None  # they hold the failed attempt's graph
     print(f"out of memory: batches now go through the model in {run['parts']} parts", flush=True)
     run["optimizer"].zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
@@ -243,7 +244,7 @@ def make_recipe(args, train):
         recipe["weights"] = f"{Path(args.weights).name} {file_hash(args.weights)}"
     recipe["mean"], recipe["std"] = map(list, encoder_mean_std(args.model))
     recipe["data"], recipe["folds_csv"] = train.fingerprint, file_hash(args.exp / "folds.csv")
-    if args.round:
+    if args.round and not args.overfit:
         recipe["pseudo"] = hash_labels(args)
     return recipe
 
@@ -323,8 +324,7 @@ def fit(run, loaders, args, info, out, device, report):
         train_loader.batch_sampler.epoch = run["epoch"]
         loss, lr, speed = train_one_epoch(run, train_loader, args, recipe, device)
         if not math.isfinite(loss):
-            raise SystemExit(f"{out}: the loss of epoch {run['epoch'] + 1} is {loss}: lower --lr; {out}/last.pt keeps "
-                             "the epoch before")
+            raise SystemExit(f"{out}: the loss of epoch {run['epoch'] + 1} is {loss}: lower --lr")
         result = scores(evaluate(run["ema"].module, valid_loader, len(info["classes"]), recipe, device), args.batch)
         run["epoch"] += 1
         row = {"epoch": run["epoch"], "loss": loss, "lr": lr, **{k: float(result[k]) for k in ("v1", "v2", "v3")},
@@ -393,7 +393,7 @@ def train_run(args, root, report=None):
         device = claim_device(args.device)
         if first:
             write_json(out / "config.json", recipe | {"classes": train.classes})
-            for old in () if resume else out.glob("epoch-*.pt"):  # an old model.pt stays until the new one is there
+            for old in () if resume else [*out.glob("last.pt"), *out.glob("epoch-*.pt")]:  # model.pt stays
                 old.unlink()
         loaders = make_loaders(args, train, test, learn, valid, device.type == "cuda")
         run = start_run(args, train.classes, np.array(train.pixels)[learn].sum(0), resume, device)
@@ -445,7 +445,8 @@ def main(args):
         return
     check_args(args)
     if args.overfit:
-        args = argparse.Namespace(**vars(args) | {"augment": "none", "classmix": "none", "sampler": "all"})
+        plain = {"augment": "none", "classmix": "none", "sampler": "all", "snapshots": 0}
+        args = argparse.Namespace(**vars(args) | plain)
     train_run(args, args.exp / "overfit" if args.overfit else args.exp)
 
 
