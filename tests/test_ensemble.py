@@ -721,3 +721,9 @@ def test_memory_stays_the_same_with_more_members(tmp_path):
                 os.link(runs[0] / f"{split}.npy", run / f"{split}.npy")
     one, four = (peak(tmp_path / "data", tmp_path / "cache", some, tmp_path / "s.csv") for some in (runs[:1], runs))
     assert four - one < 40
+
+
+def test_experiments_of_two_paint_orders_are_not_compared(monkeypatch):
+    monkeypatch.setattr(ensemble, "last_round", lambda args, exp: ({}, ["Background", "Can"], exp.name))
+    with pytest.raises(SystemExit, match="paint order area, the other id"):
+        ensemble.main(ensemble.parse_args(["compare", "--data", "nowhere", "area", "id"]))
