@@ -79,7 +79,7 @@ def parse_args(argv=None):
     run.add_argument("--exp", type=Path, required=True, help="folder of the experiment, out/EXP")
     run.add_argument("--model", type=model_name, default="fpn/tu-tf_efficientnet_lite0", metavar="DECODER/ENCODER",
                      help=f"decoder: {', '.join(DECODERS)}; encoder: segmentation-models-pytorch's, or tu- and timm's")
-    run.add_argument("--scale", type=number(int, STRIDE, 4096, STRIDE), default=512, help="side of training images")
+    run.add_argument("--scale", type=number(int, STRIDE, 4096, STRIDE), default=512, help="image side, in steps of 32")
     run.add_argument("--fold", type=number(int, 0), default=0, help="fold held out for validation")
     run.add_argument("--folds", type=number(int, 2), default=5, help="number of folds")
     run.add_argument("--round", type=number(int, 0, 9), default=0, help="from 1: also learns EXP/rROUND/pseudo/fFOLD")
