@@ -33,23 +33,23 @@ FITTED = {"weights": "weights", "bias": "log-bias by class", "min_area": "minimu
 
 
 def parse_args(argv=None):
-    data, runs, scored, out = (argparse.ArgumentParser(add_help=False) for _ in range(4))
+    data, runs, scored, tables, out = (argparse.ArgumentParser(add_help=False) for _ in range(5))
     data.add_argument("--data", type=Path, required=True, help="the competition's folder")
     data.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks")
     runs.add_argument("runs", type=Path, nargs="+", help="run folders with stores of infer.py; hard: or CSVs")
     runs.add_argument("--weights", type=vote_weights, default="equal", metavar="equal|fit|W,W,...",
                       help="of the members, or for hard of the voters; fit: by greedy selection, not for hard")
     scored.add_argument("--batch", type=number(int, 1), default=8, help="images in a batch of v1")
-    scored.add_argument("--tables", type=Path, help="folder for the printed tables as CSV")
+    tables.add_argument("--tables", type=Path, help="folder for the printed tables as CSV")
     out.add_argument("--out", type=Path, required=True, help="the submission to write")
     out.add_argument("--image-id", choices=("id", "file_name"), default="id",
                      help="what names an image in the submission; some upload pages want file_name")
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, parents, text in (("soft", [data, runs, scored, out], "average the probabilities of runs"),
+    for name, parents, text in (("soft", [data, runs, scored, tables, out], "average the probabilities of runs"),
                                 ("hard", [data, runs, out], "count the votes of submissions and runs"),
-                                ("score", [data, runs, scored], "print out-of-fold scores"),
-                                ("compare", [data, scored], "say whether one experiment beats another")):
+                                ("score", [data, runs, scored, tables], "print out-of-fold scores"),
+                                ("compare", [data, tables], "say whether one experiment beats another")):
         commands.add_parser(name, parents=parents, allow_abbrev=False, formatter_class=Help, help=text)
     commands.choices["compare"].add_argument("experiments", type=Path, nargs=2, help="two out/EXP: their last rounds")
     return parser.parse_args(argv)

@@ -19,6 +19,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's waiting threads e
 
 from demo_data import draw_data  # noqa: E402
 
+import common  # noqa: E402
+
 settings.register_profile("project", max_examples=60, deadline=None, derandomize=True)  # the same on every machine
 settings.load_profile("project")
 
@@ -77,3 +79,13 @@ def run_until_killed(script, args, name, call):
         process.start()
         process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def splits(tiny_data, cache):
+    return common.load_data(tiny_data, cache)

@@ -455,16 +455,6 @@ def test_snapshots_are_an_axis_and_without_axes_there_is_no_table_of_them(three,
 # ---- real stores ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def splits(tiny_data, cache):
-    return common.load_data(tiny_data, cache)
-
-
 def write_store(run, split, probs, ids, classes, **info):
     run.mkdir(parents=True, exist_ok=True)
     np.save(run / f"{split}.npy", probs)

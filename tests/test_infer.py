@@ -22,16 +22,6 @@ STORES = ("valid.npy", "valid.json", "test.npy", "test.json")
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def splits(tiny_data, cache):
-    return common.load_data(tiny_data, cache)
-
-
-@pytest.fixture(scope="module")
 def trained(tiny_data, cache, tmp_path_factory):
     """The folder of a run with two snapshots whose model.pt has predicted, TTA flip; tests only read it."""
     exp = tmp_path_factory.mktemp("trained")

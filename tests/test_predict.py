@@ -24,16 +24,6 @@ CLASSES = ["Background", "UNKNOWN", "General trash", "Paper", "Paper pack", "Met
            "Plastic bag", "Battery", "Clothing"]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def splits(tiny_data, cache):
-    return common.load_data(tiny_data, cache)
-
-
 # ---- pseudo labels --------------------------------------------------------------------------------------------------
 
 

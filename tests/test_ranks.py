@@ -63,7 +63,7 @@ def run_rank(rank, function, notes, ranks, **options):
         code = 0
     except SystemExit as e:
         print(e, file=sys.stderr)
-    except BaseException:
+    except Exception:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
