@@ -126,8 +126,9 @@ $(OUT)/folds.csv: $(JSON) $(OUT)/.flags/data | $(SETUP)
 # that is needed is gone the script runs again. (With grouped targets make -n would leave out what depends on them.)
 again   = $(if $(filter-out $(wildcard $1),$1),again)
 labels  = $(addprefix $(OUT)/r$1/pseudo/f$2/,labels.npy manifest.json index.csv)
-stores  = $1/test.npy $1/test.json \
-          $(if $(filter $1,$(FINAL))$(filter score,$(value MAKECMDGOALS)),$1/valid.npy $1/valid.json)
+valid   = $1/valid.npy $1/valid.json
+stores  = $(if $(filter $1,$(FINAL)),$(call valid,$1) $1/test.npy $1/test.json,$(if $(filter \
+          score,$(value MAKECMDGOALS)),$(call valid,$1)) $(addprefix $1/,$(if $(wildcard $1/test.npy),test.json)))
 .PHONY: again
 
 # $1 folder of the run, $2 round, $3 model, $4 scale, $5 fold
@@ -138,8 +139,8 @@ $1/model.pt: $(OUT)/folds.csv $(OUT)/.flags/train $(if $(filter-out 0,$2),$(call
 	$(if $(STRICT),rm -f $1/model.pt)
 	$(ranked) train.py --exp $(OUT) --cache $(CACHE) $(data) --model $3 --scale $4 --fold $5 --round $2 \
 	    $(flags.train) --device $(DEVICE) --replace
-$1/valid.npy $1/valid.json $1/test.npy: | $1/test.json ;
-$1/test.json: $1/model.pt $(OUT)/.flags/infer $(call again,$(call stores,$1)) $(call code,infer.py) | $(SETUP)
+$1/valid.npy $1/valid.json $1/test.json: | $1/test.npy ;
+$1/test.npy: $1/model.pt $(OUT)/.flags/infer $(call again,$(call stores,$1)) $(call code,infer.py) | $(SETUP)
 	$(ranked) infer.py --data $(DATA) --cache $(CACHE) $(flags.infer) --checkpoint $1/$(if $(filter \
 	    0,$(SNAPSHOTS)),model.pt,epoch-*.pt) --device $(DEVICE)
 endef
@@ -148,17 +149,18 @@ endef
 define pseudo
 $(filter-out %/index.csv,$(call labels,$1,$2)): | $(OUT)/r$1/pseudo/f$2/index.csv ;
 $(OUT)/r$1/pseudo/f$2/index.csv: $(call again,$(call labels,$1,$2)) \
-    $(addsuffix /test.json,$(call grid,$(call prev,$1),$(MODELS),$(SCALES),$2)) \
     $(addsuffix /test.npy,$(call grid,$(call prev,$1),$(MODELS),$(SCALES),$2)) \
     $(OUT)/.flags/pseudo $(call code,pseudo_label.py) | $(SETUP)
 	$(run) pseudo_label.py --data $(DATA) --cache $(CACHE) --exp $(OUT) --round $1 --fold $2 $(PSEUDO_ARGS) \
-	    $$(filter %.json,$$^)
+	    $$(patsubst %.npy,%.json,$$(filter %/test.npy,$$^))
 endef
 
 every := $(sort $(foreach r,$(ROUNDS) $(ROUND) 1,$(call upto,$r)))
 $(foreach r,$(every),$(foreach m,$(sort $(MODELS) $(MODEL)),$(foreach s,$(sort $(SCALES) $(SCALE)),$(foreach \
     f,$(sort $(FOLDS) $(FOLD)),$(eval $(call one_run,$(OUT)/r$r/$m/s$s/f$f,$r,$m,$s,$f))))))
 $(foreach r,$(filter-out 0,$(every)),$(foreach f,$(sort $(FOLDS) $(FOLD)),$(eval $(call pseudo,$r,$f))))
+# stores of earlier rounds are large: once their labels are made they may be deleted, and none is missed
+.SECONDARY: $(filter-out $(FINAL:=/test.npy),$(addsuffix /test.npy,$(call grid,$(every),$(MODELS),$(SCALES),$(FOLDS))))
 
 $(OUT)/submission.csv: $(foreach file,valid.npy valid.json test.npy test.json,$(FINAL:=/$(file))) \
                        $(OUT)/.flags/submit $(call code,ensemble.py) | $(SETUP)

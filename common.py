@@ -1,4 +1,4 @@
-"""What more than one script needs: files, data, augmentation, models, losses, metrics, TTA, pictures.
+"""What more than one script needs: files, data, augmentation, models, losses, metrics, stores, pictures.
 
 Shapes are fixed here and nowhere else:
     image   uint8   [H, W, 3]      RGB as read from the file; [B, H, W, 3] in a batch
@@ -660,19 +660,33 @@ class TrainSamples:
     """Augmented (image uint8 [scale, scale, 3], mask uint8 [scale, scale]) by key (epoch, index).
 
     Everything random is drawn from (seed, epoch, index): neither resuming nor the number of workers changes a sample.
+    entries: (Split, index, None or a pseudo label, uint8 class ids [H, W] or probabilities [C, H, W]) each.
     """
 
     def __init__(self, entries, augment, seed):
-        self.entries, self.augment, self.seed = entries, augment, seed  # entries: (Split, index, pseudo label or None)
+        self.entries, self.augment, self.seed = entries, augment, seed
 
     def __getitem__(self, key):
         import cv2
         epoch, index = key
         split, i, label = self.entries[index]
-        image = split.image(i)
+        image, rng = split.image(i), np.random.default_rng([self.seed, epoch, index])
+        if label is not None and label.ndim == 3:
+            label = draw_label(label, rng.random())
         mask = (np.array(split.mask(i)) if label is None
                 else cv2.resize(label, image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT))
-        return self.augment(image, mask, np.random.default_rng([self.seed, epoch, index]))
+        return self.augment(image, mask, rng)
+
+
+def draw_label(probs, u):
+    """Class ids uint8 [H, W] drawn from probs uint8 [C, H, W] with one u in [0, 1) for all pixels.
+
+    Each pixel has a class as often as it is likely, so over the epochs the loss is that of soft targets; since
+    neighbours share u, every draw has objects and no noise. IGNORE_INDEX where no class has a probability.
+    """
+    upto = probs.cumsum(0, dtype=np.uint16)
+    label = (upto <= upto[-1] * u).sum(0, dtype=np.uint8)
+    return np.where(upto[-1] > 0, label, np.uint8(IGNORE_INDEX))
 
 
 class EpochBatches:
@@ -680,23 +694,41 @@ class EpochBatches:
 
     Each rank gets its share of every batch. A last batch that would leave a rank fewer than two images, which batch
     norm needs, joins the batch before it. With `odds` [N] images are drawn by them, else each comes once.
+    The last `n_pseudo` of the images have pseudo labels. With a `ratio` every batch has that many of them to each
+    labelled image, and an epoch is once through the labelled ones; from `labelled_from` on epochs have only those.
     """
 
-    def __init__(self, n_images, batch_size, seed, odds=None):
-        self.n_images, self.seed, self.odds, self.epoch = n_images, seed, odds, 0
+    def __init__(self, n_images, batch_size, seed, odds=None, n_pseudo=0, ratio=0, labelled_from=math.inf):
+        self.n_images, self.batch_size, self.seed, self.odds, self.epoch = n_images, batch_size, seed, odds, 0
+        self.n_pseudo, self.ratio, self.labelled_from = n_pseudo, ratio, labelled_from
         self.rank, self.n_ranks = ranks()
-        self.starts = list(range(0, n_images, batch_size))
-        if n_images - self.starts[-1] < 2 * self.n_ranks and len(self.starts) > 1:
-            self.starts.pop()
+
+    def sources(self):
+        """[(image numbers, how many of them a batch has)] of this epoch; it is over when the first source is."""
+        images = np.arange(self.n_images)
+        labelled, pseudo = np.split(images, [self.n_images - self.n_pseudo])
+        if self.epoch >= self.labelled_from:
+            return [(labelled, self.batch_size)]
+        if not self.ratio or not self.n_pseudo:
+            return [(images, self.batch_size)]
+        share = int(np.clip(round(self.batch_size / (1 + self.ratio)), 1, self.batch_size - 1))
+        return [(labelled, share), (pseudo, self.batch_size - share)]
 
     def __len__(self):
-        return len(self.starts)
+        (images, share), *others = self.sources()
+        full, left = divmod(len(images), share)
+        return max(1, full + (left > 0 and left + sum(n for _, n in others) >= 2 * self.n_ranks))
 
     def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order = (rng.permutation(self.n_images) if self.odds is None
-                 else rng.choice(self.n_images, self.n_images, p=self.odds))
-        for batch in np.split(order, self.starts[1:]):
+        rng, parts = np.random.default_rng([self.seed, self.epoch]), []
+        for images, share in self.sources():
+            n = share * len(self) if parts else len(images)
+            if self.odds is not None:
+                order = rng.choice(images, n, p=self.odds[images] / self.odds[images].sum())
+            else:
+                order = np.concatenate([rng.permutation(images) for _ in range(math.ceil(n / len(images)))])[:n]
+            parts.append(np.split(order, share * np.arange(1, len(self))))
+        for batch in map(np.concatenate, zip(*parts, strict=True)):
             yield [(self.epoch, index) for index in batch[self.rank::self.n_ranks].tolist()]
 
 
@@ -1045,3 +1077,39 @@ def open_store(path):
     if probs.shape != expected or probs.dtype != np.uint8:
         raise SystemExit(f"{path} is of uint8 {expected}, the .npy of {probs.dtype} {probs.shape}; run infer.py again")
     return probs, info
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours for the colour-blind and four of Tol's; class 1 has the first, after the last they repeat
+PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
+           (136, 34, 85), (51, 34, 136), (187, 187, 187), (255, 255, 255))
+COLOURS = np.array([(0, 0, 0), *(PALETTE[i % len(PALETTE)] for i in range(254)), (255, 0, 255)], np.uint8)
+
+
+def overlay(image, mask, strength=0.6):
+    """uint8 [S, S, 3] with S = SUBMIT_SIZE: the photo, greyed, under the colours of the mask uint8 [S, S]."""
+    import cv2
+    photo = cv2.resize(image, (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_AREA).astype(np.float32)
+    grey = np.repeat(photo.mean(2, keepdims=True), 3, axis=2)
+    mixed = grey * (1 - strength) + COLOURS[mask] * strength
+    return np.where((mask > 0)[..., None], mixed, photo).astype(np.uint8)
+
+
+def write_sheet(path, rows, legend):
+    """Write a PNG of `rows`, lists of (caption, uint8 RGB tile of one size), over a legend {class id: text}."""
+    from PIL import Image, ImageDraw, ImageFont
+    font, line = ImageFont.load_default(13), 18
+    height, width = rows[0][0][1].shape[:2]
+    sheet = Image.new("RGB", (width * max(map(len, rows)), (height + line) * len(rows) + line * len(legend)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, row in enumerate(rows):
+        for c, (caption, tile) in enumerate(row):
+            sheet.paste(Image.fromarray(tile), (c * width, r * (height + line) + line))
+            draw.text((c * width + 3, r * (height + line) + 1), caption[:width // 7], "black", font)
+    for i, (class_id, text) in enumerate(legend.items()):
+        top = (height + line) * len(rows) + i * line
+        draw.rectangle((4, top + 3, 30, top + line - 3), tuple(COLOURS[class_id].tolist()), "black")
+        draw.text((36, top + 1), text, "black", font)
+    with atomic_write(path) as scratch:
+        sheet.save(scratch, format="png")

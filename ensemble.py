@@ -15,6 +15,7 @@ import csv
 import itertools
 import math
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, confusion, image_miou, load_data, make_folds, number,
-                    open_store, run_script, scores)
+                    open_store, overlay, run_script, scores, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 MAX_PICKS = 30  # of the greedy selection of weights
@@ -51,7 +52,8 @@ def parse_args(argv=None):
                                 ("score", [data, runs, scored, tables], "print out-of-fold scores"),
                                 ("compare", [data, tables], "say whether one experiment beats another")):
         commands.add_parser(name, parents=parents, allow_abbrev=False, formatter_class=Help, help=text)
-    commands.choices["compare"].add_argument("experiments", type=Path, nargs=2, help="two out/EXP: their last rounds")
+    commands.choices["compare"].add_argument("experiments", type=Path, nargs=2,
+                                             help="out/EXP for its last round, or out/EXP/rR")
     return parser.parse_args(argv)
 
 
@@ -143,6 +145,7 @@ class OutOfFold:
         train, self.test = load_data(args.data, args.cache, self.infos[0]["paint"])
         check_classes(self.infos[0]["classes"], train.classes, runs[0], args.data)
         self.classes, fold_of, stores = train.classes, {}, defaultdict(dict)
+        self.contaminated = any(info["contaminated"] for folds in members.values() for _, info in folds.values())
         for m, folds in enumerate(members.values()):
             for fold, (probs, info) in folds.items():
                 others = [i for i, other in fold_of.items() if other == fold]
@@ -326,9 +329,12 @@ def choose(oof, thumbs, truths, weights, fit):
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def show(args, name, title, rows):
+def show(args, oof, name, title, rows):
     import pandas as pd
     table = pd.DataFrame(rows)
+    if oof.contaminated:
+        table["contaminated"] = "yes"
+        title = f"CONTAMINATED: pseudo labels' makers have seen these images (--allow-leak)\n{title}"
     print(f"\n{title}\n" + table.to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
     if args.tables:
         with atomic_write(args.tables / f"{name}.csv") as scratch:
@@ -345,10 +351,11 @@ def show_scores(args, oof, singles, used, counts, tried):
                         "low": low, "high": high})
         for row, value in zip(iou, found["iou"], strict=True):
             row[label or name] = value
-    show(args, "members", f"{oof.title}; low and high: 95% interval of v3", members)
-    show(args, "iou", "IoU of each class, members by their number", iou)
+    show(args, oof, "members", f"{oof.title}; low and high: 95% interval of v3", members)
+    show(args, oof, "iou", "IoU of each class, members by their number", iou)
     if tried:
-        show(args, "tried", "tried: gain in v3 on the folds that it wasn't fitted on; taken if low is above 0", tried)
+        show(args, oof, "tried", "tried: gain in v3 on the folds that it wasn't fitted on; taken if low is above 0",
+             tried)
     print("\nused:")
     for key, labels in (("weights", oof.names), ("bias", oof.classes), ("min_area", oof.classes)):
         values = [f"{label} {value:.4g}" for label, value in zip(labels, used[key], strict=True) if value]
@@ -375,18 +382,19 @@ def analyse(args, oof, thumbs, truths, apart):
     v3 = [image_miou(counts).mean() for counts in votes]
     rows = [{"": m + 1, "member": oof.names[m], "v3": v3[i], **(gain(votes[i], votes[i - 1]) if i else {})}
             for i, m in enumerate(order)]
-    show(args, "waterfall", "waterfall: the member next is the one that the vote of those above gains most from", rows)
+    show(args, oof, "waterfall", "waterfall: the member next is the one that the vote of those above gains most from",
+         rows)
     rows = []
     for axis in dict.fromkeys(axis for axis, _ in alike):
         best = max((k for k, found in enumerate(alike, n_members) if found[0] == axis), key=lambda k: v3[k])
         rows.append({"axis": axis, "best alone": alike[best - n_members][1], "v3": v3[best],
                      **gain(votes[n_members - 1], votes[best])})
     if rows:
-        show(args, "axes", "axes: what the vote of all gains over that of the members with the best value alone\n"
+        show(args, oof, "axes", "axes: what the vote of all gains over that of the members with the best value alone\n"
              "(fold isn't here: no two folds predict the same image out of fold)", rows)
     rows = [{"": m + 1, "member": name, **{str(k + 1): share for k, share in enumerate(apart[m].tolist())}}
             for m, name in enumerate(oof.names)]
-    show(args, "disagreement", "disagreement: share of pixels on which two members differ", rows)
+    show(args, oof, "disagreement", "disagreement: share of pixels on which two members differ", rows)
 
 
 # ---- submissions ----------------------------------------------------------------------------------------------------
@@ -441,44 +449,6 @@ def read_submission(path, names, n_classes):
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours for the colour-blind and four of Tol's; class 1 has the first, after the last they repeat
-PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
-           (136, 34, 85), (51, 34, 136), (187, 187, 187), (255, 255, 255))
-
-
-def class_colours(n_classes):
-    """uint8 [n_classes, 3] RGB; background is black."""
-    return np.array([(0, 0, 0), *(PALETTE[i % len(PALETTE)] for i in range(n_classes - 1))], np.uint8)
-
-
-def overlay(image, mask, n_classes, strength=0.6):
-    """uint8 [S, S, 3] with S = SUBMIT_SIZE: the photo, greyed, under the colours of the mask uint8 [S, S]."""
-    import cv2
-    photo = cv2.resize(image, (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_AREA).astype(np.float32)
-    grey = np.repeat(photo.mean(2, keepdims=True), 3, axis=2)
-    mixed = grey * (1 - strength) + class_colours(n_classes)[mask] * strength
-    return np.where((mask > 0)[..., None], mixed, photo).astype(np.uint8)
-
-
-def write_sheet(path, rows, classes):
-    """Write a PNG of `rows`, lists of (caption, uint8 RGB tile of one size), over a legend of the class colours."""
-    from PIL import Image, ImageDraw, ImageFont
-    font, line = ImageFont.load_default(13), 18
-    height, width = rows[0][0][1].shape[:2]
-    sheet = Image.new("RGB", (width * max(map(len, rows)), (height + line) * len(rows) + line * len(classes)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for r, row in enumerate(rows):
-        for c, (caption, tile) in enumerate(row):
-            sheet.paste(Image.fromarray(tile), (c * width, r * (height + line) + line))
-            draw.text((c * width + 3, r * (height + line) + 1), caption[:width // 7], "black", font)
-    for i, (name, colour) in enumerate(zip(classes, class_colours(len(classes)).tolist(), strict=True)):
-        top = (height + line) * len(rows) + i * line
-        draw.rectangle((4, top + 3, 30, top + line - 3), tuple(colour), "black")
-        draw.text((36, top + 1), name, "black", font)
-    with atomic_write(path) as scratch:
-        sheet.save(scratch, format="png")
-
-
 def keep_looks(preds, test, looks, n=24):
     """Pass `preds` on; put [(caption, photo), (caption, prediction)] of `n` photos, spread evenly, in `looks`."""
     chosen = set(np.linspace(0, len(test.ids) - 1, min(n, len(test.ids))).astype(int).tolist())
@@ -486,8 +456,8 @@ def keep_looks(preds, test, looks, n=24):
         if i in chosen:
             image = test.image(i)
             found = ", ".join(test.classes[c] for c in np.unique(pred) if c) or "nothing"
-            looks.append([(test.file_names[i], overlay(image, np.zeros_like(pred), len(test.classes))),
-                          (found, overlay(image, pred, len(test.classes)))])
+            looks.append([(test.file_names[i], overlay(image, np.zeros_like(pred))),
+                          (found, overlay(image, pred))])
         yield pred
 
 
@@ -525,7 +495,8 @@ def soft(args):
             images = {s: read_probs(store, order[n]) for s, (store, order) in enumerate(places) if weights[s]}
             yield remove_small(vote(images, weights, used["bias"]), used["min_area"])
     write_submission(args.out, image_names(args, test), keep_looks(preds(), test, looks), len(test.classes))
-    write_sheet(args.out.with_suffix(".png"), [sum(looks[i:i + 3], []) for i in range(0, len(looks), 3)], test.classes)
+    write_sheet(args.out.with_suffix(".png"), [sum(looks[i:i + 3], []) for i in range(0, len(looks), 3)],
+                dict(enumerate(test.classes)))
     print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} run(s) of {len(members)} member(s)")
 
 
@@ -568,23 +539,24 @@ def majority(preds, weights):
 
 
 def last_round(args, exp):
-    """({image id: [C, C] pixel counts}, classes, paint order) of the equal vote of an experiment's last round."""
-    runs = sorted(path.parent for path in exp.glob("r[0-9]/*/*/s*/f*/valid.json"))
+    """({image id: [C, C] pixel counts} by the equal vote, OutOfFold) of out/EXP's last round, or of out/EXP/rR."""
+    rounds = "" if re.fullmatch("r[0-9]", exp.name) else "r[0-9]/"
+    runs = sorted(path.parent for path in exp.glob(f"{rounds}*/*/s*/f*/valid.json"))
     if not runs:
-        raise SystemExit(f"{exp}: no run with a valid.json; make score EXP={exp.name} makes them")
+        raise SystemExit(f"{exp}: no run with a valid.json; make score makes them")
     last = runs[-1].parents[3]
     runs = [run for run in runs if run.parents[3] == last]
     oof = OutOfFold(args, runs)
     counts, = vote_counts(oof, np.ones((1, len(oof.names))), np.zeros((1, len(oof.classes))))
     print(f"{last}: {len(runs)} run(s) of {len(oof.names)} member(s), {len(oof.ids)} images")
-    return dict(zip(oof.ids, counts, strict=True)), oof.classes, oof.infos[0]["paint"]
+    return dict(zip(oof.ids, counts, strict=True)), oof
 
 
 def compare(args):
     """Show what the second experiment gains over the first on the images that both held out."""
-    (before, classes, paint), (after, _, other) = (last_round(args, exp) for exp in args.experiments)
-    if paint != other:
-        raise SystemExit(f"one has the paint order {paint}, the other {other}: their truths differ")
+    (before, oof), (after, other) = (last_round(args, exp) for exp in args.experiments)
+    if (orders := [o.infos[0]["paint"] for o in (oof, other)])[0] != orders[1]:
+        raise SystemExit(f"one has the paint order {orders[0]}, the other {orders[1]}: their truths differ")
     shared = [i for i in before if i in after]
     if not shared:
         raise SystemExit("the two have no validation image in common")
@@ -596,10 +568,11 @@ def compare(args):
     for c in np.flatnonzero(before.sum((0, 2))):  # the classes in the truth
         old, new = (class_iou(counts.sum(0))[c] for counts in (before, after))
         low, high = np.nanpercentile(drawn[:, c], (2.5, 97.5))
-        rows.append({"score": f"IoU {classes[c]}", "before": old, "after": new, "gain": new - old, "low": low,
+        rows.append({"score": f"IoU {oof.classes[c]}", "before": old, "after": new, "gain": new - old, "low": low,
                      "high": high})
-    show(args, "compare", f"{args.experiments[1]} against {args.experiments[0]}: {len(shared)} images that both held "
-         "out, 95% intervals by paired bootstrap", rows)
+    oof.contaminated |= other.contaminated
+    show(args, oof, "compare", f"{args.experiments[1]} against {args.experiments[0]}: {len(shared)} images that both "
+         "held out, 95% intervals by paired bootstrap", rows)
     verdict = "better" if v3["low"] > 0 else "worse" if v3["high"] < 0 else "no more than chance apart"
     print(f"by v3 {args.experiments[1]} is {verdict}")
 

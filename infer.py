@@ -204,7 +204,8 @@ def main(args):
             path = folder / f"{name}.npy"
             info = {"image_ids": [split.ids[i] for i in indices], "classes": classes, "split": name, "tta": tta,
                     "checkpoints": names, "data": split.fingerprint,
-                    **{k: recipe[k] for k in ("model", "scale", "round", "fold", "folds_csv", "seed", "paint")}}
+                    **{k: recipe[k] for k in ("model", "scale", "round", "fold", "folds_csv", "seed", "paint",
+                                              "contaminated")}}
             if is_done(path, info):
                 print(f"{path} is there and was made like this: nothing to do")
                 continue

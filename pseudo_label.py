@@ -2,21 +2,27 @@
 
     python pseudo_label.py --data DATA --exp out/main --round 1 --fold 0 out/main/r0/*/*/s512/f0/test.json
 
-Writes EXP/rROUND/pseudo/fFOLD/: labels.npy (class ids, uint8 [N, 256, 256]), manifest.json (what made them) and, last,
-index.csv (a row for each photo; set its `keep` to 0 or 1 by hand to overrule). Models that train on them must hold out
-the fold that their makers held out, so that no validation image has had a part in its own training labels.
+Writes EXP/rROUND/pseudo/fFOLD/: labels.npy (class ids, uint8 [N, 256, 256], 255 where there is no label; with --soft
+probabilities, uint8 [N, C, 256, 256]), sheet.png (some photos that were kept, dropped, or nearly the other way),
+manifest.json (what made the labels, what was dropped and why) and, last, index.csv, a row for each photo. Set its
+`keep` to 0 or 1 to overrule the rule; empty it to let the rule decide again. Then train on.
+
+Models that train on labels must hold out the fold that the labels' makers held out, so that no validation image has had
+a part in its own training labels.
 """
 import argparse
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common import (Help, atomic_write, file_hash, load_data, lock, number, open_store, read_csv, read_json, run_script,
-                    write_csv, write_json, write_npy_header)
+from common import (IGNORE_INDEX, Help, atomic_write, file_hash, load_data, lock, number, open_store, overlay, read_csv,
+                    read_json, run_script, write_csv, write_json, write_npy_header, write_sheet)
 
 FILES = ("manifest.json", "labels.npy", "index.csv")
+LINEAGE = ("round", "fold", "folds_csv")  # where these differ, a validation image may have trained a label's maker
+RULES = {"image": 0.8, "pixel": 0.9}  # name -> the top probability that makes a pixel sure
+ROUNDING = 1e-6  # float32 makes 0.8000001 of 204 / 255
 
 
 def parse_args(argv=None):
@@ -28,14 +34,23 @@ def parse_args(argv=None):
     what.add_argument("--round", type=number(int, 1, 9), required=True,
                       help="the round that will learn from the labels, from 1")
     what.add_argument("--fold", type=number(int, 0), required=True)
+    what.add_argument("--allow-leak", action="store_true",
+                      help="take makers of other folds or rounds too; marks every later score as contaminated")
     rule = parser.add_argument_group("rule")
-    rule.add_argument("--confident", type=number(float, 0, 1), default=0.8,
-                      help="a pixel is sure above this top probability")
+    rule.add_argument("--rule", choices=RULES, default="image",
+                      help="image drops photos with too many unsure pixels; pixel keeps the sure pixels of every photo")
+    rule.add_argument("--confident", type=number(float, 0, 1), metavar="P",
+                      help=f"a pixel is sure above this top probability, with rule pixel from it on; by rule: {RULES}")
     rule.add_argument("--max-unsure", type=number(float, 0, 1), default=0.1,
-                      help="a photo with more unsure pixels than this share of its foreground is dropped")
+                      help="rule image: a photo with more unsure pixels than this share of its foreground is dropped")
+    rule.add_argument("--uncertain", choices=("ignore", "background"), default="ignore",
+                      help="rule pixel: what unsure pixels become, ignored in training or background")
+    rule.add_argument("--soft", action="store_true", help="keep probabilities, from which training draws its labels")
     system = parser.add_argument_group("system: does not decide the result")
     system.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks, shared by experiments")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.confident = RULES[args.rule] if args.confident is None else args.confident
+    return args
 
 
 def pseudo_folder(exp, round_, fold):
@@ -43,112 +58,179 @@ def pseudo_folder(exp, round_, fold):
     return Path(exp) / f"r{round_}" / "pseudo" / f"f{fold}"
 
 
-def check_makers(args, makers, test):
-    """Raise SystemExit unless all stores are of the test photos, the round before and this fold."""
-    expected = {"split": "test", "round": args.round - 1, "fold": args.fold, "classes": test.classes,
-                "image_ids": test.ids, "folds_csv": makers[0][1]["folds_csv"]}
-    for path, (_, info) in zip(args.stores, makers, strict=True):
+def check_makers(args, infos, test):
+    """Whether a maker breaks the lineage, which needs --allow-leak; raises SystemExit for stores that don't fit."""
+    expected = {"split": "test", "classes": test.classes, "image_ids": test.ids, "paint": infos[0]["paint"],
+                "round": args.round - 1, "fold": args.fold, "folds_csv": infos[0]["folds_csv"]}
+    leak = any(info["contaminated"] for info in infos)
+    for path, info in zip(args.stores, infos, strict=True):
         for key, value in expected.items():
-            if info[key] != value:
+            if info[key] == value:
+                continue
+            if not (args.allow_leak and key in LINEAGE):
                 found = "differ" if key == "image_ids" else f"is {info[key]}, not {value}"
                 raise SystemExit(f"{path}: {key} {found}; round {args.round} of fold {args.fold} learns only from fold "
                                  f"{args.fold} of round {args.round - 1}")
+            leak = True
+    return leak
 
 
-def soft_vote(stores, weights):
-    """Yield float32 probs [C, SUBMIT_SIZE, SUBMIT_SIZE] of each image: the weighted mean of uint8 stores of one shape.
-
-    One image at a time, so memory stays the same however many stores vote.
-    """
-    weights = np.float32(weights) / np.float32(255 * np.sum(weights))
-    for images in zip(*stores, strict=True):
-        yield sum(weight * image for weight, image in zip(weights, images, strict=True))
+def soft_vote(stores, i):
+    """float32 probs [C, SUBMIT_SIZE, SUBMIT_SIZE] of image i: the mean of uint8 stores of one shape."""
+    return sum(store[i].astype(np.float32) for store in stores) / np.float32(255 * len(stores))
 
 
-def judge(probs, confident, max_unsure):
-    """(class ids uint8 [H, W], reason to drop the photo or "", foreground share, unsure share of the foreground)."""
-    pred, top = probs.argmax(0).astype(np.uint8), probs.max(0)
-    foreground = pred > 0
+def judge(probs, args):
+    """(label uint8 [H, W], sure bool [H, W], reason to drop the photo or "", unsure share of its foreground)."""
+    label, top = probs.argmax(0).astype(np.uint8), probs.max(0)
+    foreground = label > 0
+    sure = top > args.confident + ROUNDING if args.rule == "image" else top >= args.confident - ROUNDING
+    unsure = float((~sure[foreground]).mean()) if foreground.any() else 0.0
+    if args.rule == "pixel":
+        label[~sure] = IGNORE_INDEX if args.uncertain == "ignore" else 0
+        foreground &= sure
     if not foreground.any():
-        return pred, "no foreground", 0.0, 0.0
-    unsure = float((top[foreground] <= confident + 1e-6).mean())  # float32 makes 0.8000001 of 204 / 255
-    return pred, "unsure" if unsure > max_unsure else "", float(foreground.mean()), unsure
+        return label, sure, "no foreground", unsure
+    return label, sure, "unsure" if args.rule == "image" and unsure > args.max_unsure else "", unsure
+
+
+def soft_label(probs, label):
+    """uint8 [C, H, W]: the probabilities where `label` is the likeliest class; else of background, or 0 if ignored."""
+    soft, changed = np.round(probs * 255).astype(np.uint8), label != probs.argmax(0)
+    soft[:, changed] = 0
+    soft[0, changed & (label == 0)] = 255
+    return soft
+
+
+def by_rule(row):
+    """`keep` of a row of index.csv before anybody changed it."""
+    return str(int(not row["reason"]))
 
 
 def hand_decisions(path):
-    """{image_id: keep} of the rows of an index.csv whose `keep` was changed by hand."""
-    if not path.exists():
-        return {}
-    return {row["image_id"]: row["keep"] for row in read_csv(path, ("image_id", "keep", "reason"))
-            if row["keep"] != str(int(not row["reason"]))}
+    """{image_id: keep} of the rows of an index.csv whose `keep` was, now or before, changed by hand."""
+    rows = read_csv(path, ("image_id", "keep", "reason", "by_hand")) if path.exists() else ()
+    decisions = {row["image_id"]: row["by_hand"] if row["keep"] == (row["by_hand"] or by_rule(row)) else row["keep"]
+                 for row in rows}
+    return {image_id: keep for image_id, keep in decisions.items() if keep}
 
 
 # ---- what train.py reads --------------------------------------------------------------------------------------------
 
 
-def hash_labels(args):
-    """Hashes of the labels that a run of train.py with `args` learns from; raises SystemExit when one is missing."""
+def check_labels(args, classes, folds_csv):
+    """(hashes of the labels that a run of train.py with `args` learns from, whether they break the lineage).
+
+    Raises SystemExit when a file is missing or of other data, and unless --allow-leak when the makers did not hold out
+    the fold that the run holds out.
+    """
     folder = pseudo_folder(args.exp, args.round, args.fold)
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise SystemExit(f"{folder} has no {', no '.join(missing)}: make the pseudo labels of this round first")
-    return [file_hash(folder / name) for name in FILES]
-
-
-def load_pseudo(args, test, folds_hash):
-    """Entries of TrainSamples for the kept labels that a run of train.py with `args` learns from.
-
-    Raises SystemExit unless their makers held out the same fold of the same folds, so that validation stays honest.
-    """
-    folder = pseudo_folder(args.exp, args.round, args.fold)
-    manifest = read_json(folder / "manifest.json")
-    expected = {"round": args.round, "fold": args.fold, "folds_csv": folds_hash, "classes": test.classes,
-                "labels": file_hash(folder / "labels.npy")}
-    for key, value in expected.items():
-        if manifest.get(key) != value:
+    manifest, hashes = read_json(folder / "manifest.json"), [file_hash(folder / name) for name in FILES]
+    expected = {"classes": classes, "paint": args.paint, "labels": hashes[FILES.index("labels.npy")],
+                "round": args.round, "fold": args.fold, "folds_csv": folds_csv, "contaminated": False}
+    wrong = {key: value for key, value in expected.items() if manifest.get(key) != value}
+    for key, value in wrong.items():
+        if not args.allow_leak or key in ("classes", "paint", "labels"):
             raise SystemExit(f"{folder}/manifest.json: {key} is {manifest.get(key)}, this run has {value}: its "
-                             "validation images may have trained the makers of these labels; run make pseudo again")
-    rows = read_csv(folder / "index.csv", ("image_id", "keep"))
+                             "validation images may have trained the makers of these labels; run make pseudo again, or "
+                             "pass --allow-leak, which marks every later score as contaminated")
+    return hashes, bool(wrong)
+
+
+def load_labels(args, test):
+    """(entries of TrainSamples, their class ids) of the kept labels that a run of train.py with `args` learns from."""
+    folder = pseudo_folder(args.exp, args.round, args.fold)
+    rows = read_csv(folder / "index.csv", ("image_id", "keep", "reason", "classes"))
     labels = np.load(folder / "labels.npy", mmap_mode="r")
     if [row["image_id"] for row in rows] != [str(i) for i in test.ids] or len(labels) != len(rows):
         raise SystemExit(f"{folder}/index.csv lists other images than test.json; run make pseudo again")
-    if wrong := sorted({row["keep"] for row in rows} - {"0", "1"}):
-        raise SystemExit(f"{folder}/index.csv: keep is {', '.join(wrong)}; it must be 0 or 1")
-    return [(test, i, labels[i]) for i, row in enumerate(rows) if row["keep"] == "1"]
+    if wrong := sorted({row["keep"] for row in rows} - {"0", "1", ""}):
+        raise SystemExit(f"{folder}/index.csv: keep is {', '.join(wrong)}; it must be 0 or 1, or empty for the rule's")
+    kept = [i for i, row in enumerate(rows) if (row["keep"] or by_rule(row)) == "1"]
+    return [(test, i, labels[i]) for i in kept], [[int(c) for c in rows[i]["classes"].split()] for i in kept]
 
 
 # ---- command --------------------------------------------------------------------------------------------------------
 
 
+def count_reasons(rows, classes):
+    """{class name or "photos": {"kept" or why not: photos}}; a class's photos are those where the models see it."""
+    table = {name: {} for name in ("photos", *classes[1:])}
+    for row in rows:
+        why = "kept" if row["keep"] == "1" else "by hand" if row["by_hand"] else row["reason"]
+        for name in ("photos", *(classes[int(c)] for c in row["seen"].split())):
+            table[name][why] = table[name].get(why, 0) + 1
+    return table
+
+
+def draw_sheet(path, rows, counts, test, stores, args):
+    """Photos beside their labels: the clearest and the least clear of those kept and of those dropped for a reason."""
+    groups = {}
+    for i in sorted(range(len(rows)), key=lambda i: float(rows[i]["unsure"])):
+        groups.setdefault("" if rows[i]["keep"] == "1" else rows[i]["reason"] or "by hand", []).append(i)
+    tiles = []
+    for why in sorted(groups):  # those that are kept first
+        some = groups[why]
+        for i in some if len(some) < 12 else some[:6] + some[-6:]:
+            image, (label, sure, *_) = test.image(i), judge(soft_vote(stores, i), args)
+            shown = np.where(sure | (label == 0), label, IGNORE_INDEX)
+            tiles.append([(test.file_names[i], overlay(image, np.zeros_like(label))),
+                          (f"{why or 'kept'}; {float(rows[i]['unsure']):.0%} of it unsure", overlay(image, shown))])
+    legend = {c: f"{name}: " + (", ".join(f"{n} {why}" for why, n in counts[name].items()) or "seen in no photo")
+              for c, name in enumerate(counts)} | {IGNORE_INDEX: "unsure"}
+    write_sheet(path, [sum(tiles[i:i + 2], []) for i in range(0, len(tiles), 2)], legend)
+
+
+def write_labels(path, test, stores, by_hand, args):
+    """Write labels.npy; returns the rows of index.csv."""
+    rows, (n, *shape) = [], stores[0].shape
+    with atomic_write(path) as scratch, open(scratch, "wb") as f:
+        write_npy_header(f, (n, *(shape if args.soft else shape[1:])))
+        for i, image_id in enumerate(tqdm(test.ids, str(path.parent), disable=None)):
+            probs = soft_vote(stores, i)
+            label, _, reason, unsure = judge(probs, args)
+            f.write(soft_label(probs, label) if args.soft else label)
+            row = {"image_id": image_id, "keep": "", "reason": reason, "by_hand": by_hand.get(str(image_id), ""),
+                   "unsure": f"{unsure:.4f}", "classes": names_of(label), "seen": names_of(probs.argmax(0))}
+            rows.append(row | {"keep": row["by_hand"] or by_rule(row)})
+    return rows
+
+
+def names_of(label):
+    """"1 5": the foreground's class ids."""
+    return " ".join(str(c) for c in np.unique(label) if 0 < c < IGNORE_INDEX)
+
+
 def main(args):
-    makers = [open_store(path) for path in args.stores]
-    _, test = load_data(args.data, args.cache, makers[0][1]["paint"])
-    check_makers(args, makers, test)
+    import pandas as pd
+    stores, infos = zip(*map(open_store, args.stores), strict=True)
+    _, test = load_data(args.data, args.cache, infos[0]["paint"])
+    contaminated = check_makers(args, infos, test)
     folder = pseudo_folder(args.exp, args.round, args.fold)
-    rows = []
     with lock(folder):
         by_hand = hand_decisions(folder / "index.csv")
-        with atomic_write(folder / "labels.npy") as scratch, open(scratch, "wb") as f:
-            write_npy_header(f, (len(test.ids), *makers[0][0].shape[2:]))
-            votes = soft_vote([probs for probs, _ in makers], np.ones(len(makers)))
-            for image_id, probs in zip(test.ids, tqdm(votes, str(folder), len(test.ids), disable=None), strict=True):
-                label, reason, foreground, unsure = judge(probs, args.confident, args.max_unsure)
-                f.write(label)
-                rows.append({"image_id": image_id, "keep": by_hand.get(str(image_id), int(not reason)),
-                             "reason": reason, "foreground": f"{foreground:.4f}", "unsure": f"{unsure:.4f}"})
-        reasons = Counter(row["reason"] or "kept" for row in rows)
+        rows = write_labels(folder / "labels.npy", test, stores, by_hand, args)
+        counts = count_reasons(rows, test.classes)
+        draw_sheet(folder / "sheet.png", rows, counts, test, stores, args)
         write_json(folder / "manifest.json", {
-            "round": args.round, "fold": args.fold, "folds_csv": makers[0][1]["folds_csv"], "classes": test.classes,
-            "labels": file_hash(folder / "labels.npy"),
-            "confident": args.confident, "max_unsure": args.max_unsure, "photos": dict(reasons),
+            "round": args.round, "fold": args.fold, "folds_csv": infos[0]["folds_csv"], "classes": test.classes,
+            "paint": infos[0]["paint"], "contaminated": contaminated, "labels": file_hash(folder / "labels.npy"),
+            **{name: getattr(args, name) for name in ("rule", "confident", "max_unsure", "uncertain", "soft")},
+            "photos": counts,
             "makers": [{"store": str(path), "hash": file_hash(path), **{k: info[k] for k in ("checkpoints", "tta")}}
-                       for path, (_, info) in zip(args.stores, makers, strict=True)]})
+                       for path, info in zip(args.stores, infos, strict=True)]})
         write_csv(folder / "index.csv", rows)
+    print(f"{folder}: photos, by the classes that the models see in them\n"
+          + pd.DataFrame(counts).T.fillna(0).astype(int).to_string())
     if by_hand:
         print(f"{folder}: {len(by_hand)} decision(s) made by hand in index.csv kept")
-    if not any(str(row["keep"]) == "1" for row in rows):
+    if contaminated:
+        print(f"warning: {folder} is contaminated: what learns from it has no honest validation score")
+    if "kept" not in counts["photos"]:
         print(f"warning: no photo is kept, so round {args.round} learns nothing new: --confident and --max-unsure are "
               "the rule's two numbers")
-    print(f"{folder}: " + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()))
 
 
 if __name__ == "__main__":

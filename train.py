@@ -20,7 +20,7 @@ from common import (AUGMENTATIONS, DECODERS, LOSSES, PAINT_ORDERS, STRIDE, Epoch
                     amp, build_model, claim_device, classmix, confusion, encoder_mean_std, file_hash, load_checkpoint,
                     load_data, load_folds, lock, make_augmentation, make_loss, normalise, number, ranks, rare_odds,
                     resize_probs, run_folder, run_script, save_checkpoint, scores, tune_process, write_csv, write_json)
-from pseudo_label import hash_labels, load_pseudo
+from pseudo_label import check_labels, load_labels
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 LOGGERS = ("tensorboard", "wandb")
@@ -61,6 +61,8 @@ RECIPE = {
     "classmix": (("none", "plain", "weighted"), "none", "paste half an image's classes, or rather rare, on another"),
     "classmix_prob": (number(float, 0, 1), 0.5, "share of the images that are pasted on"),
     "sampler": (("all", "rare"), "all", "every image once an epoch, or drawn: oftener the rarer its rarest class"),
+    "pseudo_ratio": (number(float, 0), 0.0, "pseudo-labelled images of a batch to each labelled one; 0: as they come"),
+    "labelled_only": (number(float, 0, 1), 0.0, "share of the run, its end, that learns from labelled images alone"),
     "ema": (number(float, 0, 0.99999), 0.998, "decay of the weights' average; the first steps use a smaller one"),
     "seed": (number(int, 0, 2 ** 31 - 1), 0, "of everything random")}
 
@@ -84,6 +86,8 @@ def parse_args(argv=None):
     run.add_argument("--folds", type=number(int, 2), default=5, help="number of folds")
     run.add_argument("--round", type=number(int, 0, 9), default=0, help="from 1: also learns EXP/rROUND/pseudo/fFOLD")
     run.add_argument("--paint", choices=PAINT_ORDERS, default="area", help="which object wins where they overlap")
+    run.add_argument("--allow-leak", action="store_true", help="learn also from pseudo labels whose makers may have "
+                     "trained on this fold; marks every later score as contaminated")
     run.add_argument("--check", action="store_true", help="check the data, write EXP/folds.csv and stop")
     run.add_argument("--overfit", type=number(int, 0), default=0, metavar="N",
                      help="instead train and validate on N images in EXP/overfit, not augmented; fails below v3 0.9")
@@ -116,13 +120,12 @@ def make_loaders(args, train, test, learn, valid, cuda):
     import torch
     from torch.utils.data import DataLoader
     entries = [(train, i, None) for i in learn.tolist()] * math.ceil(256 / len(learn) if args.overfit else 1)
-    present = np.array(train.pixels)[learn] > 0
+    present, pseudo = np.array(train.pixels)[learn] > 0, []
     if args.round and not args.overfit:
-        pseudo = load_pseudo(args, test, file_hash(args.exp / "folds.csv"))
+        pseudo, class_ids = load_labels(args, test)
         print(f"{len(entries)} labelled and {len(pseudo)} pseudo-labelled images")
         entries += pseudo
-        present = np.stack([*present, *(np.bincount(label.ravel(), minlength=256)[:len(train.classes)] > 0
-                                        for _, _, label in pseudo)])
+        present = np.stack([*present, *(np.isin(range(len(train.classes)), some) for some in class_ids)])
     rank, n_ranks = ranks()
     if len(entries) < 2 * n_ranks:
         raise SystemExit(f"{len(entries)} training images: batch norm needs 2 for each of {n_ranks} process(es)")
@@ -130,7 +133,8 @@ def make_loaders(args, train, test, learn, valid, cuda):
     options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": cuda,
                "multiprocessing_context": "fork" if workers else None,
                "generator": torch.Generator()}  # of its own: else starting workers would draw from the global one
-    batches = EpochBatches(len(entries), args.batch, args.seed, rare_odds(present) if args.sampler == "rare" else None)
+    batches = EpochBatches(len(entries), args.batch, args.seed, rare_odds(present) if args.sampler == "rare" else None,
+                           len(pseudo), args.pseudo_ratio, round(args.epochs * (1 - args.labelled_only)))
     samples = TrainSamples(entries, make_augmentation(args.augment, args.scale), args.seed)
     return (DataLoader(samples, batch_sampler=batches, **options),
             DataLoader(EvalPhotos(train, valid[rank::n_ranks].tolist(), args.scale), args.batch, **options))
@@ -245,8 +249,9 @@ def make_recipe(args, train):
     recipe["mean"], recipe["std"] = map(list, encoder_mean_std(args.model))
     recipe["data"], recipe["folds_csv"] = train.fingerprint, file_hash(args.exp / "folds.csv")
     if args.round and not args.overfit:
-        recipe["pseudo"] = hash_labels(args)
-    return recipe
+        recipe["pseudo"], recipe["contaminated"] = check_labels(args, train.classes, recipe["folds_csv"])
+        return recipe
+    return {k: v for k, v in recipe.items() if k not in ("pseudo_ratio", "labelled_only")} | {"contaminated": False}
 
 
 def same_recipe(path, recipe, replace):
@@ -329,6 +334,7 @@ def fit(run, loaders, args, info, out, device, report):
         run["epoch"] += 1
         row = {"epoch": run["epoch"], "loss": loss, "lr": lr, **{k: float(result[k]) for k in ("v1", "v2", "v3")},
                "images_per_s": speed, "seconds": time.time() - started,
+               **({"contaminated": 1} if recipe["contaminated"] else {}),
                **{f"iou {c}": float(v) for c, v in zip(info["classes"], result["iou"], strict=True)}}
         run["log"].append(row)
         now = {"epoch": row["epoch"], "v3": row["v3"],
@@ -359,7 +365,8 @@ def start_logger(name, out, recipe):
 def log_row(run, row, args, recipe, out):
     """Print the row and tell the logger; whatever fails there is a warning, since log.csv has it all."""
     print(f"{out} epoch {row['epoch']}/{args.epochs} loss {row['loss']:.4f} v1 {row['v1']:.4f} v2 {row['v2']:.4f} "
-          f"v3 {row['v3']:.4f} {row['images_per_s']:.1f} images/s {row['seconds']:.0f} s\n   IoU "
+          f"v3 {row['v3']:.4f}{' contaminated' * recipe['contaminated']} {row['images_per_s']:.1f} images/s "
+          f"{row['seconds']:.0f} s\n   IoU "
           + ", ".join(f"{k.removeprefix('iou ')} {v:.3f}" for k, v in row.items() if k.startswith("iou ")), flush=True)
     if args.logger:
         try:

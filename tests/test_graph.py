@@ -358,8 +358,8 @@ def test_second_submit_has_nothing_to_do_and_neither_has_it_after_a_check(built)
 @pytest.mark.parametrize("name, if_deleted, if_touched", [
     ("folds.csv", EVERYTHING, FROM_TRAIN),
     (f"{A0}/model.pt", [f"train {A0}", f"infer {A0}", *AFTER_A0], [f"infer {A0}", *AFTER_A0]),
-    (f"{A0}/test.npy", [f"infer {A0}", *AFTER_A0], AFTER_A0),
-    (f"{A0}/test.json", [f"infer {A0}", *AFTER_A0], AFTER_A0),
+    (f"{A0}/test.npy", [], AFTER_A0),  # its labels are there
+    (f"{A0}/test.json", [f"infer {A0}", *AFTER_A0], []),
     (f"{A0}/valid.npy", [], []),
     (f"{B1}/model.pt", [f"train {B1}", f"infer {B1}", "submit"], [f"infer {B1}", "submit"]),
     *((f"{B1}/{store}", [f"infer {B1}", "submit"], ["submit"])
@@ -376,6 +376,21 @@ def test_deleted_or_touched_file_remakes_what_depends_on_it(built, template, nam
     assert remade(built, "submit") == steps(*if_touched)
     path.unlink()
     assert remade(built, "submit") == steps(*if_deleted)
+    assert texts(built) == made
+
+
+def test_deleted_stores_of_an_old_round_are_made_again_only_when_its_labels_are(built, template):
+    made = texts(template)
+    for path in (built / "out/main/r0").rglob("test.*"):
+        path.unlink()
+    assert remade(built, "submit") == remade(built, "pseudo") == remade(built, "submit", MODELS="fpn/a unet/b") == []
+    assert remade(built, "score", ROUND=0) == ["score"]
+    os.utime(built / "out/main/r1/fpn/a/s64/f0/model.pt")
+    assert remade(built, "submit") == ["infer r1/fpn/a/s64/f0", "submit"]
+    (built / "out/main/r1/pseudo/f1/labels.npy").unlink()
+    assert remade(built, "submit") == steps("infer r0/*/f1", "pseudo r1/f1", "train r1/*/f1", "infer r1/*/f1", "submit")
+    assert remade(built, "submit", PSEUDO_ARGS="--confident 0.9") == steps("infer r0/*/f0", *FROM_LABELS)
+    remade(built, "submit")
     assert texts(built) == made
 
 
