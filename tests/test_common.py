@@ -19,7 +19,6 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 
 import common
 import infer
-import pseudo_label
 from common import IGNORE_INDEX, SUBMIT_SIZE, make_loss
 
 N_CLASSES = 4
@@ -395,36 +394,6 @@ def test_resized_probs_are_the_bilinear_ones_at_the_submissions_size(size):
 def test_resizing_probs_to_half_averages_four_pixels():
     probs = torch.rand(1, 2, 2 * SUBMIT_SIZE, 2 * SUBMIT_SIZE)
     torch.testing.assert_close(common.resize_probs(probs), torch.nn.functional.avg_pool2d(probs, 2))
-
-
-@given(st.integers(1, 4), st.integers(1, 3), seeds)
-@settings(deadline=None)
-def test_soft_vote_is_the_weighted_mean_of_the_stores(n_stores, n_images, seed):
-    rng = np.random.default_rng(seed)
-    stores = rng.integers(0, 256, (n_stores, n_images, 3, 4, 5), dtype=np.uint8)
-    weights = rng.uniform(0.1, 5, n_stores)
-    votes = list(pseudo_label.soft_vote(list(stores), weights))
-    assert np.stack(votes) == pytest.approx(np.average(stores / 255, axis=0, weights=weights), abs=1e-6)
-    assert votes[0].dtype == np.float32
-
-
-def test_soft_vote_reads_no_image_before_it_is_asked_for():
-    read = []
-
-    def store(name):
-        for i in range(5):
-            read.append((name, i))
-            yield np.full((2, 2, 2), 51, np.uint8)
-    votes = pseudo_label.soft_vote([store("a"), store("b")], [1, 1])
-    assert read == []
-    assert next(votes) == pytest.approx(0.2)
-    assert read == [("a", 0), ("b", 0)]
-
-
-def test_soft_vote_refuses_stores_of_different_lengths():
-    stores = [np.zeros((n, 1, 1, 1), np.uint8) for n in (2, 3)]
-    with pytest.raises(ValueError, match="shorter|longer"):
-        list(pseudo_label.soft_vote(stores, [1, 1]))
 
 
 @pytest.fixture

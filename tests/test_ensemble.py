@@ -39,6 +39,7 @@ class FakeOof(Namespace):
         super().__init__(
             names=[f"member {m}" for m in range(n_members)], classes=[f"class {c}" for c in range(n_classes)],
             ids=list(range(n_images)), truths=truths, parts=np.array(parts), title="out of fold", all=probs,
+            contaminated=False,
             has=np.ones((n_members, n_images), bool) if has is None else has,
             infos=[plain | {key: values[m] for key, values in info.items()} for m in range(n_members)])
 
@@ -460,7 +461,7 @@ def write_store(run, split, probs, ids, classes, **info):
     np.save(run / f"{split}.npy", probs)
     common.write_json(run / f"{split}.json", {
         "classes": classes, "split": split, "tta": "flip", "data": "d", "seed": 0, "model": "unet/a", "scale": 64,
-        "round": 0, "fold": 0, "folds_csv": "f01d", "paint": "area", "image_ids": ids,
+        "round": 0, "fold": 0, "folds_csv": "f01d", "paint": "area", "image_ids": ids, "contaminated": False,
         "checkpoints": [{"file": "model.pt", "hash": "0", "epoch": 1}]} | info)
 
 
@@ -714,6 +715,6 @@ def test_memory_stays_the_same_with_more_members(tmp_path):
 
 
 def test_experiments_of_two_paint_orders_are_not_compared(monkeypatch):
-    monkeypatch.setattr(ensemble, "last_round", lambda args, exp: ({}, ["Background", "Can"], exp.name))
+    monkeypatch.setattr(ensemble, "last_round", lambda args, exp: ({}, Namespace(infos=[{"paint": exp.name}])))
     with pytest.raises(SystemExit, match="paint order area, the other id"):
         ensemble.main(ensemble.parse_args(["compare", "--data", "nowhere", "area", "id"]))

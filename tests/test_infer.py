@@ -102,7 +102,8 @@ def test_a_stores_json_says_what_made_it(trained, splits):
                 {"file": "model.pt", "hash": common.file_hash(trained / "model.pt"),
                  "epoch": torch.load(trained / "model.pt")["epoch"]}],
             "data": split.fingerprint, "model": MODEL, "scale": SCALE, "round": 0, "fold": 1,
-            "folds_csv": common.file_hash(trained.parents[4] / "folds.csv"), "seed": 0, "paint": "area"}
+            "folds_csv": common.file_hash(trained.parents[4] / "folds.csv"), "seed": 0, "paint": "area",
+            "contaminated": False}
 
 
 def test_the_batch_size_changes_the_store_by_rounding_alone(tiny_data, cache, run):

@@ -1,4 +1,4 @@
-"""pseudo_label.py and ensemble.py in-process, on stores made by hand."""
+"""ensemble.py in-process, on stores made by hand."""
 import csv
 import json
 import re
@@ -24,55 +24,7 @@ CLASSES = ["Background", "UNKNOWN", "General trash", "Paper", "Paper pack", "Met
            "Plastic bag", "Battery", "Clothing"]
 
 
-# ---- pseudo labels --------------------------------------------------------------------------------------------------
-
-
-def two_class_probs(top, n_foreground):
-    """float32 [2, 10, 10]: the first n_foreground pixels are class 1 with these top probabilities, in turn."""
-    probs = np.zeros((2, 100), np.float32)
-    probs[0] = 1
-    probs[1, :n_foreground] = np.resize(np.float32(top), n_foreground)
-    probs[0, :n_foreground] = 1 - probs[1, :n_foreground]
-    return probs.reshape(2, 10, 10)
-
-
-@pytest.mark.parametrize(("n_unsure", "reason"), [(0, ""), (1, ""), (2, ""), (3, "unsure"), (20, "unsure")])
-def test_a_photo_is_kept_up_to_exactly_10_percent_unsure_foreground(n_unsure, reason):
-    tops = [0.6] * n_unsure + [0.9] * (20 - n_unsure)
-    pred, found, foreground, unsure = pseudo_label.judge(two_class_probs(tops, 20), 0.8, 0.1)
-    assert (found, foreground, unsure) == (reason, 0.2, n_unsure / 20)
-    assert pred.dtype == np.uint8 and pred.ravel().tolist() == [1] * 20 + [0] * 80
-
-
-@pytest.mark.parametrize(("top", "reason"), [
-    (0.8, "unsure"), (0.8001, ""), (0.7999, "unsure"), (0.6, "unsure"), (1.0, "")])
-def test_a_top_probability_of_exactly_80_percent_is_unsure(top, reason):
-    assert pseudo_label.judge(two_class_probs([top], 20), 0.8, 0.1)[1] == reason
-
-
-@pytest.mark.parametrize("n_stores", [1, 2, 3, 5, 8])
-def test_a_vote_of_exactly_80_percent_is_unsure(n_stores):
-    store = np.array([51, 204], np.uint8)[None, :, None, None].repeat(2, 2).repeat(2, 3)
-    probs, = pseudo_label.soft_vote([store] * n_stores, np.ones(n_stores))
-    assert pseudo_label.judge(probs, 0.8, 0.1)[1] == "unsure"
-
-
-def test_unsure_background_is_no_reason_to_drop_a_photo():
-    probs = np.full((2, 10, 10), 0.5, np.float32)
-    probs[:, :2] = [[[0.05]], [[0.95]]]
-    probs[0, 2:] += 0.01
-    assert pseudo_label.judge(probs, 0.8, 0.1)[1:] == ("", 0.2, 0.0)
-
-
-def test_a_photo_without_foreground_is_dropped():
-    pred, *rest = pseudo_label.judge(two_class_probs([0.9], 0), 0.8, 0.1)
-    assert rest == ["no foreground", 0.0, 0.0] and not pred.any()
-
-
-def test_the_label_is_the_likeliest_class():
-    probs = np.random.default_rng(0).dirichlet(np.ones(12), (30, 40)).transpose(2, 0, 1).astype(np.float32)
-    pred = pseudo_label.judge(probs, 0.8, 0.1)[0]
-    assert all(probs[pred[y, x], y, x] == max(probs[:, y, x]) for y, x in np.ndindex(30, 40))
+# ---- stores by hand -------------------------------------------------------------------------------------------------
 
 
 MAKERS = [{"file": "epoch-002.pt", "hash": "c0ffee", "epoch": 2},
@@ -85,7 +37,8 @@ def write_store(run, split, probs, **info):
     np.save(run / f"{split}.npy", probs)
     common.write_json(run / f"{split}.json", {
         "classes": CLASSES, "split": split, "tta": "flip", "checkpoints": MAKERS, "data": "d", "seed": 0,
-        "model": "unet/a", "scale": 64, "round": 0, "fold": 0, "folds_csv": "f01d", "paint": "area"} | info)
+        "model": "unet/a", "scale": 64, "round": 0, "fold": 0, "folds_csv": "f01d", "paint": "area",
+        "contaminated": False} | info)
 
 
 def random_stores(rng, n_images, n_classes=12):
@@ -94,99 +47,8 @@ def random_stores(rng, n_images, n_classes=12):
     return probs.round().astype(np.uint8).transpose(0, 3, 1, 2).repeat(16, 2).repeat(16, 3)
 
 
-@pytest.fixture
-def makers(tmp_path, splits, tiny_data, cache):
-    """Two test stores by hand and the line that makes pseudo labels of them."""
-    rng = np.random.default_rng(0)
-    paths = []
-    for name in "ab":
-        probs = random_stores(rng, 4)
-        probs[1] = np.where(np.arange(12)[:, None, None] == 0, 255, 0)  # no foreground
-        probs[2] = np.where(np.arange(12)[:, None, None] == 5, 250, 0)  # all of it surely metal
-        write_store(tmp_path / name, "test", probs, image_ids=splits[1].ids, model=f"unet/{name}")
-        paths.append(tmp_path / name / "test.json")
-    args = pseudo_label.parse_args(["--data", str(tiny_data), "--cache", str(cache), "--exp", str(tmp_path / "exp"),
-                                    "--round", "1", "--fold", "0", *map(str, paths)])
-    return Namespace(args=args, paths=paths, folder=tmp_path / "exp/r1/pseudo/f0")
-
-
 def change_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-@pytest.mark.parametrize(("key", "value"), [
-    ("round", 1), ("fold", 1), ("split", "valid"), ("folds_csv", "0ther"), ("image_ids", [4, 3, 2, 1]),
-    ("classes", CLASSES[:0:-1] + CLASSES[:1])])
-@pytest.mark.parametrize("store", [0, 1])
-def test_makers_of_another_lineage_are_refused_by_name(makers, key, value, store):
-    change_json(makers.paths[store], **{key: value})
-    with pytest.raises(SystemExit, match=f"test.json: {key} (is|differ)"):
-        pseudo_label.main(makers.args)
-    assert not (makers.folder / "index.csv").exists()
-
-
-@pytest.mark.parametrize(("flag", "value", "key"), [("--round", "2", "round"), ("--fold", "1", "fold")])
-def test_labels_for_another_round_or_fold_than_the_makers_are_refused(makers, flag, value, key):
-    args = pseudo_label.parse_args(["--data", str(makers.args.data), "--cache", str(makers.args.cache), "--exp",
-                                    str(makers.args.exp), "--round", "1", "--fold", "0", flag, value,
-                                    *map(str, makers.paths)])
-    with pytest.raises(SystemExit, match=f"{key} is 0, not 1"):
-        pseudo_label.main(args)
-
-
-def test_labels_are_the_soft_vote_with_a_row_for_each_photo(makers, splits):
-    pseudo_label.main(makers.args)
-    votes = np.mean([np.load(path.with_suffix(".npy")).astype(float) for path in makers.paths], axis=0) / 255
-    labels = np.load(makers.folder / "labels.npy")
-    assert labels.dtype == np.uint8 and labels.shape == (4, SUBMIT_SIZE, SUBMIT_SIZE)
-    assert (np.take_along_axis(votes, labels[:, None].astype(int), 1)[:, 0] > votes.max(1) - 1e-6).all()
-    rows = common.read_csv(makers.folder / "index.csv", ("image_id", "keep", "reason", "foreground", "unsure"))
-    assert [row["image_id"] for row in rows] == [str(i) for i in splits[1].ids]
-    assert [(row["keep"], row["reason"]) for row in rows] == [
-        ("0", "unsure"), ("0", "no foreground"), ("1", ""), ("0", "unsure")]
-    for row, vote, label in zip(rows, votes, labels, strict=True):
-        foreground = label > 0
-        unsure = (vote.max(0)[foreground] <= 0.8).mean() if foreground.any() else 0
-        assert float(row["foreground"]) == pytest.approx(foreground.mean(), abs=1e-4)
-        assert float(row["unsure"]) == pytest.approx(unsure, abs=1e-4)
-
-
-def test_the_manifest_says_what_made_the_labels(makers):
-    pseudo_label.main(makers.args)
-    manifest = common.read_json(makers.folder / "manifest.json")
-    assert manifest.pop("makers") == [
-        {"store": str(path), "hash": common.file_hash(path), "checkpoints": MAKERS, "tta": "flip"}
-        for path in makers.paths]
-    assert manifest == {"round": 1, "fold": 0, "folds_csv": "f01d", "classes": CLASSES, "confident": 0.8,
-                        "max_unsure": 0.1,
-                        "labels": common.file_hash(makers.folder / "labels.npy"),
-                        "photos": {"unsure": 2, "no foreground": 1, "kept": 1}}
-
-
-def test_the_index_of_pseudo_labels_is_written_last(makers, monkeypatch):
-    written, replace = [], common.os.replace
-    monkeypatch.setattr(common.os, "replace", lambda source, target: (
-        written.append(target.name), replace(source, target)))
-    pseudo_label.main(makers.args)
-    assert written == ["labels.npy", "manifest.json", "index.csv"]
-    assert {path.name for path in makers.folder.iterdir()} == {"labels.npy", "manifest.json", "index.csv", ".lock"}
-
-
-def keeps(makers):
-    return [row["keep"] for row in common.read_csv(makers.folder / "index.csv", ("image_id", "keep"))]
-
-
-def test_decisions_made_by_hand_outlive_labels_made_anew_and_the_others_do_not(makers, splits, capsys):
-    pseudo_label.main(makers.args)
-    path, ids = makers.folder / "index.csv", splits[1].ids
-    assert keeps(makers) == ["0", "0", "1", "0"]
-    text = path.read_text()
-    path.write_text(text.replace(f"{ids[0]},0,", f"{ids[0]},1,").replace(f"{ids[2]},1,", f"{ids[2]},0,"))
-    pseudo_label.main(makers.args)
-    assert keeps(makers) == ["1", "0", "0", "0"] and "2 decision(s) made by hand" in capsys.readouterr().out
-    makers.args.max_unsure = 1.0
-    pseudo_label.main(makers.args)
-    assert keeps(makers) == ["1", "0", "0", "1"]
 
 
 # ---- the submission file --------------------------------------------------------------------------------------------
@@ -452,12 +314,10 @@ def test_a_run_without_stores_is_refused_by_name(tiny_data, cache, voters, tmp_p
 
 
 def test_background_is_black_and_eleven_classes_have_colours_of_their_own():
-    colours = ensemble.class_colours(12)
-    assert colours.shape == (12, 3) and colours.dtype == np.uint8 and not colours[0].any()
-    assert len({tuple(c) for c in colours.tolist()}) == 12
-    many = ensemble.class_colours(200)
-    assert (many[:12] == colours).all() and (many[12:23] == colours[1:]).all() and (many[189:] == many[2:13]).all()
-    assert ensemble.class_colours(1).tolist() == [[0, 0, 0]]
+    colours = common.COLOURS
+    assert colours.shape == (256, 3) and colours.dtype == np.uint8 and not colours[0].any()
+    assert len({tuple(c) for c in colours[[*range(12), 255]].tolist()}) == 13
+    assert (colours[12:23] == colours[1:12]).all() and (colours[189:200] == colours[2:13]).all()
 
 
 def test_an_overlay_is_the_greyed_photo_under_colours_and_the_photo_where_nothing_was_found():
@@ -466,12 +326,12 @@ def test_an_overlay_is_the_greyed_photo_under_colours_and_the_photo_where_nothin
     mask = np.zeros((SUBMIT_SIZE, SUBMIT_SIZE), np.uint8)
     mask[10:20, 30:50] = 2
     mask[200:, 200:] = 11
-    shown = ensemble.overlay(image, mask, 12)
-    colours = ensemble.class_colours(12).astype(int)
+    shown = common.overlay(image, mask)
+    colours = common.COLOURS.astype(int)
     assert shown.dtype == np.uint8 and (shown[mask == 0] == image[0, 0]).all()
     for class_id in (2, 11):
         assert abs(shown[mask == class_id] - (0.4 * 70 + 0.6 * colours[class_id])).max() <= 1
-    strong = ensemble.overlay(image, mask, 12, strength=1)
+    strong = common.overlay(image, mask, strength=1)
     assert (strong[mask == 11] == colours[11]).all() and (image == image[0, 0]).all()
 
 
@@ -481,7 +341,7 @@ def test_an_overlay_has_the_submissions_size_and_colours_its_mask_in_place(size)
     image[:size[0] // 2] = 200  # the upper half is light
     mask = np.zeros((SUBMIT_SIZE, SUBMIT_SIZE), np.uint8)
     mask[:, 100:] = 1
-    shown = ensemble.overlay(image, mask, 2).astype(int)
+    shown = common.overlay(image, mask).astype(int)
     assert shown.shape == (SUBMIT_SIZE, SUBMIT_SIZE, 3)
     assert (shown[:126, :100] == 200).all() and (shown[130:, :100] == 0).all()
     assert (shown[:126, 100:] - shown[-1, -1] == 80).all()  # 0.4 of the grey 200
@@ -494,8 +354,8 @@ def read_sheet(path):
 def test_a_sheet_has_its_tiles_in_rows_under_captions_and_a_legend_below(tmp_path):
     tiles = [np.full((40, 60, 3), value, np.uint8) for value in (10, 80, 200)]
     tiles[0][0] = 255, 0, 0
-    ensemble.write_sheet(tmp_path / "s.png", [[("a", tiles[0]), ("", tiles[1])], [("x" * 300, tiles[2])]],
-                         ["Background", "Paper", "Metal"])
+    common.write_sheet(tmp_path / "s.png", [[("a", tiles[0]), ("", tiles[1])], [("x" * 300, tiles[2])]],
+                         {0: "Background", 2: "Paper", 255: "unsure"})
     sheet, line = read_sheet(tmp_path / "s.png"), 18
     assert sheet.shape == (2 * (40 + line) + 3 * line, 120, 3)
     assert (sheet[line:line + 40, :60] == tiles[0]).all() and (sheet[line:line + 40, 60:] == tiles[1]).all()
@@ -503,7 +363,7 @@ def test_a_sheet_has_its_tiles_in_rows_under_captions_and_a_legend_below(tmp_pat
     assert (sheet[second:second + 40, :60] == tiles[2]).all() and (sheet[second:second + 40, 60:] == 255).all()
     assert (sheet[:line, :60] < 128).any() and (sheet[:line, 60:] == 255).all()  # one caption is empty
     assert (sheet[40 + line:second, :60] < 128).any() and (sheet[40 + line:second, 64:] == 255).all()  # one is cut
-    for i, colour in enumerate(ensemble.class_colours(3).tolist()):
+    for i, colour in enumerate(common.COLOURS[[0, 2, 255]].tolist()):
         assert sheet[2 * (40 + line) + i * line + line // 2, 15].tolist() == colour
         assert (sheet[2 * (40 + line) + i * line:][:line, 36:] < 128).any()
 
@@ -512,7 +372,7 @@ def test_a_sheet_that_cannot_be_drawn_leaves_the_old_one(tmp_path):
     (tmp_path / "s.png").write_text("old")
     tile = np.zeros((40, 60, 3), np.uint8)
     with pytest.raises((TypeError, ValueError, AttributeError)):
-        ensemble.write_sheet(tmp_path / "s.png", [[("a", tile), ("b", None)]], ["Background"])
+        common.write_sheet(tmp_path / "s.png", [[("a", tile), ("b", None)]], {0: "Background"})
     assert (tmp_path / "s.png").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -529,7 +389,7 @@ def test_looks_are_spread_evenly_and_predictions_pass_unchanged(n_images, n, cho
     assert len(passed) == n_images and all(a is b for a, b in zip(passed, preds, strict=True))
     assert [photo[0] for photo, _ in looks] == [f"{i}.jpg" for i in chosen]
     for i, (photo, prediction) in zip(chosen, looks, strict=True):
-        assert (photo[1] == i).all() and (prediction[1] == ensemble.overlay(test.image(i), preds[i], 12)).all()
+        assert (photo[1] == i).all() and (prediction[1] == common.overlay(test.image(i), preds[i])).all()
         found = {CLASSES[c] for c in ({i % 12, 3} if i % 2 else {i % 12}) - {0}}
         assert set(prediction[0].split(", ")) == (found or {"nothing"})
 

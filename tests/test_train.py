@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import pickletools
+import re
 import shutil
 import sys
 import zipfile
@@ -24,7 +25,9 @@ from sklearn.metrics import jaccard_score
 from torch.optim import lr_scheduler
 
 import common
+import ensemble
 import infer
+import pseudo_label
 import train
 from common import SUBMIT_SIZE
 
@@ -1132,16 +1135,18 @@ def pseudo(line, exp, splits):
     folder.mkdir(parents=True)
     labels = np.stack([np.full((SUBMIT_SIZE, SUBMIT_SIZE), 3 + i, np.uint8) for i in range(len(test.ids))])
     np.save(folder / "labels.npy", labels)
-    common.write_csv(folder / "index.csv", [{"image_id": i, "keep": int(n != 2), "reason": ""}
-                                            for n, i in enumerate(test.ids)])
+    common.write_csv(folder / "index.csv", [
+        {"image_id": i, "keep": int(n != 2), "reason": "unsure" * (n == 2), "classes": 3 + n}
+        for n, i in enumerate(test.ids)])
     common.write_json(folder / "manifest.json", {
         "round": 1, "fold": FOLD, "folds_csv": common.file_hash(exp / "folds.csv"), "classes": test.classes,
-        "labels": common.file_hash(folder / "labels.npy")})
+        "paint": "area", "contaminated": False, "labels": common.file_hash(folder / "labels.npy")})
     return Namespace(args=args, folder=folder, test=test)
 
 
-def load_pseudo(pseudo):
-    return train.load_pseudo(pseudo.args, pseudo.test, common.file_hash(pseudo.args.exp / "folds.csv"))
+def check_and_load(pseudo):
+    train.check_labels(pseudo.args, pseudo.test.classes, common.file_hash(pseudo.args.exp / "folds.csv"))
+    return train.load_labels(pseudo.args, pseudo.test)
 
 
 def edit(path, old, new):
@@ -1151,7 +1156,8 @@ def edit(path, old, new):
 
 
 def test_kept_pseudo_labels_are_learnt_from_and_the_others_left_out(pseudo):
-    entries = load_pseudo(pseudo)
+    entries, class_ids = check_and_load(pseudo)
+    assert class_ids == [[3], [4], [6]]
     assert [(i, int(label[0, 0])) for _, i, label in entries] == [(0, 3), (1, 4), (3, 6)]
     assert all(split is pseudo.test for split, _, _ in entries)
 
@@ -1160,14 +1166,18 @@ def test_keep_may_be_edited_by_hand(pseudo):
     first, third = pseudo.test.ids[0], pseudo.test.ids[2]
     edit(pseudo.folder / "index.csv", f"{first},1", f"{first},0")
     edit(pseudo.folder / "index.csv", f"{third},0", f"{third},1")
-    assert [i for _, i, _ in load_pseudo(pseudo)] == [1, 2, 3]
-    edit(pseudo.folder / "index.csv", f"{third},1", f"{third},yes")
+    assert [i for _, i, _ in check_and_load(pseudo)[0]] == [1, 2, 3]
+    edit(pseudo.folder / "index.csv", f"{first},0", f"{first},")  # nobody's decision: the rule's
+    edit(pseudo.folder / "index.csv", f"{third},1", f"{third},")
+    assert [i for _, i, _ in check_and_load(pseudo)[0]] == [0, 1, 3]
+    edit(pseudo.folder / "index.csv", f"{third},", f"{third},yes")
     with pytest.raises(SystemExit, match="index.csv: keep is yes"):
-        load_pseudo(pseudo)
+        check_and_load(pseudo)
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("round", 2), ("fold", 0), ("folds_csv", "0123456789abcdef"), ("classes", ["Background", "Paper"])])
+    ("round", 2), ("fold", 0), ("folds_csv", "0123456789abcdef"), ("contaminated", True), ("paint", "id"),
+    ("classes", ["Background", "Paper"])])
 def test_pseudo_labels_of_another_lineage_are_refused_by_name(pseudo, no_training, key, value):
     path = pseudo.folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
@@ -1180,6 +1190,42 @@ def test_pseudo_labels_of_another_lineage_are_refused_by_name(pseudo, no_trainin
         train.main(pseudo.args)
 
 
+@pytest.mark.parametrize(("key", "value", "leak"), [
+    ("fold", 0, True), ("round", 2, True), ("folds_csv", "0123456789abcdef", True), ("contaminated", True, True),
+    ("paint", "id", False), ("classes", ["Background", "Paper"], False), ("labels", "0123", False)])
+def test_a_leak_must_be_allowed_and_nothing_else_can_be(pseudo, key, value, leak):
+    path, folds_csv = pseudo.folder / "manifest.json", common.file_hash(pseudo.args.exp / "folds.csv")
+    pseudo.args.allow_leak = True
+    assert train.check_labels(pseudo.args, pseudo.test.classes, folds_csv)[1] is False
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    if leak:
+        assert train.check_labels(pseudo.args, pseudo.test.classes, folds_csv)[1] is True
+    else:
+        with pytest.raises(SystemExit, match=f"manifest.json: {key} is"):
+            train.check_labels(pseudo.args, pseudo.test.classes, folds_csv)
+
+
+def test_every_score_after_an_allowed_leak_is_marked(pseudo, capsys, tmp_path):
+    path = pseudo.folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fold": 0}))
+    pseudo.args.allow_leak = True
+    train.main(pseudo.args)
+    run = train.run_folder(pseudo.args.exp, 1, pseudo.args.model, pseudo.args.scale, FOLD)
+    assert re.search(r"v3 0\.\d{4} contaminated", capsys.readouterr().out)
+    assert [row["contaminated"] for row in common.read_csv(run / "log.csv", ("contaminated",))] == ["1"]
+    where = ["--data", str(pseudo.args.data), "--cache", str(pseudo.args.cache)]
+    infer.main(infer.parse_args([*where, "--checkpoint", str(run / "model.pt"), "--tta", "none"]))
+    ensemble.main(ensemble.parse_args(["score", *where, "--tables", str(tmp_path / "tables"), str(run)]))
+    assert "CONTAMINATED" in capsys.readouterr().out
+    for table in (tmp_path / "tables").iterdir():
+        assert {row["contaminated"] for row in common.read_csv(table, ("contaminated",))} == {"yes"}, table
+    args = pseudo_label.parse_args([*where, "--exp", str(tmp_path / "exp"), "--round", "2", "--fold", str(FOLD),
+                                    str(run / "test.json")])
+    pseudo_label.main(args)  # what such a model labels is marked too
+    manifest = common.read_json(pseudo_label.pseudo_folder(tmp_path / "exp", 2, FOLD) / "manifest.json")
+    assert manifest["contaminated"] is True
+
+
 def test_pseudo_labels_made_before_the_folds_were_edited_are_refused(pseudo):
     path = pseudo.args.exp / "folds.csv"
     with open(path, newline="") as f:
@@ -1187,7 +1233,7 @@ def test_pseudo_labels_made_before_the_folds_were_edited_are_refused(pseudo):
     rows[0]["fold"] = "1" if rows[0]["fold"] == "2" else "2"
     common.write_csv(path, rows)
     with pytest.raises(SystemExit, match="manifest.json: folds_csv is"):
-        load_pseudo(pseudo)
+        check_and_load(pseudo)
 
 
 @pytest.mark.parametrize("fault", ["order", "missing row", "short labels"])
@@ -1199,7 +1245,7 @@ def test_pseudo_labels_of_other_images_are_refused(pseudo, fault):
         lines = [lines[0], lines[2], lines[1], *lines[3:]] if fault == "order" else lines[:-1]
         (pseudo.folder / "index.csv").write_text("\n".join(lines) + "\n")
     with pytest.raises(SystemExit, match="other images|labels is"):
-        load_pseudo(pseudo)
+        check_and_load(pseudo)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "labels.npy", "index.csv"])

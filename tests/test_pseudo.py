@@ -1,0 +1,385 @@
+"""pseudo_label.py on stores made by hand: rules, hand decisions, lineage, what training draws from the labels."""
+import json
+from argparse import Namespace
+from collections import Counter
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from test_predict import CLASSES, MAKERS, change_json, random_stores, write_store
+
+import common
+import pseudo_label
+from common import IGNORE_INDEX, SUBMIT_SIZE
+
+IMAGE = Namespace(rule="image", confident=0.8, max_unsure=0.1, uncertain="ignore")
+PIXEL = Namespace(rule="pixel", confident=0.9, max_unsure=0.1, uncertain="ignore")
+
+
+# ---- rules ----------------------------------------------------------------------------------------------------------
+
+
+def two_class_probs(top, n_foreground):
+    """float32 [2, 10, 10]: the first n_foreground pixels are class 1 with these top probabilities, in turn."""
+    probs = np.zeros((2, 100), np.float32)
+    probs[0] = 1
+    probs[1, :n_foreground] = np.resize(np.float32(top), n_foreground)
+    probs[0, :n_foreground] = 1 - probs[1, :n_foreground]
+    return probs.reshape(2, 10, 10)
+
+
+@pytest.mark.parametrize(("n_unsure", "reason"), [(0, ""), (1, ""), (2, ""), (3, "unsure"), (20, "unsure")])
+def test_a_photo_is_kept_up_to_exactly_10_percent_unsure_foreground(n_unsure, reason):
+    tops = [0.6] * n_unsure + [0.9] * (20 - n_unsure)
+    label, sure, found, unsure = pseudo_label.judge(two_class_probs(tops, 20), IMAGE)
+    assert (found, unsure) == (reason, n_unsure / 20)
+    assert label.dtype == np.uint8 and label.ravel().tolist() == [1] * 20 + [0] * 80
+    assert sure.ravel().tolist() == [False] * n_unsure + [True] * (100 - n_unsure)
+
+
+@pytest.mark.parametrize(("top", "reason"), [
+    (0.8, "unsure"), (0.8001, ""), (0.7999, "unsure"), (0.6, "unsure"), (1.0, "")])
+def test_a_top_probability_of_exactly_80_percent_is_unsure_by_rule_image(top, reason):
+    assert pseudo_label.judge(two_class_probs([top], 20), IMAGE)[2] == reason
+
+
+@pytest.mark.parametrize(("top", "label"), [(0.9, 1), (0.9001, 1), (0.8999, IGNORE_INDEX), (0.6, IGNORE_INDEX)])
+def test_a_top_probability_of_exactly_90_percent_is_sure_by_rule_pixel(top, label):
+    found = pseudo_label.judge(two_class_probs([top, 1.0], 20), PIXEL)[0].ravel()
+    assert found.tolist() == [label, 1] * 10 + [0] * 80
+
+
+@pytest.mark.parametrize("n_stores", [1, 2, 3, 5, 8])
+def test_votes_of_exactly_the_threshold_are_judged_as_such(n_stores):
+    store = np.array([51, 204], np.uint8)[None, :, None, None].repeat(2, 2).repeat(2, 3)
+    probs = pseudo_label.soft_vote([store] * n_stores, 0)
+    assert pseudo_label.judge(probs, IMAGE)[2] == "unsure"
+    rule = Namespace(**vars(PIXEL) | {"confident": 0.8})
+    assert (pseudo_label.judge(probs, rule)[0] == 1).all()
+
+
+def test_unsure_background_is_no_reason_to_drop_a_photo():
+    probs = np.full((2, 10, 10), 0.5, np.float32)
+    probs[:, :2] = [[[0.05]], [[0.95]]]
+    probs[0, 2:] += 0.01
+    assert pseudo_label.judge(probs, IMAGE)[2:] == ("", 0.0)
+    label, _, *rest = pseudo_label.judge(probs, PIXEL)
+    assert rest == ["", 0.0] and (label[:2] == 1).all() and (label[2:] == IGNORE_INDEX).all()
+
+
+@pytest.mark.parametrize(("rule", "probs", "unsure"), [
+    (IMAGE, two_class_probs([0.9], 0), 0), (PIXEL, two_class_probs([0.9], 0), 0),
+    (PIXEL, two_class_probs([0.7], 9), 1)])
+def test_a_photo_without_sure_foreground_is_dropped(rule, probs, unsure):
+    assert pseudo_label.judge(probs, rule)[2:] == ("no foreground", unsure)
+
+
+def slow_label(probs, args):
+    """(label, reason) by loops over the pixels."""
+    n_classes, height, width = probs.shape
+    label, foreground, unsure, kept = np.zeros((height, width), int), 0, 0, 0
+    for y, x in np.ndindex(height, width):
+        top = max(range(n_classes), key=lambda c: (probs[c, y, x], -c))
+        foreground += top > 0
+        if args.rule == "image":
+            unsure += top > 0 and probs[top, y, x] <= args.confident
+        elif probs[top, y, x] < args.confident:
+            top = {"ignore": 255, "background": 0}[args.uncertain]
+        kept += 0 < top < 255
+        label[y, x] = top
+    if not (foreground if args.rule == "image" else kept):
+        return label, "no foreground"
+    return label, "unsure" if args.rule == "image" and unsure / foreground > args.max_unsure else ""
+
+
+@given(arrays(np.uint8, (3, 4, 5), elements=st.integers(0, 255)), st.sampled_from(["image", "pixel"]),
+       st.sampled_from([0.3, 0.41, 0.77]), st.sampled_from([0.0, 0.13, 0.5, 1.0]),
+       st.sampled_from(["ignore", "background"]))
+def test_rules_are_those_of_a_slow_loop(values, rule, confident, max_unsure, uncertain):
+    args = Namespace(rule=rule, confident=confident, max_unsure=max_unsure, uncertain=uncertain)
+    probs = values / np.float32(255)
+    label, _, reason, _ = pseudo_label.judge(probs, args)
+    slow, slow_reason = slow_label(probs, args)
+    assert (label == slow).all() and reason == slow_reason
+
+
+@given(st.integers(1, 4), st.integers(0, 2 ** 31))
+def test_the_vote_is_the_mean_of_the_stores(n_stores, seed):
+    stores = np.random.default_rng(seed).integers(0, 256, (n_stores, 2, 3, 4, 5), dtype=np.uint8)
+    vote = pseudo_label.soft_vote(list(stores), 1)
+    assert vote == pytest.approx(stores[:, 1].mean(0) / 255, abs=1e-6) and vote.dtype == np.float32
+
+
+# ---- soft labels ----------------------------------------------------------------------------------------------------
+
+
+def test_a_soft_label_holds_probabilities_and_none_where_it_is_ignored():
+    probs = np.float32([[[0.1, 0.7, 0.0, 0.2]], [[0.9, 0.2, 0.5, 0.8]], [[0.0, 0.1, 0.5, 0.0]]])
+    label = np.uint8([[1, 0, 255, 0]])  # the last two are unsure: one is ignored, one turned into background
+    assert pseudo_label.soft_label(probs, label)[:, 0].tolist() == [
+        [26, 178, 0, 255], [230, 51, 0, 0], [0, 26, 0, 0]]
+
+
+def test_a_class_is_drawn_as_often_as_it_is_likely():
+    probs = np.uint8([[51, 0, 0, 255], [153, 0, 255, 0], [51, 0, 0, 0]])[:, None]
+    drawn = np.stack([common.draw_label(probs, u)[0] for u in (np.arange(1000) + 0.5) / 1000])
+    assert drawn.dtype == np.uint8 and np.bincount(drawn[:, 0]).tolist() == [200, 600, 200]
+    assert (drawn[:, 1:] == [IGNORE_INDEX, 1, 0]).all()
+    assert common.draw_label(probs, 0.0).tolist() == [[0, 255, 1, 0]]
+    assert common.draw_label(probs, np.nextafter(1, 0)).tolist() == [[2, 255, 1, 0]]
+
+
+@given(arrays(np.uint8, (4, 3, 3)), st.floats(0, 1, exclude_max=True))
+def test_no_class_without_a_probability_is_drawn(probs, u):
+    label = common.draw_label(probs, u)
+    for y, x in np.ndindex(3, 3):
+        assert label[y, x] == IGNORE_INDEX if not probs[:, y, x].any() else probs[label[y, x], y, x] > 0
+
+
+def test_training_draws_another_label_of_a_soft_one_in_every_epoch(splits):
+    probs = np.zeros((12, SUBMIT_SIZE, SUBMIT_SIZE), np.uint8)
+    probs[3], probs[7] = 127, 128
+    samples = common.TrainSamples([(splits[1], 0, probs)], lambda image, mask, rng: (image, mask), 5)
+    masks = [samples[epoch, 0][1] for epoch in range(40)]
+    assert {mask.shape for mask in masks} == {tuple(splits[1].sizes[0])}
+    assert all((mask == mask[0, 0]).all() for mask in masks)  # one draw for all pixels
+    seen = Counter(int(mask[0, 0]) for mask in masks)
+    assert set(seen) == {3, 7} and min(seen.values()) > 8
+    assert [samples[epoch, 0][1][0, 0] for epoch in range(40)] == [mask[0, 0] for mask in masks]
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(2, 9), st.sampled_from([0.25, 1, 3]), st.integers(0, 9),
+       st.booleans())
+def test_every_batch_mixes_labelled_and_pseudo_labelled_images_by_their_ratio(n_labelled, n_pseudo, size, ratio, epoch,
+                                                                              drawn):
+    odds = np.arange(1, n_labelled + n_pseudo + 1) / sum(range(1, n_labelled + n_pseudo + 1)) if drawn else None
+    batches = common.EpochBatches(n_labelled + n_pseudo, size, 1, odds, n_pseudo, ratio)
+    batches.epoch = epoch
+    found = [[index for _, index in batch] for batch in batches]
+    share = min(max(round(size / (1 + ratio)), 1), size - 1)
+    labelled = [[i for i in batch if i < n_labelled] for batch in found]
+    assert len(found) == len(batches) and all(len(batch) == share for batch in labelled[:-1])
+    assert {len(batch) - len(some) for batch, some in zip(found, labelled, strict=True)} == {size - share}
+    assert len(sum(labelled, [])) == n_labelled
+    if not drawn:
+        assert sorted(sum(labelled, [])) == list(range(n_labelled))
+        times = Counter(i for batch in found for i in batch if i >= n_labelled)
+        often = [times[i] for i in range(n_labelled, n_labelled + n_pseudo)]
+        assert max(often) - min(often) <= 1  # none comes again before all others have
+
+
+def test_the_last_epochs_have_labelled_images_alone():
+    batches = common.EpochBatches(20, 4, 0, None, 8, 1, labelled_from=2)
+    seen = []
+    for batches.epoch in range(4):
+        seen.append(sorted({index for batch in batches for _, index in batch}))
+        assert len(batches) == len(list(batches)) == (6 if batches.epoch < 2 else 3)
+    assert seen == [list(range(20))] * 2 + [list(range(12))] * 2
+
+
+def test_without_a_ratio_pseudo_labelled_images_come_once_an_epoch_like_all():
+    plain, with_pseudo = common.EpochBatches(20, 4, 3), common.EpochBatches(20, 4, 3, None, 8)
+    assert list(plain) == list(with_pseudo)
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def makers(tmp_path, splits, tiny_data, cache):
+    """Two test stores by hand and the line that makes pseudo labels of them."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for name in "ab":
+        probs = random_stores(rng, 4)
+        probs[1] = np.where(np.arange(12)[:, None, None] == 0, 255, 0)  # no foreground
+        probs[2] = np.where(np.arange(12)[:, None, None] == 5, 250, 0)  # all of it surely metal
+        write_store(tmp_path / name, "test", probs, image_ids=splits[1].ids, model=f"unet/{name}")
+        paths.append(tmp_path / name / "test.json")
+
+    def args(*more):
+        return pseudo_label.parse_args(["--data", str(tiny_data), "--cache", str(cache), "--exp", str(tmp_path / "exp"),
+                                        "--round", "1", "--fold", "0", *more, *map(str, paths)])
+    return Namespace(args=args, paths=paths, folder=tmp_path / "exp/r1/pseudo/f0")
+
+
+def votes_of(makers):
+    return np.mean([np.load(path.with_suffix(".npy")).astype(float) for path in makers.paths], axis=0) / 255
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("round", 1), ("fold", 1), ("split", "valid"), ("folds_csv", "0ther"), ("image_ids", [4, 3, 2, 1]),
+    ("classes", CLASSES[:0:-1] + CLASSES[:1]), ("paint", "id")])
+@pytest.mark.parametrize("store", [0, 1])
+def test_makers_of_another_lineage_are_refused_by_name(makers, key, value, store):
+    change_json(makers.paths[store], **{key: value})
+    with pytest.raises(SystemExit, match=f"test.json: {key} (is|differ)"):
+        pseudo_label.main(makers.args())
+    assert not (makers.folder / "index.csv").exists()
+
+
+@pytest.mark.parametrize(("flag", "value", "key"), [("--round", "2", "round"), ("--fold", "1", "fold")])
+def test_labels_for_another_round_or_fold_than_the_makers_are_refused(makers, flag, value, key):
+    with pytest.raises(SystemExit, match=f"{key} is 0, not 1"):
+        pseudo_label.main(makers.args(flag, value))
+
+
+@pytest.mark.parametrize(("key", "value"), [("fold", 1), ("round", 1), ("folds_csv", "0ther"), ("contaminated", True)])
+def test_a_leak_that_is_allowed_is_marked(makers, key, value, capsys):
+    change_json(makers.paths[1], **{key: value})
+    pseudo_label.main(makers.args("--allow-leak"))
+    assert common.read_json(makers.folder / "manifest.json")["contaminated"] is True
+    assert "is contaminated" in capsys.readouterr().out
+
+
+def test_allowing_a_leak_marks_nothing_where_there_is_none_and_lets_no_other_fault_pass(makers, capsys):
+    pseudo_label.main(makers.args("--allow-leak"))
+    assert common.read_json(makers.folder / "manifest.json")["contaminated"] is False
+    assert "contaminated" not in capsys.readouterr().out
+    change_json(makers.paths[1], split="valid")
+    with pytest.raises(SystemExit, match="split is valid"):
+        pseudo_label.main(makers.args("--allow-leak"))
+
+
+def test_labels_are_the_soft_vote_with_a_row_for_each_photo(makers, splits):
+    pseudo_label.main(makers.args())
+    votes, labels = votes_of(makers), np.load(makers.folder / "labels.npy")
+    assert labels.dtype == np.uint8 and labels.shape == (4, SUBMIT_SIZE, SUBMIT_SIZE)
+    assert (np.take_along_axis(votes, labels[:, None].astype(int), 1)[:, 0] > votes.max(1) - 1e-6).all()
+    rows = common.read_csv(makers.folder / "index.csv", ("image_id", "keep", "reason", "by_hand", "unsure"))
+    assert [row["image_id"] for row in rows] == [str(i) for i in splits[1].ids]
+    assert [(row["keep"], row["reason"], row["by_hand"]) for row in rows] == [
+        ("0", "unsure", ""), ("0", "no foreground", ""), ("1", "", ""), ("0", "unsure", "")]
+    for row, vote, label in zip(rows, votes, labels, strict=True):
+        foreground = label > 0
+        unsure = (vote.max(0)[foreground] <= 0.8).mean() if foreground.any() else 0
+        assert float(row["unsure"]) == pytest.approx(unsure, abs=1e-4)
+        assert row["classes"] == row["seen"] == " ".join(str(c) for c in np.unique(label) if c)
+
+
+@pytest.mark.parametrize("uncertain", ["ignore", "background"])
+def test_rule_pixel_labels_the_sure_pixels_of_every_photo(makers, uncertain):
+    pseudo_label.main(makers.args("--rule", "pixel", "--confident", "0.45", "--uncertain", uncertain))
+    votes, labels = votes_of(makers), np.load(makers.folder / "labels.npy")
+    unsure = votes.max(1) < 0.45 - 1e-6
+    assert unsure.any() and (labels[unsure] == {"ignore": 255, "background": 0}[uncertain]).all()
+    assert (labels[~unsure] == votes.argmax(1)[~unsure]).all()
+    rows = common.read_csv(makers.folder / "index.csv", ("keep", "reason", "classes", "seen"))
+    assert [(row["keep"], row["reason"]) for row in rows] == [("1", ""), ("0", "no foreground"), ("1", ""), ("1", "")]
+    for row, label, vote in zip(rows, labels, votes, strict=True):
+        assert row["classes"] == " ".join(str(c) for c in np.unique(label) if c not in (0, 255))
+        assert row["seen"] == " ".join(str(c) for c in np.unique(vote.argmax(0)) if c)
+
+
+def test_soft_labels_are_the_probabilities_of_the_vote(makers):
+    pseudo_label.main(makers.args("--soft", "--rule", "pixel", "--confident", "0.5"))
+    votes, labels = votes_of(makers), np.load(makers.folder / "labels.npy")
+    assert labels.shape == votes.shape and labels.dtype == np.uint8
+    sure = (votes.max(1) >= 0.5 - 1e-6)[:, None]
+    assert abs(labels - votes * 255 * sure).max() <= 0.51
+    assert common.read_json(makers.folder / "manifest.json")["soft"] is True
+
+
+def test_the_manifest_says_what_made_the_labels_and_how_many_photos_each_reason_removed_per_class(makers, capsys):
+    pseudo_label.main(makers.args())
+    manifest, seen = common.read_json(makers.folder / "manifest.json"), votes_of(makers).argmax(1)
+    assert manifest.pop("makers") == [
+        {"store": str(path), "hash": common.file_hash(path), "checkpoints": MAKERS, "tta": "flip"}
+        for path in makers.paths]
+    photos = manifest.pop("photos")
+    assert manifest == {"round": 1, "fold": 0, "folds_csv": "f01d", "classes": CLASSES, "paint": "area",
+                        "contaminated": False, "rule": "image", "confident": 0.8, "max_unsure": 0.1,
+                        "uncertain": "ignore", "soft": False,
+                        "labels": common.file_hash(makers.folder / "labels.npy")}
+    assert photos.pop("photos") == {"unsure": 2, "no foreground": 1, "kept": 1}
+    assert list(photos) == CLASSES[1:]
+    for class_id, name in enumerate(CLASSES[1:], 1):
+        unsure, kept = sum((seen[i] == class_id).any() for i in (0, 3)), int((seen[2] == class_id).any())
+        assert photos[name] == {why: n for why, n in (("unsure", unsure), ("kept", kept)) if n}, name
+    out = capsys.readouterr().out
+    assert "Metal" in out and "no foreground" in out
+
+
+def test_the_index_of_pseudo_labels_is_written_last(makers, monkeypatch):
+    written, replace = [], common.os.replace
+    monkeypatch.setattr(common.os, "replace", lambda source, target: (
+        written.append(target.name), replace(source, target)))
+    pseudo_label.main(makers.args())
+    assert written == ["labels.npy", "sheet.png", "manifest.json", "index.csv"]
+    assert {path.name for path in makers.folder.iterdir()} == {*written, ".lock"}
+
+
+def test_the_sheet_shows_photos_of_every_reason_and_the_unsure_pixels(makers):
+    pseudo_label.main(makers.args())
+    sheet = cv2.imread(str(makers.folder / "sheet.png"))[:, :, ::-1]
+    legend, line = len(CLASSES) + 1, 18
+    assert sheet.shape == (2 * (SUBMIT_SIZE + line) + legend * line, 4 * SUBMIT_SIZE, 3)  # four photos, two in a row
+    unsure = sheet[2 * (SUBMIT_SIZE + line) + len(CLASSES) * line + line // 2, 15]
+    assert unsure.tolist() == common.COLOURS[IGNORE_INDEX].tolist()
+
+
+def keeps(makers):
+    return [row["keep"] for row in common.read_csv(makers.folder / "index.csv", ("image_id", "keep"))]
+
+
+def edit_keep(makers, position, keep):
+    path = makers.folder / "index.csv"
+    rows = common.read_csv(path, ("keep",))
+    rows[position]["keep"] = keep
+    common.write_csv(path, rows)
+
+
+def test_decisions_made_by_hand_outlive_labels_made_anew_and_the_others_do_not(makers, capsys):
+    pseudo_label.main(makers.args())
+    assert keeps(makers) == ["0", "0", "1", "0"]
+    edit_keep(makers, 0, "1")
+    edit_keep(makers, 2, "0")
+    pseudo_label.main(makers.args())
+    assert keeps(makers) == ["1", "0", "0", "0"] and "2 decision(s) made by hand" in capsys.readouterr().out
+    assert common.read_json(makers.folder / "manifest.json")["photos"]["photos"] == {
+        "kept": 1, "by hand": 1, "no foreground": 1, "unsure": 1}
+    pseudo_label.main(makers.args("--max-unsure", "1"))
+    assert keeps(makers) == ["1", "0", "0", "1"]
+
+
+def test_a_decision_made_by_hand_is_not_lost_when_the_rule_agrees_for_a_while(makers):
+    pseudo_label.main(makers.args())
+    edit_keep(makers, 0, "1")
+    pseudo_label.main(makers.args("--max-unsure", "1"))  # the rule keeps it too
+    pseudo_label.main(makers.args())
+    assert keeps(makers)[0] == "1"
+    edit_keep(makers, 0, "0")  # another decision
+    pseudo_label.main(makers.args("--max-unsure", "1"))
+    assert keeps(makers)[0] == "0"
+    edit_keep(makers, 0, "")  # none any more
+    pseudo_label.main(makers.args("--max-unsure", "1"))
+    pseudo_label.main(makers.args())
+    assert keeps(makers)[0] == "0"
+    assert all(row["by_hand"] == "" for row in common.read_csv(makers.folder / "index.csv", ("by_hand",)))
+
+
+def test_an_index_that_is_no_index_of_labels_is_refused_and_left_alone(makers):
+    makers.folder.mkdir(parents=True)
+    (makers.folder / "index.csv").write_text("image_id,keep\n1,1\n")
+    with pytest.raises(SystemExit, match="no column reason"):
+        pseudo_label.main(makers.args())
+    assert (makers.folder / "index.csv").read_text() == "image_id,keep\n1,1\n"
+
+
+def test_a_warning_says_when_nothing_is_kept(makers, capsys):
+    pseudo_label.main(makers.args("--confident", "1"))
+    assert set(keeps(makers)) == {"0"} and "warning: no photo is kept" in capsys.readouterr().out
+
+
+def test_labels_made_anew_from_the_same_stores_have_the_same_bytes(makers):
+    pseudo_label.main(makers.args())
+    before = {path.name: path.read_bytes() for path in makers.folder.iterdir() if path.name != ".lock"}
+    pseudo_label.main(makers.args())
+    assert before == {path.name: path.read_bytes() for path in makers.folder.iterdir() if path.name != ".lock"}
+    assert json.loads(before["manifest.json"])["fold"] == 0
