@@ -57,8 +57,8 @@ about.SEED        := of everything random
 about.WEIGHTS     := of the encoder: imagenet (downloaded), none, or a file
 about.TTA         := views averaged in prediction: none, flip, flip_rot, d4, or a list: identity,hflip,rot180
 about.VOTE        := weights of the members that vote: fit (if that gains), equal, or given, 2,1
-about.A           := experiment that compare starts from
-about.B           := experiment that is compared with it
+about.A           := experiment, or a round of one, that compare starts from
+about.B           := what is compared with it
 about.IMAGE_ID    := what names an image in the submission: id, file_name
 about.TRAIN_ARGS  := more arguments for train.py, INFER_ARGS and PSEUDO_ARGS likewise: see python train.py --help
 about.SNAPSHOTS   := epochs of a run that vote together; 0: its best one alone
@@ -88,9 +88,9 @@ prev    = $(word $1,$(digits))
 $(foreach r,$(ROUNDS) $(ROUND),$(if $(filter $r,$(digits)),,$(error ROUNDS and ROUND go from 0 to 9, not $r)))
 $(if $(filter submit,$(value MAKECMDGOALS)),$(foreach v,MODEL SCALE FOLD ROUND,$(if $(filter command,$(word \
     1,$(origin $v))),$(error submit takes $vS, not $v))))
-$(if $(filter compare,$(value MAKECMDGOALS)),$(foreach v,A B,$(if $(wildcard $(addsuffix \
-    /r[0-9]/*/*/s*/f*/valid.json,$(addprefix out/,$($v)))),,$(error $v=$($v): compare takes two experiments that have been \
-    scored, A=main B=lr5; there is no out/$($v)/r*/*/*/s*/f*/valid.json))))
+$(if $(filter compare,$(value MAKECMDGOALS)),$(foreach v,A B,$(if $(wildcard out/$($v)/r[0-9]/*/*/s*/f*/valid.json \
+    out/$($v)/*/*/s*/f*/valid.json),,$(error $v=$($v): compare takes two experiments, or rounds, that have been scored: \
+    A=main B=lr5, A=main/r0 B=main/r1; there is no out/$($v)/r*/*/*/s*/f*/valid.json))))
 grid    = $(foreach r,$1,$(foreach m,$2,$(foreach s,$3,$(foreach f,$4,$(OUT)/r$r/$m/s$s/f$f))))
 FINAL  := $(call grid,$(ROUNDS),$(MODELS),$(SCALES),$(FOLDS))
 JSON   := $(firstword $(wildcard $(DATA)/train_all.json) $(DATA)/train.json) $(DATA)/test.json
@@ -192,7 +192,7 @@ submit: $(OUT)/submission.csv ## everything up to out/EXP/submission.csv
 score: $(addsuffix /valid.json,$(call grid,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))) ## out-of-fold scores of members and vote, who adds what; out/EXP/report
 	@$(run) ensemble.py score --data $(DATA) --cache $(CACHE) --batch $(BATCH) --weights $(VOTE) --tables $(OUT)/report \
 	    $(^:/valid.json=)
-compare: | $(SETUP) ## whether experiment B beats A on the images that both held out: A=main B=lr5
+compare: | $(SETUP) ## whether B beats A on the images that both held out: A=main B=lr5, A=main/r0 B=main/r1
 	@$(run) ensemble.py compare --data $(DATA) --cache $(CACHE) out/$A out/$B
 runtimes: | $(SETUP) ## speed, size and memory of every model and scale, in out/runtimes.csv; MODEL= SCALE= BATCH= DEVICE=
 	$(run) tests/bench_runtimes.py --models $(MODEL) --scales $(SCALE) --batch $(BATCH) --device $(DEVICE) \

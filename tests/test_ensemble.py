@@ -516,6 +516,12 @@ def test_a_better_experiment_is_found_better_in_its_last_round(
     assert f"{b} is {verdict}" in out and "good/r1: 2 run(s) of 1 member(s), 14 images" in out and "weak/r0: " in out
 
 
+def test_two_rounds_of_an_experiment_are_compared(tiny_data, cache, experiments, tmp_path, capsys):
+    run_ensemble(tiny_data, cache, "compare", experiments / "good/r0", experiments / "good/r1")
+    out = capsys.readouterr().out
+    assert "good/r0: 4 run(s) of 2 member(s), 14 images" in out and "good/r1: 2 run(s) of 1 member(s), 14 images" in out
+
+
 def test_only_the_images_that_both_held_out_are_compared(tiny_data, cache, splits, experiments, tmp_path, capsys):
     half, other = (write_run(common.run_folder(tmp_path / name, 0, "unet/a", 64, fold), splits,
                              np.random.default_rng(7), fold).parents[4] for name, fold in (("half", 0), ("other", 1)))

@@ -327,6 +327,7 @@ def test_compare_gets_both_experiments_and_trains_nothing(built):
         ["ensemble.py", "compare", "--data", "data", "--cache", "out/cache", "out/main", "out/lr5"]]
     before = texts(built)
     assert make(built, "compare", A="main", B="lr5").stdout == "compare out/main out/lr5\n"
+    assert make(built, "compare", A="main/r0", B="main/r1").stdout == "compare out/main/r0 out/main/r1\n"
     assert texts(built) == before
 
 
@@ -337,7 +338,7 @@ def test_compare_without_two_experiments_that_were_scored_is_an_error_of_one_lin
     (built / "out/empty/r0").mkdir(parents=True)
     before = len(trace(built))
     error = make(built, "compare", code=2, **knobs).stderr
-    assert f" {wrong}" in error and "compare takes two experiments" in error and error.count("\n") == 1
+    assert f" {wrong}" in error and "compare takes two experiments, or rounds" in error and error.count("\n") == 1
     assert len(trace(built)) == before
 
 
