@@ -7,7 +7,8 @@
 
 A run is a folder of train.py and infer.py; runs that differ only in the fold are one member. soft averages
 probabilities, hard counts the votes of submissions and runs; both write the CSV in test.json's order, read back and
-checked before it gets its name, and soft a .png of some predictions. Whatever is fitted is fitted on some folds, scored
+checked before it gets its name, and soft a .png of some predictions; a run votes background on a photo that it couldn't
+read, and then the exit code is 3, though the submission stands. Whatever is fitted is fitted on some folds, scored
 on the others, and used only if the 95% interval of its gain in v3 is above zero.
 """
 import argparse
@@ -15,14 +16,16 @@ import csv
 import itertools
 import math
 import os
+import sys
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, confusion, image_miou, load_data, make_folds, number,
-                    open_store, run_script, scores)
+from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, confusion, image_miou, load_data, lock, make_folds,
+                    number, open_store, run_script, scores)
 
 HEADER = ["image_id", "PredictionString"]
 MAX_PICKS = 30  # of the greedy selection of weights
@@ -481,7 +484,8 @@ def write_sheet(path, rows, classes):
 
 def keep_looks(preds, test, looks, n=24):
     """Pass `preds` on; put [(caption, photo), (caption, prediction)] of `n` photos, spread evenly, in `looks`."""
-    chosen = set(np.linspace(0, len(test.ids) - 1, min(n, len(test.ids))).astype(int).tolist())
+    readable = [i for i, fault in enumerate(test.faults) if not fault]
+    chosen = {readable[i] for i in np.linspace(0, len(readable) - 1, min(n, len(readable))).astype(int)}
     for i, pred in enumerate(preds):
         if i in chosen:
             image = test.image(i)
@@ -527,6 +531,7 @@ def soft(args):
     write_submission(args.out, image_names(args, test), keep_looks(preds(), test, looks), len(test.classes))
     write_sheet(args.out.with_suffix(".png"), [sum(looks[i:i + 3], []) for i in range(0, len(looks), 3)], test.classes)
     print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} run(s) of {len(members)} member(s)")
+    tell_unread(info for folds in members.values() for _, info in folds.values())
 
 
 def hard(args):
@@ -540,6 +545,15 @@ def hard(args):
         *(masks_of(path, stores.get(path), args, test) for path in args.runs), strict=True))
     write_submission(args.out, image_names(args, test), preds, len(test.classes))
     print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} votes")
+    tell_unread(info for _, info in stores.values())
+
+
+def tell_unread(infos):
+    """Exit with 3 if a voter couldn't read all photos; `infos` describe the stores."""
+    if unread := sorted({image_id for info in infos for image_id in info.get("unreadable", ())}):
+        print(f"warning: the submission stands, but of {len(unread)} photo(s) that can't be read runs have voted "
+              f"background: {', '.join(map(str, unread))}; mend them and run the same again", file=sys.stderr)
+        raise SystemExit(3)
 
 
 def masks_of(path, store, args, test):
@@ -605,7 +619,8 @@ def compare(args):
 
 
 def main(args):
-    {"soft": soft, "hard": hard, "score": score, "compare": compare}[args.command](args)
+    with lock(args.out.parent, name=f".{args.out.name}.lock") if "out" in args else nullcontext():
+        {"soft": soft, "hard": hard, "score": score, "compare": compare}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def load_pseudo(args, test, folds_hash):
         raise SystemExit(f"{folder}/index.csv lists other images than test.json; run make pseudo again")
     if wrong := sorted({row["keep"] for row in rows} - {"0", "1"}):
         raise SystemExit(f"{folder}/index.csv: keep is {', '.join(wrong)}; it must be 0 or 1")
-    return [(test, i, labels[i]) for i, row in enumerate(rows) if row["keep"] == "1"]
+    return [(test, i, labels[i]) for i, row in enumerate(rows) if row["keep"] == "1" and not test.faults[i]]
 
 
 # ---- command --------------------------------------------------------------------------------------------------------
@@ -130,8 +130,10 @@ def main(args):
         with atomic_write(folder / "labels.npy") as scratch, open(scratch, "wb") as f:
             write_npy_header(f, (len(test.ids), *makers[0][0].shape[2:]))
             votes = soft_vote([probs for probs, _ in makers], np.ones(len(makers)))
-            for image_id, probs in zip(test.ids, tqdm(votes, str(folder), len(test.ids), disable=None), strict=True):
+            votes = tqdm(votes, str(folder), len(test.ids), disable=None)
+            for image_id, fault, probs in zip(test.ids, test.faults, votes, strict=True):
                 label, reason, foreground, unsure = judge(probs, args.confident, args.max_unsure)
+                reason = "unreadable" if fault else reason
                 f.write(label)
                 rows.append({"image_id": image_id, "keep": by_hand.get(str(image_id), int(not reason)),
                              "reason": reason, "foreground": f"{foreground:.4f}", "unsure": f"{unsure:.4f}"})
