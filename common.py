@@ -89,8 +89,9 @@ def run_script(main, args):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
     try:
         main(args)
-    except OSError as e:  # of a loader process the last line of the traceback
-        raise SystemExit(f"{e.filename}: {e.strerror}" if e.filename else str(e).strip().splitlines()[-1]) from None
+    except OSError as e:  # one from a loader process has no strerror, but a traceback as its text
+        text = f"{e.filename or 'a file'}: {e.strerror}" if e.strerror else str(e).strip()
+        raise SystemExit(text.splitlines()[-1]) from None
     except KeyboardInterrupt:
         print("interrupted; the same command carries on", file=sys.stderr)
         raise SystemExit(130) from None
@@ -110,8 +111,8 @@ def read_json(path):
         return json.loads(Path(path).read_bytes())
     except OSError as e:
         raise SystemExit(f"{path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise SystemExit(f"{path}: not JSON: {e}") from None
+    except (ValueError, RecursionError, MemoryError) as e:
+        raise SystemExit(f"{path}: not JSON: {e or 'out of memory'}") from None
 
 
 def write_csv(path, rows):
@@ -293,9 +294,7 @@ def segmentation_fault(segmentation, height, width):
             return f"RLE of size {clean(size)}, the image is {[height, width]}"
         if counts is None:
             return "RLE counts that are damaged or cut off: not whole numbers from 0"
-        if sum(counts) != height * width:
-            return f"RLE of {sum(counts)} pixels, the image has {height * width}"
-        return None
+        return None if sum(counts) == height * width else f"RLE of {sum(counts)} pixels, not {height * width}"
     if not isinstance(segmentation, list) or not segmentation:
         return "no polygon and no RLE"
     limit = 10 * max(height, width)
@@ -306,11 +305,19 @@ def segmentation_fault(segmentation, height, width):
             return f"a polygon of {len(polygon)} numbers: at least three points, two numbers each"
         if not all(abs(v) <= limit for v in polygon):  # false for NaN and infinity too
             return "a polygon with NaN, infinite or absurdly large coordinates"
-        points = np.array(polygon, float).reshape(-1, 2)
-        # pycocotools walks along it in memory, 80 bytes a step
-        if np.abs(points - np.roll(points, 1, axis=0)).sum() > min(100 * limit, 2_000_000):
+        steps = np.diff(np.reshape([*polygon, *polygon[:2]], (-1, 2)), axis=0)
+        if np.abs(steps).sum() > min(100 * limit, 2_000_000):  # pycocotools needs 80 bytes for each pixel of it
             return "a polygon with an absurdly long outline"
     return None
+
+
+def odd_polygon(polygon, height, width):
+    """What is odd, though no fault, about a polygon, or None."""
+    points = np.reshape(polygon, (-1, 2))
+    x, y = inside = points.T.clip(0, [[width], [height]])
+    if abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) < 1e-6:  # twice the area
+        return "with a polygon without area in the photo"
+    return "with a polygon that leaves the photo and is clipped" if (inside != points.T).any() else None
 
 
 def object_mask(segmentation, height, width):
@@ -345,7 +352,7 @@ def read_image(path, height, width):
     """
     from PIL import Image, ImageOps
     try:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ValueError("is missing")
         with Image.open(path, formats=PHOTO_FORMATS) as image:
             image.info.pop("transparency", None)  # Pillow warns that it is dropped
@@ -412,7 +419,7 @@ def size_fault(height, width):
 
 def read_categories(coco, faults):
     """{category id: name} by id."""
-    valid = {c["id"]: clean(c["name"]) for c in coco["categories"]
+    valid = {c["id"]: clean(c["name"])[:100] for c in coco["categories"]
              if isinstance(c, dict) and type(c.get("id")) is int and isinstance(c.get("name"), str)}
     if len(set(valid.values())) < len(coco["categories"]):
         faults.append("every category needs a whole number as id and a name, all different")
@@ -436,19 +443,21 @@ def object_fault(annotation, photos, class_ids):
 
 
 def read_coco(path, labelled):
-    """(photos, categories, faults) of one COCO file, which is not trusted in anything.
+    """(photos, categories, faults, notes) of one COCO file, which is not trusted in anything.
 
     photos: dicts with id, file_name, size (height, width), group and objects, a list of (class_id, segmentation), where
     class ids count the categories from 1 by id. faults: one line each; when there are any, the rest is not to be used.
+    notes: ids of annotations by what is odd about them, though no fault.
     """
-    coco, faults, photos = read_json(path), [], {}
+    coco, faults, notes, photos = read_json(path), [], {}, {}
     lists = ("images", "categories", "annotations") if labelled else ("images", "categories")
     if not isinstance(coco, dict) or not all(isinstance(coco.get(k), list) for k in lists):
-        return [], {}, [f"{path.name}: not a COCO file: it needs the lists {', '.join(lists)}"]
+        return [], {}, {}, [f"{path.name}: not a COCO file: it needs the lists {', '.join(lists)}"]
     for image, id_fault in entries(coco, "images", faults):
-        name, size, group = image.get("file_name"), (image.get("height"), image.get("width")), image.get("group")
-        wrong = [fault for fault in (name_fault(name, path.parent), id_fault, size_fault(*size)) if fault]
-        faults += [f"image {clean(image.get('id'))} ({clean(name)}) {fault}" for fault in wrong]
+        size, group = (image.get("height"), image.get("width")), image.get("group")
+        name, name_wrong = clean(image.get("file_name")), name_fault(image.get("file_name"), path.parent)
+        wrong = [fault for fault in (name_wrong, id_fault, size_fault(*size)) if fault]
+        faults += [f"image {clean(image.get('id'))} ({name}) {fault}" for fault in wrong]
         if not id_fault:
             photos[image["id"]] = {"id": image["id"], "file_name": name, "size": size, "objects": [],
                                    "group": "" if group is None else clean(group), "faulty": bool(wrong)}
@@ -458,10 +467,13 @@ def read_coco(path, labelled):
         if fault := id_fault or object_fault(annotation, photos, class_ids):
             faults.append(f"annotation {clean(annotation.get('id'))} {fault}")
         else:
-            class_id = class_ids[annotation["category_id"]]
-            photos[annotation["image_id"]]["objects"].append((class_id, annotation.get("segmentation")))
+            photo, segmentation = photos[annotation["image_id"]], annotation.get("segmentation")
+            photo["objects"].append((class_ids[annotation["category_id"]], segmentation))
+            for polygon in segmentation if isinstance(segmentation, list) and not photo["faulty"] else ():
+                notes.setdefault(odd_polygon(polygon, *photo["size"]), []).append(annotation["id"])
+    notes.pop(None, None)
     sound = [photo for photo in photos.values() if not photo["faulty"]]
-    return sound, categories, [f"{path.name}: {fault}"[:500] for fault in faults]
+    return sound, categories, notes, [f"{path.name}: {fault}"[:500] for fault in faults]
 
 
 # ---- data: masks, folds, samples ------------------------------------------------------------------------------------
@@ -479,14 +491,14 @@ class Split:
     pixels: list  # [class_id] pixel counts each; empty for test
     masks: np.ndarray | None  # the masks one after another, flat; None for test
     faults: list  # what is wrong with each photo, or None; only a test photo may have one
+    notes: dict  # ids of training annotations by what is odd about them
     fingerprint: str  # of the JSON, the paint order and the photos' content
 
     def image(self, index):
         try:
             return read_image(self.root / self.file_names[index], *self.sizes[index])
         except ValueError as e:
-            raise OSError(f"image {self.ids[index]} ({self.file_names[index]}) {e}; it was sound when the data was "
-                          "checked: run the same command again") from None
+            raise OSError(f"image {self.ids[index]} ({self.file_names[index]}) {e}: run the same again") from None
 
     @cached_property
     def starts(self):
@@ -543,21 +555,15 @@ def open_cache(folder, data):
 
 def photo_stamps(root, file_names):
     """[size, time of change] of each photo, None of one that isn't there."""
-    stamps = []
-    for name in file_names:
-        try:
-            status = os.stat(root / name)
-            stamps.append([status.st_size, status.st_mtime_ns])
-        except OSError:
-            stamps.append(None)
-    return stamps
+    return [[os.path.getsize(path), os.stat(path).st_mtime_ns] if os.path.isfile(path) else None
+            for path in (root / name for name in file_names)]
 
 
 def build_cache(folder, paths, paint):
     """Check everything, write masks.npy and, last, index.json into `folder`, and return open_cache of it."""
     root = paths[0].parent
-    train, categories, faults = read_coco(paths[0], labelled=True)
-    test, test_categories, test_faults = read_coco(paths[1], labelled=False)
+    train, categories, notes, faults = read_coco(paths[0], labelled=True)
+    test, test_categories, _, test_faults = read_coco(paths[1], labelled=False)
     faults += test_faults
     if categories != test_categories and categories and test_categories:
         faults.append(f"{paths[0].name} and {paths[1].name} have different categories")
@@ -580,7 +586,7 @@ def build_cache(folder, paths, paint):
         index[name] = {"ids": [p["id"] for p in photos[of]], "file_names": [p["file_name"] for p in photos[of]],
                        "sizes": [p["size"] for p in photos[of]], "stamps": stamps[of], "pixels": pixels[of],
                        "groups": merge_groups(photos[of], digests[of]), "classes": [BACKGROUND, *categories.values()],
-                       "faults": found[of], "fingerprint": f"{file_hash(path)} {paint} {content}"}
+                       "faults": found[of], "notes": notes, "fingerprint": f"{file_hash(path)} {paint} {content}"}
     write_json(folder / "index.json", index)
     return open_cache(folder, root)
 

@@ -20,12 +20,13 @@ import sys
 from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
+from string import digits, whitespace
 
 import numpy as np
 from tqdm import tqdm
 
-from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, confusion, image_miou, load_data, lock, make_folds,
-                    number, open_store, run_script, scores)
+from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, image_miou, load_data, lock,
+                    make_folds, number, open_store, run_script, scores)
 
 HEADER = ["image_id", "PredictionString"]
 MAX_PICKS = 30  # of the greedy selection of weights
@@ -99,7 +100,7 @@ def difference(found, wanted):
 def check_classes(found, wanted, path, other):
     if found != wanted:
         raise SystemExit(f"{path} has other classes than {other}: it {difference(found, wanted) or 'orders them so'}: "
-                         f"{', '.join(found)}")
+                         f"{clean(', '.join(found))}")
 
 
 def order_of(found, wanted, path):
@@ -422,24 +423,38 @@ def image_names(args, test):
 
 
 def read_submission(path, names, n_classes):
-    """Yield (what is wrong or None, mask uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) of each row; they must be of `names`."""
+    """Yield (what is wrong or None, mask uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) of each row; they must be of `names`.
+
+    A byte order mark, CRLF and more spaces than needed between and around the ids are harmless.
+    """
     csv.field_size_limit(2 ** 31 - 1)
-    with open(path, newline="", encoding="utf-8") as f:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
         rows = csv.reader(f)
-        header = next(rows, None)
-        if header != HEADER:
-            yield f"{path}: the first line is {header}, not {','.join(HEADER)}", None
+        header = next(rows, [])
+        if [cell.strip() for cell in header] != HEADER:
+            yield f"{path}: the first line is {clean(','.join(header)[:100])!r}, not {','.join(HEADER)}", None
             return
         for line, (name, row) in enumerate(itertools.zip_longest(names, rows), 2):
             if not row or row[0] != name or len(row) != 2:
-                found = row[0] if row else "missing"
-                yield f"{path} line {line}: image {found}, expected {name or 'no more'}", None
+                found = f"{clean(row[0][:300])} with {len(row)} column(s)" if row else "missing"
+                yield f"{path} line {line}: image {found}, expected {clean(name or 'no more')}", None
                 continue
-            ids = np.fromstring(row[1], np.int64, sep=" ") if set(row[1]) <= set("0123456789 ") else np.zeros(0, int)
+            ids = np.fromstring(row[1], np.int64, sep=" ") if set(row[1]) <= set(digits + whitespace) else np.zeros(0)
             if ids.size != SUBMIT_SIZE ** 2 or ids.min() < 0 or ids.max() >= n_classes:
-                yield f"{path} line {line}, image {name}: not {SUBMIT_SIZE ** 2} ids of 0 to {n_classes - 1}", None
+                yield f"{path} line {line}, image {clean(name)}: {pixel_fault(row[1], n_classes)}", None
             else:
                 yield None, ids.astype(np.uint8).reshape(SUBMIT_SIZE, SUBMIT_SIZE)
+
+
+def pixel_fault(text, n_classes):
+    """What is wrong with the text that ought to be the ids of an image's pixels."""
+    words, good = text.encode().split(), {str(i).encode() for i in range(n_classes)}
+    bad = next((i for i, word in enumerate(words[:SUBMIT_SIZE ** 2]) if (word.lstrip(b"0") or b"0") not in good), None)
+    found = f"there are {len(words)}"
+    if bad is not None:
+        word = clean(words[bad][:30].decode(errors="replace"))
+        found = f"row {bad // SUBMIT_SIZE}, column {bad % SUBMIT_SIZE}, both from 0, is {word}"
+    return f"not {SUBMIT_SIZE ** 2} ids of 0 to {n_classes - 1}: {found}"
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
