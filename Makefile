@@ -118,7 +118,9 @@ cores := $(shell nproc)
 jobs   = $(or $(patsubst -j%,%,$(patsubst -j,-j$(cores),$(filter -j%,$(MAKEFLAGS)))),1)
 export OMP_NUM_THREADS = $(shell n=$$(( $(cores) / $(jobs) / $(GPUS) )); echo $$(( n > 0 ? n : 1 )))
 
-$(OUT)/folds.csv: $(JSON) $(OUT)/.flags/data | $(SETUP)
+# photos are no prerequisites, being many and their names anything, but one that is newer than its check is checked again
+newer  := $(shell find -L $(DATA) -type f ! -name '*.json' -cnewer $(OUT)/folds.csv -print -quit 2>/dev/null)
+$(OUT)/folds.csv: $(JSON) $(OUT)/.flags/data $(if $(newer),again) | $(SETUP)
 	$(run) train.py --check --exp $(OUT) --cache $(CACHE) $(data)
 	@touch $@
 
@@ -162,9 +164,10 @@ $(foreach r,$(filter-out 0,$(every)),$(foreach f,$(sort $(FOLDS) $(FOLD)),$(eval
 # stores of earlier rounds are large: once their labels are made they may be deleted, and none is missed
 .SECONDARY: $(filter-out $(FINAL:=/test.npy),$(addsuffix /test.npy,$(call grid,$(every),$(MODELS),$(SCALES),$(FOLDS))))
 
+# exit code 3: it stands, but there are test photos that can't be read, of which the lines above tell
 $(OUT)/submission.csv: $(foreach file,valid.npy valid.json test.npy test.json,$(FINAL:=/$(file))) \
                        $(OUT)/.flags/submit $(call code,ensemble.py) | $(SETUP)
-	$(run) ensemble.py soft --data $(DATA) --cache $(CACHE) --out $@ $(flags.submit)
+	$(run) ensemble.py soft --data $(DATA) --cache $(CACHE) --out $@ $(flags.submit) || [ $$? = 3 ]
 $(filter-out $(wildcard $(JSON)),$(JSON)):
 	@echo 'no $@: DATA=$(DATA) must be the folder of the competition with train.json, test.json and the photos' >&2; exit 1
 

@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import re
+import reprlib
 import signal
 import socket
 import sys
@@ -41,7 +42,8 @@ BACKGROUND = "Background"
 IGNORE_INDEX = 255
 SUBMIT_SIZE = 256  # side of a submitted mask, pixels: the competition's
 MAX_CLASSES = 200  # with the background; a submission is written with a byte for each id
-MAX_PIXELS = 100_000_000  # of one photo: 300 MB decoded
+MAX_PIXELS = 89_000_000  # of one photo: 267 MB decoded; from 89.5 million on Pillow warns of a bomb
+MAX_FAULTS = 1000  # of one list of a JSON file: reading it ends there
 
 # ---- files and devices ----------------------------------------------------------------------------------------------
 
@@ -87,8 +89,9 @@ def run_script(main, args):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
     try:
         main(args)
-    except OSError as e:
-        raise SystemExit(f"{e.filename or 'a file'}: {e.strerror or e}") from None
+    except OSError as e:  # one from a loader process has no strerror, but a traceback as its text
+        text = f"{e.filename or 'a file'}: {e.strerror}" if e.strerror else str(e).strip()
+        raise SystemExit(text.splitlines()[-1]) from None
     except KeyboardInterrupt:
         print("interrupted; the same command carries on", file=sys.stderr)
         raise SystemExit(130) from None
@@ -100,13 +103,16 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The parsed file; raises SystemExit with one line when it is missing or no JSON."""
+    """The parsed file; raises SystemExit with one line when it is missing, no JSON or too large for the memory."""
     try:
+        size, memory = os.path.getsize(path), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if size * 40 > memory:  # what is parsed takes up to 35 times as much
+            raise SystemExit(f"{path}: {size} bytes of JSON are too many for {memory} bytes of memory")
         return json.loads(Path(path).read_bytes())
     except OSError as e:
         raise SystemExit(f"{path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise SystemExit(f"{path}: not JSON: {e}") from None
+    except (ValueError, RecursionError, MemoryError) as e:
+        raise SystemExit(f"{path}: not JSON: {e or 'out of memory'}") from None
 
 
 def write_csv(path, rows):
@@ -142,19 +148,20 @@ def run_folder(exp, round_, model, scale, fold):
 
 
 @contextmanager
-def lock(folder, wait=False):
-    """Hold `folder` for this process. The kernel drops the lock when the process dies, so none is ever stale.
+def lock(folder, wait=False, name=".lock"):
+    """Hold `folder`, or with `name` .FILE.lock that file in it; when the process dies the kernel drops the lock.
 
     Raises SystemExit naming the holder when another process has it, unless `wait`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as f:
+    with open(folder / name, "a+") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             f.seek(0)
-            raise SystemExit(f"{folder} is in use by {f.read().strip() or 'another process'}: "
+            held = folder / name.removesuffix(".lock").lstrip(".")
+            raise SystemExit(f"{held} is in use by {f.read().strip() or 'another process'}: "
                              "wait for it or stop it") from None
         f.seek(0)
         f.truncate()
@@ -258,6 +265,9 @@ def amp(device):
 # ---- data: reading and checking -------------------------------------------------------------------------------------
 
 PAINT_ORDERS = ("area", "id", "order")
+PHOTO_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")  # Pillow starts programs for some others
+# what a terminal obeys and some files can't hold: control characters, ends of lines, turned direction, lone surrogates
+UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 RLE_DIGITS = {ord("0") + i: "0123456789abcdefghijklmnopqrstuv"[i % 32] for i in range(64)}  # COCO's to Python's
 
 
@@ -281,12 +291,10 @@ def segmentation_fault(segmentation, height, width):
     if isinstance(segmentation, dict):
         size, counts = segmentation.get("size"), rle_counts(segmentation.get("counts"))
         if size != [height, width]:
-            return f"RLE of size {size}, the image is {[height, width]}"
+            return f"RLE of size {clean(size)}, the image is {[height, width]}"
         if counts is None:
             return "RLE counts that are damaged or cut off: not whole numbers from 0"
-        if sum(counts) != height * width:
-            return f"RLE of {sum(counts)} pixels, the image has {height * width}"
-        return None
+        return None if sum(counts) == height * width else f"RLE of {sum(counts)} pixels, not {height * width}"
     if not isinstance(segmentation, list) or not segmentation:
         return "no polygon and no RLE"
     limit = 10 * max(height, width)
@@ -297,10 +305,19 @@ def segmentation_fault(segmentation, height, width):
             return f"a polygon of {len(polygon)} numbers: at least three points, two numbers each"
         if not all(abs(v) <= limit for v in polygon):  # false for NaN and infinity too
             return "a polygon with NaN, infinite or absurdly large coordinates"
-        points = np.array(polygon, float).reshape(-1, 2)
-        if np.abs(points - np.roll(points, 1, axis=0)).sum() > 100 * limit:  # pycocotools walks along it in memory
+        steps = np.diff(np.reshape([*polygon, *polygon[:2]], (-1, 2)), axis=0)
+        if np.abs(steps).sum() > min(100 * limit, 2_000_000):  # pycocotools needs 80 bytes for each pixel of it
             return "a polygon with an absurdly long outline"
     return None
+
+
+def odd_polygon(polygon, height, width):
+    """What is odd, though no fault, about a polygon, or None."""
+    points = np.reshape(polygon, (-1, 2))
+    x, y = inside = points.T.clip(0, [[width], [height]])
+    if abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) < 1e-6:  # twice the area
+        return "with a polygon without area in the photo"
+    return "with a polygon that leaves the photo and is clipped" if (inside != points.T).any() else None
 
 
 def object_mask(segmentation, height, width):
@@ -330,29 +347,40 @@ def read_image(path, height, width):
     """The photo as uint8 RGB [height, width, 3]; grey, palette and CMYK are converted, alpha is dropped.
 
     The size in the JSON decides: pixels are turned by the EXIF orientation only if they don't have that size as stored.
-    Raises OSError on a damaged file and ValueError on another size.
+    Of 16 bits the upper 8 are kept, of several pages or frames the first. The content decides, not the name's ending.
+    Raises ValueError that says what is wrong with the photo; only its header is read if the size is.
     """
     from PIL import Image, ImageOps
-    with Image.open(path) as image:
-        stored = image.size
-        if stored != (width, height) and stored == (height, width):
-            image = ImageOps.exif_transpose(image)
-        if image.size != (width, height):
-            raise ValueError(f"is {stored[0]}x{stored[1]}, the JSON says {width}x{height}")
-        if image.mode.startswith("I"):  # 16 bits a pixel
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return np.array(image.convert("RGB"))
+    try:
+        if not os.path.isfile(path):
+            raise ValueError("is missing")
+        with Image.open(path, formats=PHOTO_FORMATS) as image:
+            image.info.pop("transparency", None)  # Pillow warns that it is dropped
+            stored = image.size
+            if stored != (width, height) and stored == (height, width):
+                image = ImageOps.exif_transpose(image)
+            if image.size != (width, height):
+                raise ValueError(f"is {stored[0]}x{stored[1]}, the JSON says {width}x{height}")
+            if image.mode == "F":
+                raise ValueError("has fractions as pixels, of which nobody knows what is white")
+            if image.mode.startswith("I"):  # 16 bits a pixel
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            return np.array(image.convert("RGB"))
+    except Exception as e:  # decoders raise many types on damaged files
+        raise ValueError(clean(str(e) or type(e).__name__)) from None
 
 
 def entries(coco, key, faults):
     """Yield (object, what is wrong with its id or None) for each JSON object in a list of the file.
 
-    `faults` gets a line for everything in the list that is no object, and for an empty list.
+    `faults` gets a line for everything in the list that is no object, and for an empty list; many faults end it.
     """
     ids = set()
     if not coco[key]:
         faults.append(f"no {key}")
     for position, entry in enumerate(coco[key]):
+        if len(faults) >= MAX_FAULTS:
+            return
         if not isinstance(entry, dict):
             faults.append(f"{key}[{position}] is not an object")
         elif type(entry.get("id")) is not int:
@@ -364,33 +392,34 @@ def entries(coco, key, faults):
             yield entry, None
 
 
-def clean(text):
-    """A str that any file can hold: lone surrogates, which JSON can carry, become question marks."""
-    return "" if text is None else str(text).encode("utf-8", "replace").decode()
+def clean(value):
+    """A value of the data as text that any file can hold and any terminal shows: what is UNSAFE is escaped."""
+    text = value if isinstance(value, str) else reprlib.repr(value)  # which bounds length and depth
+    return UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def name_fault(name, root):
     """What is wrong with a file_name, or None."""
     if not isinstance(name, str) or not name:
         return "has no file_name"
-    try:
-        if not (root / name).resolve().is_relative_to(root.resolve()):
-            return "has a file_name that leads out of DATA"
-        return None if (root / name).is_file() else "is missing"
-    except (OSError, ValueError) as e:  # too long, or with characters that no file name has
-        return f"has an impossible file_name: {e}"
+    if UNSAFE.search(name):
+        return "has an impossible file_name, with control characters"
+    if not Path(os.path.realpath(root / name)).is_relative_to(os.path.realpath(root)):
+        return "has a file_name that leads out of DATA"
+    return None
 
 
 def size_fault(height, width):
     """What is wrong with the size of a photo in the JSON, or None."""
-    if all(type(side) is int and side > 0 for side in (height, width)) and height * width <= MAX_PIXELS:
+    if all(type(side) is int and 0 < side < 2 ** 16 for side in (height, width)) and height * width <= MAX_PIXELS:
         return None
-    return f"of height and width {height, width}: not whole numbers, or over {MAX_PIXELS} pixels of memory in all"
+    return (f"of height and width {clean((height, width))}: not whole numbers from 1 to 65535, or over {MAX_PIXELS} "
+            "pixels of memory in all")
 
 
 def read_categories(coco, faults):
     """{category id: name} by id."""
-    valid = {c["id"]: clean(c["name"]) for c in coco["categories"]
+    valid = {c["id"]: clean(c["name"])[:100] for c in coco["categories"]
              if isinstance(c, dict) and type(c.get("id")) is int and isinstance(c.get("name"), str)}
     if len(set(valid.values())) < len(coco["categories"]):
         faults.append("every category needs a whole number as id and a name, all different")
@@ -405,41 +434,46 @@ def object_fault(annotation, photos, class_ids):
     """What is wrong with an annotation apart from its id, or None."""
     image_id, category = annotation.get("image_id"), annotation.get("category_id")
     if type(image_id) is not int or image_id not in photos:
-        return f"is of image {image_id}, which is not in images"
+        return f"is of image {clean(image_id)}, which is not in images"
     if type(category) is not int or category not in class_ids:
-        return f"of image {image_id} has the unknown category {category}"
+        return f"of image {image_id} has the unknown category {clean(category)}"
     name, size = photos[image_id]["file_name"], photos[image_id]["size"]
     fault = None if size_fault(*size) else segmentation_fault(annotation.get("segmentation"), *size)
     return f"of image {image_id} ({name}) has {fault}" if fault else None
 
 
 def read_coco(path, labelled):
-    """(photos, categories, faults) of one COCO file, which is not trusted in anything.
+    """(photos, categories, faults, notes) of one COCO file, which is not trusted in anything.
 
     photos: dicts with id, file_name, size (height, width), group and objects, a list of (class_id, segmentation), where
     class ids count the categories from 1 by id. faults: one line each; when there are any, the rest is not to be used.
+    notes: ids of annotations by what is odd about them, though no fault.
     """
-    coco, faults, photos = read_json(path), [], {}
+    coco, faults, notes, photos = read_json(path), [], {}, {}
     lists = ("images", "categories", "annotations") if labelled else ("images", "categories")
     if not isinstance(coco, dict) or not all(isinstance(coco.get(k), list) for k in lists):
-        return [], {}, [f"{path.name}: not a COCO file: it needs the lists {', '.join(lists)}"]
+        return [], {}, {}, [f"{path.name}: not a COCO file: it needs the lists {', '.join(lists)}"]
     for image, id_fault in entries(coco, "images", faults):
-        name, size = image.get("file_name"), (image.get("height"), image.get("width"))
-        wrong = [fault for fault in (name_fault(name, path.parent), id_fault, size_fault(*size)) if fault]
-        faults += [f"image {image.get('id')} ({name}) {fault}" for fault in wrong]
+        size, group = (image.get("height"), image.get("width")), image.get("group")
+        name, name_wrong = clean(image.get("file_name")), name_fault(image.get("file_name"), path.parent)
+        wrong = [fault for fault in (name_wrong, id_fault, size_fault(*size)) if fault]
+        faults += [f"image {clean(image.get('id'))} ({name}) {fault}" for fault in wrong]
         if not id_fault:
             photos[image["id"]] = {"id": image["id"], "file_name": name, "size": size, "objects": [],
-                                   "group": clean(image.get("group")), "faulty": bool(wrong)}
+                                   "group": "" if group is None else clean(group), "faulty": bool(wrong)}
     categories = read_categories(coco, faults)
     class_ids = {category: class_id for class_id, category in enumerate(categories, 1)}
     for annotation, id_fault in entries(coco, "annotations", faults) if labelled else ():
         if fault := id_fault or object_fault(annotation, photos, class_ids):
-            faults.append(f"annotation {annotation.get('id')} {fault}")
+            faults.append(f"annotation {clean(annotation.get('id'))} {fault}")
         else:
-            class_id = class_ids[annotation["category_id"]]
-            photos[annotation["image_id"]]["objects"].append((class_id, annotation.get("segmentation")))
+            photo, segmentation = photos[annotation["image_id"]], annotation.get("segmentation")
+            photo["objects"].append((class_ids[annotation["category_id"]], segmentation))
+            for polygon in segmentation if isinstance(segmentation, list) and not photo["faulty"] else ():
+                notes.setdefault(odd_polygon(polygon, *photo["size"]), []).append(annotation["id"])
+    notes.pop(None, None)
     sound = [photo for photo in photos.values() if not photo["faulty"]]
-    return sound, categories, [f"{path.name}: {fault}" for fault in faults]
+    return sound, categories, notes, [f"{path.name}: {fault}"[:500] for fault in faults]
 
 
 # ---- data: masks, folds, samples ------------------------------------------------------------------------------------
@@ -456,10 +490,15 @@ class Split:
     groups: list  # a label each; photos that must stay on one side of a fold share it
     pixels: list  # [class_id] pixel counts each; empty for test
     masks: np.ndarray | None  # the masks one after another, flat; None for test
-    fingerprint: str  # of the JSON and the paint order
+    faults: list  # what is wrong with each photo, or None; only a test photo may have one
+    notes: dict  # ids of training annotations by what is odd about them
+    fingerprint: str  # of the JSON, the paint order and the photos' content
 
     def image(self, index):
-        return read_image(self.root / self.file_names[index], *self.sizes[index])
+        try:
+            return read_image(self.root / self.file_names[index], *self.sizes[index])
+        except ValueError as e:
+            raise OSError(f"image {self.ids[index]} ({self.file_names[index]}) {e}: run the same again") from None
 
     @cached_property
     def starts(self):
@@ -479,6 +518,7 @@ class Split:
 def load_data(data, cache, paint="area"):
     """(train, test) Splits of the folder `data`, checked in one pass; raises SystemExit that lists all faults at once.
 
+    Test photos that can't be read only bring a warning each, while there are others: a submission needs all its rows.
     Masks are painted once into `cache` under a content hash of the JSON files and the settings, so a stale cache is
     never read; photos that changed since are checked again. Nothing is written under `data`.
     """
@@ -489,13 +529,15 @@ def load_data(data, cache, paint="area"):
     paths = (train_json if train_json.exists() else data / "train.json", data / "test.json")
     if missing := [str(p) for p in paths if not p.is_file()]:
         raise SystemExit(f"no {' and no '.join(missing)}; DATA is the competition's folder")
-    folder = Path(cache) / hashlib.sha256(f"1 {paint} {[file_hash(p) for p in paths]}".encode()).hexdigest()[:16]
+    folder = Path(cache) / hashlib.sha256(f"2 {paint} {[file_hash(p) for p in paths]}".encode()).hexdigest()[:16]
     splits = open_cache(folder, data)
     if splits is None:
         with lock(folder, wait=True):  # the first to come builds
             splits = open_cache(folder, data) or build_cache(folder, paths, paint)
     if splits is None:
         raise SystemExit(f"photos in {data} changed while they were checked: run it again")
+    for fault in filter(None, splits[1].faults):
+        print(f"warning: test.json: {fault}: it counts as background", flush=True)
     return splits
 
 
@@ -512,36 +554,39 @@ def open_cache(folder, data):
 
 
 def photo_stamps(root, file_names):
-    """[size, time of change] of each photo."""
-    return [[status.st_size, status.st_mtime_ns] for status in (os.stat(root / name) for name in file_names)]
+    """[size, time of change] of each photo, None of one that isn't there."""
+    return [[os.path.getsize(path), os.stat(path).st_mtime_ns] if os.path.isfile(path) else None
+            for path in (root / name for name in file_names)]
 
 
 def build_cache(folder, paths, paint):
     """Check everything, write masks.npy and, last, index.json into `folder`, and return open_cache of it."""
     root = paths[0].parent
-    train, categories, faults = read_coco(paths[0], labelled=True)
-    test, test_categories, test_faults = read_coco(paths[1], labelled=False)
+    train, categories, notes, faults = read_coco(paths[0], labelled=True)
+    test, test_categories, _, test_faults = read_coco(paths[1], labelled=False)
     faults += test_faults
     if categories != test_categories and categories and test_categories:
         faults.append(f"{paths[0].name} and {paths[1].name} have different categories")
-    photos, digests, pixels = train + test, [], []
+    photos, found, digests, pixels = train + test, [], [], []
     stamps = photo_stamps(root, [photo["file_name"] for photo in photos])  # before they are read
     with atomic_write(folder / "masks.npy") as scratch, open(scratch, "wb") as f:
         write_npy_header(f, (sum(math.prod(photo["size"]) for photo in train),))
         for i, (fault, digest, mask) in enumerate(check_photos(root, photos, paint)):
-            faults += [fault] if fault else []
+            found.append(fault)
             digests.append(digest)
             if i < len(train) and not fault:
                 f.write(mask)
                 pixels.append(np.bincount(mask.ravel(), minlength=len(categories) + 1).tolist())
-        if faults:
+        if faults or any(found[:len(train)]) or all(found[len(train):]):
+            faults += filter(None, found)
             raise SystemExit("\n".join([*faults, f"{len(faults)} fault(s) in the data: mend or remove what is listed"]))
     index = {}
     for name, path, of in (("train", paths[0], slice(len(train))), ("test", paths[1], slice(len(train), None))):
+        content = hashlib.sha256(" ".join(digests[of]).encode()).hexdigest()[:16]
         index[name] = {"ids": [p["id"] for p in photos[of]], "file_names": [p["file_name"] for p in photos[of]],
                        "sizes": [p["size"] for p in photos[of]], "stamps": stamps[of], "pixels": pixels[of],
                        "groups": merge_groups(photos[of], digests[of]), "classes": [BACKGROUND, *categories.values()],
-                       "fingerprint": f"{file_hash(path)} {paint}"}
+                       "faults": found[of], "notes": notes, "fingerprint": f"{file_hash(path)} {paint} {content}"}
     write_json(folder / "index.json", index)
     return open_cache(folder, root)
 
@@ -566,9 +611,10 @@ def check_photo(root, photo, paint):
     path = root / photo["file_name"]
     try:
         read_image(path, *photo["size"])
-    except Exception as e:  # decoders raise many types on damaged files; every one is reported with the file's name
-        return f"image {photo['id']} ({photo['file_name']}) {str(e) or type(e).__name__}", "", None
-    return None, file_hash(path), paint_mask(photo["objects"], *photo["size"], paint)
+        digest = file_hash(path)
+    except (ValueError, OSError) as e:
+        return f"image {photo['id']} ({photo['file_name']}) {e}", "", None
+    return None, digest, paint_mask(photo["objects"], *photo["size"], paint)
 
 
 def merge_groups(photos, digests):
@@ -638,7 +684,7 @@ def load_folds(exp, train, n_folds, renew=False):
 class EvalPhotos:
     """Items for a DataLoader: (image uint8 [scale, scale, 3], truth uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) of `indices`.
 
-    Photos are squashed to the square that the network sees.
+    Photos are squashed to the square that the network sees; those that can't be read are black.
     """
 
     def __init__(self, split, indices, scale):
@@ -650,6 +696,8 @@ class EvalPhotos:
     def __getitem__(self, item):
         import cv2
         index = self.indices[item]
+        if self.split.faults[index]:
+            return np.zeros((self.scale, self.scale, 3), np.uint8), self.split.truth(index)
         image = self.split.image(index)
         # INTER_AREA averages when it shrinks but repeats pixels when it enlarges
         how = cv2.INTER_AREA if self.scale < min(image.shape[:2]) else cv2.INTER_LINEAR

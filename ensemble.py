@@ -7,7 +7,8 @@
 
 A run is a folder of train.py and infer.py; runs that differ only in the fold are one member. soft averages
 probabilities, hard counts the votes of submissions and runs; both write the CSV in test.json's order, read back and
-checked before it gets its name, and soft a .png of some predictions. Whatever is fitted is fitted on some folds, scored
+checked before it gets its name, and soft a .png of some predictions; a run votes background on a photo that it couldn't
+read, and then the exit code is 3, though the submission stands. Whatever is fitted is fitted on some folds, scored
 on the others, and used only if the 95% interval of its gain in v3 is above zero.
 """
 import argparse
@@ -16,14 +17,17 @@ import itertools
 import math
 import os
 import re
+import sys
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
+from string import digits, whitespace
 
 import numpy as np
 from tqdm import tqdm
 
-from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, confusion, image_miou, load_data, make_folds, number,
-                    open_store, overlay, run_script, scores, write_sheet)
+from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, image_miou, load_data, lock,
+                    make_folds, number, open_store, overlay, run_script, scores, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 MAX_PICKS = 30  # of the greedy selection of weights
@@ -98,7 +102,7 @@ def difference(found, wanted):
 def check_classes(found, wanted, path, other):
     if found != wanted:
         raise SystemExit(f"{path} has other classes than {other}: it {difference(found, wanted) or 'orders them so'}: "
-                         f"{', '.join(found)}")
+                         f"{clean(', '.join(found))}")
 
 
 def order_of(found, wanted, path):
@@ -427,31 +431,46 @@ def image_names(args, test):
 
 
 def read_submission(path, names, n_classes):
-    """Yield (what is wrong or None, mask uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) of each row; they must be of `names`."""
+    """Yield (what is wrong or None, mask uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) of each row; they must be of `names`.
+
+    A byte order mark, CRLF and more spaces than needed between and around the ids are harmless.
+    """
     csv.field_size_limit(2 ** 31 - 1)
-    with open(path, newline="", encoding="utf-8") as f:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
         rows = csv.reader(f)
-        header = next(rows, None)
-        if header != HEADER:
-            yield f"{path}: the first line is {header}, not {','.join(HEADER)}", None
+        header = next(rows, [])
+        if [cell.strip() for cell in header] != HEADER:
+            yield f"{path}: the first line is {clean(','.join(header)[:100])!r}, not {','.join(HEADER)}", None
             return
         for line, (name, row) in enumerate(itertools.zip_longest(names, rows), 2):
             if not row or row[0] != name or len(row) != 2:
-                found = row[0] if row else "missing"
-                yield f"{path} line {line}: image {found}, expected {name or 'no more'}", None
+                found = f"{clean(row[0][:300])} with {len(row)} column(s)" if row else "missing"
+                yield f"{path} line {line}: image {found}, expected {clean(name or 'no more')}", None
                 continue
-            ids = np.fromstring(row[1], np.int64, sep=" ") if set(row[1]) <= set("0123456789 ") else np.zeros(0, int)
+            ids = np.fromstring(row[1], np.int64, sep=" ") if set(row[1]) <= set(digits + whitespace) else np.zeros(0)
             if ids.size != SUBMIT_SIZE ** 2 or ids.min() < 0 or ids.max() >= n_classes:
-                yield f"{path} line {line}, image {name}: not {SUBMIT_SIZE ** 2} ids of 0 to {n_classes - 1}", None
+                yield f"{path} line {line}, image {clean(name)}: {pixel_fault(row[1], n_classes)}", None
             else:
                 yield None, ids.astype(np.uint8).reshape(SUBMIT_SIZE, SUBMIT_SIZE)
+
+
+def pixel_fault(text, n_classes):
+    """What is wrong with the text that ought to be the ids of an image's pixels."""
+    words, good = text.encode().split(), {str(i).encode() for i in range(n_classes)}
+    bad = next((i for i, word in enumerate(words[:SUBMIT_SIZE ** 2]) if (word.lstrip(b"0") or b"0") not in good), None)
+    found = f"there are {len(words)}"
+    if bad is not None:
+        word = clean(words[bad][:30].decode(errors="replace"))
+        found = f"row {bad // SUBMIT_SIZE}, column {bad % SUBMIT_SIZE}, both from 0, is {word}"
+    return f"not {SUBMIT_SIZE ** 2} ids of 0 to {n_classes - 1}: {found}"
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 def keep_looks(preds, test, looks, n=24):
     """Pass `preds` on; put [(caption, photo), (caption, prediction)] of `n` photos, spread evenly, in `looks`."""
-    chosen = set(np.linspace(0, len(test.ids) - 1, min(n, len(test.ids))).astype(int).tolist())
+    readable = [i for i, fault in enumerate(test.faults) if not fault]
+    chosen = {readable[i] for i in np.linspace(0, len(readable) - 1, min(n, len(readable))).astype(int)}
     for i, pred in enumerate(preds):
         if i in chosen:
             image = test.image(i)
@@ -498,6 +517,7 @@ def soft(args):
     write_sheet(args.out.with_suffix(".png"), [sum(looks[i:i + 3], []) for i in range(0, len(looks), 3)],
                 dict(enumerate(test.classes)))
     print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} run(s) of {len(members)} member(s)")
+    tell_unread(info for folds in members.values() for _, info in folds.values())
 
 
 def hard(args):
@@ -511,6 +531,15 @@ def hard(args):
         *(masks_of(path, stores.get(path), args, test) for path in args.runs), strict=True))
     write_submission(args.out, image_names(args, test), preds, len(test.classes))
     print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} votes")
+    tell_unread(info for _, info in stores.values())
+
+
+def tell_unread(infos):
+    """Exit with 3 if a voter couldn't read all photos; `infos` describe the stores."""
+    if unread := sorted({image_id for info in infos for image_id in info.get("unreadable", ())}):
+        print(f"warning: the submission stands, but of {len(unread)} photo(s) that can't be read runs have voted "
+              f"background: {', '.join(map(str, unread))}; mend them and run the same again", file=sys.stderr)
+        raise SystemExit(3)
 
 
 def masks_of(path, store, args, test):
@@ -578,7 +607,8 @@ def compare(args):
 
 
 def main(args):
-    {"soft": soft, "hard": hard, "score": score, "compare": compare}[args.command](args)
+    with lock(args.out.parent, name=f".{args.out.name}.lock") if "out" in args else nullcontext():
+        {"soft": soft, "hard": hard, "score": score, "compare": compare}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python infer.py --data DATA --checkpoint out/main/r0/fpn/tu-tf_efficientnet_lite0/s512/f0/model.pt --tta flip
 
 Writes valid.npy + valid.json and test.npy + test.json beside the checkpoint: probabilities as uint8 (0..255 for 0..1)
-of shape [N, C, 256, 256], and what made them. A .json is written last: where it stands, the .npy is whole. The same
-line again carries on where it was interrupted, and does nothing when it is done. Under torchrun all processes share
-the work.
+of shape [N, C, 256, 256], and what made them; background where a test photo can't be read. A .json is written last:
+where it stands, the .npy is whole. The same line again carries on where it was interrupted, and does nothing when it is
+done. Under torchrun all processes share the work.
 """
 import argparse
 import hashlib
@@ -13,6 +13,7 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from common import (SUBMIT_SIZE, EvalPhotos, Help, amp, atomic_write, build_model, claim_device, file_hash,
@@ -157,8 +158,11 @@ def predict_split(models, recipe, photos, path, info, args, device):
     for part, (images, _) in zip(mine, tqdm(loader, str(path), disable=True if rank else None), strict=True):
         images = normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"])
         probs = resize_probs(predict_probs(models, images, tta_views(args.tta), args.tta_scales, args.batch))
+        stored = (probs * 255).round_().to(torch.uint8).cpu().numpy()
+        unread = [photos.split.faults[photos.indices[item]] is not None for item in batches[part]]
+        stored[unread] = np.where(np.arange(stored.shape[1]) == 0, 255, 0)[:, None, None]  # surely background
         with atomic_write(part) as scratch:
-            (probs * 255).round_().to(torch.uint8).cpu().numpy().tofile(scratch)
+            stored.tofile(scratch)
     if n_ranks > 1:
         torch.distributed.barrier()
     if rank == 0:
@@ -203,6 +207,7 @@ def main(args):
             split, indices = (train, valid) if name == "valid" else (test, range(len(test.ids)))
             path = folder / f"{name}.npy"
             info = {"image_ids": [split.ids[i] for i in indices], "classes": classes, "split": name, "tta": tta,
+                    "unreadable": [split.ids[i] for i in indices if split.faults[i]],
                     "checkpoints": names, "data": split.fingerprint,
                     **{k: recipe[k] for k in ("model", "scale", "round", "fold", "folds_csv", "seed", "paint",
                                               "contaminated")}}

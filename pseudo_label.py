@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import (IGNORE_INDEX, Help, atomic_write, file_hash, load_data, lock, number, open_store, overlay, read_csv,
-                    read_json, run_script, write_csv, write_json, write_npy_header, write_sheet)
+from common import (BACKGROUND, IGNORE_INDEX, Help, atomic_write, file_hash, load_data, lock, number, open_store,
+                    overlay, read_csv, read_json, run_script, write_csv, write_json, write_npy_header, write_sheet)
 
 FILES = ("manifest.json", "labels.npy", "index.csv")
 LINEAGE = ("round", "fold", "folds_csv")  # where these differ, a validation image may have trained a label's maker
@@ -132,7 +132,7 @@ def check_labels(args, classes, folds_csv):
                 "round": args.round, "fold": args.fold, "folds_csv": folds_csv, "contaminated": False}
     wrong = {key: value for key, value in expected.items() if manifest.get(key) != value}
     for key, value in wrong.items():
-        if not args.allow_leak or key in ("classes", "paint", "labels"):
+        if not args.allow_leak or key not in (*LINEAGE, "contaminated"):
             raise SystemExit(f"{folder}/manifest.json: {key} is {manifest.get(key)}, this run has {value}: its "
                              "validation images may have trained the makers of these labels; run make pseudo again, or "
                              "pass --allow-leak, which marks every later score as contaminated")
@@ -148,7 +148,7 @@ def load_labels(args, test):
         raise SystemExit(f"{folder}/index.csv lists other images than test.json; run make pseudo again")
     if wrong := sorted({row["keep"] for row in rows} - {"0", "1", ""}):
         raise SystemExit(f"{folder}/index.csv: keep is {', '.join(wrong)}; it must be 0 or 1, or empty for the rule's")
-    kept = [i for i, row in enumerate(rows) if (row["keep"] or by_rule(row)) == "1"]
+    kept = [i for i, row in enumerate(rows) if (row["keep"] or by_rule(row)) == "1" and not test.faults[i]]
     return [(test, i, labels[i]) for i in kept], [[int(c) for c in rows[i]["classes"].split()] for i in kept]
 
 
@@ -156,19 +156,20 @@ def load_labels(args, test):
 
 
 def count_reasons(rows, classes):
-    """{class name or "photos": {"kept" or why not: photos}}; a class's photos are those where the models see it."""
-    table = {name: {} for name in ("photos", *classes[1:])}
+    """{class name: {"kept" or why not: photos in which the models see it}}, under Background all photos."""
+    table = {name: {} for name in classes}
     for row in rows:
         why = "kept" if row["keep"] == "1" else "by hand" if row["by_hand"] else row["reason"]
-        for name in ("photos", *(classes[int(c)] for c in row["seen"].split())):
-            table[name][why] = table[name].get(why, 0) + 1
+        for class_id in (0, *map(int, row["seen"].split())):
+            table[classes[class_id]][why] = table[classes[class_id]].get(why, 0) + 1
     return table
 
 
 def draw_sheet(path, rows, counts, test, stores, args):
     """Photos beside their labels: the clearest and the least clear of those kept and of those dropped for a reason."""
     groups = {}
-    for i in sorted(range(len(rows)), key=lambda i: float(rows[i]["unsure"])):
+    readable = [i for i, fault in enumerate(test.faults) if not fault]
+    for i in sorted(readable, key=lambda i: float(rows[i]["unsure"])):
         groups.setdefault("" if rows[i]["keep"] == "1" else rows[i]["reason"] or "by hand", []).append(i)
     tiles = []
     for why in sorted(groups):  # those that are kept first
@@ -178,7 +179,7 @@ def draw_sheet(path, rows, counts, test, stores, args):
             shown = np.where(sure | (label == 0), label, IGNORE_INDEX)
             tiles.append([(test.file_names[i], overlay(image, np.zeros_like(label))),
                           (f"{why or 'kept'}; {float(rows[i]['unsure']):.0%} of it unsure", overlay(image, shown))])
-    legend = {c: f"{name}: " + (", ".join(f"{n} {why}" for why, n in counts[name].items()) or "seen in no photo")
+    legend = {c: f"{name if c else 'all photos'}: " + ", ".join(f"{n} {why}" for why, n in counts[name].items())
               for c, name in enumerate(counts)} | {IGNORE_INDEX: "unsure"}
     write_sheet(path, [sum(tiles[i:i + 2], []) for i in range(0, len(tiles), 2)], legend)
 
@@ -191,6 +192,7 @@ def write_labels(path, test, stores, by_hand, args):
         for i, image_id in enumerate(tqdm(test.ids, str(path.parent), disable=None)):
             probs = soft_vote(stores, i)
             label, _, reason, unsure = judge(probs, args)
+            reason = "unreadable" if test.faults[i] else reason
             f.write(soft_label(probs, label) if args.soft else label)
             row = {"image_id": image_id, "keep": "", "reason": reason, "by_hand": by_hand.get(str(image_id), ""),
                    "unsure": f"{unsure:.4f}", "classes": names_of(label), "seen": names_of(probs.argmax(0))}
@@ -222,13 +224,13 @@ def main(args):
             "makers": [{"store": str(path), "hash": file_hash(path), **{k: info[k] for k in ("checkpoints", "tta")}}
                        for path, info in zip(args.stores, infos, strict=True)]})
         write_csv(folder / "index.csv", rows)
-    print(f"{folder}: photos, by the classes that the models see in them\n"
+    print(f"{folder}: photos by the classes that the models see in them, {BACKGROUND} is all of them\n"
           + pd.DataFrame(counts).T.fillna(0).astype(int).to_string())
     if by_hand:
         print(f"{folder}: {len(by_hand)} decision(s) made by hand in index.csv kept")
     if contaminated:
         print(f"warning: {folder} is contaminated: what learns from it has no honest validation score")
-    if "kept" not in counts["photos"]:
+    if "kept" not in counts[BACKGROUND]:
         print(f"warning: no photo is kept, so round {args.round} learns nothing new: --confident and --max-unsure are "
               "the rule's two numbers")
 

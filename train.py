@@ -423,9 +423,12 @@ def check(args):
     train, test = load_data(args.data, args.cache, args.paint)
     with lock(args.exp, wait=True):
         folds = load_folds(args.exp, train, args.folds, renew=True)
-    pixels = np.array(train.pixels)
+    pixels, unread = np.array(train.pixels), sum(fault is not None for fault in test.faults)
     print(f"data: {len(train.ids)} training and {len(test.ids)} test images, {len(train.classes)} classes, "
-          f"{len(set(train.groups))} groups, folds of {np.bincount(folds).tolist()} images; no faults")
+          f"{len(set(train.groups))} groups, folds of {np.bincount(folds).tolist()} images; "
+          + (f"{unread} test photo(s) can't be read: mend them for a full score" if unread else "no faults"))
+    for note, ids in train.notes.items():
+        print(f"warning: {len(ids)} annotation(s) {note}: {', '.join(map(str, ids[:5]))}")
     for class_id, name in enumerate(train.classes):
         present, share = pixels[:, class_id] > 0, pixels[:, class_id].sum() / pixels.sum()
         print(f"  {class_id:3} {name:20} {present.sum():6} images {share:8.3%} of pixels")

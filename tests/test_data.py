@@ -1,28 +1,35 @@
 """Files, and data from the competition's folder to masks and folds; pycocotools is the reference for shapes."""
+import copy
 import hashlib
 import json
 import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import unicodedata
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT, write_coco, write_photo
 from demo_data import CLASSES, draw_data
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 import common
+import ensemble
 import pseudo_label
+import train
 from common import IGNORE_INDEX, PAINT_ORDERS, SUBMIT_SIZE
 
 # pycocotools on a new NumPy
@@ -46,7 +53,7 @@ def data(tmp_path):
 
 def snapshot(folder):
     """What would differ if anything in `folder` were written, even with the same content."""
-    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns, p.is_file() and p.read_bytes())
+    return {str(p): (p.lstat().st_ino, p.lstat().st_mtime_ns, p.is_file() and p.read_bytes())
             for p in sorted(folder.rglob("*")) if p.name != ".lock"}
 
 
@@ -482,8 +489,8 @@ def test_identical_photos_and_group_keys_link_over_any_number_of_steps(tmp_path,
               {"id": 5, "group": "park"}]
     alone = [{"id": 6}, {"id": 7, "group": "kitchen"}, {"id": 8, "group": None}]
     data = write_coco(tmp_path / "data", linked + alone, [(1, 0, TRIANGLE)])
-    for copy, original in ((3, 2), (4, 3)):
-        shutil.copy(data / f"batch_01/{original:04}.png", data / f"batch_01/{copy:04}.png")
+    for double, original in ((3, 2), (4, 3)):
+        shutil.copy(data / f"batch_01/{original:04}.png", data / f"batch_01/{double:04}.png")
     groups = load(data)[0].groups
     assert len(set(groups[:5])) == 1
     assert len({groups[0], *groups[5:]}) == 4
@@ -627,6 +634,46 @@ def photo_beside_data(train, test, data):
     write_photo(data.parent / "out.png", 8, 8, seed=11)
 
 
+def photo_elsewhere(train, test, data):
+    write_photo(data.parent / "out.png", 8, 8, seed=11)
+    (data / "batch_01/0011.png").unlink()
+    (data / "batch_01/0011.png").symlink_to(data.parent / "out.png")
+
+
+def photo_of_itself(train, test, data):
+    (data / "batch_01/0011.png").unlink()
+    (data / "batch_01/0011.png").symlink_to("0011.png")
+
+
+def photo_as_pipe(train, test, data):
+    (data / "batch_01/0011.png").unlink()
+    os.mkfifo(data / "batch_01/0011.png")  # reading it would wait for ever
+
+
+def photo_in_latin_1(train, test, data):
+    train["images"][0]["file_name"] = "batch_01/\udce9.png"  # how Python spells a name that is not in UTF-8
+    (data / "batch_01/0011.png").rename(data / "batch_01/\udce9.png")
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def bomb(path, side=20_000):
+    """A PNG of 50 kB that is 400 megapixels, 1.2 GB as RGB."""
+    pixels = zlib.compress(bytes((1 + side // 8) * side), 9)
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+
+
+EPS = """%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 8 8
+%%EndComments
+showpage
+%%EOF
+"""
+
+
 def many_categories(train, test, data):
     for coco in (train, test):
         coco["categories"] = [{"id": i, "name": f"c{i}"} for i in range(IGNORE_INDEX)]
@@ -649,6 +696,19 @@ FAULTS = {
                            ("9000", "9000.png")),
     "photo of another size": (image(height=9), (*PHOTO, "8x8", "8x9")),
     "photo too large": (image(height=20_000, width=20_000), (*PHOTO, "memory")),
+    "photo of 400 megapixels": (photo(bomb), (*PHOTO, "400000000 pixels")),
+    "photo is a program for a printer": (photo(lambda path: path.write_text(EPS)), (*PHOTO, "cannot identify")),
+    "photo with fractions": (photo(lambda path: Image.new("F", (8, 8), 0.5).save(path, format="tiff")),
+                             (*PHOTO, "fractions")),
+    "photo linked from elsewhere": (photo_elsewhere, (*PHOTO, "out of DATA")),
+    "photo linked to itself": (photo_of_itself, PHOTO),
+    "photo is a pipe": (photo_as_pipe, (*PHOTO, "missing")),
+    "file name not in UTF-8": (photo_in_latin_1, ("image 11", r"\udce9.png", "impossible")),
+    "file name with terminal codes": (image(file_name="\x1b[2J.png"), ("image 11", r"\x1b[2J.png", "impossible")),
+    "file name is a folder above": (image(file_name=".."), ("image 11", "out of DATA")),
+    "height over 16 bits": (image(height=70_000, width=1), (*PHOTO, "(70000, 1)")),
+    "height with 4000 digits": (image(height=10 ** 4000), PHOTO),
+    "height infinite": (image(height=INFINITY), (*PHOTO, "inf")),
     "height zero": (image(height=0), PHOTO),
     "width negative": (image(width=-8), PHOTO),
     "height fractional": (image(height=8.5), PHOTO),
@@ -695,6 +755,8 @@ FAULTS = {
     "polygon of strings": (shape([["1", "1", "6", "1", "6", "6"]]), OBJECT),
     "polygon of two points": (shape([[1, 1, 6, 6]]), (*OBJECT, "three points")),
     "polygon with half a point": (shape([[1, 1, 6, 1, 6, 6, 2]]), OBJECT),
+    "polygon of four numbers, a box to pycocotools": (shape([[1, 1, 6, 6], *TRIANGLE]), (*OBJECT, "three points")),
+    "polygon with a long way": (shape([[0, 0, 80, 80] * 1000]), (*OBJECT, "outline")),
     "second part of two points": (shape([*TRIANGLE, [1, 1, 6, 6]]), (*OBJECT, "three points")),
     "polygon with NaN": (shape([[1, 1, NAN, 1, 6, 6]]), (*OBJECT, "NaN")),
     "polygon with infinity": (shape([[1, 1, INFINITY, 1, 6, 6]]), (*OBJECT, "infinite")),
@@ -871,6 +933,290 @@ def test_cache_whose_building_was_killed_is_built_again(data, tmp_path, load):
     masks.with_name(".masks.npy.tmp").write_bytes(b"torn")
     train, _ = load(data)
     assert [int(train.mask(i).max()) for i in range(2)] == [1, 2]
+
+
+# ---- test photos that can't be read ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Data with the test photos 70, 71 and 72."""
+    return write_coco(tmp_path / "data", [(11, 8, 8), (12, 8, 8)], [(11, 0, TRIANGLE)],
+                      test_images=[(70, 8, 8), (71, 8, 8), (72, 8, 8)])
+
+
+BROKEN = {
+    "missing": (os.unlink, "is missing"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot identify"),
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:150]), "truncated"),
+    "of another size": (lambda path: write_photo(path, 8, 9, 0), "is 9x8, the JSON says 8x8"),
+    "a bomb": (bomb, "400000000 pixels")}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_test_photo_that_cannot_be_read_is_told_and_background_until_it_is_mended(three, load, capsys, fault):
+    change, words = BROKEN[fault]
+    sound, path = load(three)[1], three / "batch_01/0071.png"
+    content = path.read_bytes()
+    change(path)
+    for _ in range(2):  # checked, and from the cache
+        train, test = load(three)
+        line, = capsys.readouterr().out.splitlines()
+        assert line.startswith("warning: test.json: image 71 (batch_01/0071.png) ") and words in line
+        assert [bool(found) for found in test.faults] == [False, True, False] and not any(train.faults)
+    assert not common.EvalPhotos(test, [1], 32)[0][0].any() and common.EvalPhotos(test, [2], 32)[0][0].any()
+    assert test.fingerprint != sound.fingerprint
+    path.write_bytes(content)
+    mended = load(three)[1]
+    assert (mended.fingerprint, mended.faults, capsys.readouterr().out) == (sound.fingerprint, [None] * 3, "")
+
+
+def test_check_tells_how_many_test_photos_cannot_be_read(three, tmp_path, capsys):
+    (three / "batch_01/0070.png").unlink()
+    (three / "batch_01/0072.png").write_text("no photo")
+    train.main(train.parse_args(["--check", "--data", str(three), "--exp", str(tmp_path / "exp"), "--folds", "2",
+                                 "--cache", str(tmp_path / "cache")]))
+    lines = capsys.readouterr().out.splitlines()
+    assert "image 70 (batch_01/0070.png) is missing" in lines[0] and "image 72 (" in lines[1]
+    assert "2 test photo(s) can't be read" in lines[2] and "no faults" not in lines[2]
+
+
+def test_faults_of_test_photos_are_listed_with_the_others_and_stop_all_when_no_photo_is_left(three, load):
+    for name in ("0011", "0071"):
+        (three / f"batch_01/{name}.png").write_bytes(b"")
+    text = refusal(load, three)
+    assert "image 11 (" in text and "image 71 (" in text and "2 fault(s)" in text
+    write_photo(three / "batch_01/0011.png", 8, 8, seed=11)
+    for name in ("0070", "0072"):
+        (three / f"batch_01/{name}.png").unlink()
+    assert all(f"image {i} (" in refusal(load, three) for i in (70, 71, 72))
+
+
+def test_a_photo_that_breaks_after_the_check_is_named_in_one_line(three, load):
+    sets = load(three)
+    for split, name in zip(sets, ("0011", "0070"), strict=True):
+        (three / f"batch_01/{name}.png").write_bytes(b"")
+        with pytest.raises(OSError, match=rf"^image {int(name)} \(batch_01/{name}.png\) cannot identify.*again$"):
+            split.image(0)
+
+
+# ---- fingerprints ---------------------------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_is_of_the_photos_content_and_not_of_their_times(three, load):
+    first = load(three)
+    for name in ("0011", "0070"):
+        set_time(three / f"batch_01/{name}.png", 1000)
+    assert [s.fingerprint for s in load(three)] == [s.fingerprint for s in first]
+    write_photo(three / "batch_01/0070.png", 8, 8, seed=999)
+    train, test = load(three)
+    assert train.fingerprint == first[0].fingerprint and test.fingerprint != first[1].fingerprint
+    write_photo(three / "batch_01/0012.png", 8, 8, seed=998)
+    assert load(three)[0].fingerprint != train.fingerprint
+
+
+# ---- what is let in, and what is said about it ----------------------------------------------------------------------
+
+
+def test_odd_polygons_are_clipped_and_noted_by_their_annotations(tmp_path, load, capsys):
+    shapes = [TRIANGLE, [[0, 0, 8, 0, 8, 8, 0, 8]], [[-3, 2, 6, 2, 6, 20]], [[1, 1, 3, 3, 5, 5]],
+              [[20, 20, 30, 20, 30, 30]], [TRIANGLE[0], [2, 2, 2, 2, 2, 2]], rle(np.eye(8, dtype=bool))]
+    data = write_coco(tmp_path / "data", [(i, 8, 8) for i in range(len(shapes))],
+                      [(i, 0, shape) for i, shape in enumerate(shapes)])
+    split, _ = load(data)
+    assert {note.split()[3]: ids for note, ids in split.notes.items()} == {"without": [4, 5, 6], "that": [3]}
+    assert not split.mask(4).any() and split.mask(2).any()
+    train.main(train.parse_args(["--check", "--data", str(data), "--exp", str(tmp_path / "exp"), "--folds", "2",
+                                 "--cache", str(tmp_path / "cache")]))
+    assert "warning: 3 annotation(s) with a polygon without area in the photo: 4, 5, 6\n" in capsys.readouterr().out
+
+
+def test_a_crowd_is_painted_like_other_objects(data, load):
+    crowd = np.arange(64).reshape(8, 8) % 3 == 0
+    edit(data / "train.json", lambda coco: coco["annotations"][0].update(iscrowd=1, segmentation=rle(crowd)))
+    assert np.array_equal(load(data)[0].mask(0) > 0, crowd)
+
+
+def test_a_byte_order_mark_is_let_in_and_of_a_key_given_twice_the_last_counts(data, load):
+    text = (data / "train.json").read_text().replace('"id": 12', '"id": 99, "id": 12')
+    (data / "train.json").write_text("\ufeff" + text, encoding="utf-8")
+    assert load(data)[0].ids == [11, 12]
+
+
+NASTY = 'a\x1b[31m\r\n\t\u202e\ud800\x9b "b", <b>../../c</b>'
+SHOWN = r'a\x1b[31m\r\n\t\u202e\ud800\x9b "b", <b>../../c</b>'
+
+
+def test_names_from_the_data_obey_nothing_in_a_terminal_a_table_or_a_picture(data, load, tmp_path, capsys):
+    for name in ("train.json", "test.json"):
+        edit(data / name, lambda coco: coco["categories"][0].update(name=NASTY))
+    edit(data / "train.json", lambda coco: coco["images"][0].update(group=NASTY))
+    before = snapshot(tmp_path)
+    split, _ = load(data)
+    assert split.classes == ["Background", SHOWN, "Metal"]
+    train.main(train.parse_args(["--check", "--data", str(data), "--exp", str(tmp_path / "exp"), "--folds", "2",
+                                 "--cache", str(tmp_path / "cache")]))
+    out = capsys.readouterr().out
+    assert SHOWN in out and out.replace("\n", "").isprintable()
+    common.write_csv(tmp_path / "a.csv", [{f"iou {name}": 0 for name in split.classes}])
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
+    assert f"iou {SHOWN}" in common.read_csv(tmp_path / "a.csv", ())[0]
+    ensemble.write_sheet(tmp_path / "s.png", [[("a", np.zeros((8, 400, 3), np.uint8))]], split.classes)
+    assert Image.open(tmp_path / "s.png").height == 8 + 4 * 18  # a line for the caption and for each class
+    new = {str(p.relative_to(tmp_path)).split("/")[0] for p in map(Path, snapshot(tmp_path).keys() - before.keys())}
+    assert new == {"cache", "exp", "a.csv", "s.png"}  # no name has become a path
+
+
+@given(st.text(st.characters(), max_size=40))
+def test_a_cleaned_text_is_one_line_in_any_encoding_without_controls(text):
+    found = common.clean(text)
+    assert found.encode().decode() == found and len(found.splitlines()) <= 1
+    assert not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in found)
+    assert common.clean(found) == found and (found == text or "\\" in found)
+
+
+def test_a_thousand_faults_end_the_list(data, load):
+    edit(data / "train.json", lambda coco: coco["annotations"].extend([{}] * 100_000))
+    assert refusal(load, data).count("\n") < common.MAX_FAULTS + 5
+
+
+HUGE = {"nested lists": ("[", "["), "short lists": ("[[]", ",[]"), "objects": ("[{}", ",{}"), "no end": (" ", " "),
+        "images": ('{"images":[{"id":0}', ',{"id":0}'), "annotations": ('{"annotations":[[]', ",[]")}
+
+
+def read_huge(path, start, part, size, memory):
+    """(exit code, what is printed) of reading a file of `size` bytes with so many bytes of memory."""
+    with open(path, "w") as f:
+        f.write(start)
+        for _ in range(size // 2 ** 20):
+            f.write(part * (2 ** 20 // len(part)))
+    code = ("import resource, sys, common\n"
+            "resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)\n"
+            "from pathlib import Path\n"
+            "print(len(common.read_coco(Path(sys.argv[1]), True)[-1]))")
+    done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", code, path, str(memory)], cwd=ROOT, text=True,
+                          capture_output=True, timeout=600)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", HUGE)
+def test_a_huge_json_is_refused_in_bounded_memory(tmp_path, kind):
+    size = 4 * 2 ** 20
+    code, text = read_huge(tmp_path / "a.json", *HUGE[kind], size, size * 40 + 2 ** 30)
+    assert code in (0, 1) and text.count("\n") == 1 and "Traceback" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", HUGE)
+def test_a_json_of_a_gigabyte_is_refused_in_the_memory_that_is_there(tmp_path, kind):
+    code, text = read_huge(tmp_path / "a.json", *HUGE[kind], 2 ** 30, os.sysconf("SC_PHYS_PAGES") * 4096)
+    assert code == 1 and text.count("\n") == 1 and "a.json: " in text
+
+
+# ---- fuzz -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """(folder, {name: content}) of faultless data with every kind of segmentation; what is in it is put back."""
+    block = np.zeros((8, 8), bool)
+    block[2:5, 1:7] = True
+    data = write_coco(tmp_path_factory.mktemp("fuzz") / "data", [{"id": 11, "group": "a"}, (12, 6, 10)], [
+        (11, 0, TRIANGLE), (11, 1, rle(block)), (11, 1, compressed(block)), (12, 1, [[-1, 0, 4, 0, 4, 4], *TRIANGLE])])
+    return data, {name: (data / name).read_bytes() for name in (
+        "train.json", "test.json", "batch_01/0011.png", "batch_01/9000.png")}
+
+
+def deep(n):
+    return json.loads("[" * n + "]" * n)
+
+
+values = st.one_of(
+    json_values, st.sampled_from([
+        NAN, INFINITY, -INFINITY, 1e308, 10 ** 400, -1, 0, True, 2 ** 31, 2 ** 63, 2 ** 64, "", "\0", "..", "/", NASTY,
+        "batch_01/0012.png", "a" * 5000, [], {}, deep(200), deep(700), {"size": [8, 8], "counts": "o" * 30}]),
+    st.lists(st.lists(st.floats(-100, 100), min_size=4, max_size=12), max_size=3))
+
+
+def places(value):
+    """(container, key) of everything inside."""
+    for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
+        yield value, key
+        if isinstance(inner, dict | list):
+            yield from places(inner)
+
+
+@st.composite
+def changed_json(draw, content):
+    """The bytes of a JSON file with one to four of its values replaced, removed, doubled or put elsewhere."""
+    coco = json.loads(content)
+    for _ in range(draw(st.integers(1, 4))):
+        every = list(places(coco))
+        container, key = every[draw(st.integers(0, len(every) - 1))] if every else (coco, "images")
+        how = draw(st.integers(0, 3))
+        if how == 1:
+            del container[key]
+        elif how == 2 and isinstance(container, list):
+            container.append(copy.deepcopy(container[key]))
+        else:
+            container[key] = draw(values) if how else copy.deepcopy(draw(st.sampled_from([c[k] for c, k in every])))
+    return json.dumps(coco).encode()
+
+
+@st.composite
+def changed_bytes(draw, content):
+    """Some bytes replaced, cut out, doubled or cut off."""
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(content)))
+        end = min(len(content), start + draw(st.integers(0, 20)))
+        new = draw(st.one_of(st.binary(max_size=4), st.just(content[start:end] * 2), st.sampled_from([
+            b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"[" * 2000, b"\\ud800", b"\xef\xbb\xbf", b"\x00", b'"'])))
+        content = content[:start] + new + content[end if draw(st.booleans()) else start:]
+    return content[:draw(st.integers(0, len(content)))] if draw(st.integers(0, 9)) == 0 else content
+
+
+def fuzz(sound, cache, choices):
+    """Load changed data: whatever it is, it is let in and can be read, or refused in clean lines; no crash, no hang."""
+    data, contents = sound
+    name = choices.draw(st.sampled_from(list(contents)))
+    change = changed_json if name.endswith("json") and choices.draw(st.booleans()) else changed_bytes
+    (data / name).write_bytes(choices.draw(change(contents[name])))
+    signal.alarm(60)  # kills the process, as a crash does: pytest shows where
+    try:
+        split, test = common.load_data(data, cache)
+        images = [split.image(i) for i in range(len(split.ids))]
+        assert [image.shape[:2] for image in images] == [split.mask(i).shape for i in range(len(images))]
+        assert split.masks.max(initial=0) < len(split.classes)
+        seen = [common.EvalPhotos(test, [i], 32)[0][0].any() for i in range(len(test.ids))]
+        assert [bool(fault) for fault in test.faults] == [not some for some in seen]
+    except SystemExit as refused:
+        assert refused.code and not common.UNSAFE.search(refused.code.replace("\n", ""))
+        assert all(line and len(line) < 1000 for line in refused.code.split("\n"))
+    finally:
+        signal.alarm(0)
+        for changed, content in contents.items():
+            (data / changed).write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def fuzz_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "ProcessPoolExecutor", lambda **_: ThreadPoolExecutor(1))
+        patch.setattr(os, "fsync", lambda f: None)
+        yield tmp_path_factory.mktemp("fuzzed")
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_changed_data_is_read_or_refused(sound, fuzz_cache, choices):
+    fuzz(sound, fuzz_cache, choices)
+
+
+@pytest.mark.slow
+@settings(max_examples=5000)
+@given(st.data())
+def test_data_changed_in_thousands_of_ways_is_read_or_refused(sound, fuzz_cache, choices):
+    fuzz(sound, fuzz_cache, choices)
 
 
 # ---- drawn data -----------------------------------------------------------------------------------------------------

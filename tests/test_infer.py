@@ -98,7 +98,7 @@ def test_a_stores_json_says_what_made_it(trained, splits):
         info = common.read_json(trained / f"{name}.json")
         del info["image_ids"]
         assert info == {
-            "classes": CLASSES, "split": name, "tta": "flip", "checkpoints": [
+            "classes": CLASSES, "split": name, "tta": "flip", "unreadable": [], "checkpoints": [
                 {"file": "model.pt", "hash": common.file_hash(trained / "model.pt"),
                  "epoch": torch.load(trained / "model.pt")["epoch"]}],
             "data": split.fingerprint, "model": MODEL, "scale": SCALE, "round": 0, "fold": 1,

@@ -2,6 +2,7 @@
 import json
 from argparse import Namespace
 from collections import Counter
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -297,8 +298,8 @@ def test_the_manifest_says_what_made_the_labels_and_how_many_photos_each_reason_
                         "contaminated": False, "rule": "image", "confident": 0.8, "max_unsure": 0.1,
                         "uncertain": "ignore", "soft": False,
                         "labels": common.file_hash(makers.folder / "labels.npy")}
-    assert photos.pop("photos") == {"unsure": 2, "no foreground": 1, "kept": 1}
-    assert list(photos) == CLASSES[1:]
+    assert list(photos) == CLASSES
+    assert photos["Background"] == {"unsure": 2, "no foreground": 1, "kept": 1}  # all photos
     for class_id, name in enumerate(CLASSES[1:], 1):
         unsure, kept = sum((seen[i] == class_id).any() for i in (0, 3)), int((seen[2] == class_id).any())
         assert photos[name] == {why: n for why, n in (("unsure", unsure), ("kept", kept)) if n}, name
@@ -342,7 +343,7 @@ def test_decisions_made_by_hand_outlive_labels_made_anew_and_the_others_do_not(m
     edit_keep(makers, 2, "0")
     pseudo_label.main(makers.args())
     assert keeps(makers) == ["1", "0", "0", "0"] and "2 decision(s) made by hand" in capsys.readouterr().out
-    assert common.read_json(makers.folder / "manifest.json")["photos"]["photos"] == {
+    assert common.read_json(makers.folder / "manifest.json")["photos"]["Background"] == {
         "kept": 1, "by hand": 1, "no foreground": 1, "unsure": 1}
     pseudo_label.main(makers.args("--max-unsure", "1"))
     assert keeps(makers) == ["1", "0", "0", "1"]
@@ -370,6 +371,17 @@ def test_an_index_that_is_no_index_of_labels_is_refused_and_left_alone(makers):
     with pytest.raises(SystemExit, match="no column reason"):
         pseudo_label.main(makers.args())
     assert (makers.folder / "index.csv").read_text() == "image_id,keep\n1,1\n"
+
+
+def test_a_photo_that_cannot_be_read_is_never_a_label(makers, splits, monkeypatch):
+    test = replace(splits[1], faults=[None, None, "is missing", None])
+    monkeypatch.setattr(pseudo_label, "load_data", lambda *args: (splits[0], test))
+    pseudo_label.main(makers.args())
+    row = common.read_csv(makers.folder / "index.csv", ("keep", "reason"))[2]
+    assert (row["keep"], row["reason"]) == ("0", "unreadable")
+    edit_keep(makers, 2, "1")
+    args = Namespace(exp=makers.folder.parents[2], round=1, fold=0)
+    assert pseudo_label.load_labels(args, test)[0] == [] and len(pseudo_label.load_labels(args, splits[1])[0]) == 1
 
 
 def test_a_warning_says_when_nothing_is_kept(makers, capsys):
