@@ -27,7 +27,6 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 import common
-import ensemble
 import pseudo_label
 import train
 from common import IGNORE_INDEX, PAINT_ORDERS, SUBMIT_SIZE
@@ -1061,7 +1060,7 @@ def test_names_from_the_data_obey_nothing_in_a_terminal_a_table_or_a_picture(dat
     common.write_csv(tmp_path / "a.csv", [{f"iou {name}": 0 for name in split.classes}])
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
     assert f"iou {SHOWN}" in common.read_csv(tmp_path / "a.csv", ())[0]
-    ensemble.write_sheet(tmp_path / "s.png", [[("a", np.zeros((8, 400, 3), np.uint8))]], split.classes)
+    common.write_sheet(tmp_path / "s.png", [[("a", np.zeros((8, 400, 3), np.uint8))]], dict(enumerate(split.classes)))
     assert Image.open(tmp_path / "s.png").height == 8 + 4 * 18  # a line for the caption and for each class
     new = {str(p.relative_to(tmp_path)).split("/")[0] for p in map(Path, snapshot(tmp_path).keys() - before.keys())}
     assert new == {"cache", "exp", "a.csv", "s.png"}  # no name has become a path
