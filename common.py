@@ -112,7 +112,7 @@ def read_json(path):
     except OSError as e:
         raise SystemExit(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError, MemoryError) as e:
-        raise SystemExit(f"{path}: not JSON: {e or 'out of memory'}") from None
+        raise SystemExit(f"{path}: not JSON: {str(e) or 'out of memory'}") from None
 
 
 def write_csv(path, rows):
