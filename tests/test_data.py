@@ -1148,8 +1148,8 @@ def changed_json(draw, content):
     """The bytes of a JSON file with one to four of its values replaced, removed, doubled or put elsewhere."""
     coco = json.loads(content)
     for _ in range(draw(st.integers(1, 4))):
-        every = list(places(coco))
-        container, key = every[draw(st.integers(0, len(every) - 1))] if every else (coco, "images")
+        every = list(places(coco)) or [*places({"images": coco})]
+        container, key = every[draw(st.integers(0, len(every) - 1))]
         how = draw(st.integers(0, 3))
         if how == 1:
             del container[key]
