@@ -112,7 +112,7 @@ def read_json(path):
     except OSError as e:
         raise SystemExit(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError, MemoryError) as e:
-        raise SystemExit(f"{path}: not JSON: {e or 'out of memory'}") from None
+        raise SystemExit(f"{path}: not JSON: {str(e) or 'out of memory'}") from None
 
 
 def write_csv(path, rows):
@@ -283,7 +283,7 @@ def rle_counts(counts):
             value = int(digits[::-1].translate(RLE_DIGITS), 32)
             value -= 32 ** len(digits) if digits[-1] >= "@" else 0  # the highest bit is the sign
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-    return counts if isinstance(counts, list) and all(type(c) is int and c >= 0 for c in counts) else None
+    return counts if isinstance(counts, list) and all(type(c) is int and 0 <= c < 2 ** 32 for c in counts) else None
 
 
 def segmentation_fault(segmentation, height, width):
@@ -383,8 +383,8 @@ def entries(coco, key, faults):
             return
         if not isinstance(entry, dict):
             faults.append(f"{key}[{position}] is not an object")
-        elif type(entry.get("id")) is not int:
-            yield entry, "has no whole number as id"
+        elif type(entry.get("id")) is not int or abs(entry["id"]) >= 2 ** 63:
+            yield entry, "has no whole number of 64 bits as id"
         elif entry["id"] in ids:
             yield entry, f"has an id that another {key.removesuffix('s')} has too"
         else:
@@ -402,19 +402,17 @@ def name_fault(name, root):
     """What is wrong with a file_name, or None."""
     if not isinstance(name, str) or not name:
         return "has no file_name"
-    if UNSAFE.search(name):
-        return "has an impossible file_name, with control characters"
-    if not Path(os.path.realpath(root / name)).is_relative_to(os.path.realpath(root)):
-        return "has a file_name that leads out of DATA"
-    return None
+    if UNSAFE.search(name) or len(name) > 500:
+        return "has an impossible file_name: with control characters or over 500 long"
+    inside = Path(os.path.realpath(root / name)).is_relative_to(os.path.realpath(root))
+    return None if inside else "has a file_name that leads out of DATA"
 
 
 def size_fault(height, width):
     """What is wrong with the size of a photo in the JSON, or None."""
     if all(type(side) is int and 0 < side < 2 ** 16 for side in (height, width)) and height * width <= MAX_PIXELS:
         return None
-    return (f"of height and width {clean((height, width))}: not whole numbers from 1 to 65535, or over {MAX_PIXELS} "
-            "pixels of memory in all")
+    return f"of height and width {clean((height, width))}: not from 1 to 65535, or over {MAX_PIXELS} pixels of memory"
 
 
 def read_categories(coco, faults):
@@ -611,10 +609,9 @@ def check_photo(root, photo, paint):
     path = root / photo["file_name"]
     try:
         read_image(path, *photo["size"])
-        digest = file_hash(path)
-    except (ValueError, OSError) as e:
+    except ValueError as e:
         return f"image {photo['id']} ({photo['file_name']}) {e}", "", None
-    return None, digest, paint_mask(photo["objects"], *photo["size"], paint)
+    return None, file_hash(path), paint_mask(photo["objects"], *photo["size"], paint)
 
 
 def merge_groups(photos, digests):

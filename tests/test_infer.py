@@ -336,6 +336,50 @@ def test_a_folder_in_which_another_process_predicts_is_refused(tiny_data, cache,
         infer.main(infer_line(tiny_data, cache, run))
 
 
+# ---- test photos that can't be read -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tiny_data, tmp_path):
+    """A copy of the data to break: (folder, test.json's photos)."""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    return data, [data / image["file_name"] for image in common.read_json(data / "test.json")["images"]]
+
+
+def test_an_unreadable_test_photo_is_background_in_the_store_and_the_others_are_predicted(
+        tiny_data, photos, cache, trained, run, splits):
+    data, paths = photos
+    paths[1].write_bytes(paths[1].read_bytes()[:700])
+    infer.main(infer_line(data, cache, run, "--split", "test"))
+    info, store, sound = common.read_json(run / "test.json"), np.load(run / "test.npy"), np.load(trained / "test.npy")
+    assert info["unreadable"] == [splits[1].ids[1]] and info["image_ids"] == splits[1].ids
+    assert (store[1, 0] == 255).all() and not store[1, 1:].any()
+    assert np.abs(store[[0, 2, 3]].astype(int) - sound[[0, 2, 3]]).max() <= 1
+    shutil.copy(tiny_data / splits[1].file_names[1], paths[1])
+    infer.main(infer_line(data, cache, run, "--split", "test"))
+    assert_same_stores(run, trained)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_photo_that_breaks_while_others_are_predicted_is_one_line_and_the_same_line_again_carries_on(
+        photos, cache, run, splits, monkeypatch, workers):
+    data, paths = photos
+    load = infer.load_data
+
+    def load_and_break(*args):
+        sets = load(*args)
+        paths[3].unlink()
+        return sets
+    line = infer_line(data, cache, run, "--split", "test", "--workers", workers, "--tta", "none")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as refusal:
+        patch.setattr(infer, "load_data", load_and_break)
+        common.run_script(infer.main, line)
+    text = refusal.value.code
+    assert f"image {splits[1].ids[3]} (" in text and "is missing: run the same again" in text and "\n" not in text
+    infer.main(line)
+    assert common.read_json(run / "test.json")["unreadable"] == [splits[1].ids[3]]
+
+
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,9 @@
 """The real scripts through make and as processes, on the smallest data, models and grid."""
 import csv
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -44,12 +46,16 @@ def disc(height, width, seed):
 
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory):
-    """A finished `make submit` on photos of 480 x 360 with two classes, as RLE, and ids with gaps."""
+    """A finished `make submit` on photos of 480 x 360: two classes, as RLE, ids with gaps, one test photo broken."""
     repo = clone(tmp_path_factory.mktemp("pipeline") / "repo")
     images = [(7 * i + 3, 360, 480) for i in range(8)]
     write_coco(repo / "data", images, [(i, n % 2 + 4, disc(h, w, i)) for n, (i, h, w) in enumerate(images)],
                categories=[(4, "Can"), (5, "Cup, small")], test_images=[(50, 360, 480), (20, 360, 480), (31, 360, 480)])
-    (repo / "log").write_text(make(repo, "-j2", "submit").stdout)
+    broken = repo / "data/batch_01/0020.png"
+    broken.rename(repo / "sound.png")
+    broken.write_bytes((repo / "sound.png").read_bytes()[:5000])
+    done = make(repo, "-j2", "submit")
+    (repo / "log").write_text(done.stdout + done.stderr)
     return repo
 
 
@@ -60,6 +66,16 @@ def test_submission_has_a_class_id_for_every_pixel_in_the_order_of_test_json(rep
     for _, text in rows[1:]:
         ids = text.split(" ")
         assert len(ids) == 256 * 256 and set(ids) <= {"0", "1", "2"}
+
+
+def test_a_broken_test_photo_is_told_and_background_and_the_submission_is_made(repo):
+    csv.field_size_limit(2 ** 31 - 1)
+    log, text = (repo / "log").read_text(), (repo / "out/main/submission.csv").read_text()
+    assert "warning: test.json: image 20 (batch_01/0020.png) image file is truncated" in log
+    assert set(list(csv.reader(text.splitlines()))[2][1].split(" ")) == {"0"}
+    assert "the submission stands, but of 1 photo(s)" in log and "background: 20;" in log
+    for fold in "01":
+        assert re.search(r"^20,0,unreadable,", (repo / f"out/main/r1/pseudo/f{fold}/index.csv").read_text(), re.M)
 
 
 def test_scores_of_recipe_vote_and_background_are_printed(repo):
@@ -93,6 +109,42 @@ def test_every_broken_photo_is_listed_by_one_command_and_nothing_is_trained(repo
     assert "2 fault(s)" in done.stderr and not list(broken.glob("out/main/r0"))
 
 
+HOLD = """import importlib, sys
+script, name, *line = sys.argv[1:]
+script = importlib.import_module(script)
+def stay(*args, **kwargs):
+    print("here", flush=True)
+    sys.stdin.read()
+setattr(script, name, stay)  # it is called with the lock held
+script.run_script(script.main, script.parse_args(line))"""
+
+
+@pytest.mark.parametrize(("script", "name", "line", "held"), [
+    ("infer", "claim_device", ["--checkpoint", "{run}/model.pt"], "{run}"),
+    ("pseudo_label", "hand_decisions", ["--exp", "{repo}/out/main", "--round", "1", "--fold", "0", "{run}/test.json"],
+     "{repo}/out/main/r1/pseudo/f0"),
+    ("ensemble", "open_members", ["soft", "--out", "{repo}/out/main/submission.csv", "{run}"],
+     "{repo}/out/main/submission.csv"),
+    ("ensemble", "member_weights", ["hard", "--out", "{repo}/out/main/voted.csv", "{run}"],
+     "{repo}/out/main/voted.csv")])
+def test_a_second_job_for_one_output_names_the_first_and_a_killed_one_holds_nothing(repo, script, name, line, held):
+    names = {"repo": repo, "run": repo / "out/main/r0/unet/tu-mobilenetv3_small_100/s64/f0"}
+    line = [word.format(**names) for word in line] + ["--data", str(repo / "data"), "--cache", str(repo / "out/cache")]
+    hold = [sys.executable, "-c", HOLD, script, name, *line]
+    for after_a_kill in (False, True):
+        with subprocess.Popen(hold, cwd=ROOT, env=ENV, text=True, stdin=-1, stdout=-1) as first:
+            try:
+                assert any(text == "here\n" for text in first.stdout)
+                if not after_a_kill:
+                    again = [sys.executable, str(ROOT / f"{script}.py"), *line]
+                    second = subprocess.run(again, env=ENV, text=True, capture_output=True)
+                    holder = f"pid {first.pid} on {socket.gethostname()}"
+                    assert second.returncode == 1 and second.stderr == (
+                        f"{held.format(**names)} is in use by {holder}: wait for it or stop it\n")
+            finally:
+                first.kill()
+
+
 RUN = "r0/unet/tu-mobilenetv3_small_100/s64/f0"
 
 
@@ -119,3 +171,9 @@ def test_a_run_is_one_processs_and_when_that_is_killed_carries_on_to_the_same_we
         killed, straight = (torch.load(tmp_path / exp / RUN / name, weights_only=True)["model"]
                             for exp in ("killed", "straight"))
         assert all(torch.equal(straight[key], killed[key]) for key in straight)
+
+
+def test_a_mended_photo_is_predicted_anew_by_the_same_command(repo):
+    os.replace(repo / "sound.png", repo / "data/batch_01/0020.png")  # with the time that it always had
+    plan = make(repo, "-n", "submit").stdout
+    assert "train.py --check" in plan and plan.count("infer.py") == 4 and "ensemble.py soft" in plan

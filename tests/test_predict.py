@@ -138,6 +138,51 @@ def test_a_faulty_submission_is_refused_naming_its_lines(good_csv, tmp_path, fau
     assert [line.split("bad.csv line ")[1].split(",")[0].split(":")[0] for line in faults] == [str(n) for n in numbers]
 
 
+@pytest.mark.parametrize(("position", "text", "told"), [
+    (700, "12", "row 2, column 188, both from 0, is 12"), (0, "-1", "row 0, column 0, both from 0, is -1"),
+    (65535, "metal", "row 255, column 255, both from 0, is metal"), (256, "nan", "row 1, column 0, both from 0, is n"),
+    (1, "9" * 40, "column 1, both from 0, is " + "9" * 30), (1, "\x1b[2J", r"is \x1b[2J"), (1, "é" * 40, "is é"),
+    (9, "", "there are 65535"), (9, "1 1", "there are 65537")])
+def test_the_pixel_that_is_no_class_is_named(good_csv, tmp_path, position, text, told):
+    rows = good_csv.read_text().splitlines()
+    (tmp_path / "bad.csv").write_text("\n".join([*rows[:2], replace_id(rows[2], position, text), rows[3]]) + "\n")
+    fault, = submission_faults(tmp_path / "bad.csv", ["7", "3", "12"], 12)
+    assert "line 3, image 3: not 65536 ids of 0 to 11: " in fault and told in fault and fault.isprintable()
+
+
+HARMLESS = {
+    "byte order mark": lambda content: b"\xef\xbb\xbf" + content,
+    "CRLF": lambda content: content.replace(b"\n", b"\r\n"),
+    "spaces": lambda content: content.replace(b" ", b"  ").replace(b"\n", b" \n").replace(b",", b", ", 1),
+    "tabs": lambda content: content.replace(b" ", b"\t"),
+    "leading noughts": lambda content: content.replace(b" 1 ", b" 01 "),
+    "quotes": lambda content: content.replace(b",", b',"').replace(b"\n", b'"\n').replace(b'"', b"", 2),
+    "no last line end": lambda content: content[:-1]}
+
+
+@pytest.mark.parametrize("change", HARMLESS)
+def test_what_a_spreadsheet_does_to_a_submission_is_harmless(good_csv, tmp_path, change):
+    (tmp_path / "a.csv").write_bytes(HARMLESS[change](good_csv.read_bytes()))
+    assert (tmp_path / "a.csv").read_bytes() != good_csv.read_bytes()
+    rows = list(ensemble.read_submission(tmp_path / "a.csv", ["7", "3", "12"], 12))
+    assert [fault for fault, _ in rows] == [None] * 3
+    assert (np.stack([mask for _, mask in rows]) == masks(3)).all()
+
+
+@given(st.data())
+def test_a_changed_submission_is_read_or_refused_in_clean_lines(good_csv, tmp_path_factory, choices):
+    path, content = tmp_path_factory.getbasetemp() / "changed.csv", good_csv.read_bytes()
+    for _ in range(choices.draw(st.integers(1, 4))):
+        start = choices.draw(st.one_of(st.integers(0, 60), st.integers(0, len(content))))
+        new = choices.draw(st.one_of(st.binary(max_size=4), st.sampled_from([
+            b'"', b",", b"\n", b"\r", b"\0", b"nan", b"-", b"9" * 30, b"\xff", b"\x1b[2J", b"\xe2\x80\xae"])))
+        content = content[:start] + new + content[start + choices.draw(st.integers(0, 3)):]
+    path.write_bytes(content)
+    rows = list(ensemble.read_submission(path, ["7", "3", "12"], 12))
+    assert all(fault is None or fault.isprintable() for fault, _ in rows)
+    assert all(mask.shape == (SUBMIT_SIZE, SUBMIT_SIZE) and mask.max() < 12 for fault, mask in rows if not fault)
+
+
 @pytest.mark.parametrize("header", ["", "image_id", "image_id,prediction", "PredictionString,image_id",
                                     "image_id,PredictionString,x"])
 def test_a_submission_with_another_header_is_refused(good_csv, tmp_path, header):
@@ -243,6 +288,18 @@ def test_a_picture_of_predictions_stands_beside_the_submission(tiny_data, cache,
     soft(tmp_path, tiny_data, cache, [voters["b", 0]])
     sheet = cv2.imread(str(tmp_path / "s.png"))
     assert sheet is not None and sheet.shape[0] > 2 * SUBMIT_SIZE and sheet.shape[1] == 6 * SUBMIT_SIZE
+
+
+@pytest.mark.parametrize("command", ["soft", "hard"])
+def test_background_for_want_of_a_photo_makes_a_whole_submission_and_exit_code_3(
+        tiny_data, cache, splits, changeable, tmp_path, command, capsys):
+    ids = splits[1].ids
+    for key, unreadable in ((("a", 0), [ids[1]]), (("b", 1), [ids[2], ids[1]])):
+        change_json(changeable[key] / "test.json", unreadable=unreadable)
+    with pytest.raises(SystemExit) as stop:
+        ensemble.main(ensemble_line(command, tiny_data, cache, changeable.values(), "--out", str(tmp_path / "s.csv")))
+    assert stop.value.code == 3 and f"background: {ids[1]}, {ids[2]}; mend" in capsys.readouterr().err
+    assert submission_faults(tmp_path / "s.csv", [str(i) for i in ids], 12) == []
 
 
 def test_the_submission_has_no_class_below_its_minimum_area(tiny_data, cache, voters, tmp_path, monkeypatch):
