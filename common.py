@@ -19,11 +19,13 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -33,6 +35,7 @@ from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from textwrap import shorten
+from urllib.request import getproxies
 
 import numpy as np
 from tqdm import tqdm
@@ -42,6 +45,7 @@ IGNORE_INDEX = 255
 SUBMIT_SIZE = 256  # side of a submitted mask, pixels: the competition's
 MAX_CLASSES = 200  # with the background; a submission is written with a byte for each id
 MAX_PIXELS = 100_000_000  # of one photo: 300 MB decoded
+ORDER, SAMPLE, STEP = range(1, 4)  # lead a seed each, so that no two uses draw the same: numpy pads seeds with zeros
 
 # ---- files and devices ----------------------------------------------------------------------------------------------
 
@@ -57,6 +61,9 @@ def atomic_write(path):
         with open(scratch, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(scratch, path)
+    except OSError as e:  # of a full disk it doesn't say which file
+        e.filename = e.filename or str(path)
+        raise
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -77,21 +84,44 @@ def number(kind, low, high=math.inf, step=None):
     return parse
 
 
+def check_space(folder, needed):
+    """Raise SystemExit when fewer than `needed` bytes are free in `folder`."""
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise SystemExit(f"{folder}: {needed:,} bytes are needed there, {free:,} are free")
+
+
 def run_script(main, args):
-    """main(args), with one line instead of a traceback for files that can't be used and for Ctrl-C."""
+    """main(args), with one line instead of a traceback for files that can't be used, lost loaders, Ctrl-C and SIGTERM.
+
+    SIGTERM ends it as Ctrl-C does, by a KeyboardInterrupt in the main thread.
+    """
     rank, n_ranks = ranks()
     if n_ranks > 1:  # in a session of its own, where a signal that kills torchrun and its group doesn't reach it
         kill_me_with_parent = 1  # PR_SET_PDEATHSIG in prctl.h
         ctypes.CDLL(None).prctl(kill_me_with_parent, signal.SIGKILL)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+    terminated = []
+
+    def terminate(number, _):
+        signal.signal(number, signal.SIG_IGN)  # a second one would break off the cleaning up
+        terminated.append(number)
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main(args)
-    except OSError as e:
-        raise SystemExit(f"{e.filename or 'a file'}: {e.strerror or e}") from None
-    except KeyboardInterrupt:
-        print("interrupted; the same command carries on", file=sys.stderr)
-        raise SystemExit(130) from None
+    except (KeyboardInterrupt, Exception) as e:
+        said = str(e).strip().splitlines() or ["interrupted"]
+        if isinstance(e, KeyboardInterrupt) or terminated:  # then a loader or another rank may have ended before
+            if not rank:
+                print(f"{said[0]}; the same command carries on", file=sys.stderr)
+            raise SystemExit(143 if terminated else 130) from None
+        if said[0].startswith("DataLoader worker"):
+            raise SystemExit(f"{said[0]} Too little memory? Lower --workers; the same command carries on") from None
+        if not isinstance(e, OSError):
+            raise
+        # one from a loader process ends with its own line, and has no file
+        raise SystemExit(f"{e.filename}: {e.strerror}" if e.strerror else said[-1].removeprefix("OSError: ")) from None
 
 
 def write_json(path, value):
@@ -164,17 +194,24 @@ def lock(folder, wait=False):
         yield
 
 
-def save_checkpoint(path, **state):
-    """Write tensors and plain values, so that loading needs no pickle."""
+def save_checkpoint(path, previous=None, **state):
+    """Write tensors and plain values, so that loading needs no pickle; the file that was there becomes `previous`."""
     import torch
     with atomic_write(path) as scratch:
-        torch.save(state, scratch)
+        try:
+            torch.save(state, scratch)
+        except RuntimeError as e:  # torch's own for a write that failed
+            raise OSError(None, f"can't be written, is the disk full? ({str(e).splitlines()[0]})", str(path)) from None
+        if previous and path.exists():
+            os.replace(path, previous)
 
 
 def load_checkpoint(path):
     """The dict that save_checkpoint wrote, on the CPU; raises SystemExit when the file is not one."""
     import torch
     try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch doesn't look at checksums
+            raise ValueError(f"the checksum of {part} in it is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such checkpoint") from None
@@ -459,7 +496,10 @@ class Split:
     fingerprint: str  # of the JSON and the paint order
 
     def image(self, index):
-        return read_image(self.root / self.file_names[index], *self.sizes[index])
+        try:
+            return read_image(self.root / self.file_names[index], *self.sizes[index])
+        except (OSError, ValueError) as e:
+            raise OSError(f"image {self.ids[index]} ({self.file_names[index]}) has changed: {e}") from None
 
     @cached_property
     def starts(self):
@@ -672,7 +712,7 @@ class TrainSamples:
         image = split.image(i)
         mask = (np.array(split.mask(i)) if label is None
                 else cv2.resize(label, image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT))
-        return self.augment(image, mask, np.random.default_rng([self.seed, epoch, index]))
+        return self.augment(image, mask, np.random.default_rng([SAMPLE, self.seed, epoch, index]))
 
 
 class EpochBatches:
@@ -681,6 +721,7 @@ class EpochBatches:
     Each rank gets its share of every batch. A last batch that would leave a rank fewer than two images, which batch
     norm needs, joins the batch before it. With `odds` [N] images are drawn by them, else each comes once.
     """
+    first = 0  # set it to begin at a later batch
 
     def __init__(self, n_images, batch_size, seed, odds=None):
         self.n_images, self.seed, self.odds, self.epoch = n_images, seed, odds, 0
@@ -693,10 +734,10 @@ class EpochBatches:
         return len(self.starts)
 
     def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch])
+        rng = np.random.default_rng([ORDER, self.seed, self.epoch])
         order = (rng.permutation(self.n_images) if self.odds is None
                  else rng.choice(self.n_images, self.n_images, p=self.odds))
-        for batch in np.split(order, self.starts[1:]):
+        for batch in np.split(order, self.starts[1:])[self.first:]:
             yield [(self.epoch, index) for index in batch[self.rank::self.n_ranks].tolist()]
 
 
@@ -785,6 +826,7 @@ def build_model(name, n_classes, weights="none"):
     weights: "none", "imagenet" (downloaded), or a file with a plain timm or torchvision state dict of the encoder.
     Raises SystemExit when the name, the pair or the weights don't work, with the reason.
     """
+    import huggingface_hub
     import segmentation_models_pytorch as smp
     import timm
     import torch
@@ -798,6 +840,10 @@ def build_model(name, n_classes, weights="none"):
     logging.getLogger("timm.models").setLevel(logging.ERROR)  # it warns of the classifier's keys, which aren't needed
     try:
         if weights == "imagenet":
+            try:
+                socket.create_connection(("huggingface.co", 443), timeout=5).close()
+            except OSError:  # without a proxy or mirror: the hub would try for a minute; what it has kept will do
+                huggingface_hub.constants.HF_HUB_OFFLINE |= not getproxies() and "HF_ENDPOINT" not in os.environ
             options["encoder_weights"] = True if of_timm else weights
         elif from_file and of_timm:
             with torch.device("meta"):  # a trial without memory: given a file, timm itself lets keys be missing
