@@ -20,11 +20,13 @@ import os
 import platform
 import re
 import reprlib
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -34,6 +36,7 @@ from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from textwrap import shorten
+from urllib.request import getproxies
 
 import numpy as np
 from tqdm import tqdm
@@ -44,6 +47,7 @@ SUBMIT_SIZE = 256  # side of a submitted mask, pixels: the competition's
 MAX_CLASSES = 200  # with the background; a submission is written with a byte for each id
 MAX_PIXELS = 89_000_000  # of one photo: 267 MB decoded; from 89.5 million on Pillow warns of a bomb
 MAX_FAULTS = 1000  # of one list of a JSON file: reading it ends there
+ORDER, SAMPLE, STEP = range(1, 4)  # lead a seed each, so that no two uses draw the same: numpy pads seeds with zeros
 
 # ---- files and devices ----------------------------------------------------------------------------------------------
 
@@ -59,6 +63,9 @@ def atomic_write(path):
         with open(scratch, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(scratch, path)
+    except OSError as e:  # of a full disk it doesn't say which file
+        e.filename = e.filename or str(path)
+        raise
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -79,22 +86,44 @@ def number(kind, low, high=math.inf, step=None):
     return parse
 
 
+def check_space(folder, needed):
+    """Raise SystemExit when fewer than `needed` bytes are free in `folder`."""
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise SystemExit(f"{folder}: {needed:,} bytes are needed there, {free:,} are free")
+
+
 def run_script(main, args):
-    """main(args), with one line instead of a traceback for files that can't be used and for Ctrl-C."""
+    """main(args), with one line instead of a traceback for files that can't be used, lost loaders, Ctrl-C and SIGTERM.
+
+    SIGTERM ends it as Ctrl-C does, by a KeyboardInterrupt in the main thread.
+    """
     rank, n_ranks = ranks()
     if n_ranks > 1:  # in a session of its own, where a signal that kills torchrun and its group doesn't reach it
         kill_me_with_parent = 1  # PR_SET_PDEATHSIG in prctl.h
         ctypes.CDLL(None).prctl(kill_me_with_parent, signal.SIGKILL)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+    terminated = []
+
+    def terminate(number, _):
+        signal.signal(number, signal.SIG_IGN)  # a second one would break off the cleaning up
+        terminated.append(number)
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main(args)
-    except OSError as e:  # one from a loader process has no strerror, but a traceback as its text
-        text = f"{e.filename or 'a file'}: {e.strerror}" if e.strerror else str(e).strip()
-        raise SystemExit(text.splitlines()[-1]) from None
-    except KeyboardInterrupt:
-        print("interrupted; the same command carries on", file=sys.stderr)
-        raise SystemExit(130) from None
+    except (KeyboardInterrupt, Exception) as e:
+        said = str(e).strip().splitlines() or ["interrupted"]
+        if isinstance(e, KeyboardInterrupt) or terminated:  # then a loader or another rank may have ended before
+            if not rank:
+                print(f"{said[0]}; the same command carries on", file=sys.stderr)
+            raise SystemExit(143 if terminated else 130) from None
+        if said[0].startswith("DataLoader worker"):
+            raise SystemExit(f"{said[0]} Too little memory? Lower --workers; the same command carries on") from None
+        if not isinstance(e, OSError):
+            raise
+        # one from a loader process ends with its own line, and has no file
+        raise SystemExit(f"{e.filename}: {e.strerror}" if e.strerror else said[-1].removeprefix("OSError: ")) from None
 
 
 def write_json(path, value):
@@ -171,17 +200,24 @@ def lock(folder, wait=False, name=".lock"):
         yield
 
 
-def save_checkpoint(path, **state):
-    """Write tensors and plain values, so that loading needs no pickle."""
+def save_checkpoint(path, previous=None, **state):
+    """Write tensors and plain values, so that loading needs no pickle; the file that was there becomes `previous`."""
     import torch
     with atomic_write(path) as scratch:
-        torch.save(state, scratch)
+        try:
+            torch.save(state, scratch)
+        except RuntimeError as e:  # torch's own for a write that failed
+            raise OSError(None, f"can't be written, is the disk full? ({str(e).splitlines()[0]})", str(path)) from None
+        if previous and path.exists():
+            os.replace(path, previous)
 
 
 def load_checkpoint(path):
     """The dict that save_checkpoint wrote, on the CPU; raises SystemExit when the file is not one."""
     import torch
     try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch doesn't look at checksums
+            raise ValueError(f"the checksum of {part} in it is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such checkpoint") from None
@@ -496,7 +532,8 @@ class Split:
         try:
             return read_image(self.root / self.file_names[index], *self.sizes[index])
         except ValueError as e:
-            raise OSError(f"image {self.ids[index]} ({self.file_names[index]}) {e}: run the same again") from None
+            name = f"image {self.ids[index]} ({self.file_names[index]})"
+            raise OSError(f"{name} has changed: {e}: run the same again") from None
 
     @cached_property
     def starts(self):
@@ -715,7 +752,7 @@ class TrainSamples:
         import cv2
         epoch, index = key
         split, i, label = self.entries[index]
-        image, rng = split.image(i), np.random.default_rng([self.seed, epoch, index])
+        image, rng = split.image(i), np.random.default_rng([SAMPLE, self.seed, epoch, index])
         if label is not None and label.ndim == 3:
             label = draw_label(label, rng.random())
         mask = (np.array(split.mask(i)) if label is None
@@ -742,6 +779,7 @@ class EpochBatches:
     The last `n_pseudo` of the images have pseudo labels. With a `ratio` every batch has that many of them to each
     labelled image, and an epoch is once through the labelled ones; from `labelled_from` on epochs have only those.
     """
+    first = 0  # set it to begin at a later batch
 
     def __init__(self, n_images, batch_size, seed, odds=None, n_pseudo=0, ratio=0, labelled_from=math.inf):
         self.n_images, self.batch_size, self.seed, self.odds, self.epoch = n_images, batch_size, seed, odds, 0
@@ -765,7 +803,7 @@ class EpochBatches:
         return max(1, full + (left > 0 and left + sum(n for _, n in others) >= 2 * self.n_ranks))
 
     def __iter__(self):
-        rng, parts = np.random.default_rng([self.seed, self.epoch]), []
+        rng, parts = np.random.default_rng([ORDER, self.seed, self.epoch]), []
         for images, share in self.sources():
             n = share * len(self) if parts else len(images)
             if self.odds is not None:
@@ -773,7 +811,7 @@ class EpochBatches:
             else:
                 order = np.concatenate([rng.permutation(images) for _ in range(math.ceil(n / len(images)))])[:n]
             parts.append(np.split(order, share * np.arange(1, len(self))))
-        for batch in map(np.concatenate, zip(*parts, strict=True)):
+        for batch in list(map(np.concatenate, zip(*parts, strict=True)))[self.first:]:
             yield [(self.epoch, index) for index in batch[self.rank::self.n_ranks].tolist()]
 
 
@@ -862,6 +900,7 @@ def build_model(name, n_classes, weights="none"):
     weights: "none", "imagenet" (downloaded), or a file with a plain timm or torchvision state dict of the encoder.
     Raises SystemExit when the name, the pair or the weights don't work, with the reason.
     """
+    import huggingface_hub
     import segmentation_models_pytorch as smp
     import timm
     import torch
@@ -875,6 +914,10 @@ def build_model(name, n_classes, weights="none"):
     logging.getLogger("timm.models").setLevel(logging.ERROR)  # it warns of the classifier's keys, which aren't needed
     try:
         if weights == "imagenet":
+            try:
+                socket.create_connection(("huggingface.co", 443), timeout=5).close()
+            except OSError:  # without a proxy or mirror: the hub would try for a minute; what it has kept will do
+                huggingface_hub.constants.HF_HUB_OFFLINE |= not getproxies() and "HF_ENDPOINT" not in os.environ
             options["encoder_weights"] = True if of_timm else weights
         elif from_file and of_timm:
             with torch.device("meta"):  # a trial without memory: given a file, timm itself lets keys be missing

@@ -12,11 +12,12 @@ import hashlib
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from tqdm import tqdm
 
-from common import (SUBMIT_SIZE, EvalPhotos, Help, amp, atomic_write, build_model, claim_device, file_hash,
+from common import (SUBMIT_SIZE, EvalPhotos, Help, amp, atomic_write, build_model, check_space, claim_device, file_hash,
                     load_checkpoint, load_data, lock, normalise, number, open_store, ranks, resize_probs, run_script,
                     tune_process, write_json, write_npy_header)
 
@@ -116,11 +117,15 @@ def load_model(path):
         raise SystemExit(f"{path}: not a model.pt of train.py")
     import torch
     model = build_model(state["recipe"]["model"], len(state["classes"]))
-    model.load_state_dict(state.pop("model"))
+    try:
+        model.load_state_dict(state.pop("model"))
+    except RuntimeError as e:
+        raise SystemExit(f"{path}: its weights are not those of {state['recipe']['model']} as it is built here: "
+                         f"{shorten(str(e), 300)}") from None
     return model.to(memory_format=torch.channels_last).eval(), state
 
 
-def load_models(paths, device):
+def load_models(paths):
     """(models, content of the first checkpoint besides, what names them all) of checkpoints with one recipe."""
     models, states = zip(*map(load_model, paths), strict=True)
     for path, state in zip(paths, states, strict=True):
@@ -128,7 +133,7 @@ def load_models(paths, device):
             raise SystemExit(f"{path} and {paths[0]} are of different runs: give the epochs of one")
     names = [{"file": path.name, "hash": file_hash(path), "epoch": state["epoch"]}
              for path, state in zip(paths, states, strict=True)]
-    return [model.to(device) for model in models], states[0], names
+    return models, states[0], names
 
 
 def find_photos(split, ids, checkpoint):
@@ -149,9 +154,11 @@ def predict_split(models, recipe, photos, path, info, args, device):
     import torch
     from torch.utils.data import DataLoader
     rank, n_ranks = ranks()
+    store_bytes = len(photos) * len(info["classes"]) * SUBMIT_SIZE ** 2
     parts = path.with_name(f".{path.stem}.parts") / hashlib.sha256(repr((info, args.batch)).encode()).hexdigest()[:16]
     batches = {parts / f"{start:06}": range(start, min(start + args.batch, len(photos)))
                for start in range(0, len(photos), args.batch)}
+    check_space(path.parent, 2 * store_bytes - sum(part.stat().st_size for part in batches if part.exists()))
     mine = [part for part in list(batches)[rank::n_ranks] if not part.exists()]
     loader = DataLoader(photos, batch_sampler=[batches[part] for part in mine], num_workers=args.workers,
                         pin_memory=device.type == "cuda", multiprocessing_context="fork" if args.workers else None)
@@ -162,7 +169,7 @@ def predict_split(models, recipe, photos, path, info, args, device):
         unread = [photos.split.faults[photos.indices[item]] is not None for item in batches[part]]
         stored[unread] = np.where(np.arange(stored.shape[1]) == 0, 255, 0)[:, None, None]  # surely background
         with atomic_write(part) as scratch:
-            stored.tofile(scratch)
+            scratch.write_bytes(stored)
     if n_ranks > 1:
         torch.distributed.barrier()
     if rank == 0:
@@ -196,8 +203,7 @@ def main(args):
     tta = args.tta if args.tta_scales == [1] else f"{args.tta} x {','.join(f'{s:g}' for s in args.tta_scales)}"
     folder = args.checkpoint[0].parent
     with lock(folder) if ranks()[0] == 0 else nullcontext():
-        device = claim_device(args.device)
-        models, state, names = load_models(args.checkpoint, device)
+        models, state, names = load_models(args.checkpoint)
         recipe, classes = state["recipe"], state["classes"]
         train, test = load_data(args.data, args.cache, recipe["paint"])
         if classes != train.classes:
@@ -214,6 +220,8 @@ def main(args):
             if is_done(path, info):
                 print(f"{path} is there and was made like this: nothing to do")
                 continue
+            device = claim_device(args.device)  # which may wait for a GPU
+            models = [model.to(device) for model in models]
             predict_split(models, recipe, EvalPhotos(split, indices, recipe["scale"]), path, info, args, device)
             print(f"{path}: {len(indices)} images")
 

@@ -12,17 +12,21 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from tqdm import tqdm
 
-from common import (AUGMENTATIONS, DECODERS, LOSSES, PAINT_ORDERS, STRIDE, EpochBatches, EvalPhotos, Help, TrainSamples,
-                    amp, build_model, claim_device, classmix, confusion, encoder_mean_std, file_hash, load_checkpoint,
-                    load_data, load_folds, lock, make_augmentation, make_loss, normalise, number, ranks, rare_odds,
-                    resize_probs, run_folder, run_script, save_checkpoint, scores, tune_process, write_csv, write_json)
+from common import (AUGMENTATIONS, DECODERS, LOSSES, PAINT_ORDERS, STEP, STRIDE, EpochBatches, EvalPhotos,
+                    Help, TrainSamples, amp, build_model, check_space, claim_device, classmix, confusion,
+                    encoder_mean_std, file_hash, load_checkpoint, load_data, load_folds, lock, make_augmentation,
+                    make_loss, normalise, number, ranks, rare_odds, resize_probs, run_folder, run_script,
+                    save_checkpoint, scores, tune_process, write_csv, write_json)
 from pseudo_label import check_labels, load_labels
 
+STATES, PLACE = ("model", "ema", "optimizer", "scaler"), ("epoch", "step", "total", "parts", "log", "best")  # last.pt's
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
+MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
 LOGGERS = ("tensorboard", "wandb")
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -97,6 +101,8 @@ def parse_args(argv=None):
         recipe.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
     system = parser.add_argument_group("system: none of these decides the recipe")
     system.add_argument("--replace", action="store_true", help="replace a run of another recipe instead of refusing")
+    system.add_argument("--save-every", type=number(int, 0), default=0, metavar="N",
+                        help="write last.pt after every N steps, not only after an epoch")
     system.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks, shared by experiments")
     system.add_argument("--device", default="auto", help="auto takes the first idle GPU, or the CPU")
     system.add_argument("--workers", type=number(int, 0), help="of the loader; none on a CPU, else one a core up to 8")
@@ -188,38 +194,59 @@ def backward(run, images, masks, device):
     return backward(run, images, masks, device)
 
 
-def train_one_epoch(run, loader, args, recipe, device):
-    """One pass; returns (mean loss, last learning rate, images/s)."""
+def train_one_epoch(run, loader, args, recipe, device, save):
+    """The epoch from run["step"] on; returns (mean loss, last learning rate, images/s, skipped steps).
+
+    A step whose gradient isn't finite changes nothing and is counted; all ranks see the same gradient. run["total"] is
+    float32 [3]: sum of losses, skipped steps, those skipped in a row.
+    """
     import torch
-    model, optimizer, scaler, epoch = run["model"], run["optimizer"], run["scaler"], run["epoch"]
+    model, optimizer, scaler, epoch, total = run["model"], run["optimizer"], run["scaler"], run["epoch"], run["total"]
     model.train()
-    loss_sum, images_seen, started = torch.zeros((), device=device), 0, time.time()
-    bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=True if ranks()[0] else None)
-    for step, (images, masks) in enumerate(bar):
+    images_seen, started = 0, time.time()
+    bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", len(loader), initial=run["step"], leave=False,
+               disable=True if ranks()[0] else None)
+    for step, (images, masks) in enumerate(bar, run["step"]):
         lr = learning_rate((epoch + (step + 0.5) / len(loader)) / args.epochs, args)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
         images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
+        rng = np.random.default_rng([STEP, args.seed, epoch, step, ranks()[0]])
+        torch.manual_seed(int(rng.integers(2 ** 63)))  # dropout and the like
         if args.classmix != "none" and len(images) > 1:
-            rng = np.random.default_rng([args.seed, epoch, step, ranks()[0]])
             images, masks = classmix(images, masks, args.classmix_prob, run["mix_weights"], rng)
+        buffers = [buffer.clone() for buffer in model.buffers()]
         optimizer.zero_grad(set_to_none=True)
-        loss_sum += backward(run, normalise(images, recipe["mean"], recipe["std"]), masks.long(), device)
-        if args.clip:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        loss = backward(run, normalise(images, recipe["mean"], recipe["std"]), masks.long(), device)
+        if ranks()[1] > 1:
+            torch.distributed.all_reduce(loss.div_(ranks()[1]))
+        scaler.unscale_(optimizer)
+        bad = ~torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).isfinite()
+        optimizer.found_inf = bad.float()  # a fused optimizer then leaves weights and state alone, and no GPU waits
         scaler.step(optimizer)
         scaler.update()
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before.where(bad, buffer))
         run["ema"].update(model, step=epoch * len(loader) + step + 1)
+        total.copy_(torch.stack([total[0] + loss.where(~bad, 0), total[1] + bad, (total[2] + 1) * bad]))
         images_seen += len(images)
-        if not bar.disable and step % 10 == 9:  # .item() at every step would make a GPU wait
-            bar.set_postfix(loss=f"{loss_sum.item() / (step + 1):.3f}", lr=f"{lr:.1e}",
+        if step % 10 == 9:  # looking at every step would make a GPU wait
+            loss_sum, skipped, in_a_row = total.tolist()
+            if in_a_row >= MAX_SKIPPED:
+                loader.batch_sampler.first = step
+                batch = [loader.dataset.entries[index][:2] for _, index in next(iter(loader.batch_sampler))]
+                raise SystemExit(f"{MAX_SKIPPED} steps in a row without a finite gradient, the last with images "
+                                 f"{', '.join(str(split.ids[i]) for split, i in batch)}: lower --lr; {run['kept']}")
+            bar.set_postfix(loss=f"{loss_sum / max(1, step + 1 - skipped):.3f}", lr=f"{lr:.1e}",
                             images_s=f"{images_seen / (time.time() - started):.1f}")
+        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < len(loader):
+            save(step + 1)
     if ranks()[1] > 1:
-        torch.distributed.all_reduce(loss_sum)
         for buffer in run["ema"].buffers():  # each rank has seen other images; rank 0's statistics are the model's
             torch.distributed.broadcast(buffer, 0)
-    return loss_sum.item() / ranks()[1] / len(loader), lr, images_seen * ranks()[1] / (time.time() - started)
+    loss_sum, skipped, _ = total.tolist()
+    return (loss_sum / (len(loader) - skipped) if skipped < len(loader) else math.nan, lr,
+            images_seen * ranks()[1] / (time.time() - started), int(skipped))
 
 
 def evaluate(model, loader, n_classes, recipe, device):
@@ -270,6 +297,24 @@ def same_recipe(path, recipe, replace):
     return not differ
 
 
+def find_last(out):
+    """The checkpoint that an interrupted run carries on from, if any: last.pt or, when that is damaged, last-1.pt."""
+    damaged = ""
+    for path in filter(Path.exists, (out / "last.pt", out / "last-1.pt")):
+        try:
+            load_checkpoint(path)
+        except SystemExit as e:
+            damaged += f"{e}; "
+            continue
+        if damaged and ranks()[0] == 0:
+            print(f"{damaged}going back to {path}")
+            (out / "last.pt").rename(out / "last-damaged.pt")  # else the next last.pt would make it last-1.pt
+        return path
+    if damaged:
+        raise SystemExit(f"{damaged}remove {out}/last*.pt to start anew")
+    return None
+
+
 def set_prior(model, pixels):
     """Start the last bias at the log frequency of each class in `pixels` [C] (Lin et al. 2017, section 4.1)."""
     import torch
@@ -308,32 +353,59 @@ def start_run(args, classes, pixels, resume, device):
            "optimizer": getattr(torch.optim, optimizer)(
                parameter_groups(model, args.encoder_lr, args.weight_decay), lr=args.lr, fused=True, **settings),
            "scaler": torch.amp.GradScaler(device.type, enabled=amp(device).fast_dtype == torch.float16),
-           "epoch": 0, "log": [], "best": None}
+           "total": torch.zeros(3), "epoch": 0, "step": 0, "log": [], "best": None,
+           "kept": "nothing is kept yet"}
+    for p in (p for p in model.parameters() if p.requires_grad and args.optimizer == "sgd"):
+        run["optimizer"].state[p]["momentum_buffer"] = torch.zeros_like(p)  # undefined after a skipped first step
     if resume:
         state = load_checkpoint(resume)
-        for name in ("model", "ema", "optimizer", "scaler"):
-            if state[name]:  # a scaler that is off has no state
-                run[name].load_state_dict(state[name])
-        run |= {name: state[name] for name in ("epoch", "log", "best")}
-        print(f"{resume.parent}: resuming after epoch {run['epoch']}")
+        try:
+            for name in STATES:
+                if state[name]:  # a scaler that is off has no state
+                    run[name].load_state_dict(state[name])
+            run |= {name: state[name] for name in PLACE}
+        except (KeyError, RuntimeError, ValueError) as e:
+            raise SystemExit(f"{resume}: not of these scripts and libraries, remove it to start anew: "
+                             f"{shorten(str(e), 300)}") from None
+        run["kept"] = f"{resume} stands {position(run)}"
+        print(f"{resume.parent}: resuming {position(run)}")
+    run["total"] = run["total"].to(device)
     return run
+
+
+def position(run):
+    return f"after step {run['step']} of epoch {run['epoch'] + 1}" if run["step"] else f"after epoch {run['epoch']}"
 
 
 def fit(run, loaders, args, info, out, device, report):
     """Train to the last epoch; the best by v3 is kept in run["best"]. info: what every file of the run says besides."""
-    import torch
     (train_loader, valid_loader), recipe = loaders, info["recipe"]
+    finished = (out / "model.pt").exists()  # by a run that this one replaces: its log stays beside it until then
+
+    def save(step, snapshot=None):
+        run["step"] = step
+        if not out.is_dir():
+            raise SystemExit(f"{out} was removed: training stops")
+        if ranks()[0] == 0:
+            if snapshot and snapshot["epoch"] in snapshot_epochs(args):
+                save_checkpoint(out / f"epoch-{snapshot['epoch']:03}.pt", **info, **snapshot)
+            if snapshot:  # before last.pt: an epoch that counts as done is in it
+                write_csv(out / ("last.csv" if finished else "log.csv"), run["log"])
+            save_checkpoint(out / "last.pt", out / "last-1.pt", **info, **{k: run[k].state_dict() for k in STATES},
+                            **{k: run[k] for k in PLACE})
+        run["kept"] = f"{out}/last.pt stands {position(run)}"
+
     while run["epoch"] < args.epochs and not (args.overfit and run["best"] and run["best"]["v3"] >= OVERFIT_V3):
         started = time.time()
-        torch.manual_seed(args.seed * 1_000_003 + run["epoch"])  # dropout and the like, whether resumed or not
-        train_loader.batch_sampler.epoch = run["epoch"]
-        loss, lr, speed = train_one_epoch(run, train_loader, args, recipe, device)
+        train_loader.batch_sampler.epoch, train_loader.batch_sampler.first = run["epoch"], run["step"]
+        loss, lr, speed, skipped = train_one_epoch(run, train_loader, args, recipe, device, save)
         if not math.isfinite(loss):
-            raise SystemExit(f"{out}: the loss of epoch {run['epoch'] + 1} is {loss}: lower --lr")
+            raise SystemExit(f"{out}: the loss of epoch {run['epoch'] + 1} is {loss}: lower --lr; {run['kept']}")
         result = scores(evaluate(run["ema"].module, valid_loader, len(info["classes"]), recipe, device), args.batch)
         run["epoch"] += 1
+        run["total"].zero_()
         row = {"epoch": run["epoch"], "loss": loss, "lr": lr, **{k: float(result[k]) for k in ("v1", "v2", "v3")},
-               "images_per_s": speed, "seconds": time.time() - started,
+               "skipped": skipped, "images_per_s": speed, "seconds": time.time() - started,
                **({"contaminated": 1} if recipe["contaminated"] else {}),
                **{f"iou {c}": float(v) for c, v in zip(info["classes"], result["iou"], strict=True)}}
         run["log"].append(row)
@@ -341,12 +413,8 @@ def fit(run, loaders, args, info, out, device, report):
                "model": {k: v.detach().clone() for k, v in run["ema"].module.state_dict().items()}}
         if run["best"] is None or now["v3"] > run["best"]["v3"]:
             run["best"] = now
+        save(0, now)
         if ranks()[0] == 0:
-            if row["epoch"] in snapshot_epochs(args):
-                save_checkpoint(out / f"epoch-{row['epoch']:03}.pt", **info, **now)
-            write_csv(out / "log.csv", run["log"])  # before last.pt: an epoch that counts as done is in it
-            states = {name: run[name].state_dict() for name in ("model", "ema", "optimizer", "scaler")}
-            save_checkpoint(out / "last.pt", **info, **states, **{k: run[k] for k in ("epoch", "log", "best")})
             log_row(run, row, args, recipe, out)
         if report:
             report(row["epoch"], row["v3"])
@@ -366,7 +434,8 @@ def log_row(run, row, args, recipe, out):
     """Print the row and tell the logger; whatever fails there is a warning, since log.csv has it all."""
     print(f"{out} epoch {row['epoch']}/{args.epochs} loss {row['loss']:.4f} v1 {row['v1']:.4f} v2 {row['v2']:.4f} "
           f"v3 {row['v3']:.4f}{' contaminated' * recipe['contaminated']} {row['images_per_s']:.1f} images/s "
-          f"{row['seconds']:.0f} s\n   IoU "
+          f"{row['seconds']:.0f} s" + f" skipped {row['skipped']} step(s): gradient not finite" * (row["skipped"] > 0)
+          + "\n   IoU "
           + ", ".join(f"{k.removeprefix('iou ')} {v:.3f}" for k, v in row.items() if k.startswith("iou ")), flush=True)
     if args.logger:
         try:
@@ -386,8 +455,9 @@ def train_run(args, root, report=None):
     with lock(args.exp, wait=True):
         folds = load_folds(args.exp, train, args.folds)
     learn, valid = np.flatnonzero(folds != args.fold), np.flatnonzero(folds == args.fold)
+    pixels = np.array(train.pixels)
     if args.overfit:  # on the images with the most classes
-        learn = valid = learn[np.argsort(-(np.array(train.pixels)[learn] > 0).sum(1), kind="stable")][:args.overfit]
+        learn = valid = learn[np.argsort(-(pixels[learn] > 0).sum(1), kind="stable")][:args.overfit]
     out, first = run_folder(root, args.round, args.model, args.scale, args.fold), ranks()[0] == 0
     with lock(out, wait=report is not None) if first else nullcontext():
         recipe = make_recipe(args, train)
@@ -396,24 +466,37 @@ def train_run(args, root, report=None):
             print(f"{out}/model.pt is there and has this recipe: nothing to do")
             (out / "model.pt").touch()  # newer than what it was made from: make has nothing left to do
             return load_checkpoint(out / "model.pt")["v3"]
-        resume = out / "last.pt" if same_recipe(out / "last.pt", recipe, args.replace) else None
+        resume = find_last(out)
+        if resume and not same_recipe(resume, recipe, args.replace):
+            resume = None
         device = claim_device(args.device)
         if first:
-            write_json(out / "config.json", recipe | {"classes": train.classes})
-            for old in () if resume else [*out.glob("last.pt"), *out.glob("epoch-*.pt")]:  # model.pt stays
+            for old in () if resume else [*out.glob("last*"), *out.glob("epoch-*.pt")]:  # model.pt stays
                 old.unlink()
         loaders = make_loaders(args, train, test, learn, valid, device.type == "cuda")
-        run = start_run(args, train.classes, np.array(train.pixels)[learn].sum(0), resume, device)
+        run = start_run(args, train.classes, pixels[learn].sum(0), resume, device)
         info = {"recipe": recipe, "classes": train.classes, "valid_ids": [train.ids[i] for i in valid]}
-        fit(run, loaders, args, info, out, device, report)
+        for name, part in (("training", learn), ("validation", valid)):
+            if absent := [c for c, n in zip(train.classes, pixels[part].sum(0), strict=True) if not n]:
+                print(f"warning: no {name} image of fold {args.fold} has {', '.join(absent)}")
+        if first:  # three times the weights, their average, the best ones and Adam's two; the rest once
+            size = sum(tensor.nbytes for tensor in run["model"].state_dict().values())
+            check_space(out, (3 * 5 + 1 + args.snapshots) * size - sum(p.stat().st_size for p in out.glob("*.pt")))
+        try:
+            fit(run, loaders, args, info, out, device, report)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted: {run['kept']}") from None
         v3 = run["best"]["v3"]
         if args.overfit and v3 < OVERFIT_V3:
             raise SystemExit(f"{out}: v3 {v3:.4f} on its own {len(learn)} training images, below {OVERFIT_V3}: more "
                              "--epochs or another --lr, or the model or the loss doesn't learn")
         if first:
+            write_json(out / "config.json", recipe | {"classes": train.classes})
+            write_csv(out / "log.csv", run["log"])
             best = {sys.intern(k): v for k, v in run["best"].items()}  # else a resumed run's file has other bytes
             save_checkpoint(out / "model.pt", **info, **best)
-            (out / "last.pt").unlink()
+            for old in out.glob("last*"):
+                old.unlink()
             print(f"{out}/model.pt: epoch {run['best']['epoch']}, v3 {v3:.4f}")
     return v3
 
