@@ -326,15 +326,19 @@ def paint_mask(objects, height, width, paint):
     return mask
 
 
-def read_image(path, height, width):
+def read_image(path, height, width, checked=False):
     """The photo as uint8 RGB [height, width, 3]; grey, palette and CMYK are converted, alpha is dropped.
 
     The size in the JSON decides: pixels are turned by the EXIF orientation only if they don't have that size as stored.
-    Raises OSError on a damaged file and ValueError on another size.
+    Raises OSError on a damaged file and ValueError on another size. A photo that has been `checked` may be decoded by
+    cv2: the same pixels of an ordinary JPEG in two thirds of the time, but no error where the file is cut off.
     """
     from PIL import Image, ImageOps
     with Image.open(path) as image:
         stored = image.size
+        if checked and (image.format, image.mode, stored) == ("JPEG", "RGB", (width, height)):
+            import cv2
+            return cv2.imread(str(path), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
         if stored != (width, height) and stored == (height, width):
             image = ImageOps.exif_transpose(image)
         if image.size != (width, height):
@@ -456,10 +460,14 @@ class Split:
     groups: list  # a label each; photos that must stay on one side of a fold share it
     pixels: list  # [class_id] pixel counts each; empty for test
     masks: np.ndarray | None  # the masks one after another, flat; None for test
+    photos: np.ndarray | None  # likewise the decoded photos, three bytes a pixel; None unless they are cached
     fingerprint: str  # of the JSON and the paint order
 
     def image(self, index):
-        return read_image(self.root / self.file_names[index], *self.sizes[index])
+        if self.photos is None:
+            return read_image(self.root / self.file_names[index], *self.sizes[index], checked=True)
+        first, end = 3 * self.starts[index], 3 * self.starts[index + 1]
+        return np.array(self.photos[first:end]).reshape(*self.sizes[index], 3)
 
     @cached_property
     def starts(self):
@@ -476,11 +484,12 @@ class Split:
         return cv2.resize(self.mask(index), (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_NEAREST)
 
 
-def load_data(data, cache, paint="area"):
+def load_data(data, cache, paint="area", decoded=False):
     """(train, test) Splits of the folder `data`, checked in one pass; raises SystemExit that lists all faults at once.
 
     Masks are painted once into `cache` under a content hash of the JSON files and the settings, so a stale cache is
-    never read; photos that changed since are checked again. Nothing is written under `data`.
+    never read; photos that changed since are checked again. Nothing is written under `data`. With `decoded` the
+    training photos are cached too, and whoever comes later reads them there.
     """
     data = Path(data)
     if not data.is_dir():
@@ -496,6 +505,12 @@ def load_data(data, cache, paint="area"):
             splits = open_cache(folder, data) or build_cache(folder, paths, paint)
     if splits is None:
         raise SystemExit(f"photos in {data} changed while they were checked: run it again")
+    if decoded and splits[0].photos is None:
+        with lock(folder, wait=True), atomic_write(folder / "photos.npy") as scratch, open(scratch, "wb") as f:
+            write_npy_header(f, (3 * int(splits[0].starts[-1]),))
+            for index in tqdm(range(len(splits[0].ids)), "decoding photos", disable=None):
+                f.write(splits[0].image(index))
+        return open_cache(folder, data)
     return splits
 
 
@@ -504,11 +519,13 @@ def open_cache(folder, data):
     try:
         index = json.loads((folder / "index.json").read_bytes())
         masks = {"train": np.load(folder / "masks.npy", mmap_mode="r")}
+        photos = {"train": np.load(folder / "photos.npy", mmap_mode="r")} if (folder / "photos.npy").exists() else {}
         if any(photo_stamps(data, entry["file_names"]) != entry.pop("stamps") for entry in index.values()):
             return None
     except (OSError, ValueError, EOFError):  # EOFError: an empty .npy
         return None
-    return tuple(Split(root=data, masks=masks.get(name), **entry) for name, entry in index.items())
+    return tuple(Split(root=data, masks=masks.get(name), photos=photos.get(name), **entry)
+                 for name, entry in index.items())
 
 
 def photo_stamps(root, file_names):
@@ -526,6 +543,7 @@ def build_cache(folder, paths, paint):
         faults.append(f"{paths[0].name} and {paths[1].name} have different categories")
     photos, digests, pixels = train + test, [], []
     stamps = photo_stamps(root, [photo["file_name"] for photo in photos])  # before they are read
+    (folder / "photos.npy").unlink(missing_ok=True)  # of photos that have changed
     with atomic_write(folder / "masks.npy") as scratch, open(scratch, "wb") as f:
         write_npy_header(f, (sum(math.prod(photo["size"]) for photo in train),))
         for i, (fault, digest, mask) in enumerate(check_photos(root, photos, paint)):
@@ -719,13 +737,19 @@ def augmentations(A, size, cv2):
     how = {"interpolation": cv2.INTER_LINEAR, "mask_interpolation": cv2.INTER_NEAREST_EXACT}
     warp = how | {"mask_interpolation": cv2.INTER_NEAREST, "border_mode": cv2.BORDER_CONSTANT,
                   "fill_mask": IGNORE_INDEX}
+    class D4(A.D4):  # the same by cv2, in a tenth of the time that numpy takes to transpose an RGB image
+        def apply(self, img, group_element, **_):
+            img = cv2.transpose(img) if group_element in ("t", "r90", "r270", "hvt") else img
+            axis = {"v": 0, "r90": 0, "h": 1, "r270": 1, "r180": -1, "hvt": -1}.get(group_element)
+            return img if axis is None else cv2.flip(img, axis)
+
     crop = [A.RandomResizedCrop(size, scale=(0.25, 1), **how)]
     colour = [A.RandomBrightnessContrast(0.2, 0.2, p=0.5), A.HueSaturationValue(10, 20, 10, p=0.3)]
     return {"none": [A.Resize(*size, **how)],
             "flip": [A.Resize(*size, **how), A.HorizontalFlip(p=0.5)],
-            "basic": [*crop, A.D4(p=1)],  # the 8 combinations of flips and quarter turns
-            "colour": [*crop, A.D4(p=1), *colour],
-            "strong": [*crop, A.D4(p=1), *colour,
+            "basic": [*crop, D4(p=1)],  # the 8 combinations of flips and quarter turns
+            "colour": [*crop, D4(p=1), *colour],
+            "strong": [*crop, D4(p=1), *colour,
                        A.OneOf([A.GaussianBlur((3, 7)), A.GaussNoise((0.02, 0.1)),
                                 A.ImageCompression(quality_range=(40, 90))], p=0.3),
                        A.OneOf([A.GridDistortion(**warp), A.ElasticTransform(60, 8, **warp)], p=0.3),
@@ -921,8 +945,9 @@ def encoder_mean_std(name):
 def normalise(images, mean, std):
     """float32 [B, 3, H, W] in channels_last memory from uint8 [B, H, W, 3], on the images' device."""
     import torch
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) * 255 for v in (mean, std))
-    return images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
+    # [W, 3]: a row at a time is several times faster than a pixel
+    mean, std = (torch.tensor(v, device=images.device).mul(255).repeat(images.shape[2], 1) for v in (mean, std))
+    return images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
@@ -994,9 +1019,10 @@ def make_loss(name, ratio=0.4, smoothing=0.0, weights=None):
 
 def confusion(pred, mask, n_classes):
     """int64 [C, C] pixel counts of one image, rows the truth; pred, mask uint8 [H, W], IGNORE_INDEX left out."""
-    labelled = mask != IGNORE_INDEX
-    codes = mask[labelled].astype(np.int64) * n_classes + pred[labelled]
-    return np.bincount(codes, minlength=n_classes ** 2).reshape(n_classes, n_classes)
+    import cv2
+    inside = [0, n_classes]  # what is outside, such as IGNORE_INDEX, isn't counted
+    counts = cv2.calcHist([mask, pred], [0, 1], None, [n_classes, n_classes], inside * 2)
+    return counts.astype(np.int64)  # from float32, exact up to 16 million pixels
 
 
 def class_iou(confusion):

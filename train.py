@@ -94,6 +94,8 @@ def parse_args(argv=None):
     system = parser.add_argument_group("system: none of these decides the recipe")
     system.add_argument("--replace", action="store_true", help="replace a run of another recipe instead of refusing")
     system.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks, shared by experiments")
+    system.add_argument("--cache-images", action="store_true",
+                        help="also cache the training photos decoded: 3 bytes a pixel on disk, less to compute")
     system.add_argument("--device", default="auto", help="auto takes the first idle GPU, or the CPU")
     system.add_argument("--workers", type=number(int, 0), help="of the loader; none on a CPU, else one a core up to 8")
     system.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
@@ -375,7 +377,7 @@ def train_run(args, root, report=None):
 
     report(epoch, v3) is called after each epoch. With --overfit a v3 below OVERFIT_V3 raises SystemExit.
     """
-    train, test = load_data(args.data, args.cache, args.paint)
+    train, test = load_data(args.data, args.cache, args.paint, args.cache_images)
     with lock(args.exp, wait=True):
         folds = load_folds(args.exp, train, args.folds)
     learn, valid = np.flatnonzero(folds != args.fold), np.flatnonzero(folds == args.fold)
