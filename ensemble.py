@@ -417,13 +417,13 @@ def encode_mask(pred):
 
 def decode_mask(text, n_classes):
     """The class ids that encode_mask wrote, uint8 [SUBMIT_SIZE ** 2]; None if the text isn't just like that."""
-    raw = text.encode()
+    raw, length = text.encode(), 2 * SUBMIT_SIZE ** 2 - 1
     if np.frombuffer(raw, np.uint8).max(initial=0) > ord("9"):
         return None
-    for class_id in range(n_classes - 1, 9, -1):  # each id to one byte, as in encode_mask
+    for class_id in range(n_classes - 1, 9, -1) if len(raw) > length else ():  # each id to one byte, as in encode_mask
         raw = raw.replace(str(class_id).encode(), bytes([class_id + ord("0")]))
     raw = np.frombuffer(raw, np.uint8)
-    return raw[::2] - ord("0") if raw.size == 2 * SUBMIT_SIZE ** 2 - 1 and (raw[1::2] == ord(" ")).all() else None
+    return raw[::2] - ord("0") if raw.size == length and (raw[1::2] == ord(" ")).all() else None
 
 
 def write_submission(path, names, preds, n_classes):
@@ -443,15 +443,16 @@ def image_names(args, test):
 
 
 def csv_rows(f):
-    """The rows of an open CSV; csv, which looks at each character in turn, is asked only where there are quotes."""
-    for line in f:
-        yield next(csv.reader(itertools.chain([line], f))) if '"' in line else line.rstrip("\r\n").split(",")
+    """The rows of a CSV opened in binary; csv, which looks at each character in turn, reads only lines with quotes."""
+    lines = (line.decode() for line in f)
+    for line in lines:
+        yield next(csv.reader(itertools.chain([line], lines))) if '"' in line else line.rstrip("\r\n").split(",")
 
 
 def read_submission(path, names, n_classes):
     """Yield (what is wrong or None, mask uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) of each row; they must be of `names`."""
     csv.field_size_limit(2 ** 31 - 1)
-    with open(path, newline="", encoding="utf-8") as f:
+    with open(path, "rb", buffering=2 ** 20) as f:
         rows = csv_rows(f)
         header = next(rows, None)
         if header != HEADER:
