@@ -36,6 +36,7 @@ INFER_ARGS ?=
 PSEUDO_ARGS ?=
 SNAPSHOTS  ?= 0
 TRIALS     ?= 20
+ROWS       ?= all
 GPUS       ?= 1
 LAUNCH     ?=
 DEVICE     ?= auto
@@ -63,13 +64,14 @@ about.IMAGE_ID    := what names an image in the submission: id, file_name
 about.TRAIN_ARGS  := more arguments for train.py, INFER_ARGS and PSEUDO_ARGS likewise: see python train.py --help
 about.SNAPSHOTS   := epochs of a run that vote together; 0: its best one alone
 about.TRIALS      := recipes that sweep tries
+about.ROWS        := what bench measures: all, or some with commas between them
 about.GPUS        := processes, each with a GPU, of one run; on a CPU as many processes
 about.LAUNCH      := goes before every command that computes, such as srun --gpus=1
 about.DEVICE      := auto takes an idle GPU, or the CPU
 about.PY          := python to use; PY=python takes the current environment
 about.STRICT      := 1: an edited script rebuilds what it made
 KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT EPOCHS BATCH LR SEED WEIGHTS TTA VOTE A B \
-         IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS SNAPSHOTS TRIALS GPUS LAUNCH DEVICE PY STRICT
+         IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH DEVICE PY STRICT
 typos := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(filter-out $(KNOBS),$v)))
 $(if $(strip $(typos)),$(error unknown knob: $(strip $(typos)); there are $(KNOBS)))
 $(foreach v,$(filter-out ROUND A B %_ARGS LAUNCH STRICT,$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
@@ -181,7 +183,7 @@ $(filter-out $(wildcard $(JSON)),$(JSON)):
 	@touch $@
 
 # ---- commands ---------------------------------------------------------------
-.PHONY: help setup check train pseudo submit score compare runtimes sweep demo test chaos test-all lint clean
+.PHONY: help setup check train pseudo submit score compare runtimes bench sweep demo test chaos test-all lint clean
 help: ## show this text
 	@echo 'usage: make COMMAND [KNOB=VALUE ...]'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -202,6 +204,8 @@ compare: | $(SETUP) ## whether B beats A on the images that both held out: A=mai
 runtimes: | $(SETUP) ## speed, size and memory of every model and scale, in out/runtimes.csv; MODEL= SCALE= BATCH= DEVICE=
 	$(run) tests/bench_runtimes.py --models $(MODEL) --scales $(SCALE) --batch $(BATCH) --device $(DEVICE) \
 	    --out out/runtimes.csv
+bench: | $(SETUP) ## time the public baselines' ways and ours in turn, on this machine; ROWS=; out/bench.jsonl keeps all
+	$(run) tests/bench_speed.py --rows $(ROWS)
 sweep: $(OUT)/folds.csv | $(SETUP) ## try TRIALS recipes from train.py's SEARCH_SPACE on the first MODEL, SCALE and FOLD
 	$(run) tests/bench_sweep.py --trials $(TRIALS) -- --exp $(OUT) --cache $(CACHE) $(data) --model $(firstword \
 	    $(MODEL)) --scale $(firstword $(SCALE)) --fold $(firstword $(FOLD)) --round $(or $(ROUND),0) $(flags.train) \

@@ -85,6 +85,21 @@ def count_gmacs(model, scale):
     return counter.get_total_flops() / 2 / 1e9
 
 
+def start_training(model, scale, batch, device):
+    """(what train.py works with, its train step on a uint8 batch in memory, that batch) of a model without weights."""
+    import torch
+    options = train.parse_args(["--data", "", "--exp", "", "--model", model, "--scale", str(scale), "--batch",
+                                str(batch), "--weights", "none"])
+    run = train.start_run(options, range(N_CLASSES), np.ones(N_CLASSES), None, device)
+    mean, std = encoder_mean_std(model)
+    images = torch.randint(256, (batch, scale, scale, 3), dtype=torch.uint8, device=device)
+    masks = torch.randint(N_CLASSES, (batch, scale, scale), dtype=torch.uint8, device=device)
+
+    def step():  # waits for the GPU, since it returns the loss
+        train.train_one_epoch(run, [(images, masks)], options, {"mean": mean, "std": std}, device)
+    return run, step, (images, masks)
+
+
 def measure(args):
     """{column: value} of the first model at the first scale; SystemExit, RuntimeError or ValueError if it can't run."""
     import torch
@@ -92,15 +107,8 @@ def measure(args):
     if scale % STRIDE:  # some encoders would take it, but train.py doesn't
         raise SystemExit(f"{model_name} can't work at scale {scale}: it must be a multiple of {STRIDE}")
     device = claim_device(args.device)
-    options = train.parse_args(["--data", "", "--exp", "", "--model", model_name, "--scale", str(scale), "--batch",
-                                str(args.batch), "--weights", "none"])
-    run = train.start_run(options, range(N_CLASSES), np.ones(N_CLASSES), None, device)
+    run, train_step, (images, _) = start_training(model_name, scale, args.batch, device)
     mean, std = encoder_mean_std(model_name)
-    images = torch.randint(256, (args.batch, scale, scale, 3), dtype=torch.uint8, device=device)
-    masks = torch.randint(N_CLASSES, (args.batch, scale, scale), dtype=torch.uint8, device=device)
-
-    def train_step():  # waits for the GPU, since it returns the loss
-        train.train_one_epoch(run, [(images, masks)], options, {"mean": mean, "std": std}, device)
 
     def infer_step():
         with torch.inference_mode(), amp(device):

@@ -535,6 +535,16 @@ def test_augmentation_moves_image_and_mask_together(name):
         assert np.corrcoef(*means)[0, 1] > 0.98  # holds for colour recipes too
 
 
+def test_flips_and_turns_by_cv2_are_those_of_albumentations():
+    image = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    ours = next(t for t in common.augmentations(A, (32, 32), cv2)["basic"] if type(t).__name__ == "D4")
+    found = {element: ours.apply(image, element) for element in ("e", "r90", "r180", "r270", "v", "hvt", "h", "t")}
+    for element, moved in found.items():
+        assert np.array_equal(moved, A.D4(p=1).apply(image, element)), element
+        assert np.array_equal(moved[..., 0], ours.apply(image[..., 0].copy(), element)), element
+    assert len({moved.tobytes() for moved in found.values()}) == 8
+
+
 @pytest.mark.parametrize("name", ["none", "flip", "basic"])
 @pytest.mark.parametrize("scale", [32, 96])
 def test_an_augmented_mask_is_within_half_a_pixel_of_its_image(name, scale):

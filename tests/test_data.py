@@ -374,6 +374,27 @@ def test_photo_of_another_size_is_refused_naming_both_sizes(tmp_path):
             common.read_image(tmp_path / "a.png", height, width)
 
 
+@pytest.mark.parametrize("options", [
+    {"quality": 30}, {"quality": 95, "subsampling": 0}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"},
+    {"orientation": 6}, {"orientation": 6, "asked": (70, 45)}, {"orientation": 3}, {"ending": "png"}])
+def test_a_photo_that_was_checked_has_the_same_pixels(tmp_path, options):
+    path = tmp_path / f"a.{options.pop('ending', 'jpg')}"
+    rng, exif, asked = np.random.default_rng(0), Image.Exif(), options.pop("asked", (45, 70))
+    exif[0x0112] = options.pop("orientation", 1)
+    pixels = np.kron(rng.integers(0, 256, (9, 14, 3)), np.ones((5, 5, 1))) + rng.normal(0, 9, (45, 70, 3))
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(options.pop("mode", "RGB"))
+    image.save(path, exif=exif, **options)
+    assert np.array_equal(common.read_image(path, *asked, checked=True), common.read_image(path, *asked))
+
+
+def test_a_checked_photo_that_has_been_damaged_since_is_an_error(tmp_path):
+    write_photo(tmp_path / "a.jpg", 16, 32, seed=1)
+    header = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(header[:header.index(b"\xff\xda")])
+    with pytest.raises(OSError):
+        common.read_image(tmp_path / "a.jpg", 16, 32, checked=True)
+
+
 # ---- splits ---------------------------------------------------------------------------------------------------------
 
 
@@ -859,6 +880,21 @@ def test_loading_writes_nothing_into_the_data(data, load):
     before = snapshot(data)
     load(data)
     assert snapshot(data) == before
+
+
+def test_cached_photos_are_the_photos_until_one_changes(data, tmp_path, load):
+    images = [load(data)[0].image(i) for i in range(2)]
+    train, test = common.load_data(data, tmp_path / "cache", decoded=True)
+    for split in (train, load(data)[0]):  # who doesn't ask for them takes them too
+        assert split.photos.size == 3 * (8 * 8 + 6 * 10)
+        assert all(np.array_equal(split.image(i), image) for i, image in enumerate(images))
+    assert test.photos is None
+    write_photo(data / train.file_names[1], 6, 10, seed=99)
+    changed = np.random.default_rng(99).integers(0, 256, (6, 10, 3), dtype=np.uint8)
+    for decoded in (False, True):
+        train, _ = common.load_data(data, tmp_path / "cache", decoded=decoded)
+        assert (train.photos is not None) == decoded
+        assert np.array_equal(train.image(0), images[0]) and np.array_equal(train.image(1), changed)
 
 
 def test_second_load_reads_the_cache(data, tmp_path, load):

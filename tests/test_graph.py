@@ -290,6 +290,14 @@ def test_real_scripts_accept_what_make_passes_and_get_every_knob(fresh, monkeypa
         assert set(re.findall(r"\[.*\]|\S+", text)) <= values[script], script
 
 
+def test_bench_measures_the_rows_that_were_asked_for(fresh, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    for knobs, rows in (({}, "all"), ({"ROWS": "vote,step"}, "vote,step")):
+        [[script, *argv]] = calls(fresh, "bench", **knobs)
+        args = importlib.import_module("bench_speed").parse_args(argv)
+        assert (script, args.rows, str(args.out)) == ("tests/bench_speed.py", rows, "out/bench.jsonl")
+
+
 def test_runtimes_measures_what_model_and_scale_pick_every_time(fresh, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     (fresh / "out").mkdir()

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import confusion_matrix, jaccard_score
@@ -277,6 +277,24 @@ def test_the_submission_is_the_vote_in_which_the_folds_of_a_recipe_share_one(
     assert (np.take_along_axis(vote, ids[:, None], 1)[:, 0] > vote.max(1) - 1e-3).all()
     unweighted = sum(probs.values()).reshape(4, 12, -1)
     assert (unweighted.argmax(1) != vote.argmax(1)).mean() > 0.01  # the two ways can be told apart
+
+
+@given(arrays(np.uint8, (5, 4, 6), elements=st.integers(0, 3)), st.booleans())
+def test_the_top_class_is_that_of_argmax_the_first_of_equal_ones(values, as_bytes):
+    values = values if as_bytes else values / np.float32(3)
+    assert np.array_equal(ensemble.top_class(values), values.argmax(0))
+
+
+@settings(max_examples=12)
+@given(st.integers(1, 200), st.integers(0, 2 ** 32 - 1), st.sampled_from(["", " ", "0", ":", "é", "1", "x", "-"]))
+def test_a_mask_is_read_as_it_was_written_and_nothing_else_is(n_classes, seed, more):
+    pred = np.random.default_rng(seed).integers(0, n_classes, (SUBMIT_SIZE, SUBMIT_SIZE)).astype(np.uint8)
+    text = ensemble.encode_mask(pred)
+    assert np.array_equal(ensemble.decode_mask(text, n_classes), pred.ravel())
+    assert text == " ".join(map(str, pred.ravel()))
+    for other in (more + " " + text[2:], text.replace(" ", more + "  ", 1), text + more + " ", text[:-2]):
+        found = ensemble.decode_mask(other, n_classes)
+        assert found is None or found.max() >= n_classes or " ".join(map(str, found)) == other  # too large is for later
 
 
 def test_images_may_be_named_by_file_name(tiny_data, cache, splits, voters, tmp_path):

@@ -1,0 +1,215 @@
+"""Rows of bench_speed.py that run models or whole scripts: train steps, TTA, starting, growth."""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+from bench_rows import N_CLASSES, OUT, ROOT, bound, in_turn, seconds, versus
+from bench_runtimes import start_training
+from demo_data import draw_data
+
+import common
+import infer
+
+ENCODER = "tu-tf_efficientnet_lite0"
+SCRIPTS = ("train.py", "infer.py", "pseudo_label.py", "ensemble.py")
+
+# ---- train steps ----------------------------------------------------------------------------------------------------
+
+
+def bare_step(model, batch, loss, layout):
+    """A train step on a fixed batch of normalised images, with nothing around it."""
+    import torch
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    images, masks = batch[0].permute(0, 3, 1, 2).float().div(255).contiguous(memory_format=layout), batch[1].long()
+
+    def step():
+        optimizer.zero_grad()
+        value = loss(model(images), masks)
+        value.backward()
+        optimizer.step()
+        return value.item()
+    model.train()
+    return step
+
+
+def worker(way, model):
+    """Take a train step at 256 px, batch 8, for each line that comes in and print its (CPU, wall) seconds.
+
+    "plain": as the public baselines do, contiguous tensors and glibc's malloc as it is; "ours": train.py's loop.
+    """
+    if way == "ours":
+        common.tune_process()
+    import segmentation_models_pytorch as smp
+    import torch
+    _, step, batch = start_training(model, 256, 8, torch.device("cpu"))
+    if way == "plain":
+        decoder, encoder = model.split("/")
+        net = (smp.create_model("fpn", encoder, encoder_weights=None, classes=N_CLASSES) if decoder.startswith("fpn")
+               else common.build_model(model, N_CLASSES))
+        step = bare_step(net, batch, torch.nn.CrossEntropyLoss(), torch.contiguous_format)
+    for _ in sys.stdin:
+        print(json.dumps(seconds(step)), flush=True)
+
+
+@contextmanager
+def ask_worker(way, model, waiting):
+    """A function that lets a worker of its own take a step; waiting: OMP_WAIT_POLICY, None as torch's OpenMP has it."""
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    env |= {"OMP_WAIT_POLICY": waiting} if waiting else {}
+    code = f"import bench_model_rows; bench_model_rows.worker({way!r}, {model!r})"
+    with subprocess.Popen([sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          env=env | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}) as process:
+        def ask():
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return tuple(json.loads(process.stdout.readline()))
+        yield ask
+        process.stdin.close()
+
+
+def ask_in_turn(rounds, models, waiting):
+    """{way: [(CPU, wall)]} of workers that step in turn; models, waiting: by way."""
+    with ExitStack() as stack:
+        ask = {way: stack.enter_context(ask_worker(way, models[way], waiting[way])) for way in models}
+        times = [{way: ask[way]() for way in models} for _ in range(rounds + 1)]  # the first warms up
+    return {way: [t[way] for t in times[1:]] for way in models}
+
+
+def step():
+    """Train steps at 256 px, batch 8: the whole loop of train.py against a bare loop."""
+    rows, sleep = [], dict.fromkeys(("plain", "ours"), "passive")
+    for plain, ours, target, what in (("efficientdet", "efficientdet", 1.8, "efficientdet"),
+                                      ("fpn-wide", "fpn-wide", 1.4, "fpn-wide in both"),
+                                      ("fpn-wide", "fpn", 1.4, "smp's fpn, our lighter one")):
+        times = ask_in_turn(4, {"plain": f"{plain}/{ENCODER}", "ours": f"{ours}/{ENCODER}"}, sleep)
+        rows.append(versus(what, times, 1 / 8, "s an image", target, clock="wall"))
+    return rows
+
+
+def busy():
+    """The train step of our fpn beside a process that keeps one core busy; in both the loop of train.py."""
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        model = f"fpn/{ENCODER}"
+        with ask_worker("ours", model, None) as plain, ask_worker("ours", model, "passive") as ours:
+            times = [(plain(), ours()) for _ in range(4)][1:]
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+    times = dict(zip(("plain", "ours"), zip(*times, strict=True), strict=True))
+    return [versus("OpenMP spins by default", times, 1 / 8, "s an image", 7, clock="wall")]
+
+
+def loop():
+    """train.py's loop against forward, loss, backward and step alone: the same model, memory layout and loss."""
+    import torch
+    run, ours, batch = start_training(f"fpn/{ENCODER}", 256, 8, torch.device("cpu"))
+    other, _, _ = start_training(f"fpn/{ENCODER}", 256, 8, torch.device("cpu"))
+    times = in_turn(8, plain=bare_step(other["model"], batch, run["loss"], torch.channels_last), ours=ours)
+    row = versus("fpn, batch of 8", times, 1 / 8, "s an image", 1 / 1.05)
+    return [row | {"target": "<= 5% more"}]
+
+
+# ---- prediction, scripts --------------------------------------------------------------------------------------------
+
+
+def tta():
+    """Three flips x four quarter turns x three scales of 64 images at 128 px: of 12 orientations 8 differ."""
+    import torch
+    from torch.nn.functional import interpolate
+    model = common.build_model(f"fpn/{ENCODER}", N_CLASSES).to(memory_format=torch.channels_last).eval()
+    images = common.normalise(torch.randint(256, (8, 128, 128, 3), dtype=torch.uint8), (0.5,) * 3, (0.2,) * 3)
+    scales, flips = (0.75, 1.0, 1.25), ((), (-1,), (-2,))
+    names = {(): "identity", (-1,): "hflip", (-2,): "vflip"}
+    turned = ("identity", "rot90ccw", "rot180", "rot90cw")
+    views = infer.tta_views(",".join(f"{names[flip]}+{turn}" for flip in flips for turn in turned))
+    assert len(views) == 8
+
+    def resized(scale):
+        return interpolate(images, [round(side * scale) for side in images.shape[2:]], mode="bilinear", antialias=True)
+
+    def plain():
+        total = 0
+        with torch.inference_mode():
+            for scale in scales:
+                scaled = images if scale == 1 else resized(scale)
+                for flip in flips:
+                    for turns in range(4):
+                        probs = model(scaled.flip(flip).rot90(turns, (2, 3))).softmax(1)
+                        probs = probs.rot90(-turns, (2, 3)).flip(flip)
+                        total = total + (probs if scale == 1 else interpolate(probs, images.shape[2:], mode="bilinear"))
+        return total / 36
+
+    def forwards():
+        with torch.inference_mode():
+            for scale in scales:
+                scaled = resized(scale)
+                for _ in views:
+                    model(scaled)
+    times = in_turn(8, plain=plain, ours=lambda: infer.predict_probs([model], images, views, scales),
+                    forwards=forwards)
+    over = versus("over the bare forwards", times, 1 / 8, "s an image", 1 / 1.03, plain="forwards")
+    return [versus("36 views, 24 of them different", times, 1 / 8, "s an image", 1.4, limit="forwards"),
+            over | {"target": "<= 3% more"}]
+
+
+def start():
+    """How long a script takes to say what its options are."""
+    libraries = "import torch, segmentation_models_pytorch, albumentations"
+    commands = {"plain": ["-c", libraries]} | {script: [str(ROOT / script), "--help"] for script in SCRIPTS}
+    times = in_turn(3, **{name: lambda command=command: subprocess.run(
+        [sys.executable, *command], check=True, stdout=subprocess.DEVNULL) for name, command in commands.items()})
+    slowest = max(SCRIPTS, key=lambda script: np.median([cpu for cpu, _ in times[script]]))
+    row = versus(f"{slowest} --help, the slowest; plain imports torch, smp, albumentations", times, 1, "s", 1,
+                 ours=slowest)
+    return [row | {"target": "<= 0.5", "ok": row["ours"]["median"] <= 0.5}]
+
+
+def run_and_peak(*command):
+    """(CPU seconds, most MB) of a command."""
+    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = status
+    assert status == 0, command
+    return used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e6
+
+
+def growth():
+    """infer.py and ensemble.py, with its CSV, on 64, 256 and 1024 test photos of 64 px: the time that an image more
+    takes, from the second number on and from the third on, and the most memory of either script."""
+    found, sizes = {}, (64, 256, 1024)
+    with tempfile.TemporaryDirectory(dir=OUT) as folder:
+        folder = Path(folder)
+        for n in sizes:
+            draw_data(folder / f"data{n}", train=14, test=n, size=64)
+        model, exp, options = "linknet/tu-mobilenetv3_small_100", folder / "exp", ["--cache", folder / "cache"]
+        run, folds = common.run_folder(exp, 0, model, 64, 0), ["--exp", exp, "--folds", 2, *options]
+        run_and_peak(ROOT / "train.py", "--data", folder / f"data{sizes[0]}", "--model", model, "--scale", 64,
+                     "--weights", "none", "--epochs", 1, *folds)
+        for n in (sizes[0], *sizes):  # the first time paints the cache and reads the libraries from disk
+            for store in (*run.glob("test.*"), *run.glob("valid.*")):
+                store.unlink()
+            data = ["--data", folder / f"data{n}"]
+            run_and_peak(ROOT / "train.py", "--check", *data, *folds)
+            found[n] = [run_and_peak(ROOT / "infer.py", *data, "--checkpoint", run / "model.pt", *options),
+                        run_and_peak(ROOT / "ensemble.py", "soft", *data, "--out", folder / "s.csv", *options, run)]
+    return [bound("time of an image more: 1024 to 256 against 256 to 64", slope_change(found, sizes), "% apart", 10),
+            *(bound(f"{script}: most memory on 1024 against 64 photos",
+                    100 * (found[sizes[2]][k][1] / found[sizes[0]][k][1] - 1), "% more", 5)
+              for k, script in enumerate(("infer.py", "ensemble.py")))]
+
+
+def slope_change(found, sizes):
+    """By how many percent the CPU seconds of an image more differ between the two steps of `sizes`."""
+    total = [sum(cpu for cpu, _ in found[n]) for n in sizes]
+    early, late = ((total[i + 1] - total[i]) / (sizes[i + 1] - sizes[i]) for i in (0, 1))
+    return 100 * abs(late / early - 1)
+
+
+ROWS = {"step": step, "busy": busy, "loop": loop, "tta": tta, "start": start, "growth": growth}
