@@ -34,6 +34,7 @@ IMAGE_ID   ?= id
 TRAIN_ARGS ?=
 INFER_ARGS ?=
 PSEUDO_ARGS ?=
+SUBMIT_ARGS ?=
 SNAPSHOTS  ?= 0
 TRIALS     ?= 20
 ROWS       ?= all
@@ -61,7 +62,7 @@ about.VOTE        := weights of the members that vote: fit (if that gains), equa
 about.A           := experiment, or a round of one, that compare starts from
 about.B           := what is compared with it
 about.IMAGE_ID    := what names an image in the submission: id, file_name
-about.TRAIN_ARGS  := more arguments for train.py, INFER_ARGS and PSEUDO_ARGS likewise: see python train.py --help
+about.TRAIN_ARGS  := more arguments for train.py, INFER_ARGS, PSEUDO_ARGS, SUBMIT_ARGS likewise: see python train.py --help
 about.SNAPSHOTS   := epochs of a run that vote together; 0: its best one alone
 about.TRIALS      := recipes that sweep tries
 about.ROWS        := what bench measures: all, or some with commas between them
@@ -71,7 +72,7 @@ about.DEVICE      := auto takes an idle GPU, or the CPU
 about.PY          := python to use; PY=python takes the current environment
 about.STRICT      := 1: an edited script rebuilds what it made
 KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT EPOCHS BATCH LR SEED WEIGHTS TTA VOTE A B \
-         IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH DEVICE PY STRICT
+         IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH DEVICE PY STRICT
 typos := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(filter-out $(KNOBS),$v)))
 $(if $(strip $(typos)),$(error unknown knob: $(strip $(typos)); there are $(KNOBS)))
 $(foreach v,$(filter-out ROUND A B %_ARGS LAUNCH STRICT,$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
@@ -104,7 +105,7 @@ flags.train  := --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --seed $(SEED) --
                 --snapshots $(SNAPSHOTS) $(TRAIN_ARGS)
 flags.infer  := --tta $(TTA) $(INFER_ARGS)
 flags.pseudo := $(PSEUDO_ARGS) $(MODELS) $(SCALES)
-flags.submit := --weights $(VOTE) --image-id $(IMAGE_ID) --batch $(BATCH) $(FINAL)
+flags.submit := --weights $(VOTE) --image-id $(IMAGE_ID) --batch $(BATCH) $(SUBMIT_ARGS) $(FINAL)
 STAMPS := $(patsubst flags.%,$(OUT)/.flags/%,$(filter flags.%,$(.VARIABLES)))
 text    = $(strip $(flags.$(notdir $1)))
 .PHONY: $(foreach s,$(STAMPS),$(if $(findstring [$(call text,$s)],[$(file <$s)]),,$s))
@@ -188,7 +189,7 @@ help: ## show this text
 	@echo 'usage: make COMMAND [KNOB=VALUE ...]'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo 'knobs, with their values now:'
-	@printf '  %-10s %-30s %s\n' $(foreach k,$(filter-out MODEL SCALE FOLD INFER_ARGS PSEUDO_ARGS,$(KNOBS)),\
+	@printf '  %-10s %-30s %s\n' $(foreach k,$(filter-out MODEL SCALE FOLD INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS,$(KNOBS)),\
 	    $k '$(subst ','\'',$($k))' '$(about.$k)')
 setup: .venv/.installed ## make .venv from requirements.txt, once; every command that needs it does
 check: $(JSON) $(OUT)/.flags/data | $(SETUP) ## check the data and list all faults at once

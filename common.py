@@ -1200,6 +1200,26 @@ def open_store(path):
     return probs, info
 
 
+def write_coco(path, test_json, split, masks):
+    """Write pairs (position in `split`, mask uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) as COCO JSON.
+
+    Each class in a photo is one object, an RLE of the photo's size; images and categories are those of `test_json`.
+    """
+    import cv2
+    from pycocotools import mask as coco_mask
+    coco, objects = read_json(test_json), []
+    categories = sorted(category["id"] for category in coco["categories"])
+    for i, mask in masks:
+        height, width = split.sizes[i]
+        large = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+        for class_id in np.unique(large[(large > 0) & (large < IGNORE_INDEX)]).tolist():
+            rle = coco_mask.encode(np.asfortranarray(large == class_id))
+            objects.append({"id": len(objects) + 1, "image_id": split.ids[i], "category_id": categories[class_id - 1],
+                            "segmentation": rle | {"counts": rle["counts"].decode()}, "iscrowd": 1,
+                            "area": int(coco_mask.area(rle)), "bbox": coco_mask.toBbox(rle).tolist()})
+    write_json(path, {"images": coco["images"], "categories": coco["categories"], "annotations": objects})
+
+
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's colours for the colour-blind and four of Tol's; class 1 has the first, after the last they repeat

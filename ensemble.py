@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, image_miou, load_data, lock,
-                    make_folds, number, open_store, overlay, run_script, scores, write_sheet)
+                    make_folds, number, open_store, overlay, run_script, scores, write_coco, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 MAX_PICKS = 30  # of the greedy selection of weights
@@ -49,6 +49,7 @@ def parse_args(argv=None):
     out.add_argument("--out", type=Path, required=True, help="the submission to write")
     out.add_argument("--image-id", choices=("id", "file_name"), default="id",
                      help="what names an image in the submission; some upload pages want file_name")
+    out.add_argument("--coco", action="store_true", help="also write the masks as COCO JSON beside the submission")
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, parents, text in (("soft", [data, runs, scored, tables, out], "average the probabilities of runs"),
@@ -550,7 +551,7 @@ def soft(args):
     write_sheet(args.out.with_suffix(".png"), [sum(looks[i:i + 3], []) for i in range(0, len(looks), 3)],
                 dict(enumerate(test.classes)))
     print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} run(s) of {len(members)} member(s)")
-    tell_unread(info for folds in members.values() for _, info in folds.values())
+    finish(args, test, [info for folds in members.values() for _, info in folds.values()])
 
 
 def hard(args):
@@ -564,11 +565,14 @@ def hard(args):
         *(masks_of(path, stores.get(path), args, test) for path in args.runs), strict=True))
     write_submission(args.out, image_names(args, test), preds, len(test.classes))
     print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} votes")
-    tell_unread(info for _, info in stores.values())
+    finish(args, test, [info for _, info in stores.values()])
 
 
-def tell_unread(infos):
-    """Exit with 3 if a voter couldn't read all photos; `infos` describe the stores."""
+def finish(args, test, infos):
+    """Write the COCO JSON that is asked for; exit with 3 if a voter, described by `infos`, couldn't read all photos."""
+    if args.coco:
+        masks = (pred for _, pred in read_submission(args.out, image_names(args, test), len(test.classes)))
+        write_coco(args.out.with_suffix(".json"), args.data / "test.json", test, enumerate(masks))
     if unread := sorted({image_id for info in infos for image_id in info.get("unreadable", ())}):
         print(f"warning: the submission stands, but of {len(unread)} photo(s) that can't be read runs have voted "
               f"background: {', '.join(map(str, unread))}; mend them and run the same again", file=sys.stderr)

@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (BACKGROUND, IGNORE_INDEX, Help, atomic_write, file_hash, load_data, lock, number, open_store,
-                    overlay, read_csv, read_json, run_script, write_csv, write_json, write_npy_header, write_sheet)
+                    overlay, read_csv, read_json, run_script, write_coco, write_csv, write_json, write_npy_header,
+                    write_sheet)
 
 FILES = ("manifest.json", "labels.npy", "index.csv")
 LINEAGE = ("round", "fold", "folds_csv")  # where these differ, a validation image may have trained a label's maker
@@ -46,6 +47,7 @@ def parse_args(argv=None):
     rule.add_argument("--uncertain", choices=("ignore", "background"), default="ignore",
                       help="rule pixel: what unsure pixels become, ignored in training or background")
     rule.add_argument("--soft", action="store_true", help="keep probabilities, from which training draws its labels")
+    rule.add_argument("--coco", action="store_true", help="also write the kept labels as COCO JSON, labels.json")
     system = parser.add_argument_group("system: does not decide the result")
     system.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks, shared by experiments")
     args = parser.parse_args(argv)
@@ -223,6 +225,11 @@ def main(args):
             "photos": counts,
             "makers": [{"store": str(path), "hash": file_hash(path), **{k: info[k] for k in ("checkpoints", "tta")}}
                        for path, info in zip(args.stores, infos, strict=True)]})
+        if args.coco:
+            labels = np.load(folder / "labels.npy", mmap_mode="r")
+            write_coco(folder / "labels.json", args.data / "test.json", test, (
+                (i, labels[i].argmax(0).astype(np.uint8) if args.soft else labels[i])
+                for i, row in enumerate(rows) if row["keep"] == "1"))
         write_csv(folder / "index.csv", rows)
     print(f"{folder}: photos by the classes that the models see in them, {BACKGROUND} is all of them\n"
           + pd.DataFrame(counts).T.fillna(0).astype(int).to_string())

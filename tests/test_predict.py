@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from pycocotools.coco import COCO
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 import common
@@ -383,6 +384,39 @@ def test_the_same_fold_of_a_recipe_twice_is_refused(tiny_data, cache, voters):
 def test_a_run_without_stores_is_refused_by_name(tiny_data, cache, voters, tmp_path):
     with pytest.raises(SystemExit, match="nosuch/valid.json"):
         ensemble.main(ensemble_line("score", tiny_data, cache, [voters["a", 0], tmp_path / "nosuch"]))
+
+
+def test_masks_exported_as_coco_are_read_back_as_they_were(tiny_data, cache, splits, tmp_path):
+    rng, test = np.random.default_rng(0), splits[1]
+    masks = rng.integers(0, 12, (len(test.ids), 16, 16), dtype=np.uint8).repeat(16, 1).repeat(16, 2)
+    masks[1], masks[2, :128] = 0, 255  # nothing found; without a label
+    common.write_coco(tmp_path / "coco.json", tiny_data / "test.json", test, enumerate(masks))
+    coco = json.loads((tmp_path / "coco.json").read_text())
+    assert {a["image_id"] for a in coco["annotations"]} == set(test.ids) - {test.ids[1]}
+    shutil.copytree(tiny_data, tmp_path / "data", ignore=shutil.ignore_patterns("train*.json"))
+    shutil.copy(tmp_path / "coco.json", tmp_path / "data/train.json")  # as labels of what they were predicted for
+    read = common.load_data(tmp_path / "data", tmp_path / "cache")[0]
+    assert read.classes == test.classes and read.ids == test.ids
+    for i, mask in enumerate(masks):
+        height, width = test.sizes[i]
+        assert (read.mask(i) == np.where(mask == 255, 0, mask)[2::256 // height, 2::256 // width]).all()
+    by_file = COCO(tmp_path / "coco.json")
+    for annotation in by_file.anns.values():
+        shown = by_file.annToMask(annotation).astype(bool)
+        assert annotation["area"] == shown.sum()
+        x, y, width, height = map(int, annotation["bbox"])
+        assert shown[y:y + height, x:x + width].sum() == shown.sum()
+
+
+@pytest.mark.parametrize("command", ["soft", "hard"])
+def test_a_submission_is_exported_as_coco_when_asked(tiny_data, cache, voters, splits, tmp_path, command):
+    out = tmp_path / "s.csv"
+    ensemble.main(ensemble_line(command, tiny_data, cache, [voters["a", 0]], "--out", str(out), "--coco"))
+    coco, names = json.loads(out.with_suffix(".json").read_text()), [str(i) for i in splits[1].ids]
+    ids = sorted(category["id"] for category in coco["categories"])
+    for image_id, (_, mask) in zip(splits[1].ids, ensemble.read_submission(out, names, 12), strict=True):
+        found = {a["category_id"] for a in coco["annotations"] if a["image_id"] == image_id}
+        assert found == {ids[c - 1] for c in np.unique(mask[2::4, 2::4]) if c} != set()
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------

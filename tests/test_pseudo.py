@@ -307,6 +307,15 @@ def test_the_manifest_says_what_made_the_labels_and_how_many_photos_each_reason_
     assert "Metal" in out and "no foreground" in out
 
 
+def test_the_kept_labels_are_exported_as_coco_when_asked(makers, splits):
+    pseudo_label.main(makers.args("--coco"))
+    coco = common.read_json(makers.folder / "labels.json")
+    metal = sorted(category["id"] for category in coco["categories"])[5 - 1]
+    height, width = splits[1].sizes[2]
+    assert [(a["image_id"], a["category_id"], a["area"]) for a in coco["annotations"]] == [
+        (splits[1].ids[2], metal, height * width)]
+
+
 def test_the_index_of_pseudo_labels_is_written_last(makers, monkeypatch):
     written, replace = [], common.os.replace
     monkeypatch.setattr(common.os, "replace", lambda source, target: (
