@@ -184,7 +184,7 @@ $(filter-out $(wildcard $(JSON)),$(JSON)):
 	@touch $@
 
 # ---- commands ---------------------------------------------------------------
-.PHONY: help setup check train pseudo submit score compare runtimes bench sweep demo test chaos test-all lint clean
+.PHONY: help setup check train pseudo submit score status compare runtimes bench sweep demo test chaos test-all lint clean
 help: ## show this text
 	@echo 'usage: make COMMAND [KNOB=VALUE ...]'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -200,6 +200,8 @@ submit: $(OUT)/submission.csv ## everything up to out/EXP/submission.csv
 score: $(addsuffix /valid.json,$(call grid,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))) ## out-of-fold scores of members and vote, who adds what; out/EXP/report
 	@$(run) ensemble.py score --data $(DATA) --cache $(CACHE) --batch $(BATCH) --weights $(VOTE) --tables $(OUT)/report \
 	    $(^:/valid.json=)
+status: | $(SETUP) ## which runs are done, how far the others are, and how long they will take
+	@$(PY) ensemble.py status --epochs $(EPOCHS) $(call grid,$(call upto,$(or $(ROUND),$(ROUNDS))),$(MODEL),$(SCALE),$(FOLD))
 compare: | $(SETUP) ## whether B beats A on the images that both held out: A=main B=lr5, A=main/r0 B=main/r1
 	@$(run) ensemble.py compare --data $(DATA) --cache $(CACHE) out/$A out/$B
 runtimes: | $(SETUP) ## speed, size and memory of every model and scale, in out/runtimes.csv; MODEL= SCALE= BATCH= DEVICE=

@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, image_miou, load_data, lock,
-                    make_folds, number, open_store, overlay, run_script, scores, write_coco, write_sheet)
+                    make_folds, number, open_store, overlay, read_csv, run_script, scores, write_coco, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 MAX_PICKS = 30  # of the greedy selection of weights
@@ -59,6 +59,9 @@ def parse_args(argv=None):
         commands.add_parser(name, parents=parents, allow_abbrev=False, formatter_class=Help, help=text)
     commands.choices["compare"].add_argument("experiments", type=Path, nargs=2,
                                              help="out/EXP for its last round, or out/EXP/rR")
+    progress = commands.add_parser("status", allow_abbrev=False, formatter_class=Help, help="say how far the runs are")
+    progress.add_argument("runs", type=Path, nargs="+", help="run folders, whether they are there or not")
+    progress.add_argument("--epochs", type=number(int, 1), default=40, help="of a whole run")
     return parser.parse_args(argv)
 
 
@@ -643,9 +646,29 @@ def compare(args):
     print(f"by v3 {args.experiments[1]} is {verdict}")
 
 
+def status(args):
+    """Print which runs are trained and predicted, and how long the others will take by the epochs seen so far."""
+    import pandas as pd
+    grid, left, seconds = defaultdict(dict), [], defaultdict(list)
+    for run in args.runs:
+        logs = [path for path in (run / "last.csv", run / "log.csv") if path.exists()]  # last.csv: of one that replaces
+        log = read_csv(logs[0], ("seconds",)) if logs else []
+        kind, trained = run.parts[-4:-1], (run / "model.pt").exists() and not (run / "last.pt").exists()
+        seconds[kind] += [float(row["seconds"]) for row in log]
+        left.append((kind, 0 if trained else args.epochs - len(log)))
+        grid["/".join(run.parts[-5:-1])][run.name] = (
+            "missing" if not trained and not log else f"epoch {len(log)}" if not trained else
+            "done" if (run / "test.json").exists() else "trained")
+    known = {kind: np.median(found) for kind, found in seconds.items() if found}
+    print(pd.DataFrame(grid).T.to_string())
+    if known:
+        hours = sum(n * known.get(kind, np.mean(list(known.values()))) for kind, n in left) / 3600
+        print(f"{sum(n for _, n in left)} epochs are left: about {hours:.1f} hours of training, one job at a time")
+
+
 def main(args):
     with lock(args.out.parent, name=f".{args.out.name}.lock") if "out" in args else nullcontext():
-        {"soft": soft, "hard": hard, "score": score, "compare": compare}[args.command](args)
+        {"soft": soft, "hard": hard, "score": score, "compare": compare, "status": status}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -537,6 +537,23 @@ def test_only_the_images_that_both_held_out_are_compared(tiny_data, cache, split
         run_ensemble(tiny_data, cache, "compare", half, tmp_path / "nosuch")
 
 
+def test_status_says_which_runs_are_done_and_how_long_the_others_take(tmp_path, capsys):
+    runs = [common.run_folder(tmp_path, 0, model, 64, fold) for model in ("unet/a", "unet/b") for fold in (0, 1)]
+    for run, files, epochs, seconds in ((runs[0], ["model.pt", "test.json"], 4, 900), (runs[1], ["model.pt"], 4, 1100),
+                                        (runs[2], ["last.pt", "model.pt"], 3, 1800)):
+        run.mkdir(parents=True)
+        common.write_csv(run / "log.csv", [{"epoch": i, "seconds": seconds} for i in range(epochs)])
+        for name in files:
+            (run / name).touch()
+    ensemble.main(ensemble.parse_args(["status", "--epochs", "4", *map(str, runs)]))
+    table, left = capsys.readouterr().out.rsplit("\n", 2)[:2]
+    assert [line.split() for line in table.splitlines()] == [
+        ["f0", "f1"], ["r0/unet/a/s64", "done", "trained"], ["r0/unet/b/s64", "epoch", "3", "missing"]]
+    assert left.startswith("5 epochs are left: about 2.5 hours")
+    ensemble.main(ensemble.parse_args(["status", str(tmp_path / "r0/unet/c/s64/f0")]))
+    assert capsys.readouterr().out.split() == ["f0", "r0/unet/c/s64", "missing"]
+
+
 def test_score_prints_every_table_and_keeps_it(tiny_data, cache, experiments, tmp_path, capsys):
     runs = [*runs_of(experiments, "good/r0/*/*/*/f*"), *runs_of(experiments, "weak/r0/*/*/*/f*")]
     run_ensemble(tiny_data, cache, "score", "--weights", "fit", "--tables", tmp_path / "report", *runs)

@@ -339,6 +339,12 @@ def test_compare_gets_both_experiments_and_trains_nothing(built):
     assert texts(built) == before
 
 
+def test_status_gets_all_runs_of_all_rounds_once(fresh):
+    *call, = calls(fresh, "status", EPOCHS=7)[0]
+    assert call[:4] == ["ensemble.py", "status", "--epochs", "7"]
+    assert call[4:] == [f"out/main/r{r}/{m}/s64/f{f}" for r in (0, 1) for m in ("fpn/a", "unet/b") for f in (0, 1)]
+
+
 @pytest.mark.parametrize("knobs, wrong", [
     ({}, "A="), ({"A": "main"}, "B="), ({"B": "main"}, "A="), ({"A": "main", "B": "empty"}, "B=empty"),
     ({"A": "nosuch", "B": "main"}, "A=nosuch")])
