@@ -1229,12 +1229,18 @@ COLOURS = np.array([(0, 0, 0), *(PALETTE[i % len(PALETTE)] for i in range(254)),
 
 
 def overlay(image, mask, strength=0.6):
-    """uint8 [S, S, 3] with S = SUBMIT_SIZE: the photo, greyed, under the colours of the mask uint8 [S, S]."""
+    """uint8 [S, S, 3] with S = SUBMIT_SIZE: the photo, greyed, under the colours of the mask uint8 [H, W]."""
     import cv2
+    mask = cv2.resize(mask, (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_NEAREST_EXACT)
     photo = cv2.resize(image, (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_AREA).astype(np.float32)
     grey = np.repeat(photo.mean(2, keepdims=True), 3, axis=2)
     mixed = grey * (1 - strength) + COLOURS[mask] * strength
     return np.where((mask > 0)[..., None], mixed, photo).astype(np.uint8)
+
+
+def named(mask, classes):
+    """"Paper, Metal": the foreground in a mask."""
+    return ", ".join(classes[c] for c in np.unique(mask) if 0 < c < len(classes)) or "nothing"
 
 
 def write_sheet(path, rows, legend):

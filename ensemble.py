@@ -27,7 +27,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, image_miou, load_data, lock,
-                    make_folds, number, open_store, overlay, read_csv, run_script, scores, write_coco, write_sheet)
+                    make_folds, named, number, open_store, overlay, read_csv, run_script, scores, write_coco,
+                    write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 MAX_PICKS = 30  # of the greedy selection of weights
@@ -511,9 +512,8 @@ def keep_looks(preds, test, looks, n=24):
     for i, pred in enumerate(preds):
         if i in chosen:
             image = test.image(i)
-            found = ", ".join(test.classes[c] for c in np.unique(pred) if c) or "nothing"
             looks.append([(test.file_names[i], overlay(image, np.zeros_like(pred))),
-                          (found, overlay(image, pred))])
+                          (named(pred, test.classes), overlay(image, pred))])
         yield pred
 
 

@@ -2,8 +2,9 @@
 
     python train.py --data DATA --exp out/main --model fpn/tu-tf_efficientnet_lite0 --scale 512 --fold 0
 
-Writes EXP/rROUND/MODEL/sSCALE/fFOLD/: config.json, log.csv, last.pt after every epoch and, when
-training is done, model.pt. The same line again resumes after an interruption and does nothing when model.pt is there.
+Writes EXP/rROUND/MODEL/sSCALE/fFOLD/: batch.png (the first batch), log.csv, curves.png, last.pt after every epoch and,
+when training is done, valid.png (the worst, median and best images), config.json and model.pt. The same line again
+resumes after an interruption and does nothing when model.pt is there.
 """
 import argparse
 import math
@@ -17,11 +18,11 @@ from textwrap import shorten
 import numpy as np
 from tqdm import tqdm
 
-from common import (AUGMENTATIONS, DECODERS, LOSSES, PAINT_ORDERS, STEP, STRIDE, EpochBatches, EvalPhotos,
-                    Help, TrainSamples, amp, build_model, check_space, claim_device, classmix, confusion,
-                    encoder_mean_std, file_hash, load_checkpoint, load_data, load_folds, lock, make_augmentation,
-                    make_loss, normalise, number, ranks, rare_odds, resize_probs, run_folder, run_script,
-                    save_checkpoint, scores, tune_process, write_csv, write_json)
+from common import (AUGMENTATIONS, COLOURS, DECODERS, IGNORE_INDEX, LOSSES, PAINT_ORDERS, STEP, STRIDE, EpochBatches,
+                    EvalPhotos, Help, TrainSamples, amp, atomic_write, build_model, check_space, claim_device, classmix,
+                    confusion, encoder_mean_std, file_hash, image_miou, load_checkpoint, load_data, load_folds, lock,
+                    make_augmentation, make_loss, named, normalise, number, overlay, ranks, rare_odds, resize_probs,
+                    run_folder, run_script, save_checkpoint, scores, tune_process, write_csv, write_json, write_sheet)
 from pseudo_label import check_labels, load_labels
 
 STATES, PLACE = ("model", "ema", "optimizer", "scaler"), ("epoch", "step", "total", "parts", "log", "best")  # last.pt's
@@ -196,39 +197,52 @@ def backward(run, images, masks, device):
     return backward(run, images, masks, device)
 
 
-def train_one_epoch(run, loader, args, recipe, device, save):
-    """The epoch from run["step"] on; returns (mean loss, last learning rate, images/s, skipped steps).
+def optimise(run, images, masks, clip, device):
+    """A step of the weights: (loss, whether the gradient wasn't finite: then nothing changes), both on the device."""
+    import torch
+    model, optimizer, scaler = run["model"], run["optimizer"], run["scaler"]
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    optimizer.zero_grad(set_to_none=True)
+    loss = backward(run, images, masks, device)
+    if ranks()[1] > 1:
+        torch.distributed.all_reduce(loss.div_(ranks()[1]))
+    scaler.unscale_(optimizer)
+    bad = ~torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf).isfinite()  # the same on all ranks
+    optimizer.found_inf = bad.float()  # a fused optimizer then leaves weights and state alone, and no GPU waits
+    scaler.step(optimizer)
+    scaler.update()
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before.where(bad, buffer))
+    return loss, bad
 
-    A step whose gradient isn't finite changes nothing and is counted; all ranks see the same gradient. run["total"] is
-    float32 [3]: sum of losses, skipped steps, those skipped in a row.
+
+def train_one_epoch(run, loader, args, recipe, device, out, save):
+    """The epoch from run["step"] on; returns what log.csv says of it: mean loss, last learning rate, ...
+
+    Steps whose gradient isn't finite are counted. run["total"] is float32 [3]: sum of losses, skipped steps, those
+    skipped in a row.
     """
     import torch
-    model, optimizer, scaler, epoch, total = run["model"], run["optimizer"], run["scaler"], run["epoch"], run["total"]
+    model, epoch, total = run["model"], run["epoch"], run["total"]
     model.train()
-    images_seen, started = 0, time.time()
+    images_seen, waited, started = 0, 0.0, time.time()
+    ready = started
     bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", len(loader), initial=run["step"], leave=False,
                disable=True if ranks()[0] else None)
     for step, (images, masks) in enumerate(bar, run["step"]):
+        waited += time.time() - ready
         lr = learning_rate((epoch + (step + 0.5) / len(loader)) / args.epochs, args)
-        for group in optimizer.param_groups:
+        for group in run["optimizer"].param_groups:
             group["lr"] = lr * group["factor"]
         images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
         rng = np.random.default_rng([STEP, args.seed, epoch, step, ranks()[0]])
         torch.manual_seed(int(rng.integers(2 ** 63)))  # dropout and the like
         if args.classmix != "none" and len(images) > 1:
             images, masks = classmix(images, masks, args.classmix_prob, run["mix_weights"], rng)
-        buffers = [buffer.clone() for buffer in model.buffers()]
-        optimizer.zero_grad(set_to_none=True)
-        loss = backward(run, normalise(images, recipe["mean"], recipe["std"]), masks.long(), device)
-        if ranks()[1] > 1:
-            torch.distributed.all_reduce(loss.div_(ranks()[1]))
-        scaler.unscale_(optimizer)
-        bad = ~torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).isfinite()
-        optimizer.found_inf = bad.float()  # a fused optimizer then leaves weights and state alone, and no GPU waits
-        scaler.step(optimizer)
-        scaler.update()
-        for buffer, before in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(before.where(bad, buffer))
+        if epoch == step == ranks()[0] == 0:
+            classes = loader.dataset.entries[0][0].classes
+            draw_batch(out / "batch.png", images.cpu().numpy(), masks.cpu().numpy(), classes)
+        loss, bad = optimise(run, normalise(images, recipe["mean"], recipe["std"]), masks.long(), args.clip, device)
         run["ema"].update(model, step=epoch * len(loader) + step + 1)
         total.copy_(torch.stack([total[0] + loss.where(~bad, 0), total[1] + bad, (total[2] + 1) * bad]))
         images_seen += len(images)
@@ -243,27 +257,82 @@ def train_one_epoch(run, loader, args, recipe, device, save):
                             images_s=f"{images_seen / (time.time() - started):.1f}")
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < len(loader):
             save(step + 1)
+        ready = time.time()
     if ranks()[1] > 1:
         for buffer in run["ema"].buffers():  # each rank has seen other images; rank 0's statistics are the model's
             torch.distributed.broadcast(buffer, 0)
     loss_sum, skipped, _ = total.tolist()
-    return (loss_sum / (len(loader) - skipped) if skipped < len(loader) else math.nan, lr,
-            images_seen * ranks()[1] / (time.time() - started), int(skipped))
+    seconds = time.time() - started
+    return {"loss": loss_sum / (len(loader) - skipped) if skipped < len(loader) else math.nan, "lr": lr,
+            "skipped": int(skipped), "images_per_s": images_seen * ranks()[1] / seconds, "waiting": waited / seconds}
+
+
+def predict(model, images, recipe, device):
+    """Class ids uint8 [B, SUBMIT_SIZE, SUBMIT_SIZE] of uint8 images [B, H, W, 3]."""
+    import torch
+    with torch.inference_mode(), amp(device):
+        logits = model(normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"]))
+    return resize_probs(logits.float().softmax(dim=1)).argmax(dim=1).byte().cpu().numpy()
 
 
 def evaluate(model, loader, n_classes, recipe, device):
     """[N, C, C] pixel counts of every validation image at the submission's size, put together from all ranks."""
-    import torch
     n_ranks, counts = ranks()[1], []
     for images, truths in loader:
-        with torch.inference_mode(), amp(device):
-            logits = model(normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"]))
-        preds = resize_probs(logits.float().softmax(dim=1)).argmax(dim=1).byte().cpu().numpy()
+        preds = predict(model, images, recipe, device)
         counts += [confusion(pred, truth, n_classes) for pred, truth in zip(preds, truths.numpy(), strict=True)]
     shares = [counts] * n_ranks
     if n_ranks > 1:
+        import torch
         torch.distributed.all_gather_object(shares, counts)
     return np.stack([shares[i % n_ranks][i // n_ranks] for i in range(sum(map(len, shares)))])
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def draw_curves(path, log):
+    """A PNG of the columns of log.csv over the epochs; waiting: share of the time without a batch to train on."""
+    from matplotlib.figure import Figure
+    figure, ious = Figure((13, 6), layout="constrained"), [name for name in log[0] if name.startswith("iou ")]
+    panels = ["loss"], ["v1", "v2", "v3"], ious, ["lr"], ["images_per_s"], ["waiting"]
+    for axes, names in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        for name in names:
+            colour = COLOURS[ious.index(name)] / 255 if name in ious[1:] else None
+            axes.plot([row["epoch"] for row in log], [row[name] for row in log], ".-", color=colour,
+                      label=name.removeprefix("iou ").replace("$", r"\$"))
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    with atomic_write(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=90)
+
+
+def draw_batch(path, images, masks, classes):
+    """The first images [B, H, W, 3] that are learnt from, as they are after augmentation and ClassMix, with masks."""
+    tiles = [[("as trained on", overlay(image, np.zeros_like(mask))), (named(mask, classes), overlay(image, mask))]
+             for image, mask in zip(images[:8], masks[:8], strict=True)]
+    write_sheet(path, [sum(tiles[i:i + 2], []) for i in range(0, len(tiles), 2)],
+                dict(enumerate(classes)) | {IGNORE_INDEX: "ignored"})
+
+
+def draw_valid(path, run, photos, info, device):
+    """The worst, median and best images of an EvalPhotos by v3 in the best epoch, with truth, prediction and errors."""
+    import torch
+    best, classes, order = run["best"], info["classes"], np.argsort(run["best"]["image_v3"]).tolist()
+    middle = max(0, len(order) // 2 - 2)
+    chosen = list(dict.fromkeys([*order[:4], *order[middle:middle + 4], *order[-4:]]))
+    images, truths = zip(*(photos[i] for i in chosen), strict=True)
+    run["ema"].module.load_state_dict(best["model"])
+    preds = predict(run["ema"].module, torch.from_numpy(np.stack(images)), info["recipe"], device)
+    write_sheet(path, [[
+        (f"v3 {best['image_v3'][i]:.2f} {photos.split.file_names[photos.indices[i]]}", overlay(image, truth * 0)),
+        (f"truth: {named(truth, classes)}", overlay(image, truth)),
+        (f"found: {named(pred, classes)}", overlay(image, pred)),
+        ("errors", overlay(image, np.where(pred == truth, 0, IGNORE_INDEX).astype(np.uint8)))]
+        for i, image, truth, pred in zip(chosen, images, truths, preds, strict=True)],
+        dict(enumerate(classes)) | {IGNORE_INDEX: "wrong"})
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------
@@ -356,7 +425,7 @@ def start_run(args, classes, pixels, resume, device):
                parameter_groups(model, args.encoder_lr, args.weight_decay), lr=args.lr, fused=True, **settings),
            "scaler": torch.amp.GradScaler(device.type, enabled=amp(device).fast_dtype == torch.float16),
            "total": torch.zeros(3), "epoch": 0, "step": 0, "log": [], "best": None,
-           "kept": "nothing is kept yet"}
+           "kept": "nothing is kept yet", "drawing": 0.0}
     for p in (p for p in model.parameters() if p.requires_grad and args.optimizer == "sgd"):
         run["optimizer"].state[p]["momentum_buffer"] = torch.zeros_like(p)  # undefined after a skipped first step
     if resume:
@@ -400,24 +469,28 @@ def fit(run, loaders, args, info, out, device, report):
     while run["epoch"] < args.epochs and not (args.overfit and run["best"] and run["best"]["v3"] >= OVERFIT_V3):
         started = time.time()
         train_loader.batch_sampler.epoch, train_loader.batch_sampler.first = run["epoch"], run["step"]
-        loss, lr, speed, skipped = train_one_epoch(run, train_loader, args, recipe, device, save)
-        if not math.isfinite(loss):
-            raise SystemExit(f"{out}: the loss of epoch {run['epoch'] + 1} is {loss}: lower --lr; {run['kept']}")
-        result = scores(evaluate(run["ema"].module, valid_loader, len(info["classes"]), recipe, device), args.batch)
+        row = {"epoch": run["epoch"] + 1, **train_one_epoch(run, train_loader, args, recipe, device, out, save)}
+        if not math.isfinite(row["loss"]):
+            raise SystemExit(f"{out}: the loss of epoch {row['epoch']} is {row['loss']}: lower --lr; {run['kept']}")
+        counts = evaluate(run["ema"].module, valid_loader, len(info["classes"]), recipe, device)
+        result = scores(counts, args.batch)
         run["epoch"] += 1
         run["total"].zero_()
-        row = {"epoch": run["epoch"], "loss": loss, "lr": lr, **{k: float(result[k]) for k in ("v1", "v2", "v3")},
-               "skipped": skipped, "images_per_s": speed, "seconds": time.time() - started,
-               **({"contaminated": 1} if recipe["contaminated"] else {}),
-               **{f"iou {c}": float(v) for c, v in zip(info["classes"], result["iou"], strict=True)}}
+        row |= {**{k: float(result[k]) for k in ("v1", "v2", "v3")}, "seconds": time.time() - started,
+                **({"contaminated": 1} if recipe["contaminated"] else {}),
+                **{f"iou {c}": float(v) for c, v in zip(info["classes"], result["iou"], strict=True)}}
         run["log"].append(row)
-        now = {"epoch": row["epoch"], "v3": row["v3"],
+        now = {"epoch": row["epoch"], "v3": row["v3"], "image_v3": image_miou(counts).tolist(),
                "model": {k: v.detach().clone() for k, v in run["ema"].module.state_dict().items()}}
         if run["best"] is None or now["v3"] > run["best"]["v3"]:
             run["best"] = now
         save(0, now)
         if ranks()[0] == 0:
             log_row(run, row, args, recipe, out)
+            if run["drawing"] < 0.02 * sum(row["seconds"] for row in run["log"]) or run["epoch"] == args.epochs:
+                drawn = time.time()
+                draw_curves(out / "curves.png", run["log"])
+                run["drawing"] += time.time() - drawn
         if report:
             report(row["epoch"], row["v3"])
 
@@ -496,6 +569,7 @@ def train_run(args, root, report=None):
             write_json(out / "config.json", recipe | {"classes": train.classes})
             write_csv(out / "log.csv", run["log"])
             best = {sys.intern(k): v for k, v in run["best"].items()}  # else a resumed run's file has other bytes
+            draw_valid(out / "valid.png", run, EvalPhotos(train, valid.tolist(), args.scale), info, device)
             save_checkpoint(out / "model.pt", **info, **best)
             for old in out.glob("last*"):
                 old.unlink()

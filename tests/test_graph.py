@@ -73,7 +73,9 @@ for path in [*epochs, out]: write(path, recipe + " code 1")
 from common import *
 a = parse("data cache checkpoint tta device", optional="batch", inputs=None)
 for name in ("valid.npy", "valid.json", "test.npy", "test.json"):
-    write(os.path.dirname(a.checkpoint) + "/" + name, digest(name, a.tta, a.batch, read(a.checkpoint, *a.inputs)))
+    path = os.path.dirname(a.checkpoint) + "/" + name
+    if name.endswith(".npy") and os.path.exists(path[:-3] + "json"): os.remove(path[:-3] + "json")
+    write(path, digest(name, a.tta, a.batch, read(a.checkpoint, *a.inputs)))
 ''', "pseudo_label.py": '''
 from common import *
 a = parse("data cache exp round fold", optional="confident", inputs=True)
