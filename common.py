@@ -348,13 +348,11 @@ def segmentation_fault(segmentation, height, width):
     return None
 
 
-def odd_polygon(polygon, height, width):
-    """What is odd, though no fault, about a polygon, or None."""
-    points = np.reshape(polygon, (-1, 2))
-    x, y = inside = points.T.clip(0, [[width], [height]])
-    if abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) < 1e-6:  # twice the area
-        return "with a polygon without area in the photo"
-    return "with a polygon that leaves the photo and is clipped" if (inside != points.T).any() else None
+def is_odd(polygon, height, width):
+    """Whether a polygon leaves the photo, where it is clipped, or has no area in it."""
+    points = np.reshape(polygon, (-1, 2)).T
+    x, y = inside = points.clip(0, [[width], [height]])
+    return (inside != points).any() or abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) < 1e-6
 
 
 def object_mask(segmentation, height, width):
@@ -385,8 +383,8 @@ def read_image(path, height, width, checked=False):
 
     The size in the JSON decides: pixels are turned by the EXIF orientation only if they don't have that size as stored.
     Of 16 bits the upper 8 are kept, of several pages or frames the first. The content decides, not the name's ending.
-    Raises ValueError that says what is wrong with the photo; only its header is read if the size is. A whole JPEG that
-    has been `checked` is decoded by cv2: to the same pixels in two thirds of the time, but without an error if damaged.
+    Raises OSError that says what is wrong with the photo; only its header is read if the size is. A whole JPEG that has
+    been `checked` is decoded by cv2: to the same pixels in two thirds of the time, but without an error if damaged.
     """
     from PIL import Image, ImageOps
     try:
@@ -411,7 +409,7 @@ def read_image(path, height, width, checked=False):
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             return np.array(image.convert("RGB"))
     except Exception as e:  # decoders raise many types on damaged files
-        raise ValueError(clean(str(e) or type(e).__name__)) from None
+        raise OSError(None, clean(str(e) or type(e).__name__), str(path)) from None
 
 
 def entries(coco, key, faults):
@@ -485,23 +483,23 @@ def object_fault(annotation, photos, class_ids):
 
 
 def read_coco(path, labelled):
-    """(photos, categories, faults, notes) of one COCO file, which is not trusted in anything.
+    """(photos, categories, faults) of one COCO file, which is not trusted in anything.
 
-    photos: dicts with id, file_name, size (height, width), group and objects, a list of (class_id, segmentation), where
-    class ids count the categories from 1 by id. faults: one line each; when there are any, the rest is not to be used.
-    notes: ids of annotations by what is odd about them, though no fault.
+    photos: dicts with id, file_name, size (height, width), group, objects, a list of (class_id, segmentation), where
+    class ids count the categories from 1 by id, and odd, the ids of annotations with odd polygons. faults: one line
+    each; when there are any, the rest is not to be used.
     """
-    coco, faults, notes, photos = read_json(path), [], {}, {}
+    coco, faults, photos = read_json(path), [], {}
     lists = ("images", "categories", "annotations") if labelled else ("images", "categories")
     if not isinstance(coco, dict) or not all(isinstance(coco.get(k), list) for k in lists):
-        return [], {}, {}, [f"{path.name}: not a COCO file: it needs the lists {', '.join(lists)}"]
+        return [], {}, [f"{path.name}: not a COCO file: it needs the lists {', '.join(lists)}"]
     for image, id_fault in entries(coco, "images", faults):
         size, group = (image.get("height"), image.get("width")), image.get("group")
         name, name_wrong = clean(image.get("file_name")), name_fault(image.get("file_name"), path.parent)
         wrong = [fault for fault in (name_wrong, id_fault, size_fault(*size)) if fault]
         faults += [f"image {clean(image.get('id'))} ({name}) {fault}" for fault in wrong]
         if not id_fault:
-            photos[image["id"]] = {"id": image["id"], "file_name": name, "size": size, "objects": [],
+            photos[image["id"]] = {"id": image["id"], "file_name": name, "size": size, "objects": [], "odd": [],
                                    "group": "" if group is None else clean(group), "faulty": bool(wrong)}
     categories = read_categories(coco, faults)
     class_ids = {category: class_id for class_id, category in enumerate(categories, 1)}
@@ -511,11 +509,10 @@ def read_coco(path, labelled):
         else:
             photo, segmentation = photos[annotation["image_id"]], annotation.get("segmentation")
             photo["objects"].append((class_ids[annotation["category_id"]], segmentation))
-            for polygon in segmentation if isinstance(segmentation, list) and not photo["faulty"] else ():
-                notes.setdefault(odd_polygon(polygon, *photo["size"]), []).append(annotation["id"])
-    notes.pop(None, None)
+            polygons = segmentation if isinstance(segmentation, list) and not photo["faulty"] else ()
+            photo["odd"] += [annotation["id"]] if any(is_odd(p, *photo["size"]) for p in polygons) else []
     sound = [photo for photo in photos.values() if not photo["faulty"]]
-    return sound, categories, notes, [f"{path.name}: {fault}"[:500] for fault in faults]
+    return sound, categories, [f"{path.name}: {fault}"[:500] for fault in faults]
 
 
 # ---- data: masks, folds, samples ------------------------------------------------------------------------------------
@@ -534,18 +531,21 @@ class Split:
     masks: np.ndarray | None  # the masks one after another, flat; None for test
     photos: np.ndarray | None  # likewise the decoded photos, three bytes a pixel; None unless they are cached
     faults: list  # what is wrong with each photo, or None; only a test photo may have one
-    notes: dict  # ids of training annotations by what is odd about them
+    odd: list  # [annotation id] of each, those with a polygon that leaves the photo or has no area
     fingerprint: str  # of the JSON, the paint order and the photos' content
 
     def image(self, index):
+        """The photo; black if it can't be read."""
+        if self.faults[index]:
+            return np.zeros((*self.sizes[index], 3), np.uint8)
         if self.photos is not None:
             first, end = 3 * self.starts[index], 3 * self.starts[index + 1]
             return np.array(self.photos[first:end]).reshape(*self.sizes[index], 3)
         try:
             return read_image(self.root / self.file_names[index], *self.sizes[index], checked=True)
-        except ValueError as e:
+        except OSError as e:
             name = f"image {self.ids[index]} ({self.file_names[index]})"
-            raise OSError(f"{name} has changed: {e}: run the same again") from None
+            raise OSError(f"{name} has changed: {e.strerror}; run the same again") from None
 
     @cached_property
     def starts(self):
@@ -618,8 +618,8 @@ def photo_stamps(root, file_names):
 def build_cache(folder, paths, paint):
     """Check everything, write masks.npy and, last, index.json into `folder`, and return open_cache of it."""
     root = paths[0].parent
-    train, categories, notes, faults = read_coco(paths[0], labelled=True)
-    test, test_categories, _, test_faults = read_coco(paths[1], labelled=False)
+    train, categories, faults = read_coco(paths[0], labelled=True)
+    test, test_categories, test_faults = read_coco(paths[1], labelled=False)
     faults += test_faults
     if categories != test_categories and categories and test_categories:
         faults.append(f"{paths[0].name} and {paths[1].name} have different categories")
@@ -643,7 +643,8 @@ def build_cache(folder, paths, paint):
         index[name] = {"ids": [p["id"] for p in photos[of]], "file_names": [p["file_name"] for p in photos[of]],
                        "sizes": [p["size"] for p in photos[of]], "stamps": stamps[of], "pixels": pixels[of],
                        "groups": merge_groups(photos[of], digests[of]), "classes": [BACKGROUND, *categories.values()],
-                       "faults": found[of], "notes": notes, "fingerprint": f"{file_hash(path)} {paint} {content}"}
+                       "faults": found[of], "odd": [p["odd"] for p in photos[of]],
+                       "fingerprint": f"{file_hash(path)} {paint} {content}"}
     write_json(folder / "index.json", index)
     return open_cache(folder, root)
 
@@ -668,8 +669,8 @@ def check_photo(root, photo, paint):
     path = root / photo["file_name"]
     try:
         read_image(path, *photo["size"])
-    except ValueError as e:
-        return f"image {photo['id']} ({photo['file_name']}) {e}", "", None
+    except OSError as e:
+        return f"image {photo['id']} ({photo['file_name']}) {e.strerror}", "", None
     return None, file_hash(path), paint_mask(photo["objects"], *photo["size"], paint)
 
 
@@ -740,7 +741,7 @@ def load_folds(exp, train, n_folds, renew=False):
 class EvalPhotos:
     """Items for a DataLoader: (image uint8 [scale, scale, 3], truth uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) of `indices`.
 
-    Photos are squashed to the square that the network sees; those that can't be read are black.
+    Photos are squashed to the square that the network sees.
     """
 
     def __init__(self, split, indices, scale):
@@ -752,8 +753,6 @@ class EvalPhotos:
     def __getitem__(self, item):
         import cv2
         index = self.indices[item]
-        if self.split.faults[index]:
-            return np.zeros((self.scale, self.scale, 3), np.uint8), self.split.truth(index)
         image = self.split.image(index)
         # INTER_AREA averages when it shrinks but repeats pixels when it enlarges
         how = cv2.INTER_AREA if self.scale < min(image.shape[:2]) else cv2.INTER_LINEAR

@@ -586,8 +586,9 @@ def check(args):
     print(f"data: {len(train.ids)} training and {len(test.ids)} test images, {len(train.classes)} classes, "
           f"{len(set(train.groups))} groups, folds of {np.bincount(folds).tolist()} images; "
           + (f"{unread} test photo(s) can't be read: mend them for a full score" if unread else "no faults"))
-    for note, ids in train.notes.items():
-        print(f"warning: {len(ids)} annotation(s) {note}: {', '.join(map(str, ids[:5]))}")
+    if odd := sum(train.odd, []):
+        print(f"warning: {len(odd)} annotation(s) have a polygon that leaves the photo, where it's clipped, or without "
+              f"area: {', '.join(map(str, odd[:9]))}")
     for class_id, name in enumerate(train.classes):
         present, share = pixels[:, class_id] > 0, pixels[:, class_id].sum() / pixels.sum()
         print(f"  {class_id:3} {name:20} {present.sum():6} images {share:8.3%} of pixels")

@@ -489,7 +489,6 @@ def test_a_sheet_that_cannot_be_drawn_leaves_the_old_one(tmp_path):
     (4, 24, [0, 1, 2, 3]), (4, 4, [0, 1, 2, 3]), (9, 3, [0, 4, 8]), (100, 4, [0, 33, 66, 99]), (1, 24, [0])])
 def test_looks_are_spread_evenly_and_predictions_pass_unchanged(n_images, n, chosen):
     test = Namespace(ids=list(range(n_images)), file_names=[f"{i}.jpg" for i in range(n_images)], classes=CLASSES,
-                     faults=[None] * n_images,
                      image=lambda i: np.full((32, 32, 3), i, np.uint8))
     preds = [np.full((SUBMIT_SIZE, SUBMIT_SIZE), i % 12, np.uint8) for i in range(n_images)]
     for pred in preds[1::2]:
