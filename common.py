@@ -103,17 +103,16 @@ def run_script(main, args):
         ctypes.CDLL(None).prctl(kill_me_with_parent, signal.SIGKILL)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
-    terminated = []
 
     def terminate(number, _):
         signal.signal(number, signal.SIG_IGN)  # a second one would break off the cleaning up
-        terminated.append(number)
         raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, terminate)
     try:
         main(args)
     except (KeyboardInterrupt, Exception) as e:
         said = str(e).strip().splitlines() or ["interrupted"]
+        terminated = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
         if isinstance(e, KeyboardInterrupt) or terminated:  # then a loader or another rank may have ended before
             if not rank:
                 print(f"{said[0]}; the same command carries on", file=sys.stderr)

@@ -25,7 +25,8 @@ from common import (AUGMENTATIONS, COLOURS, DECODERS, IGNORE_INDEX, LOSSES, PAIN
                     run_folder, run_script, save_checkpoint, scores, tune_process, write_csv, write_json, write_sheet)
 from pseudo_label import check_labels, load_labels
 
-STATES, PLACE = ("model", "ema", "optimizer", "scaler"), ("epoch", "step", "total", "parts", "log", "best")  # last.pt's
+STATES = ("model", "ema", "optimizer", "scaler")  # of these and
+PLACE = ("epoch", "step", "total", "parts", "log", "best", "kept")  # these of a run is last.pt
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
 LOGGERS = ("tensorboard", "wandb")
@@ -252,7 +253,8 @@ def train_one_epoch(run, loader, args, recipe, device, out, save):
                 loader.batch_sampler.first = step
                 batch = [loader.dataset.entries[index][:2] for _, index in next(iter(loader.batch_sampler))]
                 raise SystemExit(f"{MAX_SKIPPED} steps in a row without a finite gradient, the last with images "
-                                 f"{', '.join(str(split.ids[i]) for split, i in batch)}: lower --lr; {run['kept']}")
+                                 f"{', '.join(str(split.ids[i]) for split, i in batch)}: lower --lr; kept is what was "
+                                 f"after {run['kept']}")
             bar.set_postfix(loss=f"{loss_sum / max(1, step + 1 - skipped):.3f}", lr=f"{lr:.1e}",
                             images_s=f"{images_seen / (time.time() - started):.1f}")
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < len(loader):
@@ -376,11 +378,11 @@ def find_last(out):
             load_checkpoint(path)
         except SystemExit as e:
             damaged += f"{e}; "
-            continue
-        if damaged and ranks()[0] == 0:
-            print(f"{damaged}going back to {path}")
-            (out / "last.pt").rename(out / "last-damaged.pt")  # else the next last.pt would make it last-1.pt
-        return path
+        else:
+            if damaged and ranks()[0] == 0:
+                print(f"{damaged}going back to {path}")
+                (out / "last.pt").rename(out / "last-damaged.pt")  # else the next last.pt would make it last-1.pt
+            return path
     if damaged:
         raise SystemExit(f"{damaged}remove {out}/last*.pt to start anew")
     return None
@@ -424,8 +426,7 @@ def start_run(args, classes, pixels, resume, device):
            "optimizer": getattr(torch.optim, optimizer)(
                parameter_groups(model, args.encoder_lr, args.weight_decay), lr=args.lr, fused=True, **settings),
            "scaler": torch.amp.GradScaler(device.type, enabled=amp(device).fast_dtype == torch.float16),
-           "total": torch.zeros(3), "epoch": 0, "step": 0, "log": [], "best": None,
-           "kept": "nothing is kept yet", "drawing": 0.0}
+           "total": torch.zeros(3), "epoch": 0, "step": 0, "log": [], "best": None, "kept": "the start", "drawing": 0.0}
     for p in (p for p in model.parameters() if p.requires_grad and args.optimizer == "sgd"):
         run["optimizer"].state[p]["momentum_buffer"] = torch.zeros_like(p)  # undefined after a skipped first step
     if resume:
@@ -438,14 +439,9 @@ def start_run(args, classes, pixels, resume, device):
         except (KeyError, RuntimeError, ValueError) as e:
             raise SystemExit(f"{resume}: not of these scripts and libraries, remove it to start anew: "
                              f"{shorten(str(e), 300)}") from None
-        run["kept"] = f"{resume} stands {position(run)}"
-        print(f"{resume.parent}: resuming {position(run)}")
+        print(f"{resume.parent}: resuming after {run['kept']}")
     run["total"] = run["total"].to(device)
     return run
-
-
-def position(run):
-    return f"after step {run['step']} of epoch {run['epoch'] + 1}" if run["step"] else f"after epoch {run['epoch']}"
 
 
 def fit(run, loaders, args, info, out, device, report):
@@ -454,7 +450,7 @@ def fit(run, loaders, args, info, out, device, report):
     finished = (out / "model.pt").exists()  # by a run that this one replaces: its log stays beside it until then
 
     def save(step, snapshot=None):
-        run["step"] = step
+        run["step"], kept = step, f"step {step} of epoch {run['epoch'] + 1}" if step else f"epoch {run['epoch']}"
         if not out.is_dir():
             raise SystemExit(f"{out} was removed: training stops")
         if ranks()[0] == 0:
@@ -462,16 +458,17 @@ def fit(run, loaders, args, info, out, device, report):
                 save_checkpoint(out / f"epoch-{snapshot['epoch']:03}.pt", **info, **snapshot)
             if snapshot:  # before last.pt: an epoch that counts as done is in it
                 write_csv(out / ("last.csv" if finished else "log.csv"), run["log"])
-            save_checkpoint(out / "last.pt", out / "last-1.pt", **info, **{k: run[k].state_dict() for k in STATES},
-                            **{k: run[k] for k in PLACE})
-        run["kept"] = f"{out}/last.pt stands {position(run)}"
+            save_checkpoint(out / "last.pt", previous=out / "last-1.pt", **info, **{k: run[k] for k in PLACE} | {
+                "kept": kept}, **{k: run[k].state_dict() for k in STATES})
+        run["kept"] = kept
 
     while run["epoch"] < args.epochs and not (args.overfit and run["best"] and run["best"]["v3"] >= OVERFIT_V3):
         started = time.time()
         train_loader.batch_sampler.epoch, train_loader.batch_sampler.first = run["epoch"], run["step"]
         row = {"epoch": run["epoch"] + 1, **train_one_epoch(run, train_loader, args, recipe, device, out, save)}
         if not math.isfinite(row["loss"]):
-            raise SystemExit(f"{out}: the loss of epoch {row['epoch']} is {row['loss']}: lower --lr; {run['kept']}")
+            raise SystemExit(f"{out}: the loss of epoch {row['epoch']} is {row['loss']}: lower --lr; kept is what was "
+                             f"after {run['kept']}")
         counts = evaluate(run["ema"].module, valid_loader, len(info["classes"]), recipe, device)
         result = scores(counts, args.batch)
         run["epoch"] += 1
@@ -560,7 +557,7 @@ def train_run(args, root, report=None):
         try:
             fit(run, loaders, args, info, out, device, report)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted: {run['kept']}") from None
+            raise KeyboardInterrupt(f"{out}: interrupted, kept is what was after {run['kept']}") from None
         v3 = run["best"]["v3"]
         if args.overfit and v3 < OVERFIT_V3:
             raise SystemExit(f"{out}: v3 {v3:.4f} on its own {len(learn)} training images, below {OVERFIT_V3}: more "

@@ -46,11 +46,16 @@ def files(folder):
     return found
 
 
-def kill_after(process, folder, events, delay):
-    """kill -9 of the group `delay` seconds after this many changes of files in `folder`; whether it came to that."""
-    before = files(folder)
+def kill_after(process, repo, stage, events, delay):
+    """kill -9 of the group once the graph has made `stage` files, `delay` seconds after so many changes of any file.
+
+    Returns whether it came to that.
+    """
+    while len(made(repo)) < stage and not ended(process, 0.005):
+        pass
+    before = files(repo / "out")
     while events and not ended(process, 0.005):
-        now = files(folder)
+        now = files(repo / "out")
         events -= now != before
         before = now
     if ended(process, delay):
@@ -68,11 +73,14 @@ def ended(process, timeout):
         return False
 
 
+def made(repo):
+    """What the graph is for and what it trained and predicted, as far as it is there."""
+    return [path for path in files(repo / "out/main") if path.name in (
+        "model.pt", "valid.npy", "valid.json", "test.npy", "test.json", "labels.npy", "index.csv", "submission.csv")]
+
+
 def results(repo):
-    """{path: content} of what the graph is for and what it trained and predicted."""
-    found = [path for name in ("model.pt", "valid.*", "test.*", "labels.npy", "index.csv", "submission.csv")
-             for path in (repo / "out/main").rglob(name)]
-    return {str(path.relative_to(repo)): path.read_bytes() for path in found}
+    return {str(path.relative_to(repo)): path.read_bytes() for path in made(repo)}
 
 
 @pytest.mark.slow
@@ -85,22 +93,21 @@ def test_a_graph_killed_at_30_random_moments_ends_in_the_same_submission_and_wei
     expected, lasted = results(straight), time.monotonic() - started
     assert sum(name.endswith("model.pt") for name in expected) == 4 and "out/main/submission.csv" in expected
     assert " 0 kept" not in said and "warning: no photo is kept" not in said  # round 1 learns from something
-    rng, kills, graphs, log = np.random.default_rng(0), 0, 0, []
-    while kills < KILLS:
+    rng, kills, graphs = np.random.default_rng(0), [], 0
+    while len(kills) < KILLS:
         repo = new_repo(tmp_path / f"killed{graphs}", tmp_path / "data")
         graphs += 1
-        while True:
-            process, events, delay = start(repo), int(rng.geometric(1 / 12)), float(rng.exponential(0.05))
-            if rng.random() < 0.2:  # twice in a row: again as soon as anything happens
-                events = 1
-            if kills == KILLS or not kill_after(process, repo / "out", events, delay):
+        for stage in sorted(rng.integers(0, len(expected), KILLS - len(kills)).tolist()):  # often twice at the same one
+            process, events, delay = start(repo), int(rng.geometric(0.3)), float(rng.exponential(rng.choice((0.05, 2))))
+            if not kill_after(process, repo, stage, events, delay):
                 break
-            kills += 1
-            log.append(sorted(str(path.relative_to(repo)) for path in repo.rglob("*.tmp")))
+            kills.append(len(made(repo)))
+        else:
+            process = start(repo)
         assert process.wait() == 0, (repo / "log").read_text()
         found = results(repo)
         assert found.keys() == expected.keys()
         assert [name for name in expected if found[name] != expected[name]] == []
-    print(f"{kills} kills in {graphs} graphs, {sum(map(bool, log))} of them in the middle of writing: {log}; "
-          f"uninterrupted {lasted:.0f} s, all {time.monotonic() - started:.0f} s")
-    assert kills == KILLS
+    print(f"{KILLS} kills in {graphs} graphs, after {kills} of {len(expected)} files; uninterrupted {lasted:.0f} s, "
+          f"all {time.monotonic() - started:.0f} s")
+    assert len(kills) == KILLS

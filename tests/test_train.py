@@ -65,8 +65,8 @@ def run_and_keep(args):
     """train.main; the last.pt, which it removes in the end, stays as EXP/kept.pt."""
     save_checkpoint = train.save_checkpoint
 
-    def save_and_copy(path, *previous, **state):
-        save_checkpoint(path, *previous, **state)
+    def save_and_copy(path, **state):
+        save_checkpoint(path, **state)
         if path.name == "last.pt":
             shutil.copy(path, args.exp / "kept.pt")
     with pytest.MonkeyPatch.context() as patch:
