@@ -63,8 +63,9 @@ def worker(way, model):
 def ask_worker(way, model):
     """A function that lets a worker of its own take a step."""
     code = f"import bench_model_rows; bench_model_rows.worker({way!r}, {model!r})"
+    env = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     with subprocess.Popen([sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          env=os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}) as process:
+                          env=env) as process:
         def ask():
             process.stdin.write("\n")
             process.stdin.flush()
