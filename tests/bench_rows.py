@@ -60,13 +60,13 @@ def versus(what, times, factor, unit, target, clock="CPU", limit=None, plain="pl
     found = {name: summary(times[key], factor, clock) for name, key in (("plain", plain), ("ours", ours))}
     ratio = found["plain"]["median"] / found["ours"]["median"]
     return {"what": what, "unit": f"{clock} {unit}", **found, "ratio": ratio, "target": f"{target}x",
-            "ok": ratio >= target, "limit": limit and summary(times[limit], factor, clock)["median"]}
+            "ok": bool(ratio >= target), "limit": limit and summary(times[limit], factor, clock)["median"]}
 
 
 def bound(what, value, unit, most):
     """A row of the table: ours should be at most `most`."""
     return {"what": what, "unit": unit, "plain": None, "ours": {"median": value, "spread": 0}, "ratio": None,
-            "target": f"<= {most:g}", "ok": value <= most, "limit": None}
+            "target": f"<= {most:g}", "ok": bool(value <= most), "limit": None}
 
 
 def peak_mb():
