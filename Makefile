@@ -167,7 +167,8 @@ $(foreach r,$(filter-out 0,$(every)),$(foreach f,$(sort $(FOLDS) $(FOLD)),$(eval
 # exit code 3: it stands, but there are test photos that can't be read, of which the lines above tell
 $(OUT)/submission.csv: $(foreach file,valid.npy valid.json test.npy test.json,$(FINAL:=/$(file))) \
                        $(OUT)/.flags/submit $(call code,ensemble.py) | $(SETUP)
-	$(run) ensemble.py soft --data $(DATA) --cache $(CACHE) --out $@ $(flags.submit) || [ $$? = 3 ]
+	$(run) ensemble.py soft --data $(DATA) --cache $(CACHE) --out $@ \
+	    --report $(OUT)/report.html $(flags.submit) || [ $$? = 3 ]
 $(filter-out $(wildcard $(JSON)),$(JSON)):
 	@echo 'no $@: DATA=$(DATA) must be the folder of the competition with train.json, test.json and the photos' >&2; exit 1
 
@@ -194,7 +195,7 @@ pseudo: $(foreach f,$(FOLD),$(OUT)/r$(or $(ROUND),1)/pseudo/f$f/index.csv) ## ps
 submit: $(OUT)/submission.csv ## everything up to out/EXP/submission.csv
 score: $(addsuffix /valid.json,$(call grid,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))) ## out-of-fold scores of members and vote, who adds what; out/EXP/report
 	@$(run) ensemble.py score --data $(DATA) --cache $(CACHE) --batch $(BATCH) --weights $(VOTE) --tables $(OUT)/report \
-	    $(^:/valid.json=)
+	    --report $(OUT)/report.html $(^:/valid.json=)
 compare: | $(SETUP) ## whether B beats A on the images that both held out: A=main B=lr5, A=main/r0 B=main/r1
 	@$(run) ensemble.py compare --data $(DATA) --cache $(CACHE) out/$A out/$B
 runtimes: | $(SETUP) ## speed, size and memory of every model and scale, in out/runtimes.csv; MODEL= SCALE= BATCH= DEVICE=
