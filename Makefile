@@ -172,7 +172,8 @@ $(foreach r,$(filter-out 0,$(every)),$(foreach f,$(sort $(FOLDS) $(FOLD)),$(eval
 # exit code 3: it stands, but there are test photos that can't be read, of which the lines above tell
 $(OUT)/submission.csv: $(foreach file,valid.npy valid.json test.npy test.json,$(FINAL:=/$(file))) \
                        $(OUT)/.flags/submit $(call code,ensemble.py) | $(SETUP)
-	$(run) ensemble.py soft --data $(DATA) --cache $(CACHE) --out $@ $(flags.submit) || [ $$? = 3 ]
+	$(run) ensemble.py soft --data $(DATA) --cache $(CACHE) --out $@ \
+	    --report $(OUT)/report.html $(flags.submit) || [ $$? = 3 ]
 $(filter-out $(wildcard $(JSON)),$(JSON)):
 	@echo 'no $@: DATA=$(DATA) must be the folder of the competition with train.json, test.json and the photos' >&2; exit 1
 
@@ -199,7 +200,7 @@ pseudo: $(foreach f,$(FOLD),$(OUT)/r$(or $(ROUND),1)/pseudo/f$f/index.csv) ## ps
 submit: $(OUT)/submission.csv ## everything up to out/EXP/submission.csv
 score: $(addsuffix /valid.json,$(call grid,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))) ## out-of-fold scores of members and vote, who adds what; out/EXP/report
 	@$(run) ensemble.py score --data $(DATA) --cache $(CACHE) --batch $(BATCH) --weights $(VOTE) --tables $(OUT)/report \
-	    $(^:/valid.json=)
+	    --report $(OUT)/report.html $(^:/valid.json=)
 status: | $(SETUP) ## which runs are done, how far the others are, and how long they will take
 	@$(PY) ensemble.py status --epochs $(EPOCHS) $(call grid,$(call upto,$(or $(ROUND),$(ROUNDS))),$(MODEL),$(SCALE),$(FOLD))
 compare: | $(SETUP) ## whether B beats A on the images that both held out: A=main B=lr5, A=main/r0 B=main/r1

@@ -9,10 +9,12 @@ Shapes are fixed here and nowhere else:
 Importing this file does nothing and is quick: libraries that take seconds to import are imported where they are used.
 """
 import argparse
+import base64
 import csv
 import ctypes
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import math
@@ -364,17 +366,20 @@ def object_mask(segmentation, height, width):
 
 
 def paint_mask(objects, height, width, paint):
-    """uint8 [height, width] from (class_id, segmentation) pairs; where objects overlap the later painted wins.
+    """(uint8 [height, width], sizes, covered) from (class_id, segmentation) pairs; where they overlap the later wins.
 
-    `paint`: "area" the largest first, "id" by class id, "order" as listed.
+    `paint`: "area" the largest first, "id" by class id, "order" as listed. sizes: [class_id, pixels] of each object;
+    covered: [class_id, class_id painted over it, pixels], for classes that differ.
     """
     shapes = [(class_id, object_mask(segmentation, height, width)) for class_id, segmentation in objects]
     if paint != "order":
         shapes.sort(key=lambda shape: shape[0] if paint == "id" else -shape[1].sum())
-    mask = np.zeros((height, width), np.uint8)
+    mask, covered = np.zeros((height, width), np.uint8), []
     for class_id, shape in shapes:
+        below = np.bincount(mask[shape])
+        covered += [[c, class_id, int(below[c])] for c in np.flatnonzero(below).tolist() if c not in (0, class_id)]
         mask[shape] = class_id
-    return mask
+    return mask, [[class_id, int(shape.sum())] for class_id, shape in shapes], covered
 
 
 def read_image(path, height, width, checked=False):
@@ -527,6 +532,8 @@ class Split:
     sizes: list  # (height, width)
     groups: list  # a label each; photos that must stay on one side of a fold share it
     pixels: list  # [class_id] pixel counts each; empty for test
+    objects: list  # {"sizes": ..., "covered": ...} of paint_mask each; empty for test
+    digests: list  # hash of each photo's content, "" of one that can't be read
     masks: np.ndarray | None  # the masks one after another, flat; None for test
     photos: np.ndarray | None  # likewise the decoded photos, three bytes a pixel; None unless they are cached
     faults: list  # what is wrong with each photo, or None; only a test photo may have one
@@ -576,7 +583,7 @@ def load_data(data, cache, paint="area", decoded=False):
     paths = (train_json if train_json.exists() else data / "train.json", data / "test.json")
     if missing := [str(p) for p in paths if not p.is_file()]:
         raise SystemExit(f"no {' and no '.join(missing)}; DATA is the competition's folder")
-    folder = Path(cache) / hashlib.sha256(f"2 {paint} {[file_hash(p) for p in paths]}".encode()).hexdigest()[:16]
+    folder = Path(cache) / hashlib.sha256(f"3 {paint} {[file_hash(p) for p in paths]}".encode()).hexdigest()[:16]
     splits = open_cache(folder, data)
     if splits is None:
         with lock(folder, wait=True):  # the first to come builds
@@ -622,16 +629,18 @@ def build_cache(folder, paths, paint):
     faults += test_faults
     if categories != test_categories and categories and test_categories:
         faults.append(f"{paths[0].name} and {paths[1].name} have different categories")
-    photos, found, digests, pixels = train + test, [], [], []
+    photos, found, digests, pixels, objects = train + test, [], [], [], []
     stamps = photo_stamps(root, [photo["file_name"] for photo in photos])  # before they are read
     (folder / "photos.npy").unlink(missing_ok=True)  # of photos that have changed
     with atomic_write(folder / "masks.npy") as scratch, open(scratch, "wb") as f:
         write_npy_header(f, (sum(math.prod(photo["size"]) for photo in train),))
-        for i, (fault, digest, mask) in enumerate(check_photos(root, photos, paint)):
+        for i, (fault, digest, painted) in enumerate(check_photos(root, photos, paint)):
             found.append(fault)
             digests.append(digest)
             if i < len(train) and not fault:
+                mask, sizes, covered = painted
                 f.write(mask)
+                objects.append({"sizes": sizes, "covered": covered})
                 pixels.append(np.bincount(mask.ravel(), minlength=len(categories) + 1).tolist())
         if faults or any(found[:len(train)]) or all(found[len(train):]):
             faults += filter(None, found)
@@ -641,6 +650,7 @@ def build_cache(folder, paths, paint):
         content = hashlib.sha256(" ".join(digests[of]).encode()).hexdigest()[:16]
         index[name] = {"ids": [p["id"] for p in photos[of]], "file_names": [p["file_name"] for p in photos[of]],
                        "sizes": [p["size"] for p in photos[of]], "stamps": stamps[of], "pixels": pixels[of],
+                       "objects": objects[of], "digests": digests[of],
                        "groups": merge_groups(photos[of], digests[of]), "classes": [BACKGROUND, *categories.values()],
                        "faults": found[of], "odd": [p["odd"] for p in photos[of]],
                        "fingerprint": f"{file_hash(path)} {paint} {content}"}
@@ -664,7 +674,7 @@ def check_photos(root, photos, paint):
 
 
 def check_photo(root, photo, paint):
-    """(fault or None, content hash, painted mask) of one photo."""
+    """(fault or None, content hash, paint_mask of it) of one photo."""
     path = root / photo["file_name"]
     try:
         read_image(path, *photo["size"])
@@ -1258,3 +1268,78 @@ def write_sheet(path, rows, legend):
         draw.text((36, top + 1), text, "black", font)
     with atomic_write(path) as scratch:
         sheet.save(scratch, format="png")
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+
+def data_url(kind, raw):
+    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+
+
+def tile_url(tile):
+    """A JPEG of an RGB picture uint8 [H, W, 3]."""
+    import cv2
+    return data_url("jpeg", cv2.imencode(".jpg", tile[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, 85))[1])
+
+
+def figure_urls(plot, height):
+    """What plot(axes) draws, `height` inches high, as a PNG for light and one for dark screens."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    urls = []
+    for look in ("default", "dark_background"):
+        with style.context([look, {"text.parse_math": False, "font.size": 10}]), io.BytesIO() as f:  # a name isn't math
+            figure = Figure((5.5, height), layout="constrained")
+            plot(figure.subplots())
+            figure.savefig(f, format="png", dpi=150, transparent=True)
+            urls.append(data_url("png", f.getvalue()))
+    return urls
+
+
+def draw_bars(axes, classes, series, **labels):
+    """Draw series {label: values by class id}, the first as bars, the others as marks.
+
+    classes: {id: name} of those to show.
+    """
+    ids, rows = list(classes), range(len(classes))
+    for (label, values), mark in zip(series.items(), ["", *"oD^sv<>pPX*hd"] * len(series), strict=False):
+        values = np.array(values)[ids]
+        if mark:
+            axes.plot(values, rows, mark, color="black", mfc="white", ms=5, label=label)
+        else:
+            axes.barh(rows, values, color=COLOURS[ids] / 255, edgecolor="grey")
+            axes.barh((), (), color="grey", label=label)  # for the legend
+    axes.set_yticks(rows, [name[:22] for name in classes.values()])
+    axes.invert_yaxis()
+    axes.set(**labels)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+
+
+def draw_heat(axes, values, rows, columns, **labels):
+    """Shares [R, C] as colours and, while there is room, in percent; NaN stays empty."""
+    axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+        if values.size <= 500 and value == value:
+            axes.text(x, y, f"{100 * value:.0f}", color="black" if value > 0.6 else "white", ha="center", va="center")
+    axes.set_yticks(range(len(rows)), [name[:22] for name in rows])
+    axes.set_xticks(range(len(columns)), [name[:22] for name in columns], rotation=90)
+    axes.set(**labels)
+
+
+def write_page(path, title, sections, classes, warning=""):
+    """Write a web page that needs no other file; report.html.jinja says what is in a section."""
+    from importlib.metadata import distributions
+
+    from jinja2 import Environment, FileSystemLoader
+    here = Path(__file__).resolve().parent
+    pages = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    installed = {package.name: package.version for package in distributions()}
+    wanted = re.findall("^[^=#\n]+", (here / "requirements.txt").read_text(), re.M)
+    versions = [f"{name} {installed[name]}" for name in wanted if name in installed]
+    text = pages.get_template("report.html.jinja").render(
+        title=title, sections=sections, warning=warning, command=" ".join(sys.argv), date=time.strftime("%F %T %z"),
+        versions=[f"Python {platform.python_version()}", *versions], colours=COLOURS.tolist(), classes=classes)
+    with atomic_write(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")

@@ -26,15 +26,17 @@ from string import digits, whitespace
 import numpy as np
 from tqdm import tqdm
 
-from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, image_miou, load_data, lock,
-                    make_folds, named, number, open_store, overlay, read_csv, run_script, scores, write_coco,
-                    write_sheet)
+from common import (BACKGROUND, IGNORE_INDEX, SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, draw_bars,
+                    draw_heat, figure_urls, image_miou, load_data, lock, make_folds, named, number, open_store, overlay,
+                    read_csv, read_json, run_script, scores, tile_url, write_coco, write_page, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 MAX_PICKS = 30  # of the greedy selection of weights
 THUMBNAILS = 128_000_000  # bytes for the small copies of probabilities that weights and biases are fitted on
 BIASES = (-1.4, -1, -0.7, -0.35, 0.35, 0.7, 1, 1.4)  # tried for each class
+SIZES = (0, 0.003, 0.01, 0.03, 0.1, 0.3)  # of a class in an image, as a share of it: where bins of the report begin
 AREAS = (0, *(2 ** np.arange(4, 12)))  # up to 3% of the image: a larger one fits the images it was fitted on
+CONTAMINATED = "CONTAMINATED: pseudo labels' makers have seen these images (--allow-leak)"
 FITTED = {"weights": "weights", "bias": "log-bias by class", "min_area": "minimum area by class"}
 
 
@@ -45,6 +47,7 @@ def parse_args(argv=None):
     runs.add_argument("runs", type=Path, nargs="+", help="run folders with stores of infer.py; hard: or CSVs")
     runs.add_argument("--weights", type=vote_weights, default="equal", metavar="equal|fit|W,W,...",
                       help="of the members, or for hard of the voters; fit: by greedy selection, not for hard")
+    scored.add_argument("--report", type=Path, help="a web page with the tables, figures and the worst images to write")
     scored.add_argument("--batch", type=number(int, 1), default=8, help="images in a batch of v1")
     tables.add_argument("--tables", type=Path, help="folder for the printed tables as CSV")
     out.add_argument("--out", type=Path, required=True, help="the submission to write")
@@ -164,6 +167,7 @@ class OutOfFold:
     def __init__(self, args, runs):
         members, shared = open_members(runs, "valid")
         self.names, self.infos = list(members), [next(iter(folds.values()))[1] for folds in members.values()]
+        self.made = [info for folds in members.values() for _, info in folds.values()]
         train, self.test = load_data(args.data, args.cache, self.infos[0]["paint"])
         check_classes(self.infos[0]["classes"], train.classes, runs[0], args.data)
         self.classes, fold_of, stores = train.classes, {}, defaultdict(dict)
@@ -180,12 +184,15 @@ class OutOfFold:
         indices = [i for i, image_id in enumerate(train.ids) if image_id in fold_of]
         self.ids = [train.ids[i] for i in indices]
         self.stores = [stores[i] for i in self.ids]  # [N] {member's number: (store, position)}
+        self.train, self.indices, self.tables, self.used = train, indices, [], []  # the last two: what was shown
         self.truths = np.stack([train.truth(i) for i in indices])  # uint8 [N, H, W]
         folds = [fold_of[i] for i in self.ids]
         if len(set(folds)) == 1:  # parts of the one fold take the place of folds
             groups = [train.groups[i] for i in indices]
             folds = make_folds(np.array(train.pixels)[indices, 1:] > 0, groups, min(5, len(set(groups))))
-        self.parts = np.unique(folds, return_inverse=True)[1]  # [N] from 0: what is held out together in a fit
+        kind = "fold" if len(set(fold_of.values())) > 1 else "part"
+        names, self.parts = np.unique(folds, return_inverse=True)  # [N] from 0: what is held out together in a fit
+        self.part_names = [f"{kind} {name}" for name in names]
         self.title = f"out of fold: {len(self.ids)} of {len(train.ids)} training images, runs in {shared}"
 
     def probs(self, n):
@@ -354,9 +361,10 @@ def choose(oof, thumbs, truths, weights, fit):
 def show(args, oof, name, title, rows):
     import pandas as pd
     table = pd.DataFrame(rows)
+    oof.tables.append((title, table))
     if oof.contaminated:
         table["contaminated"] = "yes"
-        title = f"CONTAMINATED: pseudo labels' makers have seen these images (--allow-leak)\n{title}"
+        title = f"{CONTAMINATED}\n{title}"
     print(f"\n{title}\n" + table.to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
     if args.tables:
         with atomic_write(args.tables / f"{name}.csv") as scratch:
@@ -382,6 +390,7 @@ def show_scores(args, oof, singles, used, counts, tried):
     for key, labels in (("weights", oof.names), ("bias", oof.classes), ("min_area", oof.classes)):
         values = [f"{label} {value:.4g}" for label, value in zip(labels, used[key], strict=True) if value]
         print(f"    {FITTED[key]}: {', '.join(values) or 'none'}")
+        oof.used.append({"what": FITTED[key], "by the vote": ", ".join(values) or "none"})
 
 
 def analyse(args, oof, thumbs, truths, apart):
@@ -516,6 +525,135 @@ def keep_looks(preds, test, looks, n=24):
         yield pred
 
 
+# ---- report ---------------------------------------------------------------------------------------------------------
+
+
+def calibration(total, truths, n_bins=10):
+    """(confidence, accuracy, share of the pixels) by bin of confidence, and the expected calibration error (Guo 2017).
+
+    total [N, C, P]: votes of any scale; truths [N, P]. A bin without a pixel has NaN.
+    """
+    labelled = truths != IGNORE_INDEX
+    sure = (total.max(1) / total.sum(1).clip(1e-9))[labelled]
+    right = (total.argmax(1) == truths)[labelled]
+    bins = (sure * n_bins).astype(int).clip(0, n_bins - 1)
+    n, confidence, accuracy = (np.bincount(bins, weights, n_bins) for weights in (None, sure, right))
+    with np.errstate(invalid="ignore"):
+        confidence, accuracy, share = confidence / n, accuracy / n, n / n.sum()
+    return confidence, accuracy, share, np.nansum(share * abs(confidence - accuracy))
+
+
+def iou_by_size(counts):
+    """Mean IoU [C, S] of each class in the images of which it covers a share in SIZES; NaN where there are none."""
+    area, iou = counts.sum(2), class_iou(counts)  # [N, C]
+    size = np.digitize(area / area.sum(1, keepdims=True).clip(1), SIZES) * (area > 0) - 1
+    with np.errstate(invalid="ignore"):
+        return np.stack([np.where(size == s, iou, 0).sum(0) / (size == s).sum(0) for s in range(len(SIZES))], 1)
+
+
+def draw_calibration(axes, confidence, accuracy, share):
+    colour = axes.yaxis.label.get_color()
+    axes.plot((0, 1), (0, 1), ":", color="grey", label="perfect")
+    axes.plot(confidence, accuracy, "o-", color=colour, label="accuracy")
+    axes.bar((np.arange(len(share)) + 0.5) / len(share), share, 0.9 / len(share), color="grey", alpha=0.4,
+             label="share of the pixels")
+    axes.set(xlabel="probability of the predicted class", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(loc="upper left", frameon=False)
+
+
+def worst_images(oof, used, counts, n=24):
+    """Cards of the `n` images with the lowest v3: photo, truth, vote with what is `used`, and where that is unsure."""
+    from matplotlib import colormaps
+    cards, v3 = [], image_miou(counts)
+    for i in np.argsort(v3, kind="stable")[:n].tolist():
+        total = sum(np.float32(used["weights"][m]) * image for m, image in oof.probs(i).items())
+        probs = total * np.float32(np.exp(used["bias"]))[:, None, None]
+        pred, probs = remove_small(probs.argmax(0), used["min_area"]), probs / probs.sum(0).clip(1e-9)
+        entropy = -(probs * np.log(probs.clip(1e-9))).sum(0) / np.log(len(probs))
+        photo, name = oof.train.image(oof.indices[i]), oof.train.file_names[oof.indices[i]]
+        tiles = {"photo": overlay(photo, np.zeros_like(pred)), "truth": overlay(photo, oof.truths[i]),
+                 "vote": overlay(photo, pred), "entropy": colormaps["magma"](entropy, bytes=True)[..., :3]}
+        seen = [c for c in np.union1d(oof.truths[i], pred).tolist() if 0 < c < len(oof.classes)]
+        cards.append({"text": f"v3 {v3[i]:.3f}, {name}", "classes": seen,
+                      "tiles": [(text, tile_url(tile)) for text, tile in tiles.items()]})
+    return cards
+
+
+def pseudo_counts(runs):
+    """Rows of how many photos the pseudo labels of each round and fold have in the runs' experiments, why not all."""
+    exps = {(run / "../../../../..").resolve() for run in runs}  # of EXP/rROUND/DECODER/ENCODER/sSCALE/fFOLD
+    found = [read_json(path) for exp in sorted(exps) for path in sorted(exp.glob("r[0-9]/pseudo/f*/manifest.json"))]
+    return [{"round": made["round"], "fold": made["fold"], **made["photos"][BACKGROUND], **{
+        f"kept with {name}": why.get("kept", 0) for name, why in made["photos"].items() if name != BACKGROUND}}
+        for made in found]
+
+
+def report_sections(args, oof, thumbs, truths, used, counts):
+    """The page from what score() has in memory."""
+    import pandas as pd
+    named, votes = dict(enumerate(oof.classes)), counts["with what is taken"]
+    folds = {name: class_iou(votes[oof.parts == part].sum(0)) for part, name in enumerate(oof.part_names)}
+    total = np.zeros(thumbs.shape[1:], np.float32)
+    for weight, thumb in zip(used["weights"], thumbs, strict=True):
+        total += np.float32(weight) * thumb
+    total *= np.float32(np.exp(used["bias"]))[:, None]
+    *bins, error = calibration(total, truths)
+    pixels, high = votes.sum(0), 1.5 + 0.25 * len(named)
+    with np.errstate(invalid="ignore"):
+        shares = pixels / pixels.sum(1, keepdims=True)
+    columns = [f"{100 * low:g} to {100 * up:g}" for low, up in zip(SIZES, (*SIZES[1:], 1), strict=True)]
+    figures = (
+        ("IoU of each class in each fold", high, lambda axes: draw_bars(
+            axes, named, {"all": class_iou(pixels), **folds}, xlim=(0, 1))),
+        ("Confusion: how many % of a class's pixels are predicted as what", high, lambda axes: draw_heat(
+            axes, shares, oof.classes, oof.classes, xlabel="prediction", ylabel="truth")),
+        ("IoU in % by class and by how much of the photo it covers", high, lambda axes: draw_heat(
+            axes, iou_by_size(votes), oof.classes, columns, xlabel="% of the photo")),
+        (f"Reliability: expected calibration error {error:.4f}", 4, lambda axes: draw_calibration(axes, *bins)))
+    sections = [{"title": title, "note": note, "table": table}
+                for text, table in oof.tables for title, _, note in [text.partition(": ")]]
+    sections[1:1] = [
+        {"title": "used", "table": pd.DataFrame(oof.used)},
+        {"title": "figures", "figures": [(text, figure_urls(plot, height)) for text, height, plot in figures],
+         "note": "Of the vote with what is taken. Reliability: of a sample of pixels, with what was fitted on all "
+                 "images and without minimum area."}]
+    sections.append({"title": "worst images", "cards": worst_images(oof, used, votes),
+                     "note": "Those with the lowest v3 of the vote with what is taken. The vote shown and its entropy, "
+                             "black to yellow, are with what was fitted on all images, as for the test photos."})
+    if rows := pseudo_counts(args.runs):
+        sections.append({"title": "pseudo labels", "note": "Photos that models of each round and fold learnt from, and "
+                         "why others were dropped.", "table": pd.DataFrame(rows).fillna(0).convert_dtypes()})
+    return sections
+
+
+def tally(preds, pixels):
+    """Pass `preds` on; add the pixels of each class to `pixels` [C]."""
+    for pred in preds:
+        pixels += np.bincount(pred.ravel(), minlength=len(pixels))
+        yield pred
+
+
+def write_report(args, oof, made, pixels=None):
+    """Write args.report; made: what describes the stores, pixels [C]: of the classes in the predicted test photos."""
+    import pandas as pd
+    if not args.report:
+        return
+    if pixels is not None:
+        labelled, named = np.array(oof.train.pixels).sum(0), dict(enumerate(oof.classes))
+        series = {"train": labelled / labelled.sum(), "predicted test": pixels / pixels.sum()}
+        oof.sections.append({"title": "class balance", "figures": [("Share of the pixels", figure_urls(
+            lambda axes: draw_bars(axes, named, series, xscale="log"), 1.5 + 0.25 * len(named)))],
+            "table": pd.DataFrame({"class": oof.classes, **series})})
+    rows = [{**{k: info[k] for k in ("split", "model", "scale", "round", "fold", "tta", "seed")}, "checkpoints":
+             ", ".join(f"{c['file']} {c['hash']} epoch {c['epoch']}" for c in info["checkpoints"]),
+             **{k: info[k] for k in ("data", "folds_csv", "contaminated")}} for info in made]
+    oof.sections.append({"title": "how it was made", "note": "Stores of probabilities, with the hashes of what they "
+                         "come from.", "table": pd.DataFrame(rows)})
+    write_page(args.report, f"Report: {args.report.absolute().parent.name}", oof.sections, oof.classes,
+               CONTAMINATED if oof.contaminated else "")
+    print(f"{args.report}: the report")
+
+
 # ---- commands -------------------------------------------------------------------------------------------------------
 
 
@@ -528,6 +666,9 @@ def score(args):
     show_scores(args, oof, singles, used, counts, tried)
     if args.command == "score" and len(oof.names) > 1:
         analyse(args, oof, thumbs, truths, apart)
+    oof.sections = report_sections(args, oof, thumbs, truths, used, counts) if args.report else []
+    if args.command == "score":
+        write_report(args, oof, oof.made)
     return used, oof
 
 
@@ -536,7 +677,7 @@ def soft(args):
         raise SystemExit(f"--out {args.out}: must end in .csv; a .png goes beside it")
     members, _ = open_members(args.runs, "test")
     used, oof = score(args)
-    test, looks = oof.test, []
+    test, looks, pixels = oof.test, [], np.zeros(len(oof.classes), int)
     if list(members) != oof.names:
         raise SystemExit(f"the test stores are {', '.join(members)}, those of validation {', '.join(oof.names)}")
     weights, places = [], []  # of every store: the folds of a member share its weight
@@ -549,11 +690,14 @@ def soft(args):
         for n in range(len(test.ids)):
             images = {s: read_probs(store, order[n]) for s, (store, order) in enumerate(places) if weights[s]}
             yield remove_small(vote(images, weights, used["bias"]), used["min_area"])
-    write_submission(args.out, image_names(args, test), keep_looks(preds(), test, looks), len(test.classes))
+    write_submission(args.out, image_names(args, test), keep_looks(tally(preds(), pixels), test, looks),
+                     len(test.classes))
     write_sheet(args.out.with_suffix(".png"), [sum(looks[i:i + 3], []) for i in range(0, len(looks), 3)],
                 dict(enumerate(test.classes)))
     print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} run(s) of {len(members)} member(s)")
-    finish(args, test, [info for folds in members.values() for _, info in folds.values()])
+    infos = [info for folds in members.values() for _, info in folds.values()]
+    write_report(args, oof, oof.made + infos, pixels)
+    finish(args, test, infos)
 
 
 def hard(args):

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from common import (AUGMENTATIONS, COLOURS, DECODERS, IGNORE_INDEX, LOSSES, PAINT_ORDERS, STEP, STRIDE, EpochBatches,
                     EvalPhotos, Help, TrainSamples, amp, atomic_write, build_model, check_space, claim_device, classmix,
-                    confusion, encoder_mean_std, file_hash, image_miou, load_checkpoint, load_data, load_folds, lock,
-                    make_augmentation, make_loss, named, normalise, number, overlay, ranks, rare_odds, resize_probs,
-                    run_folder, run_script, save_checkpoint, scores, tune_process, write_csv, write_json, write_sheet)
+                    confusion, draw_bars, draw_heat, encoder_mean_std, figure_urls, file_hash, image_miou,
+                    load_checkpoint, load_data, load_folds, lock, make_augmentation, make_loss, named, normalise,
+                    number, overlay, ranks, rare_odds, resize_probs, run_folder, run_script, save_checkpoint, scores,
+                    tile_url, tune_process, write_csv, write_json, write_page, write_sheet)
 from pseudo_label import check_labels, load_labels
 
 STATES = ("model", "ema", "optimizer", "scaler")  # of these and
@@ -591,6 +592,77 @@ def check(args):
         print(f"  {class_id:3} {name:20} {present.sum():6} images {share:8.3%} of pixels")
         if absent := [fold for fold in range(args.folds) if not present[folds == fold].any()]:
             print(f"      warning: no image of fold {', '.join(map(str, absent))} has it")
+    write_data_page(args, train, test, folds)
+    print(f"{args.exp}/data.html: a look at them")
+
+
+# ---- data page ------------------------------------------------------------------------------------------------------
+
+
+def write_data_page(args, train, test, folds):
+    """Write EXP/data.html: what a first evening looks for in the data."""
+    import pandas as pd
+    named, pixels = dict(enumerate(train.classes)), np.array(train.pixels)
+    del named[0]
+    present, ids = pixels > 0, list(named)
+    sizes = pd.DataFrame([(c, n / sum(counts)) for photo, counts in zip(train.objects, train.pixels, strict=True)
+                          for c, n in photo["sizes"]], columns=["class", "share"])
+    objects = sizes["class"].value_counts().reindex(range(len(train.classes)), fill_value=0).to_numpy()
+    shares = {"photos": present.mean(0), "pixels": pixels.sum(0) / pixels.sum(), "objects": objects / objects.sum()}
+    together = np.array([(present[present[:, c]][:, 1:].mean(0) if present[:, c].any() else np.full(len(ids), np.nan))
+                         for c in ids])
+    classes = pd.DataFrame({"class": train.classes, "photos": present.sum(0), "objects": objects,
+                            "pixels": pixels.sum(0), "share of pixels": shares["pixels"],
+                            **{f"photos of fold {f}": present[folds == f].sum(0) for f in range(args.folds)}})
+    covered = pd.DataFrame([(train.classes[below], train.classes[above], n) for photo in train.objects
+                            for below, above, n in photo["covered"]], columns=["below", "on top", "pixels"])
+    covered = covered.groupby(["below", "on top"], as_index=False).agg(
+        overlaps=("pixels", "size"), pixels=("pixels", "sum")).sort_values("pixels", ascending=False)
+    photos = pd.DataFrame({"content": train.digests + test.digests, "photo": train.file_names + test.file_names,
+                           "of": ["train"] * len(train.ids) + ["test"] * len(test.ids)})
+    equal = photos[photos["content"].ne("") & photos.duplicated("content", keep=False)].sort_values("content")
+    high = 1.5 + 0.25 * len(ids)
+    figures = [(text, figure_urls(plot, high)) for text, plot in (
+        ("Shares of photos, pixels and objects", lambda axes: draw_bars(axes, named, shares, xscale="log")),
+        ("Sizes of objects, as a share of the photo", lambda axes: draw_sizes(axes, named, sizes)),
+        ("Of the photos with one class, how many % have another too", lambda axes: draw_heat(
+            axes, together, list(named.values()), list(named.values()), xlabel="another", ylabel="one")))]
+    write_page(args.exp / "data.html", f"Data: {args.data}", [
+        {"title": "classes", "note": f"{len(train.ids)} photos for training, {len(test.ids)} for the test.",
+         "figures": figures, "table": classes},
+        {"title": "contested pixels", "note": "Objects of one class that are painted over by another's, by the paint "
+         f"order {args.paint}: what lies on top is the truth.", "table": covered},
+        {"title": "equal photos", "note": f"{len(equal)} photos have the content of another; those for training are "
+         "kept in one fold.", "table": equal.head(200)},
+        {"title": "samples", "note": "Of each class photos spread evenly over those that have it.",
+         "cards": sample_photos(train, present)}], train.classes)
+
+
+def draw_sizes(axes, named, sizes):
+    boxes = axes.boxplot([sizes["share"][(sizes["class"] == c) & (sizes["share"] > 0)] for c in named],
+                         orientation="horizontal", patch_artist=True,
+                         tick_labels=[name[:22] for name in named.values()])
+    for class_id, box in zip(named, boxes["boxes"], strict=True):
+        box.set_facecolor(COLOURS[class_id] / 255)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.invert_yaxis()
+
+
+def sample_photos(train, present, n=6):
+    """Cards of up to `n` photos of each class, with that class in its colour."""
+    cards = []
+    for class_id in range(1, len(train.classes)):
+        having = np.flatnonzero(present[:, class_id])
+        for i in having[np.linspace(0, len(having) - 1, min(n, len(having))).astype(int)].tolist():
+            truth = train.truth(i)
+            shown = overlay(train.image(i), np.where(truth == class_id, truth, 0), 0.4)
+            cards.append({"text": train.file_names[i], "classes": [class_id],
+                          "tiles": [(f"{(truth == class_id).mean():.2%} of the photo", tile_url(shown))]})
+    return cards
+
+
+# ---- arguments that don't fit, main ---------------------------------------------------------------------------------
 
 
 def check_args(args):
