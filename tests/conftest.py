@@ -20,9 +20,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's waiting threads e
 from demo_data import draw_data  # noqa: E402
 
 import common  # noqa: E402
+import train  # noqa: E402
 
 settings.register_profile("project", max_examples=60, deadline=None, derandomize=True)  # the same on every machine
 settings.load_profile("project")
+PICTURES = {name: getattr(train, name) for name in ("draw_curves", "draw_batch", "draw_valid")}
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +81,21 @@ def run_until_killed(script, args, name, call):
         process.start()
         process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_pictures():
+    """train.py's pictures take longer than a tiny run; those who test them put them back."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PICTURES:
+            patch.setattr(train, name, lambda *args: None)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    for name, draw in PICTURES.items():
+        monkeypatch.setattr(train, name, draw)
 
 
 @pytest.fixture(scope="module")

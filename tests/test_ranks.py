@@ -220,7 +220,8 @@ def test_only_rank_0_writes_and_prints(finished):
                      for rank in (0, 1))
     assert any(path.endswith(".last.pt.tmp") for path in first) and second == []
     assert "epoch 2/2" in (finished / "notes/out0").read_text() and (finished / "notes/out1").read_text() == ""
-    assert sorted(path.name for path in (finished / RUN).iterdir()) == [".lock", "config.json", "log.csv", "model.pt"]
+    assert sorted(path.name for path in (finished / RUN).iterdir()) == [
+        ".lock", "batch.png", "config.json", "curves.png", "log.csv", "model.pt", "valid.png"]
 
 
 def test_two_ranks_count_the_pixels_that_one_process_counts(run_ranks, finished, argv, tmp_path):

@@ -13,6 +13,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+import conftest
 import cv2
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from common import SUBMIT_SIZE
 torch.set_num_threads(1)  # for nets this small a second thread would only wait for the first
 MODEL = "fpn/tu-test_efficientnet"  # an epoch takes half a second; has batch norm and dropout
 SCALE, FOLD = 64, 1
-SPEED = ("images_per_s", "seconds")  # what a log has that is never the same twice
+SPEED = ("images_per_s", "waiting", "seconds")  # what a log has that is never the same twice
 EPOCHS, STEPS = 3, 2  # of the runs below; their 9 training images in batches of 4 are two steps, the last one of 5
 
 
@@ -701,7 +702,7 @@ def test_a_long_gradient_is_cut_to_the_norm_asked_for(line, tmp_path, clip):
 def test_the_log_has_a_row_an_epoch_with_loss_rate_scores_and_iou_by_class(line, finished_exp, splits):
     with open(run_of(line(finished_exp)) / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert list(rows[0]) == ["epoch", "loss", "lr", "v1", "v2", "v3", "skipped", "images_per_s", "seconds",
+    assert list(rows[0]) == ["epoch", "loss", "lr", "skipped", "images_per_s", "waiting", "v1", "v2", "v3", "seconds",
                              *(f"iou {name}" for name in splits[0].classes)]
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     middles = [(epoch - 0.5 / STEPS) / EPOCHS for epoch in (1, 2, 3)]  # of each epoch's last step
@@ -1105,6 +1106,64 @@ def test_a_logger_that_is_not_installed_is_one_warning(line, finished_exp, tmp_p
     run_and_keep(args)
     assert capsys.readouterr().err.count(f"warning: {logger} failed") == 1
     assert_same_run(args, line(finished_exp))
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def read_picture(path):
+    return cv2.imread(str(path))[:, :, ::-1]
+
+
+def test_a_run_leaves_its_pictures(line, pictures, tmp_path):
+    args = line(tmp_path, "--epochs", 2)
+    train.main(args)
+    curves, batch, valid = (read_picture(run_of(args) / f"{name}.png") for name in ("curves", "batch", "valid"))
+    assert curves.std() > 10 and batch.shape[1] == 4 * SUBMIT_SIZE
+    assert valid.shape[:2] == (5 * (SUBMIT_SIZE + 18) + 13 * 18, 4 * SUBMIT_SIZE)  # five images, 13 lines of legend
+
+
+def test_the_first_batch_is_shown_as_it_is_learnt_from(line, pictures, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "draw_batch", lambda path, images, masks, classes: (
+        seen.append((images, masks)), train_pictures["draw_batch"](path, images, masks, classes)))
+    train_pictures, learnt, backward = conftest.PICTURES, [], train.backward
+    monkeypatch.setattr(train, "backward", lambda run, images, masks, device: (
+        learnt.append(masks.clone()), backward(run, images, masks, device))[1])
+    args = line(tmp_path, "--epochs", 1, "--classmix", "plain", "--classmix-prob", 1)
+    train.main(args)
+    (images, masks), = seen
+    assert (masks == learnt[0].numpy()).all() and len(images) == 4
+    sheet, line_height = read_picture(run_of(args) / "batch.png"), 18
+    for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        top, left = (i // 2) * (SUBMIT_SIZE + line_height) + line_height, (i % 2) * 2 * SUBMIT_SIZE
+        shown = sheet[top:top + SUBMIT_SIZE, left:left + 2 * SUBMIT_SIZE]
+        assert (shown == np.hstack([common.overlay(image, mask * 0), common.overlay(image, mask)])).all()
+
+
+def test_the_worst_the_median_and_the_best_images_are_shown_in_order(line, splits, tmp_path):
+    photos = common.EvalPhotos(splits[0], list(range(14)), SCALE)
+    scores = [0.5, 0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.05, 0.95, 0.15, 0.85, 0.25]
+    model = common.build_model(MODEL, 12).eval()
+    run = {"ema": Namespace(module=model), "best": {"image_v3": scores, "model": model.state_dict()}}
+    info = {"classes": splits[0].classes, "recipe": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    conftest.PICTURES["draw_valid"](tmp_path / "v.png", run, photos, info, torch.device("cpu"))
+    sheet, height = read_picture(tmp_path / "v.png"), SUBMIT_SIZE + 18
+    order = np.argsort(scores).tolist()
+    shown = order[:4] + order[5:9] + order[-4:]
+    assert sheet.shape[0] == 12 * height + 13 * 18
+    for row, i in enumerate(shown):
+        image, truth = photos[i]
+        tiles = np.hstack([common.overlay(image, truth * 0), common.overlay(image, truth)])
+        assert (sheet[row * height + 18:(row + 1) * height, :2 * SUBMIT_SIZE] == tiles).all()
+
+
+def test_curves_are_drawn_after_each_epoch_unless_that_would_cost_2_percent(line, tmp_path, monkeypatch):
+    drawn, clock = [], iter(range(0, 10 ** 9, 50))  # whatever is timed takes 50 seconds or a multiple of it
+    monkeypatch.setattr(train, "draw_curves", lambda path, log: drawn.append(len(log)))
+    monkeypatch.setattr(train, "time", Namespace(time=lambda: next(clock)))
+    train.main(line(tmp_path, "--epochs", 4))
+    assert drawn == [1, 4]
 
 
 # ---- pseudo labels --------------------------------------------------------------------------------------------------
