@@ -342,7 +342,7 @@ def test_make_stopped_after_a_model_is_written_and_before_its_script_ends_keeps_
 # ---- small losses ---------------------------------------------------------------------------------------------------
 
 
-def test_random_streams_of_different_uses_differ():
+def test_random_streams_of_different_uses_differ(splits):
     def draw(*key):
         return tuple(np.random.default_rng(list(key)).integers(2 ** 62, size=4).tolist())
     assert draw(5, 3) == draw(5, 3, 0)  # what numpy does
@@ -354,7 +354,8 @@ def test_random_streams_of_different_uses_differ():
         rng = np.random.default_rng
         patch.setattr(np.random, "default_rng", lambda key: seen.append(key[0]) or rng(key))
         list(common.EpochBatches(4, 2, 0))
-    assert seen == [common.ORDER]
+        common.TrainSamples([(splits[0], 0, None)], lambda image, mask, rng: (image, mask), 0)[0, 0]
+    assert seen == [common.ORDER, common.SAMPLE]
 
 
 def test_parts_found_by_running_out_of_memory_are_kept_for_the_resumed_run(line, tmp_path, monkeypatch):
