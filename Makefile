@@ -193,12 +193,12 @@ help: ## show this text
 	@printf '  %-10s %-30s %s\n' $(foreach k,$(filter-out MODEL SCALE FOLD INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS,$(KNOBS)),\
 	    $k '$(subst ','\'',$($k))' '$(about.$k)')
 setup: .venv/.installed ## make .venv from requirements.txt, once; every command that needs it does
-check: $(JSON) $(OUT)/.flags/data | $(SETUP) ## check the data and list all faults at once
+check: $(JSON) $(OUT)/.flags/data | $(SETUP) ## check the data and list all faults at once; out/EXP/data.html
 	$(run) train.py --check --exp $(OUT) --cache $(CACHE) $(data)
 train: $(addsuffix /model.pt,$(call grid,$(or $(ROUND),0),$(MODEL),$(SCALE),$(FOLD))) ## the models; narrow with MODEL= SCALE= FOLD= ROUND=
 pseudo: $(foreach f,$(FOLD),$(OUT)/r$(or $(ROUND),1)/pseudo/f$f/index.csv) ## pseudo labels for the test photos
-submit: $(OUT)/submission.csv ## everything up to out/EXP/submission.csv
-score: $(addsuffix /valid.json,$(call grid,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))) ## out-of-fold scores of members and vote, who adds what; out/EXP/report
+submit: $(OUT)/submission.csv ## everything up to out/EXP/submission.csv and report.html
+score: $(addsuffix /valid.json,$(call grid,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))) ## out-of-fold scores of members and vote, who adds what; out/EXP/report, report.html
 	@$(run) ensemble.py score --data $(DATA) --cache $(CACHE) --batch $(BATCH) --weights $(VOTE) --tables $(OUT)/report \
 	    --report $(OUT)/report.html $(^:/valid.json=)
 status: | $(SETUP) ## which runs are done, how far the others are, and how long they will take

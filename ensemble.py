@@ -7,9 +7,9 @@
 
 A run is a folder of train.py and infer.py; runs that differ only in the fold are one member. soft averages
 probabilities, hard counts the votes of submissions and runs; both write the CSV in test.json's order, read back and
-checked before it gets its name, and soft a .png of some predictions; a run votes background on a photo that it couldn't
-read, and then the exit code is 3, though the submission stands. Whatever is fitted is fitted on some folds, scored
-on the others, and used only if the 95% interval of its gain in v3 is above zero.
+checked before it gets its name, and soft a .png of some predictions. --report is a web page of all that is known. A run
+votes background on a photo that it couldn't read; then the exit code is 3, though the submission stands. Whatever is
+fitted is fitted on some folds, scored on the others, and used only if the 95% interval of its gain in v3 is above zero.
 """
 import argparse
 import csv

@@ -95,7 +95,7 @@ def parse_args(argv=None):
     run.add_argument("--paint", choices=PAINT_ORDERS, default="area", help="which object wins where they overlap")
     run.add_argument("--allow-leak", action="store_true", help="learn also from pseudo labels whose makers may have "
                      "trained on this fold; marks every later score as contaminated")
-    run.add_argument("--check", action="store_true", help="check the data, write EXP/folds.csv and stop")
+    run.add_argument("--check", action="store_true", help="check the data, write EXP/folds.csv and data.html, stop")
     run.add_argument("--overfit", type=number(int, 0), default=0, metavar="N",
                      help="instead train and validate on N images in EXP/overfit, not augmented; fails below v3 0.9")
     recipe = parser.add_argument_group("recipe")

@@ -39,7 +39,7 @@ class FakeOof(Namespace):
         super().__init__(
             names=[f"member {m}" for m in range(n_members)], classes=[f"class {c}" for c in range(n_classes)],
             ids=list(range(n_images)), truths=truths, parts=np.array(parts), title="out of fold", all=probs,
-            contaminated=False,
+            contaminated=False, tables=[],
             has=np.ones((n_members, n_images), bool) if has is None else has,
             infos=[plain | {key: values[m] for key, values in info.items()} for m in range(n_members)])
 
