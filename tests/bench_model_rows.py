@@ -170,13 +170,14 @@ def start():
 
 
 def run_and_peak(*command):
-    """(CPU seconds, most MB) of a command."""
-    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = status
-    assert status == 0, command
-    return used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e6
+    """(CPU seconds, most MB) of a script with its arguments."""
+    code = ("import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+            "import bench_rows; print(bench_rows.peak_mb())")  # the kernel's own count begins at this process's memory
+    done = []
+    cpu, _ = seconds(lambda: done.append(subprocess.run(
+        [sys.executable, "-c", code, *map(str, command)], check=True, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})))
+    return cpu, float(done[0].stdout.split()[-1])
 
 
 def growth():
