@@ -1,4 +1,4 @@
-"""What more than one script needs: files, data, augmentation, models, losses, metrics, stores, pictures.
+"""What more than one script needs: files, data, augmentation, models, losses, metrics, pictures, pages.
 
 Shapes are fixed here and nowhere else:
     image   uint8   [H, W, 3]      RGB as read from the file; [B, H, W, 3] in a batch
@@ -1180,52 +1180,6 @@ def scores(confusions, batch_size):
     batches = np.add.reduceat(confusions, np.arange(0, len(confusions), batch_size))
     iou = class_iou(confusions.sum(0))
     return {"v1": image_miou(batches).mean(), "v2": np.nanmean(iou), "v3": image_miou(confusions).mean(), "iou": iou}
-
-
-# ---- stores -------------------------------------------------------------------------------------------------------
-
-
-def resize_probs(probs):
-    """probs at the submission's size, [B, C, SUBMIT_SIZE, SUBMIT_SIZE]."""
-    from torch.nn.functional import interpolate
-    return interpolate(probs, size=(SUBMIT_SIZE, SUBMIT_SIZE), mode="bilinear", align_corners=False)
-
-
-def open_store(path):
-    """(uint8 memmap [N, C, SUBMIT_SIZE, SUBMIT_SIZE], its JSON) of the store whose JSON is `path`.
-
-    Raises SystemExit when either is missing or they don't agree.
-    """
-    path = Path(path)
-    info = read_json(path)
-    try:
-        probs = np.load(path.with_suffix(".npy"), mmap_mode="r")
-        expected = (len(info["image_ids"]), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE)
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as e:
-        raise SystemExit(f"{path}: not a whole store: {e}; run infer.py again") from None
-    if probs.shape != expected or probs.dtype != np.uint8:
-        raise SystemExit(f"{path} is of uint8 {expected}, the .npy of {probs.dtype} {probs.shape}; run infer.py again")
-    return probs, info
-
-
-def write_coco(path, test_json, split, masks):
-    """Write pairs (position in `split`, mask uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) as COCO JSON.
-
-    Each class in a photo is one object, an RLE of the photo's size; images and categories are those of `test_json`.
-    """
-    import cv2
-    from pycocotools import mask as coco_mask
-    coco, objects = read_json(test_json), []
-    categories = sorted(category["id"] for category in coco["categories"])
-    for i, mask in masks:
-        height, width = split.sizes[i]
-        large = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
-        for class_id in np.unique(large[(large > 0) & (large < IGNORE_INDEX)]).tolist():
-            rle = coco_mask.encode(np.asfortranarray(large == class_id))
-            objects.append({"id": len(objects) + 1, "image_id": split.ids[i], "category_id": categories[class_id - 1],
-                            "segmentation": rle | {"counts": rle["counts"].decode()}, "iscrowd": 1,
-                            "area": int(coco_mask.area(rle)), "bbox": coco_mask.toBbox(rle).tolist()})
-    write_json(path, {"images": coco["images"], "categories": coco["categories"], "annotations": objects})
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------

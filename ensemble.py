@@ -27,8 +27,10 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (BACKGROUND, IGNORE_INDEX, SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, draw_bars,
-                    draw_heat, figure_urls, image_miou, load_data, lock, make_folds, named, number, open_store, overlay,
-                    read_csv, read_json, run_script, scores, tile_url, write_coco, write_page, write_sheet)
+                    draw_heat, figure_urls, image_miou, load_data, lock, make_folds, named, number, overlay, read_csv,
+                    read_json, run_script, scores, tile_url, write_page, write_sheet)
+from infer import open_store, read_probs
+from pseudo_label import write_coco
 
 HEADER = ["image_id", "PredictionString"]
 MAX_PICKS = 30  # of the greedy selection of weights
@@ -128,12 +130,6 @@ def member_weights(args, voters):
     if len(args.weights) != len(voters):
         raise SystemExit(f"{len(args.weights)} weights for {len(voters)} voters: {', '.join(map(str, voters))}")
     return np.array(args.weights)
-
-
-def read_probs(store, i):
-    """uint8 [C, H, W] of image i; read, because the pages of a memmap that were touched count as memory."""
-    size = math.prod(store.shape[1:])
-    return np.fromfile(store.filename, np.uint8, size, offset=store.offset + i * size).reshape(store.shape[1:])
 
 
 def top_class(values):

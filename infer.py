@@ -9,6 +9,7 @@ done. Under torchrun all processes share the work.
 """
 import argparse
 import hashlib
+import math
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (SUBMIT_SIZE, EvalPhotos, Help, amp, atomic_write, build_model, check_space, claim_device, file_hash,
-                    load_checkpoint, load_data, lock, normalise, number, open_store, ranks, resize_probs, run_script,
-                    tune_process, write_json, write_npy_header)
+                    load_checkpoint, load_data, lock, normalise, number, ranks, read_json, run_script, tune_process,
+                    write_json, write_npy_header)
 
 
 def parse_args(argv=None):
@@ -108,6 +109,35 @@ def predict_probs(models, images, views, scales=(1.0,), most=8):
 
 
 # ---- stores ---------------------------------------------------------------------------------------------------------
+
+
+def resize_probs(probs):
+    """probs at the submission's size, [B, C, SUBMIT_SIZE, SUBMIT_SIZE]."""
+    from torch.nn.functional import interpolate
+    return interpolate(probs, size=(SUBMIT_SIZE, SUBMIT_SIZE), mode="bilinear", align_corners=False)
+
+
+def open_store(path):
+    """(uint8 memmap [N, C, SUBMIT_SIZE, SUBMIT_SIZE], its JSON) of the store whose JSON is `path`.
+
+    Raises SystemExit when either is missing or they don't agree.
+    """
+    path = Path(path)
+    info = read_json(path)
+    try:
+        probs = np.load(path.with_suffix(".npy"), mmap_mode="r")
+        expected = (len(info["image_ids"]), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE)
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as e:
+        raise SystemExit(f"{path}: not a whole store: {e}; run infer.py again") from None
+    if probs.shape != expected or probs.dtype != np.uint8:
+        raise SystemExit(f"{path} is of uint8 {expected}, the .npy of {probs.dtype} {probs.shape}; run infer.py again")
+    return probs, info
+
+
+def read_probs(store, i):
+    """uint8 [C, H, W] of image i; read, because the pages of a memmap that were touched count as memory."""
+    size = math.prod(store.shape[1:])
+    return np.fromfile(store.filename, np.uint8, size, offset=store.offset + i * size).reshape(store.shape[1:])
 
 
 def load_model(path):

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import (BACKGROUND, IGNORE_INDEX, Help, atomic_write, file_hash, load_data, lock, number, open_store,
-                    overlay, read_csv, read_json, run_script, write_coco, write_csv, write_json, write_npy_header,
-                    write_sheet)
+from common import (BACKGROUND, IGNORE_INDEX, Help, atomic_write, file_hash, load_data, lock, number, overlay, read_csv,
+                    read_json, run_script, write_csv, write_json, write_npy_header, write_sheet)
+from infer import open_store
 
 FILES = ("manifest.json", "labels.npy", "index.csv")
 LINEAGE = ("round", "fold", "folds_csv")  # where these differ, a validation image may have trained a label's maker
@@ -184,6 +184,26 @@ def draw_sheet(path, rows, counts, test, stores, args):
     legend = {c: f"{name if c else 'all photos'}: " + ", ".join(f"{n} {why}" for why, n in counts[name].items())
               for c, name in enumerate(counts)} | {IGNORE_INDEX: "unsure"}
     write_sheet(path, [sum(tiles[i:i + 2], []) for i in range(0, len(tiles), 2)], legend)
+
+
+def write_coco(path, test_json, split, masks):
+    """Write pairs (position in `split`, mask uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) as COCO JSON.
+
+    Each class in a photo is one object, an RLE of the photo's size; images and categories are those of `test_json`.
+    """
+    import cv2
+    from pycocotools import mask as coco_mask
+    coco, objects = read_json(test_json), []
+    categories = sorted(category["id"] for category in coco["categories"])
+    for i, mask in masks:
+        height, width = split.sizes[i]
+        large = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+        for class_id in np.unique(large[(large > 0) & (large < IGNORE_INDEX)]).tolist():
+            rle = coco_mask.encode(np.asfortranarray(large == class_id))
+            objects.append({"id": len(objects) + 1, "image_id": split.ids[i], "category_id": categories[class_id - 1],
+                            "segmentation": rle | {"counts": rle["counts"].decode()}, "iscrowd": 1,
+                            "area": int(coco_mask.area(rle)), "bbox": coco_mask.toBbox(rle).tolist()})
+    write_json(path, {"images": coco["images"], "categories": coco["categories"], "annotations": objects})
 
 
 def write_labels(path, test, stores, by_hand, args):

@@ -22,8 +22,9 @@ from common import (AUGMENTATIONS, COLOURS, DECODERS, IGNORE_INDEX, LOSSES, PAIN
                     EvalPhotos, Help, TrainSamples, amp, atomic_write, build_model, check_space, claim_device, classmix,
                     confusion, draw_bars, draw_heat, encoder_mean_std, figure_urls, file_hash, image_miou,
                     load_checkpoint, load_data, load_folds, lock, make_augmentation, make_loss, named, normalise,
-                    number, overlay, ranks, rare_odds, resize_probs, run_folder, run_script, save_checkpoint, scores,
-                    tile_url, tune_process, write_csv, write_json, write_page, write_sheet)
+                    number, overlay, ranks, rare_odds, run_folder, run_script, save_checkpoint, scores, tile_url,
+                    tune_process, write_csv, write_json, write_page, write_sheet)
+from infer import resize_probs
 from pseudo_label import check_labels, load_labels
 
 STATES = ("model", "ema", "optimizer", "scaler")  # of these and

@@ -384,7 +384,7 @@ def test_normalise_moves_channels_first_and_scales_each_by_its_own_mean_and_std(
 @pytest.mark.parametrize("size", [(64, 96), (256, 256), (128, 320)])
 def test_resized_probs_are_the_bilinear_ones_at_the_submissions_size(size):
     probs = torch.randn(2, N_CLASSES, *size).softmax(1)
-    out = common.resize_probs(probs)
+    out = infer.resize_probs(probs)
     expected = [[cv2.resize(plane, (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_LINEAR) for plane in image]
                 for image in probs.numpy()]
     np.testing.assert_allclose(out.numpy(), expected, atol=1e-4)
@@ -393,7 +393,7 @@ def test_resized_probs_are_the_bilinear_ones_at_the_submissions_size(size):
 
 def test_resizing_probs_to_half_averages_four_pixels():
     probs = torch.rand(1, 2, 2 * SUBMIT_SIZE, 2 * SUBMIT_SIZE)
-    torch.testing.assert_close(common.resize_probs(probs), torch.nn.functional.avg_pool2d(probs, 2))
+    torch.testing.assert_close(infer.resize_probs(probs), torch.nn.functional.avg_pool2d(probs, 2))
 
 
 @pytest.fixture
@@ -405,7 +405,7 @@ def store(tmp_path):
 
 
 def test_open_store_maps_the_file_and_returns_its_description(store):
-    probs, info = common.open_store(store)
+    probs, info = infer.open_store(store)
     assert isinstance(probs, np.memmap) and probs[:, :, 0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert info == {"image_ids": [5, 3], "classes": ["Background", "a", "b"]}
 
@@ -430,7 +430,7 @@ STORE_FAULTS = {
 def test_open_store_refuses_a_store_that_is_not_whole(store, fault):
     STORE_FAULTS[fault](store)
     with pytest.raises(SystemExit, match="test.json"):
-        common.open_store(store)
+        infer.open_store(store)
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_stores_hold_the_models_probabilities_to_a_255th(tiny_data, cache, split
         infer.main(infer_line(tiny_data, cache, run, "--tta", tta))
     model, state = infer.load_model(run / "model.pt")
     for name, split in zip(("valid", "test"), splits, strict=True):
-        store, info = common.open_store(run / f"{name}.json")
+        store, info = infer.open_store(run / f"{name}.json")
         assert info["tta"] == tta
         for stored, image_id in zip(store, info["image_ids"], strict=True):
             expected = slow_probs(model, state["recipe"], split.image(split.ids.index(image_id)), flips)
@@ -143,7 +143,7 @@ def test_a_failed_prediction_leaves_no_description_of_a_store_it_did_not_write(
         infer.main(infer_line(tiny_data, cache, run, "--split", "test", "--tta", "none"))
     assert [call.rsplit("/")[-1] for call in calls] == ["000000", "000003", "test.npy", "test.json"]
     with pytest.raises(SystemExit, match="test.json"):
-        common.open_store(run / "test.json")
+        infer.open_store(run / "test.json")
 
 
 # ---- several epochs of a run ----------------------------------------------------------------------------------------

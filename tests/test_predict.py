@@ -390,7 +390,7 @@ def test_masks_exported_as_coco_are_read_back_as_they_were(tiny_data, cache, spl
     rng, test = np.random.default_rng(0), splits[1]
     masks = rng.integers(0, 12, (len(test.ids), 16, 16), dtype=np.uint8).repeat(16, 1).repeat(16, 2)
     masks[1], masks[2, :128] = 0, 255  # nothing found; without a label
-    common.write_coco(tmp_path / "coco.json", tiny_data / "test.json", test, enumerate(masks))
+    pseudo_label.write_coco(tmp_path / "coco.json", tiny_data / "test.json", test, enumerate(masks))
     coco = json.loads((tmp_path / "coco.json").read_text())
     assert {a["image_id"] for a in coco["annotations"]} == set(test.ids) - {test.ids[1]}
     shutil.copytree(tiny_data, tmp_path / "data", ignore=shutil.ignore_patterns("train*.json"))
