@@ -193,8 +193,7 @@ def lock(folder, wait=False, name=".lock"):
             held = folder / name.removesuffix(".lock").lstrip(".")
             raise SystemExit(f"{held} is in use by {f.read().strip() or 'another process'}: "
                              "wait for it or stop it") from None
-        f.seek(0)
-        f.truncate()
+        f.truncate(0)
         f.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         f.flush()
         os.register_at_fork(after_in_child=f.close)  # else the loader processes of a killed run keep it for seconds
@@ -607,7 +606,8 @@ def open_cache(folder, data):
         index = json.loads((folder / "index.json").read_bytes())
         masks = {"train": np.load(folder / "masks.npy", mmap_mode="r")}
         photos = {"train": np.load(folder / "photos.npy", mmap_mode="r")} if (folder / "photos.npy").exists() else {}
-        if any(photo_stamps(data, entry["file_names"]) != entry.pop("stamps") for entry in index.values()):
+        if any([photo_stamp(data / name) for name in entry["file_names"]] != entry.pop("stamps")
+               for entry in index.values()):
             return None
     except (OSError, ValueError, EOFError):  # EOFError: an empty .npy
         return None
@@ -615,10 +615,9 @@ def open_cache(folder, data):
                  for name, entry in index.items())
 
 
-def photo_stamps(root, file_names):
-    """[size, time of change] of each photo, None of one that isn't there."""
-    return [[os.path.getsize(path), os.stat(path).st_mtime_ns] if os.path.isfile(path) else None
-            for path in (root / name for name in file_names)]
+def photo_stamp(path):
+    """[size, time of change] of a photo, None of one that isn't there."""
+    return [os.path.getsize(path), os.stat(path).st_mtime_ns] if os.path.isfile(path) else None
 
 
 def build_cache(folder, paths, paint):
@@ -629,31 +628,30 @@ def build_cache(folder, paths, paint):
     faults += test_faults
     if categories != test_categories and categories and test_categories:
         faults.append(f"{paths[0].name} and {paths[1].name} have different categories")
-    photos, found, digests, pixels, objects = train + test, [], [], [], []
-    stamps = photo_stamps(root, [photo["file_name"] for photo in photos])  # before they are read
+    photos = train + test
+    for photo in photos:
+        photo["stamp"] = photo_stamp(root / photo["file_name"])  # before they are read
     (folder / "photos.npy").unlink(missing_ok=True)  # of photos that have changed
     with atomic_write(folder / "masks.npy") as scratch, open(scratch, "wb") as f:
         write_npy_header(f, (sum(math.prod(photo["size"]) for photo in train),))
-        for i, (fault, digest, painted) in enumerate(check_photos(root, photos, paint)):
-            found.append(fault)
-            digests.append(digest)
-            if i < len(train) and not fault:
+        for i, (photo, checked) in enumerate(zip(photos, check_photos(root, photos, paint), strict=True)):
+            photo["fault"], photo["digest"], painted = checked
+            if i < len(train) and not photo["fault"]:
                 mask, sizes, covered = painted
                 f.write(mask)
-                objects.append({"sizes": sizes, "covered": covered})
-                pixels.append(np.bincount(mask.ravel(), minlength=len(categories) + 1).tolist())
-        if faults or any(found[:len(train)]) or all(found[len(train):]):
-            faults += filter(None, found)
+                photo["painted"] = {"sizes": sizes, "covered": covered}
+                photo["pixels"] = np.bincount(mask.ravel(), minlength=len(categories) + 1).tolist()
+        if faults or any(photo["fault"] for photo in train) or all(photo["fault"] for photo in test):
+            faults += filter(None, (photo["fault"] for photo in photos))
             raise SystemExit("\n".join([*faults, f"{len(faults)} fault(s) in the data: mend or remove what is listed"]))
-    index = {}
-    for name, path, of in (("train", paths[0], slice(len(train))), ("test", paths[1], slice(len(train), None))):
-        content = hashlib.sha256(" ".join(digests[of]).encode()).hexdigest()[:16]
-        index[name] = {"ids": [p["id"] for p in photos[of]], "file_names": [p["file_name"] for p in photos[of]],
-                       "sizes": [p["size"] for p in photos[of]], "stamps": stamps[of], "pixels": pixels[of],
-                       "objects": objects[of], "digests": digests[of],
-                       "groups": merge_groups(photos[of], digests[of]), "classes": [BACKGROUND, *categories.values()],
-                       "faults": found[of], "odd": [p["odd"] for p in photos[of]],
-                       "fingerprint": f"{file_hash(path)} {paint} {content}"}
+    lists = {"ids": "id", "file_names": "file_name", "sizes": "size", "stamps": "stamp", "pixels": "pixels",
+             "objects": "painted", "digests": "digest", "faults": "fault", "odd": "odd"}
+    index = {name: {key: [photo[of_one] for photo in part if of_one in photo] for key, of_one in lists.items()}
+             for name, part in (("train", train), ("test", test))}
+    for path, part, entry in zip(paths, (train, test), index.values(), strict=True):
+        content = hashlib.sha256(" ".join(entry["digests"]).encode()).hexdigest()[:16]
+        entry.update({"groups": merge_groups(part, entry["digests"]), "classes": [BACKGROUND, *categories.values()],
+                      "fingerprint": f"{file_hash(path)} {paint} {content}"})
     write_json(folder / "index.json", index)
     return open_cache(folder, root)
 
@@ -1016,11 +1014,10 @@ def bifpn_modules():
     class BiFPN(nn.Module):
         def __init__(self, channels, width, n_layers):
             super().__init__()
-            c2, c3, c4, c5 = (int(c) for c in channels[-4:])  # Conv2d refuses floats
             # as in google/automl: P6 too starts from the encoder's last map, and the first way up projects anew (q)
             self.p2, self.p3, self.p4, self.p5, self.p6, self.q4, self.q5 = (
-                nn.Sequential(nn.Conv2d(c, width, 1, bias=False), nn.BatchNorm2d(width))
-                for c in (c2, c3, c4, c5, c5, c4, c5))
+                nn.Sequential(nn.Conv2d(int(channels[i]), width, 1, bias=False), nn.BatchNorm2d(width))  # no floats
+                for i in (-4, -3, -2, -1, -1, -2, -1))
             self.layers = nn.ModuleList(BiFPNLayer(width) for _ in range(n_layers))
             self.join = Node(width, 6)
 
@@ -1030,8 +1027,7 @@ def bifpn_modules():
             p2, p6, q4, q5 = self.p2(x2), down(self.p6(x5)), self.q4(x4), self.q5(x5)
             levels = self.p3(x3), self.p4(x4), self.p5(x5), p6, down(p6)
             for layer in self.layers:
-                levels = layer(*levels, q4, q5)
-                q4, q5 = levels[1:3]
+                _, q4, q5, *_ = levels = layer(*levels, q4, q5)
             # P3 alone would leave half of the last layer untrained; nearest would show P7's squares, 128 px wide
             return silu(self.join(p2, *(interpolate(p, p2.shape[2:], mode="bilinear") for p in levels)))
     return Node, BiFPNLayer, BiFPN
@@ -1190,12 +1186,14 @@ PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114
 COLOURS = np.array([(0, 0, 0), *(PALETTE[i % len(PALETTE)] for i in range(254)), (255, 0, 255)], np.uint8)
 
 
-def overlay(image, mask, strength=0.6):
-    """uint8 [S, S, 3] with S = SUBMIT_SIZE: the photo, greyed, under the colours of the mask uint8 [H, W]."""
+def overlay(image, mask=None, strength=0.6):
+    """uint8 [S, S, 3] with S = SUBMIT_SIZE: the photo, greyed under the colours of a mask uint8 [H, W]."""
     import cv2
+    photo = cv2.resize(image, (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_AREA)
+    if mask is None:
+        return photo
     mask = cv2.resize(mask, (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_NEAREST_EXACT)
-    photo = cv2.resize(image, (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_AREA).astype(np.float32)
-    grey = np.repeat(photo.mean(2, keepdims=True), 3, axis=2)
+    grey = photo.astype(np.float32).mean(2, keepdims=True)
     mixed = grey * (1 - strength) + COLOURS[mask] * strength
     return np.where((mask > 0)[..., None], mixed, photo).astype(np.uint8)
 
@@ -1205,9 +1203,10 @@ def named(mask, classes):
     return ", ".join(classes[c] for c in np.unique(mask) if 0 < c < len(classes)) or "nothing"
 
 
-def write_sheet(path, rows, legend):
-    """Write a PNG of `rows`, lists of (caption, uint8 RGB tile of one size), over a legend {class id: text}."""
+def write_sheet(path, rows, legend, across=1):
+    """Write a PNG of lists of (caption, uint8 RGB tile of one size), `across` in a row, over {class id: text}."""
     from PIL import Image, ImageDraw, ImageFont
+    rows = [sum(rows[i:i + across], []) for i in range(0, len(rows), across)]
     font, line = ImageFont.load_default(13), 18
     height, width = rows[0][0][1].shape[:2]
     sheet = Image.new("RGB", (width * max(map(len, rows)), (height + line) * len(rows) + line * len(legend)), "white")

@@ -26,11 +26,11 @@ from string import digits, whitespace
 import numpy as np
 from tqdm import tqdm
 
-from common import (BACKGROUND, IGNORE_INDEX, SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, draw_bars,
+from common import (IGNORE_INDEX, SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, draw_bars,
                     draw_heat, figure_urls, image_miou, load_data, lock, make_folds, named, number, overlay, read_csv,
-                    read_json, run_script, scores, tile_url, write_page, write_sheet)
-from infer import open_store, read_probs
-from pseudo_label import write_coco
+                    run_script, scores, tile_url, write_page, write_sheet)
+from infer import difference, open_store, order_of, read_probs
+from pseudo_label import pseudo_counts, write_coco
 
 HEADER = ["image_id", "PredictionString"]
 MAX_PICKS = 30  # of the greedy selection of weights
@@ -103,24 +103,10 @@ def open_members(runs, split):
     return {f"{os.path.relpath(folder, shared)} {tta}": folds for (folder, tta), folds in members.items()}, shared
 
 
-def difference(found, wanted):
-    """What tells two lists apart, in a few words."""
-    parts = (("lacks", set(wanted) - set(found)), ("also has", set(found) - set(wanted)))
-    return "; ".join(f"{word} {len(some)}: {', '.join(map(str, sorted(some)[:3]))}" for word, some in parts if some)
-
-
 def check_classes(found, wanted, path, other):
     if found != wanted:
         raise SystemExit(f"{path} has other classes than {other}: it {difference(found, wanted) or 'orders them so'}: "
                          f"{clean(', '.join(found))}")
-
-
-def order_of(found, wanted, path):
-    """Positions in the image ids `found` of those in `wanted`; raises SystemExit when they aren't the same images."""
-    if text := difference(found, wanted):
-        raise SystemExit(f"{path} is of other images: it {text}; run infer.py again")
-    position = {image_id: i for i, image_id in enumerate(found)}
-    return [position[i] for i in wanted]
 
 
 def member_weights(args, voters):
@@ -167,7 +153,7 @@ class OutOfFold:
         train, self.test = load_data(args.data, args.cache, self.infos[0]["paint"])
         check_classes(self.infos[0]["classes"], train.classes, runs[0], args.data)
         self.classes, fold_of, stores = train.classes, {}, defaultdict(dict)
-        self.contaminated = any(info["contaminated"] for folds in members.values() for _, info in folds.values())
+        self.contaminated = any(info["contaminated"] for info in self.made)
         for m, folds in enumerate(members.values()):
             for fold, (probs, info) in folds.items():
                 others = [i for i, other in fold_of.items() if other == fold]
@@ -516,8 +502,7 @@ def keep_looks(preds, test, looks, n=24):
     for i, pred in enumerate(preds):
         if i in chosen:
             image = test.image(i)
-            looks.append([(test.file_names[i], overlay(image, np.zeros_like(pred))),
-                          (named(pred, test.classes), overlay(image, pred))])
+            looks.append([(test.file_names[i], overlay(image)), (named(pred, test.classes), overlay(image, pred))])
         yield pred
 
 
@@ -567,21 +552,12 @@ def worst_images(oof, used, counts, n=24):
         pred, probs = remove_small(probs.argmax(0), used["min_area"]), probs / probs.sum(0).clip(1e-9)
         entropy = -(probs * np.log(probs.clip(1e-9))).sum(0) / np.log(len(probs))
         photo, name = oof.train.image(oof.indices[i]), oof.train.file_names[oof.indices[i]]
-        tiles = {"photo": overlay(photo, np.zeros_like(pred)), "truth": overlay(photo, oof.truths[i]),
-                 "vote": overlay(photo, pred), "entropy": colormaps["magma"](entropy, bytes=True)[..., :3]}
+        tiles = {"photo": overlay(photo), "truth": overlay(photo, oof.truths[i]), "vote": overlay(photo, pred),
+                 "entropy": colormaps["magma"](entropy, bytes=True)[..., :3]}
         seen = [c for c in np.union1d(oof.truths[i], pred).tolist() if 0 < c < len(oof.classes)]
         cards.append({"text": f"v3 {v3[i]:.3f}, {name}", "classes": seen,
                       "tiles": [(text, tile_url(tile)) for text, tile in tiles.items()]})
     return cards
-
-
-def pseudo_counts(runs):
-    """Rows of how many photos the pseudo labels of each round and fold have in the runs' experiments, why not all."""
-    exps = {(run / "../../../../..").resolve() for run in runs}  # of EXP/rROUND/DECODER/ENCODER/sSCALE/fFOLD
-    found = [read_json(path) for exp in sorted(exps) for path in sorted(exp.glob("r[0-9]/pseudo/f*/manifest.json"))]
-    return [{"round": made["round"], "fold": made["fold"], **made["photos"][BACKGROUND], **{
-        f"kept with {name}": why.get("kept", 0) for name, why in made["photos"].items() if name != BACKGROUND}}
-        for made in found]
 
 
 def report_sections(args, oof, thumbs, truths, used, counts):
@@ -589,11 +565,8 @@ def report_sections(args, oof, thumbs, truths, used, counts):
     import pandas as pd
     named, votes = dict(enumerate(oof.classes)), counts["with what is taken"]
     folds = {name: class_iou(votes[oof.parts == part].sum(0)) for part, name in enumerate(oof.part_names)}
-    total = np.zeros(thumbs.shape[1:], np.float32)
-    for weight, thumb in zip(used["weights"], thumbs, strict=True):
-        total += np.float32(weight) * thumb
-    total *= np.float32(np.exp(used["bias"]))[:, None]
-    *bins, error = calibration(total, truths)
+    total = sum(np.float32(w) * thumb for w, thumb in zip(used["weights"], thumbs, strict=True) if w)
+    *bins, error = calibration(total * np.float32(np.exp(used["bias"]))[:, None], truths)
     pixels, high = votes.sum(0), 1.5 + 0.25 * len(named)
     with np.errstate(invalid="ignore"):
         shares = pixels / pixels.sum(1, keepdims=True)
@@ -620,13 +593,6 @@ def report_sections(args, oof, thumbs, truths, used, counts):
         sections.append({"title": "pseudo labels", "note": "Photos that models of each round and fold learnt from, and "
                          "why others were dropped.", "table": pd.DataFrame(rows).fillna(0).convert_dtypes()})
     return sections
-
-
-def tally(preds, pixels):
-    """Pass `preds` on; add the pixels of each class to `pixels` [C]."""
-    for pred in preds:
-        pixels += np.bincount(pred.ravel(), minlength=len(pixels))
-        yield pred
 
 
 def write_report(args, oof, made, pixels=None):
@@ -685,11 +651,11 @@ def soft(args):
     def preds():
         for n in range(len(test.ids)):
             images = {s: read_probs(store, order[n]) for s, (store, order) in enumerate(places) if weights[s]}
-            yield remove_small(vote(images, weights, used["bias"]), used["min_area"])
-    write_submission(args.out, image_names(args, test), keep_looks(tally(preds(), pixels), test, looks),
-                     len(test.classes))
-    write_sheet(args.out.with_suffix(".png"), [sum(looks[i:i + 3], []) for i in range(0, len(looks), 3)],
-                dict(enumerate(test.classes)))
+            pred = remove_small(vote(images, weights, used["bias"]), used["min_area"])
+            pixels[:] += np.bincount(pred.ravel(), minlength=len(pixels))
+            yield pred
+    write_submission(args.out, image_names(args, test), keep_looks(preds(), test, looks), len(test.classes))
+    write_sheet(args.out.with_suffix(".png"), looks, dict(enumerate(test.classes)), across=3)
     print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} run(s) of {len(members)} member(s)")
     infos = [info for folds in members.values() for _, info in folds.values()]
     write_report(args, oof, oof.made + infos, pixels)
@@ -773,11 +739,11 @@ def compare(args):
     drawn = np.stack([class_iou(after[d].sum(0)) - class_iou(before[d].sum(0)) for d in draws])
     v3 = gain(after, before)
     rows = [{"score": "v3", "before": image_miou(before).mean(), "after": image_miou(after).mean(), **v3}]
+    old, new = (class_iou(counts.sum(0)) for counts in (before, after))
     for c in np.flatnonzero(before.sum((0, 2))):  # the classes in the truth
-        old, new = (class_iou(counts.sum(0))[c] for counts in (before, after))
         low, high = np.nanpercentile(drawn[:, c], (2.5, 97.5))
-        rows.append({"score": f"IoU {oof.classes[c]}", "before": old, "after": new, "gain": new - old, "low": low,
-                     "high": high})
+        rows.append({"score": f"IoU {oof.classes[c]}", "before": old[c], "after": new[c], "gain": new[c] - old[c],
+                     "low": low, "high": high})
     oof.contaminated |= other.contaminated
     show(args, oof, "compare", f"{args.experiments[1]} against {args.experiments[0]}: {len(shared)} images that both "
          "held out, 95% intervals by paired bootstrap", rows)

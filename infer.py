@@ -134,6 +134,20 @@ def open_store(path):
     return probs, info
 
 
+def difference(found, wanted):
+    """What tells two lists apart, in a few words."""
+    parts = (("lacks", set(wanted) - set(found)), ("also has", set(found) - set(wanted)))
+    return "; ".join(f"{word} {len(some)}: {', '.join(map(str, sorted(some)[:3]))}" for word, some in parts if some)
+
+
+def order_of(found, wanted, path):
+    """Positions in the image ids `found` of those in `wanted`; raises SystemExit when they aren't the same images."""
+    if text := difference(found, wanted):
+        raise SystemExit(f"{path} is of other images: it {text}; run infer.py again")
+    position = {image_id: i for i, image_id in enumerate(found)}
+    return [position[i] for i in wanted]
+
+
 def read_probs(store, i):
     """uint8 [C, H, W] of image i; read, because the pages of a memmap that were touched count as memory."""
     size = math.prod(store.shape[1:])

@@ -167,6 +167,15 @@ def count_reasons(rows, classes):
     return table
 
 
+def pseudo_counts(runs):
+    """Rows of how many photos the pseudo labels of each round and fold have in the runs' experiments, why not all."""
+    exps = {(run / "../../../../..").resolve() for run in runs}  # of EXP/rROUND/DECODER/ENCODER/sSCALE/fFOLD
+    found = [read_json(path) for exp in sorted(exps) for path in sorted(exp.glob("r[0-9]/pseudo/f*/manifest.json"))]
+    return [{"round": made["round"], "fold": made["fold"], **made["photos"][BACKGROUND], **{
+        f"kept with {name}": why.get("kept", 0) for name, why in made["photos"].items() if name != BACKGROUND}}
+        for made in found]
+
+
 def draw_sheet(path, rows, counts, test, stores, args):
     """Photos beside their labels: the clearest and the least clear of those kept and of those dropped for a reason."""
     groups = {}
@@ -179,11 +188,11 @@ def draw_sheet(path, rows, counts, test, stores, args):
         for i in some if len(some) < 12 else some[:6] + some[-6:]:
             image, (label, sure, *_) = test.image(i), judge(soft_vote(stores, i), args)
             shown = np.where(sure | (label == 0), label, IGNORE_INDEX)
-            tiles.append([(test.file_names[i], overlay(image, np.zeros_like(label))),
+            tiles.append([(test.file_names[i], overlay(image)),
                           (f"{why or 'kept'}; {float(rows[i]['unsure']):.0%} of it unsure", overlay(image, shown))])
     legend = {c: f"{name if c else 'all photos'}: " + ", ".join(f"{n} {why}" for why, n in counts[name].items())
               for c, name in enumerate(counts)} | {IGNORE_INDEX: "unsure"}
-    write_sheet(path, [sum(tiles[i:i + 2], []) for i in range(0, len(tiles), 2)], legend)
+    write_sheet(path, tiles, legend, across=2)
 
 
 def write_coco(path, test_json, split, masks):

@@ -31,7 +31,6 @@ STATES = ("model", "ema", "optimizer", "scaler")  # of these and
 PLACE = ("epoch", "step", "total", "parts", "log", "best", "kept")  # these of a run is last.pt
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
-LOGGERS = ("tensorboard", "wandb")
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
@@ -113,7 +112,7 @@ def parse_args(argv=None):
     system.add_argument("--device", default="auto", help="auto takes the first idle GPU, or the CPU")
     system.add_argument("--workers", type=number(int, 0), help="of the loader; none on a CPU, else one a core up to 8")
     system.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
-    system.add_argument("--logger", choices=LOGGERS, help="besides log.csv")
+    system.add_argument("--logger", choices=("tensorboard", "wandb"), help="besides log.csv")
     return parser.parse_args(argv)
 
 
@@ -315,10 +314,9 @@ def draw_curves(path, log):
 
 def draw_batch(path, images, masks, classes):
     """The first images [B, H, W, 3] that are learnt from, as they are after augmentation and ClassMix, with masks."""
-    tiles = [[("as trained on", overlay(image, np.zeros_like(mask))), (named(mask, classes), overlay(image, mask))]
-             for image, mask in zip(images[:8], masks[:8], strict=True)]
-    write_sheet(path, [sum(tiles[i:i + 2], []) for i in range(0, len(tiles), 2)],
-                dict(enumerate(classes)) | {IGNORE_INDEX: "ignored"})
+    write_sheet(path, [[("as trained on", overlay(image)), (named(mask, classes), overlay(image, mask))]
+                       for image, mask in zip(images[:8], masks[:8], strict=True)],
+                dict(enumerate(classes)) | {IGNORE_INDEX: "ignored"}, across=2)
 
 
 def draw_valid(path, run, photos, info, device):
@@ -331,7 +329,7 @@ def draw_valid(path, run, photos, info, device):
     run["ema"].module.load_state_dict(best["model"])
     preds = predict(run["ema"].module, torch.from_numpy(np.stack(images)), info["recipe"], device)
     write_sheet(path, [[
-        (f"v3 {best['image_v3'][i]:.2f} {photos.split.file_names[photos.indices[i]]}", overlay(image, truth * 0)),
+        (f"v3 {best['image_v3'][i]:.2f} {photos.split.file_names[photos.indices[i]]}", overlay(image)),
         (f"truth: {named(truth, classes)}", overlay(image, truth)),
         (f"found: {named(pred, classes)}", overlay(image, pred)),
         ("errors", overlay(image, np.where(pred == truth, 0, IGNORE_INDEX).astype(np.uint8)))]
