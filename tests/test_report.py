@@ -176,7 +176,7 @@ def made(tmp_path_factory):
                     probs += (truths[:, None] == np.arange(4)[:, None, None]) * 80
                 write_store(run, split, probs.astype(np.uint8), ids, CLASSES, fold=fold, round=1, model=f"unet/{model}",
                             contaminated=True)
-            counts = {"photos": {"kept": 1 + fold, "unsure": 3}, **dict.fromkeys(CLASSES[1:], {"unsure": 1})}
+            counts = {CLASSES[0]: {"kept": 1 + fold, "unsure": 3}, **dict.fromkeys(CLASSES[1:], {"unsure": 1})}
             common.write_json(exp / f"r1/pseudo/f{fold}/manifest.json", {
                 "round": 1, "fold": fold, "photos": counts | {CLASSES[1]: {"kept": 1}}})
     with pytest.MonkeyPatch.context() as patch:
