@@ -34,7 +34,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from itertools import repeat
+from itertools import cycle, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from textwrap import shorten
@@ -1256,13 +1256,11 @@ def draw_bars(axes, classes, series, **labels):
     classes: {id: name} of those to show.
     """
     ids, rows = list(classes), range(len(classes))
-    for (label, values), mark in zip(series.items(), ["", *"oD^sv<>pPX*hd"] * len(series), strict=False):
-        values = np.array(values)[ids]
-        if mark:
-            axes.plot(values, rows, mark, color="black", mfc="white", ms=5, label=label)
-        else:
-            axes.barh(rows, values, color=COLOURS[ids] / 255, edgecolor="grey")
-            axes.barh((), (), color="grey", label=label)  # for the legend
+    (bars, values), *others = series.items()
+    axes.barh(rows, np.array(values)[ids], color=COLOURS[ids] / 255, edgecolor="grey")
+    axes.barh(0, np.nan, color="grey", label=bars)  # for the legend
+    for (label, values), mark in zip(others, cycle("oD^sv<>pPX"), strict=False):
+        axes.plot(np.array(values)[ids], rows, mark, color="black", mfc="white", ms=5, label=label)
     axes.set_yticks(rows, [name[:22] for name in classes.values()])
     axes.invert_yaxis()
     axes.set(**labels)

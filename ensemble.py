@@ -563,17 +563,17 @@ def worst_images(oof, used, counts, n=24):
 def report_sections(args, oof, thumbs, truths, used, counts):
     """The page from what score() has in memory."""
     import pandas as pd
-    named, votes = dict(enumerate(oof.classes)), counts["with what is taken"]
+    by_id, votes = dict(enumerate(oof.classes)), counts["with what is taken"]
     folds = {name: class_iou(votes[oof.parts == part].sum(0)) for part, name in enumerate(oof.part_names)}
     total = sum(np.float32(w) * thumb for w, thumb in zip(used["weights"], thumbs, strict=True) if w)
     *bins, error = calibration(total * np.float32(np.exp(used["bias"]))[:, None], truths)
-    pixels, high = votes.sum(0), 1.5 + 0.25 * len(named)
+    pixels, high = votes.sum(0), 1.5 + 0.25 * len(by_id)
     with np.errstate(invalid="ignore"):
         shares = pixels / pixels.sum(1, keepdims=True)
     columns = [f"{100 * low:g} to {100 * up:g}" for low, up in zip(SIZES, (*SIZES[1:], 1), strict=True)]
     figures = (
         ("IoU of each class in each fold", high, lambda axes: draw_bars(
-            axes, named, {"all": class_iou(pixels), **folds}, xlim=(0, 1))),
+            axes, by_id, {"all": class_iou(pixels), **folds}, xlim=(0, 1))),
         ("Confusion: how many % of a class's pixels are predicted as what", high, lambda axes: draw_heat(
             axes, shares, oof.classes, oof.classes, xlabel="prediction", ylabel="truth")),
         ("IoU in % by class and by how much of the photo it covers", high, lambda axes: draw_heat(
@@ -601,10 +601,10 @@ def write_report(args, oof, made, pixels=None):
     if not args.report:
         return
     if pixels is not None:
-        labelled, named = np.array(oof.train.pixels).sum(0), dict(enumerate(oof.classes))
+        labelled, by_id = np.array(oof.train.pixels).sum(0), dict(enumerate(oof.classes))
         series = {"train": labelled / labelled.sum(), "predicted test": pixels / pixels.sum()}
         oof.sections.append({"title": "class balance", "figures": [("Share of the pixels", figure_urls(
-            lambda axes: draw_bars(axes, named, series, xscale="log"), 1.5 + 0.25 * len(named)))],
+            lambda axes: draw_bars(axes, by_id, series, xscale="log"), 1.5 + 0.25 * len(by_id)))],
             "table": pd.DataFrame({"class": oof.classes, **series})})
     rows = [{**{k: info[k] for k in ("split", "model", "scale", "round", "fold", "tta", "seed")}, "checkpoints":
              ", ".join(f"{c['file']} {c['hash']} epoch {c['epoch']}" for c in info["checkpoints"]),

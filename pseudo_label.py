@@ -171,7 +171,7 @@ def pseudo_counts(runs):
     """Rows of how many photos the pseudo labels of each round and fold have in the runs' experiments, why not all."""
     exps = {(run / "../../../../..").resolve() for run in runs}  # of EXP/rROUND/DECODER/ENCODER/sSCALE/fFOLD
     found = [read_json(path) for exp in sorted(exps) for path in sorted(exp.glob("r[0-9]/pseudo/f*/manifest.json"))]
-    return [{"round": made["round"], "fold": made["fold"], **made["photos"][BACKGROUND], **{
+    return [{"round": made["round"], "fold": made["fold"], **made["photos"].get(BACKGROUND, {}), **{
         f"kept with {name}": why.get("kept", 0) for name, why in made["photos"].items() if name != BACKGROUND}}
         for made in found]
 

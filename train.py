@@ -601,51 +601,40 @@ def check(args):
 def write_data_page(args, train, test, folds):
     """Write EXP/data.html: what a first evening looks for in the data."""
     import pandas as pd
-    named, pixels = dict(enumerate(train.classes)), np.array(train.pixels)
-    del named[0]
-    present, ids = pixels > 0, list(named)
+    names, pixels = train.classes, np.array(train.pixels)
+    by_id, present = dict(list(enumerate(names))[1:]), pixels > 0
     sizes = pd.DataFrame([(c, n / sum(counts)) for photo, counts in zip(train.objects, train.pixels, strict=True)
-                          for c, n in photo["sizes"]], columns=["class", "share"])
-    objects = sizes["class"].value_counts().reindex(range(len(train.classes)), fill_value=0).to_numpy()
-    shares = {"photos": present.mean(0), "pixels": pixels.sum(0) / pixels.sum(), "objects": objects / objects.sum()}
-    together = np.array([(present[present[:, c]][:, 1:].mean(0) if present[:, c].any() else np.full(len(ids), np.nan))
-                         for c in ids])
-    classes = pd.DataFrame({"class": train.classes, "photos": present.sum(0), "objects": objects,
-                            "pixels": pixels.sum(0), "share of pixels": shares["pixels"],
-                            **{f"photos of fold {f}": present[folds == f].sum(0) for f in range(args.folds)}})
-    covered = pd.DataFrame([(train.classes[below], train.classes[above], n) for photo in train.objects
+                          for c, n in photo["sizes"]], columns=["class", "share"]).groupby("class")["share"]
+    objects = sizes.size().reindex(range(len(names)), fill_value=0)
+    shares = {"photos": present.mean(0), "objects": objects / objects.sum(), "pixels": pixels.sum(0) / pixels.sum()}
+    both = present.T.astype(int) @ present  # [C, C] photos with two classes
+    covered = pd.DataFrame([(names[below], names[above], n) for photo in train.objects
                             for below, above, n in photo["covered"]], columns=["below", "on top", "pixels"])
-    covered = covered.groupby(["below", "on top"], as_index=False).agg(
-        overlaps=("pixels", "size"), pixels=("pixels", "sum")).sort_values("pixels", ascending=False)
-    photos = pd.DataFrame({"content": train.digests + test.digests, "photo": train.file_names + test.file_names,
+    photos = pd.DataFrame({"photo": train.file_names + test.file_names, "content": train.digests + test.digests,
                            "of": ["train"] * len(train.ids) + ["test"] * len(test.ids)})
     equal = photos[photos["content"].ne("") & photos.duplicated("content", keep=False)].sort_values("content")
-    high = 1.5 + 0.25 * len(ids)
-    figures = [(text, figure_urls(plot, high)) for text, plot in (
-        ("Shares of photos, pixels and objects", lambda axes: draw_bars(axes, named, shares, xscale="log")),
-        ("Sizes of objects, as a share of the photo", lambda axes: draw_sizes(axes, named, sizes)),
+    figures = [(text, figure_urls(plot, 1.5 + 0.25 * len(by_id))) for text, plot in (
+        ("Shares of photos, objects and pixels", lambda axes: draw_bars(axes, by_id, shares, xscale="log")),
+        ("Sizes of objects, as a share of the photo", lambda axes: draw_bars(axes, by_id, {
+            label: sizes.quantile(q).reindex(range(len(names))) for label, q in (
+                ("median", 0.5), ("5%", 0.05), ("95%", 0.95), ("largest", 1))}, xscale="log")),
         ("Of the photos with one class, how many % have another too", lambda axes: draw_heat(
-            axes, together, list(named.values()), list(named.values()), xlabel="another", ylabel="one")))]
+            axes, (both / both.diagonal().clip(1)[:, None])[1:, 1:], names[1:], names[1:], xlabel="another",
+            ylabel="one")))]
     write_page(args.exp / "data.html", f"Data: {args.data}", [
         {"title": "classes", "note": f"{len(train.ids)} photos for training, {len(test.ids)} for the test.",
-         "figures": figures, "table": classes},
+         "figures": figures, "table": pd.DataFrame({
+             "class": names, "photos": present.sum(0), "objects": objects, "pixels": pixels.sum(0),
+             "share of pixels": shares["pixels"],
+             **{f"photos of fold {f}": present[folds == f].sum(0) for f in range(args.folds)}})},
         {"title": "contested pixels", "note": "Objects of one class that are painted over by another's, by the paint "
-         f"order {args.paint}: what lies on top is the truth.", "table": covered},
+         f"order {args.paint}: what lies on top is the truth.",
+         "table": covered.groupby(["below", "on top"], as_index=False).agg(
+             overlaps=("pixels", "size"), pixels=("pixels", "sum")).sort_values("pixels", ascending=False)},
         {"title": "equal photos", "note": f"{len(equal)} photos have the content of another; those for training are "
          "kept in one fold.", "table": equal.head(200)},
         {"title": "samples", "note": "Of each class photos spread evenly over those that have it.",
-         "cards": sample_photos(train, present)}], train.classes)
-
-
-def draw_sizes(axes, named, sizes):
-    boxes = axes.boxplot([sizes["share"][(sizes["class"] == c) & (sizes["share"] > 0)] for c in named],
-                         orientation="horizontal", patch_artist=True,
-                         tick_labels=[name[:22] for name in named.values()])
-    for class_id, box in zip(named, boxes["boxes"], strict=True):
-        box.set_facecolor(COLOURS[class_id] / 255)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.invert_yaxis()
+         "cards": sample_photos(train, present)}], names)
 
 
 def sample_photos(train, present, n=6):
@@ -661,7 +650,7 @@ def sample_photos(train, present, n=6):
     return cards
 
 
-# ---- arguments that don't fit, main ---------------------------------------------------------------------------------
+# ---- main -----------------------------------------------------------------------------------------------------------
 
 
 def check_args(args):

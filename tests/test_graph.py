@@ -90,7 +90,7 @@ soft = command == "soft"
 if command == "compare":
     a = parse("data cache", inputs=True)
     sys.exit(print("compare", *a.inputs))
-a = parse("data cache batch weights" + (" image-id out" if soft else " tables"), inputs=True)
+a = parse("data cache batch weights report" + (" image-id out" if soft else " tables"), inputs=True)
 parts = ("valid.json", "valid.npy", "test.json", "test.npy")[:4 if soft else 2]
 text = digest(a.batch, a.weights, soft and a.image_id, [read(f"{run}/{part}") for run in a.inputs for part in parts])
 if not soft: os.makedirs(a.tables, exist_ok=True)

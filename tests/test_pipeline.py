@@ -86,6 +86,11 @@ def test_scores_of_recipe_vote_and_background_are_printed(repo):
     assert "soft vote" in make(repo, "score", "ROUND=0").stdout
 
 
+def test_the_pages_of_data_and_scores_are_made_in_passing(repo):
+    for name, heading in (("data", "<h2>contested pixels</h2>"), ("report", "<h2>pseudo labels</h2>")):
+        assert heading in (repo / f"out/main/{name}.html").read_text()
+
+
 def test_second_submit_has_nothing_to_do(repo):
     assert make(repo, "-q", "submit", check=False).returncode == 0
 
@@ -120,7 +125,7 @@ script.run_script(script.main, script.parse_args(line))"""
 
 
 @pytest.mark.parametrize(("script", "name", "line", "held"), [
-    ("infer", "claim_device", ["--checkpoint", "{run}/model.pt"], "{run}"),
+    ("infer", "load_models", ["--checkpoint", "{run}/model.pt"], "{run}"),
     ("pseudo_label", "hand_decisions", ["--exp", "{repo}/out/main", "--round", "1", "--fold", "0", "{run}/test.json"],
      "{repo}/out/main/r1/pseudo/f0"),
     ("ensemble", "open_members", ["soft", "--out", "{repo}/out/main/submission.csv", "{run}"],
