@@ -725,23 +725,24 @@ def load_folds(exp, train, n_folds, renew=False):
     One that is of other images or another number of folds is an error, or with `renew` replaced, saying so.
     """
     path = Path(exp) / "folds.csv"
-    if path.exists():
-        rows = read_csv(path, ("image_id", "group", "fold"))
-        folds = [int(row["fold"]) if row["fold"].isdecimal() else -1 for row in rows]
-        if [row["image_id"] for row in rows] != [str(i) for i in train.ids]:
-            wrong = "lists other images than DATA"
-        elif set(folds) != set(range(n_folds)):
-            wrong = f"has the folds {sorted(set(folds))}, not 0 to {n_folds - 1}"
-        elif len(set(zip(train.groups, folds, strict=True))) > len(set(train.groups)):
-            wrong = "has a group of images in two folds"
-        else:
-            return np.array(folds)
-        if not renew:
-            raise SystemExit(f"{path} {wrong}: choose another EXP, or run train.py --check to make it anew")
-        print(f"{path} {wrong}: made anew")
-    folds = make_folds(np.array(train.pixels)[:, 1:] > 0, train.groups, n_folds)
-    write_csv(path, [{"image_id": i, "group": g, "fold": f}
-                     for i, g, f in zip(train.ids, train.groups, folds.tolist(), strict=True)])
+    with lock(exp, wait=True):
+        if path.exists():
+            rows = read_csv(path, ("image_id", "group", "fold"))
+            folds = [int(row["fold"]) if row["fold"].isdecimal() else -1 for row in rows]
+            if [row["image_id"] for row in rows] != [str(i) for i in train.ids]:
+                wrong = "lists other images than DATA"
+            elif set(folds) != set(range(n_folds)):
+                wrong = f"has the folds {sorted(set(folds))}, not 0 to {n_folds - 1}"
+            elif len(set(zip(train.groups, folds, strict=True))) > len(set(train.groups)):
+                wrong = "has a group of images in two folds"
+            else:
+                return np.array(folds)
+            if not renew:
+                raise SystemExit(f"{path} {wrong}: choose another EXP, or run train.py --check to make it anew")
+            print(f"{path} {wrong}: made anew")
+        folds = make_folds(np.array(train.pixels)[:, 1:] > 0, train.groups, n_folds)
+        write_csv(path, [{"image_id": i, "group": g, "fold": f}
+                         for i, g, f in zip(train.ids, train.groups, folds.tolist(), strict=True)])
     return folds
 
 

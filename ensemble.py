@@ -26,9 +26,9 @@ from string import digits, whitespace
 import numpy as np
 from tqdm import tqdm
 
-from common import (IGNORE_INDEX, SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, draw_bars,
-                    draw_heat, figure_urls, image_miou, load_data, lock, make_folds, named, number, overlay, read_csv,
-                    run_script, scores, tile_url, write_page, write_sheet)
+from common import (IGNORE_INDEX, SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, draw_bars, draw_heat,
+                    figure_urls, image_miou, load_data, lock, make_folds, named, number, overlay, read_csv, run_script,
+                    scores, tile_url, write_page, write_sheet)
 from infer import difference, open_store, order_of, read_probs
 from pseudo_label import pseudo_counts, write_coco
 
@@ -202,9 +202,9 @@ def survey(oof):
         for m, pred in preds.items():
             counts[m, n] = confusion(pred, truth, n_classes)
             thumbs[m, n] = images[m][pixels].reshape(n_classes, -1)
-        for a, b in itertools.product(preds, preds):
-            apart[a, b] += (preds[a] != preds[b]).mean() if a < b else apart[b, a] - apart[a, b]
-            both[a, b] += 1
+        for a, b in itertools.combinations(preds, 2):
+            apart[[a, b], [b, a]] += (preds[a] != preds[b]).mean()
+            both[[a, b], [b, a]] += 1
     return counts, thumbs, truths, apart / np.maximum(both, 1)
 
 
@@ -642,15 +642,14 @@ def soft(args):
     test, looks, pixels = oof.test, [], np.zeros(len(oof.classes), int)
     if list(members) != oof.names:
         raise SystemExit(f"the test stores are {', '.join(members)}, those of validation {', '.join(oof.names)}")
-    weights, places = [], []  # of every store: the folds of a member share its weight
-    for weight, folds in zip(used["weights"], members.values(), strict=True):
-        for store, info in folds.values():
-            weights.append(weight / len(folds))
-            places.append((store, order_of(info["image_ids"], test.ids, store.filename)))
+    voters = [(weight / len(folds), store, order_of(info["image_ids"], test.ids, store.filename))
+              for weight, folds in zip(used["weights"], members.values(), strict=True)  # its folds share it
+              for store, info in folds.values()]
+    weights = [weight for weight, *_ in voters]
 
     def preds():
         for n in range(len(test.ids)):
-            images = {s: read_probs(store, order[n]) for s, (store, order) in enumerate(places) if weights[s]}
+            images = {s: read_probs(store, order[n]) for s, (weight, store, order) in enumerate(voters) if weight}
             pred = remove_small(vote(images, weights, used["bias"]), used["min_area"])
             pixels[:] += np.bincount(pred.ravel(), minlength=len(pixels))
             yield pred

@@ -524,8 +524,7 @@ def train_run(args, root, report=None):
     report(epoch, v3) is called after each epoch. With --overfit a v3 below OVERFIT_V3 raises SystemExit.
     """
     train, test = load_data(args.data, args.cache, args.paint, args.cache_images)
-    with lock(args.exp, wait=True):
-        folds = load_folds(args.exp, train, args.folds)
+    folds = load_folds(args.exp, train, args.folds)
     learn, valid = np.flatnonzero(folds != args.fold), np.flatnonzero(folds == args.fold)
     pixels = np.array(train.pixels)
     if args.overfit:  # on the images with the most classes
@@ -577,8 +576,7 @@ def train_run(args, root, report=None):
 def check(args):
     """Print the data's sizes, classes and folds, or stop with its faults."""
     train, test = load_data(args.data, args.cache, args.paint)
-    with lock(args.exp, wait=True):
-        folds = load_folds(args.exp, train, args.folds, renew=True)
+    folds = load_folds(args.exp, train, args.folds, renew=True)
     pixels, unread = np.array(train.pixels), sum(fault is not None for fault in test.faults)
     print(f"data: {len(train.ids)} training and {len(test.ids)} test images, {len(train.classes)} classes, "
           f"{len(set(train.groups))} groups, folds of {np.bincount(folds).tolist()} images; "

@@ -195,8 +195,7 @@ def main(args):
     train.check_args(run)
     space = search_space(args)
     data, _ = load_data(run.data, run.cache, run.paint)
-    with lock(run.exp, wait=True):
-        load_folds(run.exp, data, run.folds)
+    load_folds(run.exp, data, run.folds)
     fixed = {k: v for k, v in train.make_recipe(run, data).items() if k not in (*space, "mean", "std")}
     fixed |= {f"SEARCH_SPACE {name}": list(train.SEARCH_SPACE[name]) for name in space}
     with lock(folder, wait=True):
