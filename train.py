@@ -31,6 +31,7 @@ STATES = ("model", "ema", "optimizer", "scaler")  # of these and
 PLACE = ("epoch", "step", "total", "parts", "log", "best", "kept")  # these of a run is last.pt
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
+LOGGERS = ("tensorboard", "wandb")
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
@@ -112,7 +113,7 @@ def parse_args(argv=None):
     system.add_argument("--device", default="auto", help="auto takes the first idle GPU, or the CPU")
     system.add_argument("--workers", type=number(int, 0), help="of the loader; none on a CPU, else one a core up to 8")
     system.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
-    system.add_argument("--logger", choices=("tensorboard", "wandb"), help="besides log.csv")
+    system.add_argument("--logger", choices=LOGGERS, help="besides log.csv")
     return parser.parse_args(argv)
 
 
