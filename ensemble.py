@@ -340,9 +340,10 @@ def choose(oof, thumbs, truths, weights, fit):
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def show(args, oof, name, title, rows):
+def show(args, oof, name, title, cells):
+    """Print, keep and write a table; cells: a list of its rows or a dict of its columns."""
     import pandas as pd
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(cells)
     oof.tables.append((title, table))
     if oof.contaminated:
         table["contaminated"] = "yes"
@@ -354,15 +355,14 @@ def show(args, oof, name, title, rows):
 
 
 def show_scores(args, oof, singles, used, counts, tried):
-    members, iou = [], [{"class": name} for name in oof.classes]
+    members, iou = [], {"class": oof.classes}
     numbered = [(str(m + 1), name, singles[m]) for m, name in enumerate(oof.names)]
     for label, name, of_images in [*numbered, *(("", name, of_images) for name, of_images in counts.items())]:
         of_images = of_images[of_images.sum((1, 2)) > 0]  # not every member has predicted every image
         found, (low, high) = scores(of_images, args.batch), bootstrap_interval(image_miou(of_images))
         members.append({"": label, "name": name, "images": len(of_images), **{k: found[k] for k in ("v1", "v2", "v3")},
                         "low": low, "high": high})
-        for row, value in zip(iou, found["iou"], strict=True):
-            row[label or name] = value
+        iou[label or name] = found["iou"]
     show(args, oof, "members", f"{oof.title}; low and high: 95% interval of v3", members)
     show(args, oof, "iou", "IoU of each class, members by their number", iou)
     if tried:
@@ -405,9 +405,8 @@ def analyse(args, oof, thumbs, truths, apart):
     if rows:
         show(args, oof, "axes", "axes: what the vote of all gains over that of the members with the best value alone\n"
              "(fold isn't here: no two folds predict the same image out of fold)", rows)
-    rows = [{"": m + 1, "member": name, **{str(k + 1): share for k, share in enumerate(apart[m].tolist())}}
-            for m, name in enumerate(oof.names)]
-    show(args, oof, "disagreement", "disagreement: share of pixels on which two members differ", rows)
+    show(args, oof, "disagreement", "disagreement: share of pixels on which two members differ",
+         {"": range(1, n_members + 1), "member": oof.names, **{str(m): share for m, share in enumerate(apart, 1)}})
 
 
 # ---- submissions ----------------------------------------------------------------------------------------------------
