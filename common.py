@@ -1017,8 +1017,8 @@ def bifpn_modules():
             super().__init__()
             # as in google/automl: P6 too starts from the encoder's last map, and the first way up projects anew (q)
             self.p2, self.p3, self.p4, self.p5, self.p6, self.q4, self.q5 = (
-                nn.Sequential(nn.Conv2d(int(channels[i]), width, 1, bias=False), nn.BatchNorm2d(width))  # no floats
-                for i in (-4, -3, -2, -1, -1, -2, -1))
+                nn.Sequential(nn.Conv2d(int(channels[i]), width, 1, bias=False), nn.BatchNorm2d(width))
+                for i in (-4, -3, -2, -1, -1, -2, -1))  # int: Conv2d refuses floats
             self.layers = nn.ModuleList(BiFPNLayer(width) for _ in range(n_layers))
             self.join = Node(width, 6)
 
