@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 
@@ -219,11 +220,11 @@ def optimise(run, images, masks, clip, device):
     return loss, bad
 
 
-def train_one_epoch(run, loader, args, recipe, device, out, save):
+def train_one_epoch(run, loader, args, recipe, device, save=None, look=None):
     """The epoch from run["step"] on; returns what log.csv says of it: mean loss, last learning rate, ...
 
     Steps whose gradient isn't finite are counted. run["total"] is float32 [3]: sum of losses, skipped steps, those
-    skipped in a row.
+    skipped in a row. save(steps done) is called as --save-every says, look(images, masks) before the run's first step.
     """
     import torch
     model, epoch, total = run["model"], run["epoch"], run["total"]
@@ -242,9 +243,8 @@ def train_one_epoch(run, loader, args, recipe, device, out, save):
         torch.manual_seed(int(rng.integers(2 ** 63)))  # dropout and the like
         if args.classmix != "none" and len(images) > 1:
             images, masks = classmix(images, masks, args.classmix_prob, run["mix_weights"], rng)
-        if epoch == step == ranks()[0] == 0:
-            classes = loader.dataset.entries[0][0].classes
-            draw_batch(out / "batch.png", images.cpu().numpy(), masks.cpu().numpy(), classes)
+        if look and epoch == step == 0:
+            look(images.cpu().numpy(), masks.cpu().numpy())
         loss, bad = optimise(run, normalise(images, recipe["mean"], recipe["std"]), masks.long(), args.clip, device)
         run["ema"].update(model, step=epoch * len(loader) + step + 1)
         total.copy_(torch.stack([total[0] + loss.where(~bad, 0), total[1] + bad, (total[2] + 1) * bad]))
@@ -313,7 +313,7 @@ def draw_curves(path, log):
         figure.savefig(scratch, format="png", dpi=90)
 
 
-def draw_batch(path, images, masks, classes):
+def draw_batch(path, classes, images, masks):
     """The first images [B, H, W, 3] that are learnt from, as they are after augmentation and ClassMix, with masks."""
     write_sheet(path, [[("as trained on", overlay(image)), (named(mask, classes), overlay(image, mask))]
                        for image, mask in zip(images[:8], masks[:8], strict=True)],
@@ -449,6 +449,7 @@ def fit(run, loaders, args, info, out, device, report):
     """Train to the last epoch; the best by v3 is kept in run["best"]. info: what every file of the run says besides."""
     (train_loader, valid_loader), recipe = loaders, info["recipe"]
     finished = (out / "model.pt").exists()  # by a run that this one replaces: its log stays beside it until then
+    look = None if ranks()[0] else partial(draw_batch, out / "batch.png", info["classes"])
 
     def save(step, snapshot=None):
         run["step"], kept = step, f"step {step} of epoch {run['epoch'] + 1}" if step else f"epoch {run['epoch']}"
@@ -466,7 +467,7 @@ def fit(run, loaders, args, info, out, device, report):
     while run["epoch"] < args.epochs and not (args.overfit and run["best"] and run["best"]["v3"] >= OVERFIT_V3):
         started = time.time()
         train_loader.batch_sampler.epoch, train_loader.batch_sampler.first = run["epoch"], run["step"]
-        row = {"epoch": run["epoch"] + 1, **train_one_epoch(run, train_loader, args, recipe, device, out, save)}
+        row = {"epoch": run["epoch"] + 1, **train_one_epoch(run, train_loader, args, recipe, device, save, look)}
         if not math.isfinite(row["loss"]):
             raise SystemExit(f"{out}: the loss of epoch {row['epoch']} is {row['loss']}: lower --lr; kept is what was "
                              f"after {run['kept']}")

@@ -339,9 +339,9 @@ def test_a_model_that_cannot_work_at_the_scale_is_refused_before_training(line, 
     assert "\n" not in str(refusal.value)
 
 
-def test_check_writes_the_folds_and_trains_nothing(line, tmp_path, no_training, capsys):
+def test_check_writes_the_folds_and_a_page_and_trains_nothing(line, tmp_path, no_training, capsys):
     train.main(line(tmp_path, "--check"))
-    assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"folds.csv"}
+    assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"folds.csv", "data.html"}
     out = capsys.readouterr().out
     assert "14 training and 4 test images, 12 classes" in out and "no faults" in out
 
@@ -583,7 +583,8 @@ def test_steps_are_those_of_torchs_optimizer_with_the_middle_of_each_steps_learn
                        "of": 1.0}])
     for epoch in range(2):
         run |= {"epoch": epoch, "total": torch.zeros(3)}
-        loss, lr, _, skipped = train.train_one_epoch(run, batches, args, recipe, CPU, None)
+        row = train.train_one_epoch(run, batches, args, recipe, CPU)
+        loss, lr, skipped = row["loss"], row["lr"], row["skipped"]
         losses = []
         for step, (images, masks) in enumerate(batches):
             middle = (epoch * 3 + step + 0.5) / 6
@@ -690,7 +691,7 @@ def test_a_long_gradient_is_cut_to_the_norm_asked_for(line, tmp_path, clip):
     train.backward(small_run(whole), common.normalise(batch[0], **recipe), masks, CPU)
     full = torch.cat([g.flatten() for g in gradients(whole).values()]).norm().item()
     args = line(tmp_path, "--clip", clip, "--lr", 0.5, "--warmup", 0, "--schedule", "multistep")
-    train.train_one_epoch(small_run(net), [batch], args, recipe, CPU, None)
+    train.train_one_epoch(small_run(net), [batch], args, recipe, CPU)
     before, after = (torch.cat([p.detach().flatten() for p in n.parameters()]) for n in (whole, net))
     assert full > 0.1
     assert (after - before).norm().item() / 0.5 == pytest.approx(min(full, clip or full), rel=1e-3)
@@ -1125,9 +1126,9 @@ def test_a_run_leaves_its_pictures(line, pictures, tmp_path):
 
 def test_the_first_batch_is_shown_as_it_is_learnt_from(line, pictures, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "draw_batch", lambda path, images, masks, classes: (
-        seen.append((images, masks)), train_pictures["draw_batch"](path, images, masks, classes)))
-    train_pictures, learnt, backward = conftest.PICTURES, [], train.backward
+    monkeypatch.setattr(train, "draw_batch", lambda path, classes, images, masks: (
+        seen.append((images, masks)), conftest.PICTURES["draw_batch"](path, classes, images, masks)))
+    learnt, backward = [], train.backward
     monkeypatch.setattr(train, "backward", lambda run, images, masks, device: (
         learnt.append(masks.clone()), backward(run, images, masks, device))[1])
     args = line(tmp_path, "--epochs", 1, "--classmix", "plain", "--classmix-prob", 1)
