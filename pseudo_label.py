@@ -134,10 +134,12 @@ def check_labels(args, classes, folds_csv):
                 "round": args.round, "fold": args.fold, "folds_csv": folds_csv, "contaminated": False}
     wrong = {key: value for key, value in expected.items() if manifest.get(key) != value}
     for key, value in wrong.items():
-        if not args.allow_leak or key not in (*LINEAGE, "contaminated"):
-            raise SystemExit(f"{folder}/manifest.json: {key} is {manifest.get(key)}, this run has {value}: its "
-                             "validation images may have trained the makers of these labels; run make pseudo again, or "
-                             "pass --allow-leak, which marks every later score as contaminated")
+        differs = f"{folder}/manifest.json: {key} is {manifest.get(key)}, this run has {value}: run make pseudo again"
+        if key not in (*LINEAGE, "contaminated"):
+            raise SystemExit(differs)
+        if not args.allow_leak:
+            raise SystemExit(f"{differs}, since validation images may have trained these labels' makers; "
+                             "--allow-leak lets that be and marks every later score as contaminated")
     return hashes, bool(wrong)
 
 
