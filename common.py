@@ -34,7 +34,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from itertools import cycle, repeat
+from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 from textwrap import shorten
@@ -49,7 +49,7 @@ SUBMIT_SIZE = 256  # side of a submitted mask, pixels: the competition's
 MAX_CLASSES = 200  # with the background; a submission is written with a byte for each id
 MAX_PIXELS = 89_000_000  # of one photo: 267 MB decoded; from 89.5 million on Pillow warns of a bomb
 MAX_FAULTS = 1000  # of one list of a JSON file: reading it ends there
-ORDER, SAMPLE, STEP = range(1, 4)  # lead a seed each, so that no two uses draw the same: numpy pads seeds with zeros
+ORDER, SAMPLE, STEP, MIX = range(1, 5)  # lead a seed each: numpy pads seeds with zeros, and no two uses draw the same
 
 # ---- files and devices ----------------------------------------------------------------------------------------------
 
@@ -350,35 +350,37 @@ def segmentation_fault(segmentation, height, width):
 
 def is_odd(polygon, height, width):
     """Whether a polygon leaves the photo, where it is clipped, or has no area in it."""
-    points = np.reshape(polygon, (-1, 2)).T
+    points = np.reshape([*polygon, *polygon[:2]], (-1, 2)).T
     x, y = inside = points.clip(0, [[width], [height]])
-    return (inside != points).any() or abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) < 1e-6
-
-
-def object_mask(segmentation, height, width):
-    """bool [height, width] of a segmentation that segmentation_fault has passed."""
-    if isinstance(segmentation, dict):
-        counts = rle_counts(segmentation["counts"])
-        return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
-    from pycocotools import mask as coco_mask
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))).astype(bool)
+    return (inside != points).any() or abs(x[1:] @ y[:-1] - y[1:] @ x[:-1]) < 1e-6
 
 
 def paint_mask(objects, height, width, paint):
     """(uint8 [height, width], sizes, covered) from (class_id, segmentation) pairs; where they overlap the later wins.
 
-    `paint`: "area" the largest first, "id" by class id, "order" as listed. sizes: [class_id, pixels] of each object;
-    covered: [class_id, class_id painted over it, pixels], for classes that differ.
+    The segmentations are those that segmentation_fault has passed. `paint`: "area" the largest first, "id" by class id,
+    "order" as listed. sizes: [class_id, pixels] of each object; covered: [class_id, class_id painted over it, pixels],
+    for classes that differ.
     """
-    shapes = [(class_id, object_mask(segmentation, height, width)) for class_id, segmentation in objects]
+    import cv2
+    from pycocotools import mask as coco_mask
+    shapes = []
+    for class_id, segmentation in objects:
+        if isinstance(segmentation, dict):
+            segmentation = [{"size": [height, width], "counts": rle_counts(segmentation["counts"])}]
+        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        shapes.append((class_id, int(coco_mask.area(rle)), rle))
     if paint != "order":
-        shapes.sort(key=lambda shape: shape[0] if paint == "id" else -shape[1].sum())
+        shapes.sort(key=lambda shape: shape[0] if paint == "id" else -shape[1])
     mask, covered = np.zeros((height, width), np.uint8), []
-    for class_id, shape in shapes:
-        below = np.bincount(mask[shape])
+    for class_id, _, rle in shapes:
+        shape = coco_mask.decode(rle)
+        y, x, h, w = cv2.boundingRect(shape.T)  # in [width, height], as the columns lie in memory
+        part, shape = mask[y:y + h, x:x + w], shape[y:y + h, x:x + w].astype(bool)
+        below = np.bincount(part[shape])
         covered += [[c, class_id, int(below[c])] for c in np.flatnonzero(below).tolist() if c not in (0, class_id)]
-        mask[shape] = class_id
-    return mask, [[class_id, int(shape.sum())] for class_id, shape in shapes], covered
+        part[shape] = class_id
+    return mask, [[class_id, area] for class_id, area, _ in shapes], covered
 
 
 def read_image(path, height, width, checked=False):
@@ -631,16 +633,15 @@ def build_cache(folder, paths, paint):
     photos = train + test
     for photo in photos:
         photo["stamp"] = photo_stamp(root / photo["file_name"])  # before they are read
+    starts = np.cumsum([0] + [math.prod(photo["size"]) for photo in train])
     (folder / "photos.npy").unlink(missing_ok=True)  # of photos that have changed
-    with atomic_write(folder / "masks.npy") as scratch, open(scratch, "wb") as f:
-        write_npy_header(f, (sum(math.prod(photo["size"]) for photo in train),))
-        for i, (photo, checked) in enumerate(zip(photos, check_photos(root, photos, paint), strict=True)):
-            photo["fault"], photo["digest"], painted = checked
-            if i < len(train) and not photo["fault"]:
-                mask, sizes, covered = painted
-                f.write(mask)
-                photo["painted"] = {"sizes": sizes, "covered": covered}
-                photo["pixels"] = np.bincount(mask.ravel(), minlength=len(categories) + 1).tolist()
+    with atomic_write(folder / "masks.npy") as scratch:
+        with open(scratch, "wb") as f:
+            write_npy_header(f, (int(starts[-1]),))
+            places = [*(f.tell() + starts[:-1]).tolist(), *[None] * len(test)]
+        how = partial(check_photo, root, paint, len(categories) + 1, scratch)
+        for photo, found in zip(photos, check_photos(how, photos, places), strict=True):
+            photo |= found
         if faults or any(photo["fault"] for photo in train) or all(photo["fault"] for photo in test):
             faults += filter(None, (photo["fault"] for photo in photos))
             raise SystemExit("\n".join([*faults, f"{len(faults)} fault(s) in the data: mend or remove what is listed"]))
@@ -661,24 +662,33 @@ def write_npy_header(f, shape):
     np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def check_photos(root, photos, paint):
-    """Yield check_photo of each photo in order, made on all cores."""
+def check_photos(check, photos, places):
+    """Yield check(photo, place) of each photo in order, made on all cores."""
     try:
         with ProcessPoolExecutor(mp_context=get_context("forkserver")) as pool:
-            results = pool.map(check_photo, repeat(root), photos, repeat(paint), chunksize=8)
-            yield from tqdm(results, "checking photos", len(photos), disable=None)
+            yield from tqdm(pool.map(check, photos, places, chunksize=8), "checking photos", len(photos), disable=None)
     except BrokenProcessPool:
         raise SystemExit("a process died while it checked the photos: out of memory, or killed") from None
 
 
-def check_photo(root, photo, paint):
-    """(fault or None, content hash, paint_mask of it) of one photo."""
+def check_photo(root, paint, n_classes, masks, photo, place):
+    """{"fault", "digest"} of a photo; of one with a `place`, whose mask goes there in the file `masks`, also "pixels"
+    and "painted".
+    """
     path = root / photo["file_name"]
     try:
         read_image(path, *photo["size"])
     except OSError as e:
-        return f"image {photo['id']} ({photo['file_name']}) {e.strerror}", "", None
-    return None, file_hash(path), paint_mask(photo["objects"], *photo["size"], paint)
+        return {"fault": f"image {photo['id']} ({photo['file_name']}) {e.strerror}", "digest": ""}
+    found = {"fault": None, "digest": file_hash(path)}
+    if place is None:
+        return found
+    mask, sizes, covered = paint_mask(photo["objects"], *photo["size"], paint)
+    with open(masks, "rb+") as f:  # written here: on its way to another process a mask is copied four times
+        f.seek(place)
+        f.write(mask)
+    return found | {"painted": {"sizes": sizes, "covered": covered},
+                    "pixels": np.bincount(mask.ravel(), minlength=n_classes).tolist()}
 
 
 def merge_groups(photos, digests):
@@ -768,14 +778,15 @@ class EvalPhotos:
 
 
 class TrainSamples:
-    """Augmented (image uint8 [scale, scale, 3], mask uint8 [scale, scale]) by key (epoch, index).
+    """Augmented (image uint8 [scale, scale, 3], mask uint8 [scale, scale]) by key (epoch, index); batches by such keys.
 
     Everything random is drawn from (seed, epoch, index): neither resuming nor the number of workers changes a sample.
     entries: (Split, index, None or a pseudo label, uint8 class ids [H, W] or probabilities [C, H, W]) each.
+    mix: probability and weights [C] for ClassMix, or None.
     """
 
-    def __init__(self, entries, augment, seed):
-        self.entries, self.augment, self.seed = entries, augment, seed
+    def __init__(self, entries, augment, seed, mix=None):
+        self.entries, self.augment, self.seed, self.mix = entries, augment, seed, mix
 
     def __getitem__(self, key):
         import cv2
@@ -787,6 +798,14 @@ class TrainSamples:
         mask = (np.array(split.mask(i)) if label is None
                 else cv2.resize(label, image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT))
         return self.augment(image, mask, rng)
+
+    def __getitems__(self, keys):  # what a DataLoader asks for
+        import torch
+        images, masks = map(np.stack, zip(*(self[key] for key in keys), strict=True))
+        if self.mix and len(keys) > 1:
+            rng = np.random.default_rng([MIX, self.seed, *(number for key in keys for number in key)])
+            images, masks = classmix(images, masks, *self.mix, rng)
+        return torch.from_numpy(images), torch.from_numpy(masks)
 
 
 def draw_label(probs, u):
@@ -901,24 +920,21 @@ def classmix(images, masks, prob, weights, rng):
     """ClassMix (arXiv 2007.07936): onto each image of a batch half the classes of another, with probability `prob`.
 
     images uint8 [B, H, W, 3], masks uint8 [B, H, W]; the classes are drawn in proportion to `weights` [C], without
-    replacement. Pixels of IGNORE_INDEX are never pasted. `rng` decides all, so the result doesn't depend on the device.
+    replacement. Pixels of IGNORE_INDEX are never pasted. Returns a new batch.
     """
-    import torch
-    n, device = len(images), masks.device
-    shift = -int(rng.integers(1, n))
-    other_images, other_masks = images.roll(shift, 0), masks.roll(shift, 0)
-    # the k earliest of waiting times with the rates `weights` are k draws without replacement
-    times = torch.from_numpy(rng.exponential(size=(n, len(weights))) / weights).to(device)
-    mixed = torch.from_numpy(rng.random(n) < prob).to(device)
-    flat = other_masks.flatten(1).long()
-    chosen = torch.zeros(n, 256, dtype=torch.bool, device=device)  # [image, class id]
-    present = chosen.scatter(1, flat, True)[:, :len(weights)]
-    rank = times.where(present, np.inf).argsort(1).argsort(1)
-    chosen[:, :len(weights)] = present & (rank < (present.sum(1, keepdim=True) + 1) // 2) & mixed[:, None]
-    paste = chosen.gather(1, flat).view_as(masks).byte()
-    # bytes are added modulo 256; where() takes three times as long
-    return (images + (other_images - images) * torch.stack([paste] * 3, dim=-1),
-            masks + (other_masks - masks) * paste)
+    import cv2
+    mixed, labels, n = images.copy(), masks.copy(), len(images)
+    shift = int(rng.integers(1, n))
+    times = rng.exponential(size=(n, len(weights))) / weights  # with these rates the k earliest are k draws
+    for i in np.flatnonzero(rng.random(n) < prob):
+        image, mask = images[i - shift], masks[i - shift]
+        present = np.flatnonzero(cv2.calcHist([mask], [0], None, [len(weights)], [0, len(weights)]))
+        chosen = np.zeros(256, np.uint8)
+        chosen[present[times[i, present].argsort()[:(len(present) + 1) // 2]]] = 1
+        paste = cv2.LUT(mask, chosen)
+        cv2.copyTo(image, paste, mixed[i])
+        cv2.copyTo(mask, paste, labels[i])
+    return mixed, labels
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from infer import difference, open_store, order_of, read_probs
 from pseudo_label import pseudo_counts, write_coco
 
 HEADER = ["image_id", "PredictionString"]
+PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as a number of two bytes, the lower one first
 MAX_PICKS = 30  # of the greedy selection of weights
 THUMBNAILS = 128_000_000  # bytes for the small copies of probabilities that weights and biases are fitted on
 BIASES = (-1.4, -1, -0.7, -0.35, 0.35, 0.7, 1, 1.4)  # tried for each class
@@ -414,23 +415,22 @@ def analyse(args, oof, thumbs, truths, apart):
 
 def encode_mask(pred):
     """"0 0 11 3": the class ids of a mask uint8 [H, W], row by row."""
-    text = np.full(2 * pred.size, ord(" "), np.uint8)
-    text[::2] = pred.ravel() + ord("0")  # ids from 10 on stand as the bytes after "9" until they are replaced
-    text = text[:-1].tobytes()
+    # two bytes an id; those from 10 on stand as the bytes after "9" until they are replaced
+    text = (pred.astype("<u2") + PAIR).tobytes()[:-1]
     for class_id in range(10, int(pred.max()) + 1):
         text = text.replace(bytes([class_id + ord("0")]), str(class_id).encode())
     return text.decode()
 
 
 def decode_mask(text, n_classes):
-    """The class ids that encode_mask wrote, uint8 [SUBMIT_SIZE ** 2]; None if the text isn't just like that."""
+    """The class ids that encode_mask wrote, [SUBMIT_SIZE ** 2]; None if the text isn't just like that."""
     raw, length = text.encode(), 2 * SUBMIT_SIZE ** 2 - 1
     if np.frombuffer(raw, np.uint8).max(initial=0) > ord("9"):
         return None
     for class_id in range(n_classes - 1, 9, -1) if len(raw) > length else ():  # each id to one byte, as in encode_mask
         raw = raw.replace(str(class_id).encode(), bytes([class_id + ord("0")]))
-    raw = np.frombuffer(raw, np.uint8)
-    return raw[::2] - ord("0") if raw.size == length and (raw[1::2] == ord(" ")).all() else None
+    ids = np.frombuffer(raw + b" ", "<u2") - PAIR if len(raw) == length else np.full(1, n_classes)
+    return ids if ids.max() < n_classes else None
 
 
 def write_submission(path, names, preds, n_classes):

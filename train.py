@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (AUGMENTATIONS, COLOURS, DECODERS, IGNORE_INDEX, LOSSES, PAINT_ORDERS, STEP, STRIDE, EpochBatches,
-                    EvalPhotos, Help, TrainSamples, amp, atomic_write, build_model, check_space, claim_device, classmix,
+                    EvalPhotos, Help, TrainSamples, amp, atomic_write, build_model, check_space, claim_device,
                     confusion, draw_bars, draw_heat, encoder_mean_std, figure_urls, file_hash, image_miou,
                     load_checkpoint, load_data, load_folds, lock, make_augmentation, make_loss, named, normalise,
                     number, overlay, ranks, rare_odds, run_folder, run_script, save_checkpoint, scores, tile_url,
@@ -148,8 +148,11 @@ def make_loaders(args, train, test, learn, valid, cuda):
                "generator": torch.Generator()}  # of its own: else starting workers would draw from the global one
     batches = EpochBatches(len(entries), args.batch, args.seed, rare_odds(present) if args.sampler == "rare" else None,
                            len(pseudo), args.pseudo_ratio, round(args.epochs * (1 - args.labelled_only)))
-    samples = TrainSamples(entries, make_augmentation(args.augment, args.scale), args.seed)
-    return (DataLoader(samples, batch_sampler=batches, **options),
+    weights = {"none": None, "plain": np.ones(len(train.classes)),
+               "weighted": 1 / np.array(train.pixels)[learn].sum(0).clip(min=1)}[args.classmix]
+    samples = TrainSamples(entries, make_augmentation(args.augment, args.scale), args.seed,
+                           None if weights is None else (args.classmix_prob, weights))
+    return (DataLoader(samples, batch_sampler=batches, collate_fn=tuple, **options),  # batches come whole from samples
             DataLoader(EvalPhotos(train, valid[rank::n_ranks].tolist(), args.scale), args.batch, **options))
 
 
@@ -240,9 +243,7 @@ def train_one_epoch(run, loader, args, recipe, device, save=None, look=None):
             group["lr"] = lr * group["factor"]
         images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
         rng = np.random.default_rng([STEP, args.seed, epoch, step, ranks()[0]])
-        torch.manual_seed(int(rng.integers(2 ** 63)))  # dropout and the like
-        if args.classmix != "none" and len(images) > 1:
-            images, masks = classmix(images, masks, args.classmix_prob, run["mix_weights"], rng)
+        torch.manual_seed(int(rng.integers(2 ** 63)))  # for dropout and the like
         if look and epoch == step == 0:
             look(images.cpu().numpy(), masks.cpu().numpy())
         loss, bad = optimise(run, normalise(images, recipe["mean"], recipe["std"]), masks.long(), args.clip, device)
@@ -416,13 +417,12 @@ def start_run(args, classes, pixels, resume, device):
     if n_ranks > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if gpu else model
         forward = torch.nn.parallel.DistributedDataParallel(model, gpu)
-    rarity = 1 / pixels.clip(min=1)
-    weights = torch.tensor(rarity * (pixels > 0) / rarity[pixels > 0].mean(), dtype=torch.float32, device=device)
+    weights = (pixels > 0) / pixels.clip(min=1)
+    weights = torch.tensor(weights / weights[pixels > 0].mean(), dtype=torch.float32, device=device)
     optimizer, settings = OPTIMIZERS[args.optimizer]
     run = {"model": model, "forward": torch.compile(forward) if args.compile else forward, "parts": args.accumulate,
            "loss": make_loss(args.loss, args.loss_ratio, args.label_smoothing,
                              weights if args.class_weights == "inverse" else None),
-           "mix_weights": rarity if args.classmix == "weighted" else np.ones(len(classes)),
            "ema": ModelEmaV3(model, decay=args.ema, use_warmup=True),
            "optimizer": getattr(torch.optim, optimizer)(
                parameter_groups(model, args.encoder_lr, args.weight_decay), lr=args.lr, fused=True, **settings),

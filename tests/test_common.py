@@ -740,23 +740,23 @@ def test_the_generator_alone_decides_the_sample(name):
 def tracers(n, height, width):
     """Images whose pixels say where they come from: (image, y, x)."""
     at = np.stack(np.meshgrid(np.arange(n), np.arange(height), np.arange(width), indexing="ij"), axis=-1)
-    return torch.from_numpy(at.astype(np.uint8))
+    return at.astype(np.uint8)
 
 
 def mix(masks, prob, weights, seed):
-    """(image that each pixel comes from [B, H, W], mixed masks), as arrays, after checking what every mix must obey."""
-    masks = torch.from_numpy(np.asarray(masks, np.uint8))
+    """(image that each pixel comes from [B, H, W], mixed masks), after checking what every mix must obey."""
+    masks = np.asarray(masks, np.uint8)
     images = tracers(*masks.shape)
-    before = images.clone(), masks.clone()
+    before = images.copy(), masks.copy()
     mixed, labels = common.classmix(images, masks, prob, np.asarray(weights, float), np.random.default_rng(seed))
-    assert torch.equal(images, before[0]) and torch.equal(masks, before[1])
-    assert mixed.dtype == labels.dtype == torch.uint8 and mixed.shape == images.shape and labels.shape == masks.shape
-    assert torch.equal(mixed[..., 1:], images[..., 1:])  # a pixel stays in its place
-    source = mixed[..., 0].numpy()
+    assert np.array_equal(images, before[0]) and np.array_equal(masks, before[1])
+    assert mixed.dtype == labels.dtype == np.uint8 and mixed.shape == images.shape and labels.shape == masks.shape
+    assert np.array_equal(mixed[..., 1:], images[..., 1:])  # a pixel stays in its place
+    source = mixed[..., 0]
     b, y, x = np.indices(source.shape)
-    assert (labels.numpy() == masks.numpy()[source, y, x]).all()  # a label goes with its pixel
-    assert (masks.numpy()[source, y, x][source != b] != IGNORE_INDEX).all()
-    return source, labels.numpy()
+    assert (labels == masks[source, y, x]).all()  # a label goes with its pixel
+    assert (masks[source, y, x][source != b] != IGNORE_INDEX).all()
+    return source, labels
 
 
 def pasted(source, masks):
@@ -828,11 +828,11 @@ def test_different_generators_draw_different_partners_classes_and_images():
 def drawn(weights, prob=1):
     """How often each class is pasted when 2000 images show all, a pixel each."""
     n = 2000
-    masks = torch.arange(len(weights), dtype=torch.uint8).expand(n, 1, -1)
+    masks = np.tile(np.arange(len(weights), dtype=np.uint8), (n, 1, 1))
     numbers = np.stack([np.arange(n) // 256, np.arange(n) % 256, np.zeros(n)], axis=-1).astype(np.uint8)
-    images = torch.from_numpy(numbers).view(n, 1, 1, 3).expand(n, 1, len(weights), 3)
+    images = np.tile(numbers[:, None, None], (1, 1, len(weights), 1))
     mixed, _ = common.classmix(images, masks, prob, np.asarray(weights, float), np.random.default_rng(0))
-    return (mixed != images).any(-1).float().mean((0, 1)).tolist()
+    return (mixed != images).any(-1).mean((0, 1)).tolist()
 
 
 def test_the_probability_is_the_share_of_images_that_are_mixed():

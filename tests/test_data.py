@@ -56,6 +56,11 @@ def snapshot(folder):
             for p in sorted(folder.rglob("*")) if p.name != ".lock"}
 
 
+def object_mask(segmentation, height, width):
+    """bool [height, width] of one object."""
+    return common.paint_mask([(1, segmentation)], height, width, "order")[0] == 1
+
+
 def edit(path, change):
     """Apply change(dict) to a JSON file."""
     value = json.loads(path.read_text())
@@ -248,12 +253,12 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
 
 
 def test_rle_runs_down_the_columns_from_zeros():
-    mask = common.object_mask({"size": [2, 3], "counts": [1, 2, 3]}, 2, 3)
+    mask = object_mask({"size": [2, 3], "counts": [1, 2, 3]}, 2, 3)
     assert mask.tolist() == [[False, True, False], [True, False, False]]
 
 
 def test_polygon_by_hand():
-    mask = common.object_mask([[2, 1, 5, 1, 5, 4, 2, 4]], 6, 8)
+    mask = object_mask([[2, 1, 5, 1, 5, 4, 2, 4]], 6, 8)
     expected = np.zeros((6, 8), bool)
     expected[1:4, 2:5] = True
     assert np.array_equal(mask, expected)
@@ -279,7 +284,7 @@ def test_object_mask_agrees_with_pycocotools(segmentation):
     reference = COCO()
     reference.imgs = {1: {"height": 9, "width": 14}}
     expected = reference.annToMask({"image_id": 1, "segmentation": segmentation})
-    mask = common.object_mask(segmentation, 9, 14)
+    mask = object_mask(segmentation, 9, 14)
     assert mask.dtype == bool
     assert np.array_equal(mask, expected)
 
@@ -295,7 +300,7 @@ def test_both_forms_of_rle_give_the_mask_back(height, width, seed):
     mask = np.random.default_rng(seed).random((height, width)) < 0.5
     for segmentation in (rle(mask), compressed(mask)):
         assert common.segmentation_fault(segmentation, height, width) is None
-        assert np.array_equal(common.object_mask(segmentation, height, width), mask)
+        assert np.array_equal(object_mask(segmentation, height, width), mask)
 
 
 numbers = st.one_of(st.integers(), st.floats())
@@ -312,7 +317,7 @@ def test_any_segmentation_is_either_refused_or_painted(segmentation):
     fault = common.segmentation_fault(segmentation, 5, 7)
     assert fault is None or (fault and isinstance(fault, str))
     if fault is None:
-        assert common.object_mask(segmentation, 5, 7).shape == (5, 7)
+        assert object_mask(segmentation, 5, 7).shape == (5, 7)
 
 
 # ---- photos ---------------------------------------------------------------------------------------------------------
@@ -1281,7 +1286,7 @@ def test_drawn_data_has_every_class_in_two_photos_and_every_kind_of_segmentation
 
 def test_drawn_area_is_that_of_the_shape(tiny_data):
     for drawn in json.loads((tiny_data / "train.json").read_text())["annotations"]:
-        assert drawn["area"] == common.object_mask(drawn["segmentation"], 64, 64).sum()
+        assert drawn["area"] == object_mask(drawn["segmentation"], 64, 64).sum()
 
 
 def test_same_options_draw_the_same_bytes(tmp_path):

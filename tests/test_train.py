@@ -516,7 +516,7 @@ def small_net(seed=0):
 def small_run(net, loss="ce", parts=1, lr=0.1, optimizer=None):
     return {"model": net, "forward": net, "parts": parts, "loss": common.make_loss(loss), "epoch": 0,
             "optimizer": optimizer or torch.optim.SGD(train.parameter_groups(net, 1.0, 0.0), lr=lr, fused=True),
-            "scaler": torch.amp.GradScaler("cpu", enabled=False), "mix_weights": np.ones(3),
+            "scaler": torch.amp.GradScaler("cpu", enabled=False),
             "ema": Namespace(update=lambda *_, **__: None), "step": 0, "total": torch.zeros(3)}
 
 
