@@ -86,8 +86,8 @@ def undo_view(x, view):
     return x.flip(-1) if mirrored else x
 
 
-def predict_probs(models, images, views, scales=(1.0,), most=8):
-    """probs [B, C, H, W] averaged over models, views and scales; images normalised [B, 3, H, W], `most` at a time.
+def predict_probs(models, images, views, scales=(1.0,)):
+    """probs [B, C, H, W] averaged over models, views and scales; images normalised [B, 3, H, W].
 
     Probabilities are averaged, not logits, and in float32.
     """
@@ -98,13 +98,12 @@ def predict_probs(models, images, views, scales=(1.0,), most=8):
         for scale in scales:
             scaled = images if scale == 1 else interpolate(images, [round(side * scale) for side in size],
                                                            mode="bilinear", antialias=True)
-            for odd in (0, 1):  # turned views of images that are not square have another shape
-                alike = [view for view in views if view[0] % 2 == odd]
-                parts = torch.cat([apply_view(scaled, view) for view in alike]).split(most) if alike else ()
-                for model in models if alike else ():
-                    probs = torch.cat([model(part).float().softmax(dim=1) for part in parts]).chunk(len(alike))
-                    probs = sum(undo_view(p, view) for p, view in zip(probs, alike, strict=True))
-                    total += probs if scale == 1 else interpolate(probs, size, mode="bilinear")
+            probs = 0
+            for view in views:
+                seen = apply_view(scaled, view)
+                for model in models:
+                    probs += undo_view(model(seen).float().softmax(dim=1), view)
+            total += probs if scale == 1 else interpolate(probs, size, mode="bilinear")
     return total / (len(models) * len(views) * len(scales))
 
 
@@ -208,7 +207,7 @@ def predict_split(models, recipe, photos, path, info, args, device):
                         pin_memory=device.type == "cuda", multiprocessing_context="fork" if args.workers else None)
     for part, (images, _) in zip(mine, tqdm(loader, str(path), disable=True if rank else None), strict=True):
         images = normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"])
-        probs = resize_probs(predict_probs(models, images, tta_views(args.tta), args.tta_scales, args.batch))
+        probs = resize_probs(predict_probs(models, images, tta_views(args.tta), args.tta_scales))
         stored = (probs * 255).round_().to(torch.uint8).cpu().numpy()
         unread = [photos.split.faults[photos.indices[item]] is not None for item in batches[part]]
         stored[unread] = np.where(np.arange(stored.shape[1]) == 0, 255, 0)[:, None, None]  # surely background
