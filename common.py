@@ -99,6 +99,7 @@ def run_script(main, args):
 
     SIGTERM ends it as Ctrl-C does, by a KeyboardInterrupt in the main thread.
     """
+    tune_process()
     rank, n_ranks = ranks()
     if n_ranks > 1:  # in a session of its own, where a signal that kills torchrun and its group doesn't reach it
         kill_me_with_parent = 1  # PR_SET_PDEATHSIG in prctl.h

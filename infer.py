@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (SUBMIT_SIZE, EvalPhotos, Help, amp, atomic_write, build_model, check_space, claim_device, file_hash,
-                    load_checkpoint, load_data, lock, normalise, number, ranks, read_json, run_script, tune_process,
-                    write_json, write_npy_header)
+                    load_checkpoint, load_data, lock, normalise, number, ranks, read_json, run_script, write_json,
+                    write_npy_header)
 
 
 def parse_args(argv=None):
@@ -240,7 +240,6 @@ def is_done(path, info):
 
 
 def main(args):
-    tune_process()
     if missing := [str(path) for path in args.checkpoint if not path.is_file()]:
         raise SystemExit(f"{', '.join(missing)}: no such checkpoint")
     tta = args.tta if args.tta_scales == [1] else f"{args.tta} x {','.join(f'{s:g}' for s in args.tta_scales)}"

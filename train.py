@@ -24,7 +24,7 @@ from common import (AUGMENTATIONS, COLOURS, DECODERS, IGNORE_INDEX, LOSSES, PAIN
                     confusion, draw_bars, draw_heat, encoder_mean_std, figure_urls, file_hash, image_miou,
                     load_checkpoint, load_data, load_folds, lock, make_augmentation, make_loss, named, normalise,
                     number, overlay, ranks, rare_odds, run_folder, run_script, save_checkpoint, scores, tile_url,
-                    tune_process, write_csv, write_json, write_page, write_sheet)
+                    write_csv, write_json, write_page, write_sheet)
 from infer import resize_probs
 from pseudo_label import check_labels, load_labels
 
@@ -666,7 +666,6 @@ def check_args(args):
 
 
 def main(args):
-    tune_process()
     if args.check:
         check(args)
         return

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
 from common import (STRIDE, Help, amp, atomic_write, claim_device, encoder_mean_std, normalise, number,  # noqa: E402
-                    run_script, tune_process, write_csv)
+                    run_script, write_csv)
 
 N_CLASSES, WARM_UP = 12, 2
 NUMBERS = {"params_m": "params M", "gmacs": "GMACs", "train_images_per_s": "train/s", "infer_images_per_s": "infer/s",
@@ -174,7 +174,6 @@ def draw(path, rows):
 
 def main(args):
     if args.alone:
-        tune_process()
         try:
             print(json.dumps(measure(args)))
         except (SystemExit, RuntimeError, ValueError) as e:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import Help, run_script, tune_process  # noqa: E402
+from common import Help, run_script  # noqa: E402
 
 LIBRARIES = ("torch", "numpy", "opencv-python-headless", "albumentations", "segmentation-models-pytorch", "pycocotools")
 LINE = "{:10} {:46} {:>14} {:>14}  {:20} {:>7} {:>10} {:>7}  {}"  # of the table
@@ -61,7 +61,6 @@ def line_of(row, found):
 
 
 def main(args):
-    tune_process()
     import bench_model_rows
     import bench_rows
     rows = bench_rows.ROWS | bench_model_rows.ROWS

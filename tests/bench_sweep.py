@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from common import (Help, atomic_write, build_model, claim_device, load_data, load_folds, lock, number,  # noqa: E402
-                    run_script, tune_process)
+                    run_script)
 
 COMPLETE, PRUNED, RUNNING = TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING
 
@@ -188,7 +188,6 @@ def judge(args, fixed, study):
 def main(args):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    tune_process()
     run, folder = args.run, args.run.exp / "sweep"
     if run.check or run.overfit:
         raise SystemExit("--check and --overfit are other jobs of train.py, not for a sweep")
