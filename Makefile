@@ -177,12 +177,13 @@ $(OUT)/submission.csv: $(foreach file,valid.npy valid.json test.npy test.json,$(
 $(filter-out $(wildcard $(JSON)),$(JSON)):
 	@echo 'no $@: DATA=$(DATA) must be the folder of the competition with train.json, test.json and the photos' >&2; exit 1
 
+# two makes at once: the second waits for the first
 .venv/.installed: requirements.txt
-	@for p in python3 python3.11 python3.12 python3.13; do \
+	@mkdir -p .venv; exec 9>.venv/.lock; flock 9; if [ $@ -nt $< ]; then exit; fi; \
+	    for p in python3 python3.11 python3.12 python3.13; do \
 	    if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$p; break; fi; done; \
-	    $${python:?no Python 3.11 or newer found} -m venv .venv
-	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
-	@touch $@
+	    $${python:?no Python 3.11 or newer found} -m venv .venv; \
+	    .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt; touch $@
 
 # ---- commands ---------------------------------------------------------------
 .PHONY: help setup check train pseudo submit score status compare runtimes bench sweep demo test chaos test-all lint clean

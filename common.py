@@ -548,7 +548,7 @@ class Split:
             return np.zeros((*self.sizes[index], 3), np.uint8)
         if self.photos is not None:
             first, end = 3 * self.starts[index], 3 * self.starts[index + 1]
-            return np.array(self.photos[first:end]).reshape(*self.sizes[index], 3)
+            return np.asarray(self.photos[first:end]).reshape(*self.sizes[index], 3)
         try:
             return read_image(self.root / self.file_names[index], *self.sizes[index], checked=True)
         except OSError as e:
@@ -796,7 +796,7 @@ class TrainSamples:
         image, rng = split.image(i), np.random.default_rng([SAMPLE, self.seed, epoch, index])
         if label is not None and label.ndim == 3:
             label = draw_label(label, rng.random())
-        mask = (np.array(split.mask(i)) if label is None
+        mask = (np.asarray(split.mask(i)) if label is None
                 else cv2.resize(label, image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT))
         return self.augment(image, mask, rng)
 

@@ -446,7 +446,9 @@ def start_run(args, classes, pixels, resume, device):
 
 
 def fit(run, loaders, args, info, out, device, report):
-    """Train to the last epoch; the best by v3 is kept in run["best"]. info: what every file of the run says besides."""
+    """Train to the last epoch; the best of the later half by v3 is kept in run["best"]. info: what every file of the
+    run says besides.
+    """
     (train_loader, valid_loader), recipe = loaders, info["recipe"]
     finished = (out / "model.pt").exists()  # by a run that this one replaces: its log stays beside it until then
     look = None if ranks()[0] else partial(draw_batch, out / "batch.png", info["classes"])
@@ -481,7 +483,8 @@ def fit(run, loaders, args, info, out, device, report):
         run["log"].append(row)
         now = {"epoch": row["epoch"], "v3": row["v3"], "image_v3": image_miou(counts).tolist(),
                "model": {k: v.detach().clone() for k, v in run["ema"].module.state_dict().items()}}
-        if run["best"] is None or now["v3"] > run["best"]["v3"]:
+        # of the later half: early on a model that calls nearly all background often has the best v3 of a short run
+        if (args.overfit or 2 * row["epoch"] > args.epochs) and now["v3"] > (run["best"] or {"v3": -1})["v3"]:
             run["best"] = now
         save(0, now)
         if ranks()[0] == 0:

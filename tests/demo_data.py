@@ -141,7 +141,7 @@ def encode(polygons, size, form):
     return {"size": [size, size], "counts": counts[form]} if form < len(counts) else polygons, int(flat.sum())
 
 
-def draw_split(data, chosen, first, size, seed):
+def draw_split(data, chosen, first, size, seed, quality=92):
     """(images, annotations) of COCO; draws a photo for each list of class ids, numbered from `first`."""
     images, annotations = [], []
     for number, class_ids in enumerate(chosen, first):
@@ -151,7 +151,7 @@ def draw_split(data, chosen, first, size, seed):
         photo, objects = draw_photo(class_ids, size, kind, rng)
         name = f"batch_{number // PHOTOS_PER_BATCH + 1:02}/{number:04}.jpg"
         (data / name).parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(data / name), photo[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, 92))
+        cv2.imwrite(str(data / name), photo[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, quality))
         images.append({"id": 7 * number + 3, "file_name": name, "width": size, "height": size} | group)
         for class_id, polygons in objects:
             segmentation, area = encode(polygons, size, len(annotations))

@@ -737,19 +737,19 @@ def test_the_saved_v3_is_what_the_saved_weights_score_on_the_held_out_fold(line,
     assert float(best["v3"]) == state["v3"]
 
 
-def test_model_pt_holds_the_averaged_weights_of_the_best_epoch_by_v3_not_the_last(line, tmp_path, monkeypatch):
-    v3, seen, scores, evaluate = iter([0.2, 0.5, 0.5, 0.3]), [], train.scores, train.evaluate
+def test_model_pt_holds_the_averaged_weights_of_the_best_epoch_of_the_later_half_by_v3(line, tmp_path, monkeypatch):
+    v3, seen, scores, evaluate = iter([0.9, 0.2, 0.3, 0.5, 0.5, 0.3]), [], train.scores, train.evaluate
     monkeypatch.setattr(train, "scores", lambda *args: scores(*args) | {"v3": next(v3), "v1": 0.9, "v2": 0.9})
 
     def remember(model, *rest):
         seen.append({k: v.clone() for k, v in model.state_dict().items()})
         return evaluate(model, *rest)
     monkeypatch.setattr(train, "evaluate", remember)
-    train.main(line(tmp_path, "--epochs", 4))
+    train.main(line(tmp_path, "--epochs", 6))
     state = torch.load(run_of(line(tmp_path)) / "model.pt")
-    assert (state["epoch"], state["v3"]) == (2, 0.5)
-    assert all(torch.equal(v, seen[1][k]) for k, v in state["model"].items())
-    assert not all(torch.equal(v, seen[2][k]) for k, v in state["model"].items())
+    assert (state["epoch"], state["v3"]) == (4, 0.5)  # the first half doesn't count
+    assert all(torch.equal(v, seen[3][k]) for k, v in state["model"].items())
+    assert not all(torch.equal(v, seen[4][k]) for k, v in state["model"].items())
 
 
 def pickled_names(path):
