@@ -33,7 +33,7 @@ from infer import difference, open_store, order_of, read_probs
 from pseudo_label import pseudo_counts, write_coco
 
 HEADER = ["image_id", "PredictionString"]
-PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as a number of two bytes, the lower one first
+PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as a number of two bytes, the lower first: of x86 and ARM
 MAX_PICKS = 30  # of the greedy selection of weights
 THUMBNAILS = 128_000_000  # bytes for the small copies of probabilities that weights and biases are fitted on
 BIASES = (-1.4, -1, -0.7, -0.35, 0.35, 0.7, 1, 1.4)  # tried for each class
@@ -416,7 +416,7 @@ def analyse(args, oof, thumbs, truths, apart):
 def encode_mask(pred):
     """"0 0 11 3": the class ids of a mask uint8 [H, W], row by row."""
     # two bytes an id; those from 10 on stand as the bytes after "9" until they are replaced
-    text = (pred.astype("<u2") + PAIR).tobytes()[:-1]
+    text = (pred + PAIR).tobytes()[:-1]
     for class_id in range(10, int(pred.max()) + 1):
         text = text.replace(bytes([class_id + ord("0")]), str(class_id).encode())
     return text.decode()
@@ -453,7 +453,11 @@ def csv_rows(f):
     """The rows of a CSV opened in binary; csv, which looks at each character in turn, reads only lines with quotes."""
     lines = (line.decode(errors="replace").removeprefix("\ufeff") for line in f)  # a byte order mark
     for line in lines:
-        yield next(csv.reader(itertools.chain([line], lines))) if '"' in line else line.rstrip("\r\n").split(",")
+        if '"' in line:
+            yield next(csv.reader(itertools.chain([line], lines)))
+        else:  # partition, since split looks at each character too
+            name, comma, text = line.rstrip("\r\n").partition(",")
+            yield [name, text] if comma and "," not in text else line.rstrip("\r\n").split(",")
 
 
 def read_submission(path, names, n_classes):
