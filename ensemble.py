@@ -769,8 +769,9 @@ def status(args):
     known = {kind: np.median(found) for kind, found in seconds.items() if found}
     print(pd.DataFrame(grid).T.to_string())
     if known:
-        hours = sum(n * known.get(kind, np.mean(list(known.values()))) for kind, n in left) / 3600
-        print(f"{sum(n for _, n in left)} epochs are left: about {hours:.1f} hours of training, one job at a time")
+        minutes = sum(n * known.get(kind, np.mean(list(known.values()))) for kind, n in left) / 60
+        print(f"{sum(n for _, n in left)} epochs are left: about {minutes // 60:.0f} h {minutes % 60:.0f} min of "
+              "training, one job at a time")
 
 
 def main(args):

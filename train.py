@@ -303,7 +303,7 @@ def draw_curves(path, log):
     panels = ["loss"], ["v1", "v2", "v3"], ious, ["lr"], ["images_per_s"], ["waiting"]
     for axes, names in zip(figure.subplots(2, 3).flat, panels, strict=True):
         for name in names:
-            colour = COLOURS[ious.index(name)] / 255 if name in ious[1:] else None
+            colour = COLOURS[ious.index(name)] / 255 if name in ious else None
             axes.plot([row["epoch"] for row in log], [row[name] for row in log], ".-", color=colour,
                       label=name.removeprefix("iou ").replace("$", r"\$"))
         axes.set_xlabel("epoch")

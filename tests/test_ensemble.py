@@ -549,7 +549,7 @@ def test_status_says_which_runs_are_done_and_how_long_the_others_take(tmp_path, 
     table, left = capsys.readouterr().out.rsplit("\n", 2)[:2]
     assert [line.split() for line in table.splitlines()] == [
         ["f0", "f1"], ["r0/unet/a/s64", "done", "trained"], ["r0/unet/b/s64", "epoch", "3", "missing"]]
-    assert left.startswith("5 epochs are left: about 2.5 hours")
+    assert left.startswith("5 epochs are left: about 2 h 30 min of training")
     ensemble.main(ensemble.parse_args(["status", str(tmp_path / "r0/unet/c/s64/f0")]))
     assert capsys.readouterr().out.split() == ["f0", "r0/unet/c/s64", "missing"]
 
