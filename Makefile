@@ -179,7 +179,8 @@ $(filter-out $(wildcard $(JSON)),$(JSON)):
 
 # two makes at once: the second waits for the first
 .venv/.installed: requirements.txt
-	@mkdir -p .venv; exec 9>.venv/.lock; flock 9; if [ $@ -nt $< ]; then exit; fi; \
+	@mkdir -p .venv; exec 9>.venv/.lock; flock -n 9 || { echo 'another make installs into .venv: waiting'; flock 9; }; \
+	    if [ $@ -nt $< ]; then exit; fi; echo 'installing requirements.txt into .venv'; \
 	    for p in python3 python3.11 python3.12 python3.13; do \
 	    if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$p; break; fi; done; \
 	    $${python:?no Python 3.11 or newer found} -m venv .venv; \

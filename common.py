@@ -49,7 +49,7 @@ SUBMIT_SIZE = 256  # side of a submitted mask, pixels: the competition's
 MAX_CLASSES = 200  # with the background; a submission is written with a byte for each id
 MAX_PIXELS = 89_000_000  # of one photo: 267 MB decoded; from 89.5 million on Pillow warns of a bomb
 MAX_FAULTS = 1000  # of one list of a JSON file: reading it ends there
-ORDER, SAMPLE, STEP, MIX = range(1, 5)  # lead a seed each: numpy pads seeds with zeros, and no two uses draw the same
+ORDER, SAMPLE, STEP, MIX = range(1, 5)  # lead a seed each, so no two uses draw the same: numpy pads with zeros
 
 # ---- files and devices ----------------------------------------------------------------------------------------------
 
@@ -97,7 +97,8 @@ def check_space(folder, needed):
 def run_script(main, args):
     """main(args), with one line instead of a traceback for files that can't be used, lost loaders, Ctrl-C and SIGTERM.
 
-    SIGTERM ends it as Ctrl-C does, by a KeyboardInterrupt in the main thread.
+    SIGTERM ends it as Ctrl-C does, by a KeyboardInterrupt in the main thread. The process is tuned first, so torch must
+    not be imported yet.
     """
     tune_process()
     rank, n_ranks = ranks()
@@ -640,8 +641,8 @@ def build_cache(folder, paths, paint):
         with open(scratch, "wb") as f:
             write_npy_header(f, (int(starts[-1]),))
             places = [*(f.tell() + starts[:-1]).tolist(), *[None] * len(test)]
-        how = partial(check_photo, root, paint, len(categories) + 1, scratch)
-        for photo, found in zip(photos, check_photos(how, photos, places), strict=True):
+        check = partial(check_photo, root, paint, len(categories) + 1, scratch)
+        for photo, found in zip(photos, check_photos(check, photos, places), strict=True):
             photo |= found
         if faults or any(photo["fault"] for photo in train) or all(photo["fault"] for photo in test):
             faults += filter(None, (photo["fault"] for photo in photos))
@@ -804,7 +805,7 @@ class TrainSamples:
         import torch
         images, masks = map(np.stack, zip(*(self[key] for key in keys), strict=True))
         if self.mix and len(keys) > 1:
-            rng = np.random.default_rng([MIX, self.seed, *(number for key in keys for number in key)])
+            rng = np.random.default_rng([MIX, self.seed, *np.ravel(keys).tolist()])
             images, masks = classmix(images, masks, *self.mix, rng)
         return torch.from_numpy(images), torch.from_numpy(masks)
 

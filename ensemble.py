@@ -423,13 +423,15 @@ def encode_mask(pred):
 
 
 def decode_mask(text, n_classes):
-    """The class ids that encode_mask wrote, [SUBMIT_SIZE ** 2]; None if the text isn't just like that."""
+    """The class ids that encode_mask wrote, uint16 [SUBMIT_SIZE ** 2]; None if the text isn't just like that."""
     raw, length = text.encode(), 2 * SUBMIT_SIZE ** 2 - 1
     if np.frombuffer(raw, np.uint8).max(initial=0) > ord("9"):
         return None
     for class_id in range(n_classes - 1, 9, -1) if len(raw) > length else ():  # each id to one byte, as in encode_mask
         raw = raw.replace(str(class_id).encode(), bytes([class_id + ord("0")]))
-    ids = np.frombuffer(raw + b" ", "<u2") - PAIR if len(raw) == length else np.full(1, n_classes)
+    if len(raw) != length:
+        return None
+    ids = np.frombuffer(raw + b" ", np.uint16) - PAIR
     return ids if ids.max() < n_classes else None
 
 
@@ -769,9 +771,9 @@ def status(args):
     known = {kind: np.median(found) for kind, found in seconds.items() if found}
     print(pd.DataFrame(grid).T.to_string())
     if known:
-        minutes = sum(n * known.get(kind, np.mean(list(known.values()))) for kind, n in left) / 60
-        print(f"{sum(n for _, n in left)} epochs are left: about {minutes // 60:.0f} h {minutes % 60:.0f} min of "
-              "training, one job at a time")
+        left_seconds = sum(n * known.get(kind, np.mean(list(known.values()))) for kind, n in left)
+        hours, minutes = divmod(round(left_seconds / 60), 60)
+        print(f"{sum(n for _, n in left)} epochs are left: about {hours} h {minutes} min of training, job after job")
 
 
 def main(args):

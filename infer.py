@@ -76,14 +76,21 @@ def tta_name(text):
 
 def apply_view(x, view):
     """[..., H, W], or [..., W, H] for an odd number of turns."""
-    turns, mirrored = view
-    return (x.flip(-1) if mirrored else x).rot90(turns, (-2, -1))
+    flipped = flipped_dims(view)
+    x = x.flip(flipped) if flipped else x
+    return x.transpose(-2, -1) if view[0] % 2 else x
 
 
 def undo_view(x, view):
+    flipped = flipped_dims(view)
+    x = x.transpose(-2, -1) if view[0] % 2 else x
+    return x.flip(flipped) if flipped else x
+
+
+def flipped_dims(view):
+    """Of a view as one flip, which copies, and then a transposition for an odd number of turns, which doesn't."""
     turns, mirrored = view
-    x = x.rot90(-turns, (-2, -1))
-    return x.flip(-1) if mirrored else x
+    return [dim for dim, flipped in ((-2, turns in (2, 3)), (-1, (turns in (1, 2)) != mirrored)) if flipped]
 
 
 def predict_probs(models, images, views, scales=(1.0,)):
@@ -100,9 +107,9 @@ def predict_probs(models, images, views, scales=(1.0,)):
                                                            mode="bilinear", antialias=True)
             probs = 0
             for view in views:
-                seen = apply_view(scaled, view)
+                turned = apply_view(scaled, view)
                 for model in models:
-                    probs += undo_view(model(seen).float().softmax(dim=1), view)
+                    probs += undo_view(model(turned).float().softmax(dim=1), view)
             total += probs if scale == 1 else interpolate(probs, size, mode="bilinear")
     return total / (len(models) * len(views) * len(scales))
 

@@ -242,8 +242,8 @@ def train_one_epoch(run, loader, args, recipe, device, save=None, look=None):
         for group in run["optimizer"].param_groups:
             group["lr"] = lr * group["factor"]
         images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
-        rng = np.random.default_rng([STEP, args.seed, epoch, step, ranks()[0]])
-        torch.manual_seed(int(rng.integers(2 ** 63)))  # for dropout and the like
+        dropout = np.random.default_rng([STEP, args.seed, epoch, step, ranks()[0]])
+        torch.manual_seed(int(dropout.integers(2 ** 63)))
         if look and epoch == step == 0:
             look(images.cpu().numpy(), masks.cpu().numpy())
         loss, bad = optimise(run, normalise(images, recipe["mean"], recipe["std"]), masks.long(), args.clip, device)
@@ -322,7 +322,7 @@ def draw_batch(path, classes, images, masks):
 
 
 def draw_valid(path, run, photos, info, device):
-    """The worst, median and best images of an EvalPhotos by v3 in the best epoch, with truth, prediction and errors."""
+    """The worst, median and best images of an EvalPhotos by v3 in the epoch kept, with truth, prediction and errors."""
     import torch
     best, classes, order = run["best"], info["classes"], np.argsort(run["best"]["image_v3"]).tolist()
     middle = max(0, len(order) // 2 - 2)
@@ -483,8 +483,9 @@ def fit(run, loaders, args, info, out, device, report):
         run["log"].append(row)
         now = {"epoch": row["epoch"], "v3": row["v3"], "image_v3": image_miou(counts).tolist(),
                "model": {k: v.detach().clone() for k, v in run["ema"].module.state_dict().items()}}
-        # of the later half: early on a model that calls nearly all background often has the best v3 of a short run
-        if (args.overfit or 2 * row["epoch"] > args.epochs) and now["v3"] > (run["best"] or {"v3": -1})["v3"]:
+        # early on a model that calls nearly all background often has the best v3; --overfit stops as soon as it can
+        late = args.overfit or 2 * row["epoch"] > args.epochs
+        if late and (run["best"] is None or now["v3"] > run["best"]["v3"]):
             run["best"] = now
         save(0, now)
         if ranks()[0] == 0:
@@ -524,7 +525,7 @@ def log_row(run, row, args, recipe, out):
 
 
 def train_run(args, root, report=None):
-    """Train, resume or find done the run of `args` under `root`; returns its best v3.
+    """Train, resume or find done the run of `args` under `root`; returns the v3 of the epoch it keeps.
 
     report(epoch, v3) is called after each epoch. With --overfit a v3 below OVERFIT_V3 raises SystemExit.
     """

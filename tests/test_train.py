@@ -737,6 +737,27 @@ def test_the_saved_v3_is_what_the_saved_weights_score_on_the_held_out_fold(line,
     assert float(best["v3"]) == state["v3"]
 
 
+@pytest.mark.parametrize("classmix", ["none", "plain", "weighted"])
+def test_classmix_weighs_classes_by_their_pixels_in_the_training_images(line, splits, tmp_path, classmix):
+    args, learn = line(tmp_path, "--classmix", classmix, "--classmix-prob", 0.7), np.arange(0, len(splits[0].ids), 2)
+    mix = train.make_loaders(args, *splits, learn, np.array([1]), cuda=False)[0].dataset.mix
+    pixels = sum(np.bincount(splits[0].mask(i).ravel(), minlength=12) for i in learn.tolist())
+    expected = {"none": None, "plain": [1] * 12, "weighted": [1 / max(n, 1) for n in pixels.tolist()]}[classmix]
+    assert (mix and (mix[0], mix[1].tolist())) == (expected and (0.7, pytest.approx(expected)))
+
+
+def test_the_mix_of_a_batch_is_drawn_from_seed_epoch_and_images(splits):
+    entries = [(splits[0], i, None) for i in range(6)]
+    samples = {seed: common.TrainSamples(entries, lambda image, mask, rng: (image, mask), seed, (1.0, np.ones(12)))
+               for seed in (0, 1)}
+
+    def masks(seed, epoch, last=6):
+        return samples[seed].__getitems__([(epoch, i) for i in range(last)])[1]
+    assert torch.equal(masks(0, 0), masks(0, 0))
+    assert not torch.equal(masks(0, 0), masks(0, 1)) and not torch.equal(masks(0, 0), masks(1, 0))
+    assert samples[0].__getitems__([(0, 2)])[1].shape[0] == 1  # alone: nothing to mix with
+
+
 def test_model_pt_holds_the_averaged_weights_of_the_best_epoch_of_the_later_half_by_v3(line, tmp_path, monkeypatch):
     v3, seen, scores, evaluate = iter([0.9, 0.2, 0.3, 0.5, 0.5, 0.3]), [], train.scores, train.evaluate
     monkeypatch.setattr(train, "scores", lambda *args: scores(*args) | {"v3": next(v3), "v1": 0.9, "v2": 0.9})

@@ -180,9 +180,16 @@ def test_the_mean_is_of_probabilities_not_of_logits_and_in_float32(dtype):
 
 @pytest.mark.parametrize("tta", ["none", "flip_rot"])
 def test_each_view_is_predicted_once_at_each_scale_with_all_images_at_a_time(tta):
-    net, views = Net(), infer.tta_views(tta)
+    views, seen = infer.tta_views(tta), []
+
+    class Noting(Net):
+        def forward(self, images):
+            seen.append(images.contiguous().numpy().tobytes())
+            return super().forward(images)
+    net = Noting()
     infer.predict_probs([net], torch.randn(5, 3, 6, 9, generator=torch.Generator().manual_seed(2)), views, (1.0, 1.5))
     assert [shape[0] for shape in net.seen] == [5] * 2 * len(views)
+    assert len(set(seen)) == 2 * len(views)
 
 
 # ---- scales ---------------------------------------------------------------------------------------------------------
