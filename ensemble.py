@@ -631,7 +631,7 @@ def score(args):
     singles, thumbs, truths, apart = survey(oof)
     used, counts, tried = choose(oof, thumbs, truths, weights, args.weights == "fit")
     show_scores(args, oof, singles, used, counts, tried)
-    if args.command == "score" and len(oof.names) > 1:
+    if (args.command == "score" or args.report) and len(oof.names) > 1:
         analyse(args, oof, thumbs, truths, apart)
     oof.sections = report_sections(args, oof, thumbs, truths, used, counts) if args.report else []
     if args.command == "score":
