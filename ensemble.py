@@ -21,7 +21,6 @@ import sys
 from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
-from string import digits, whitespace
 
 import numpy as np
 from tqdm import tqdm
@@ -414,35 +413,35 @@ def analyse(args, oof, thumbs, truths, apart):
 
 
 def encode_mask(pred):
-    """"0 0 11 3": the class ids of a mask uint8 [H, W], row by row."""
+    """b"0 0 11 3": the class ids of a mask uint8 [H, W], row by row."""
     # two bytes an id; those from 10 on stand as the bytes after "9" until they are replaced
     text = (pred + PAIR).tobytes()[:-1]
     for class_id in range(10, int(pred.max()) + 1):
         text = text.replace(bytes([class_id + ord("0")]), str(class_id).encode())
-    return text.decode()
+    return text
 
 
 def decode_mask(text, n_classes):
     """The class ids that encode_mask wrote, uint16 [SUBMIT_SIZE ** 2]; None if the text isn't just like that."""
-    raw, length = text.encode(), 2 * SUBMIT_SIZE ** 2 - 1
-    if np.frombuffer(raw, np.uint8).max(initial=0) > ord("9"):
+    length = 2 * SUBMIT_SIZE ** 2 - 1
+    if np.frombuffer(text, np.uint8).max(initial=0) > ord("9"):
         return None
-    for class_id in range(n_classes - 1, 9, -1) if len(raw) > length else ():  # each id to one byte, as in encode_mask
-        raw = raw.replace(str(class_id).encode(), bytes([class_id + ord("0")]))
-    if len(raw) != length:
+    for class_id in range(n_classes - 1, 9, -1):  # each id to one byte, as in encode_mask
+        text = text.replace(str(class_id).encode(), bytes([class_id + ord("0")])) if len(text) > length else text
+    if len(text) != length:
         return None
-    ids = np.frombuffer(raw + b" ", np.uint16) - PAIR
+    ids = np.frombuffer(text + b" ", np.uint16) - PAIR
     return ids if ids.max() < n_classes else None
 
 
 def write_submission(path, names, preds, n_classes):
     """Write, read back and check the CSV; it gets its name only when every row is as it should be."""
     with atomic_write(path) as scratch:
-        with open(scratch, "w", newline="", encoding="utf-8") as f:
-            f.write(",".join(HEADER) + "\n")
+        with open(scratch, "wb") as f:
+            f.write(",".join(HEADER).encode() + b"\n")
             for name, pred in zip(names, tqdm(preds, str(path), len(names), disable=None), strict=True):
                 quoted = '"' + name.replace('"', '""') + '"' if set(name) & set('",\r\n') else name
-                f.write(f"{quoted},{encode_mask(pred)}\n")  # not by csv, which looks at each character in turn
+                f.write(quoted.encode() + b"," + encode_mask(pred) + b"\n")  # csv looks at each character in turn
         if faults := [fault for fault, _ in read_submission(scratch, names, n_classes) if fault]:
             raise SystemExit("\n".join(faults))
 
@@ -452,14 +451,14 @@ def image_names(args, test):
 
 
 def csv_rows(f):
-    """The rows of a CSV opened in binary; csv, which looks at each character in turn, reads only lines with quotes."""
-    lines = (line.decode(errors="replace").removeprefix("\ufeff") for line in f)  # a byte order mark
-    for line in lines:
-        if '"' in line:
-            yield next(csv.reader(itertools.chain([line], lines)))
-        else:  # partition, since split looks at each character too
-            name, comma, text = line.rstrip("\r\n").partition(",")
-            yield [name, text] if comma and "," not in text else line.rstrip("\r\n").split(",")
+    """The rows of a CSV opened in binary, as bytes; csv, which is slow, reads only lines with quotes."""
+    for line in f:
+        if b'"' in line:
+            lines = (part.decode("utf-8-sig", errors="replace") for part in itertools.chain([line], f))
+            yield [cell.encode() for cell in next(csv.reader(lines))]
+        else:  # partition, since split looks at each character
+            name, comma, text = line.rstrip(b"\r\n").partition(b",")
+            yield [name, text] if comma and b"," not in text else line.rstrip(b"\r\n").split(b",")
 
 
 def read_submission(path, names, n_classes):
@@ -470,18 +469,19 @@ def read_submission(path, names, n_classes):
     csv.field_size_limit(2 ** 31 - 1)
     with open(path, "rb", buffering=2 ** 20) as f:
         rows = csv_rows(f)
-        header = next(rows, [])
-        if [cell.strip() for cell in header] != HEADER:
-            yield f"{path}: the first line is {clean(','.join(header)[:100])!r}, not {','.join(HEADER)}", None
+        header = b",".join(next(rows, [])).decode("utf-8-sig", errors="replace")
+        if [cell.strip() for cell in header.split(",")] != HEADER:
+            yield f"{path}: the first line is {clean(header[:100])!r}, not {','.join(HEADER)}", None
             return
         for line, (name, row) in enumerate(itertools.zip_longest(names, rows), 2):
-            if not row or row[0] != name or len(row) != 2:
-                found = f"{clean(row[0][:300])} with {len(row)} column(s)" if row else "missing"
+            found = row and row[0].decode(errors="replace")
+            if found is None or found != name or len(row) != 2:
+                found = f"{clean(found[:300])} with {len(row)} column(s)" if row else "missing"
                 yield f"{path} line {line}: image {found}, expected {clean(name or 'no more')}", None
                 continue
             ids = decode_mask(row[1], n_classes)
             if ids is None:  # somebody else's, with more blanks or leading zeros, or damaged
-                ids = np.fromstring(row[1] if set(row[1]) <= set(digits + whitespace) else "", np.int64, sep=" ")
+                ids = np.fromstring(row[1] if re.fullmatch(rb"[\d\s]*", row[1]) else b"", np.int64, sep=" ")
             if ids.size != SUBMIT_SIZE ** 2 or ids.min() < 0 or ids.max() >= n_classes:
                 yield f"{path} line {line}, image {clean(name)}: {pixel_fault(row[1], n_classes)}", None
             else:
@@ -490,7 +490,7 @@ def read_submission(path, names, n_classes):
 
 def pixel_fault(text, n_classes):
     """What is wrong with the text that ought to be the ids of an image's pixels."""
-    words, good = text.encode().split(), {str(i).encode() for i in range(n_classes)}
+    words, good = text.split(), {str(i).encode() for i in range(n_classes)}
     bad = next((i for i, word in enumerate(words[:SUBMIT_SIZE ** 2]) if (word.lstrip(b"0") or b"0") not in good), None)
     found = f"there are {len(words)}"
     if bad is not None:

@@ -45,9 +45,10 @@ def parse_args(argv=None):
 
 # ---- TTA ------------------------------------------------------------------------------------------------------------
 
-# name -> (quarter turns anticlockwise, mirrored left to right before that): these 8 are all that flips and turns make
-VIEWS = {"identity": (0, False), "hflip": (0, True), "vflip": (2, True), "rot90ccw": (1, False), "rot180": (2, False),
-         "rot90cw": (3, False), "transpose": (1, True), "antitranspose": (3, True)}
+# name -> (whether transposed, dims flipped after that): these 8 are all that flips and quarter turns make
+VIEWS = {"identity": (False, ()), "hflip": (False, (-1,)), "vflip": (False, (-2,)), "rot90ccw": (True, (-2,)),
+         "rot180": (False, (-2, -1)), "rot90cw": (True, (-1,)), "transpose": (True, ()),
+         "antitranspose": (True, (-2, -1))}
 TTA = {"none": "identity", "flip": "identity,hflip,vflip", "flip_rot": "identity,hflip,vflip,rot90cw,rot90ccw,rot180",
        "d4": ",".join(VIEWS)}
 
@@ -59,13 +60,15 @@ def tta_views(text):
     """
     views = []
     for item in TTA.get(text, text).split(","):
-        turns, mirrored = 0, False
+        transposed, flipped = False, set()
         for name in item.split("+"):
             if name not in VIEWS:
                 raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(TTA)} and none of {', '.join(VIEWS)}")
-            more, flip = VIEWS[name]
-            turns, mirrored = ((more - turns if flip else more + turns) % 4), mirrored != flip
-        views.append((turns, mirrored))
+            transpose, flips = VIEWS[name]
+            transposed ^= transpose
+            flipped = {-3 - dim for dim in flipped} if transpose else flipped  # -1 becomes -2
+            flipped ^= set(flips)
+        views.append((transposed, tuple(sorted(flipped))))
     return list(dict.fromkeys(views))
 
 
@@ -75,22 +78,9 @@ def tta_name(text):
 
 
 def apply_view(x, view):
-    """[..., H, W], or [..., W, H] for an odd number of turns."""
-    flipped = flipped_dims(view)
-    x = x.flip(flipped) if flipped else x
-    return x.transpose(-2, -1) if view[0] % 2 else x
-
-
-def undo_view(x, view):
-    flipped = flipped_dims(view)
-    x = x.transpose(-2, -1) if view[0] % 2 else x
-    return x.flip(flipped) if flipped else x
-
-
-def flipped_dims(view):
-    """Of a view as one flip, which copies, and then a transposition for an odd number of turns, which doesn't."""
-    turns, mirrored = view
-    return [dim for dim, flipped in ((-2, turns in (2, 3)), (-1, (turns in (1, 2)) != mirrored)) if flipped]
+    """[..., H, W], or [..., W, H] if the view is transposed; flipping again and transposing back undoes it."""
+    transposed, flipped = view
+    return (x.transpose(-2, -1) if transposed else x).flip(flipped)
 
 
 def predict_probs(models, images, views, scales=(1.0,)):
@@ -106,10 +96,13 @@ def predict_probs(models, images, views, scales=(1.0,)):
             scaled = images if scale == 1 else interpolate(images, [round(side * scale) for side in size],
                                                            mode="bilinear", antialias=True)
             probs = 0
-            for view in views:
-                turned = apply_view(scaled, view)
-                for model in models:
-                    probs += undo_view(model(turned).float().softmax(dim=1), view)
+            for transposed in sorted({transposed for transposed, _ in views}):
+                alike = 0  # added up first: transposing back costs more than a flip
+                for view in (view for view in views if view[0] == transposed):
+                    seen = apply_view(scaled, view)
+                    for model in models:
+                        alike += model(seen).float().softmax(dim=1).flip(view[1])
+                probs += alike.transpose(-2, -1) if transposed else alike
             total += probs if scale == 1 else interpolate(probs, size, mode="bilinear")
     return total / (len(models) * len(views) * len(scales))
 

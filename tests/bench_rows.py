@@ -129,7 +129,7 @@ def open_coco(path):
 
 
 def sample(scale, targets):
-    """Batches of 8 augmented training samples as float tensors."""
+    """Batches of 8 augmented training samples as normalised float tensors."""
     import albumentations as A
     import torch
     from albumentations.pytorch import ToTensorV2
@@ -138,7 +138,8 @@ def sample(scale, targets):
     data = litter("small", 24, 4, 24)
     coco, batch, turn = open_coco(data / "train.json"), range(8), iter(range(10 ** 9))
     names = [str(data / image["file_name"]) for image in coco.dataset["images"]]
-    transform = A.Compose([A.RandomResizedCrop((scale, scale), (0.25, 1)), A.D4(), ToTensorV2()])
+    transform = A.Compose([A.RandomResizedCrop((scale, scale), (0.25, 1)), A.D4(),
+                           A.Normalize((0.5,) * 3, (0.2,) * 3, max_pixel_value=1), ToTensorV2()])
 
     def plain():
         found = []

@@ -16,6 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, write_coco, write_photo
@@ -382,14 +383,27 @@ def test_photo_of_another_size_is_refused_naming_both_sizes(tmp_path):
 @pytest.mark.parametrize("options", [
     {"quality": 30}, {"quality": 95, "subsampling": 0}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"},
     {"orientation": 6}, {"orientation": 6, "asked": (70, 45)}, {"orientation": 3}, {"ending": "png"}])
-def test_a_photo_that_was_checked_has_the_same_pixels(tmp_path, options):
+def test_a_photo_has_the_pixels_that_pillow_reads_and_passes_the_check(tmp_path, monkeypatch, options):
     path = tmp_path / f"a.{options.pop('ending', 'jpg')}"
     rng, exif, asked = np.random.default_rng(0), Image.Exif(), options.pop("asked", (45, 70))
     exif[0x0112] = options.pop("orientation", 1)
     pixels = np.kron(rng.integers(0, 256, (9, 14, 3)), np.ones((5, 5, 1))) + rng.normal(0, 9, (45, 70, 3))
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(options.pop("mode", "RGB"))
     image.save(path, exif=exif, **options)
-    assert np.array_equal(common.read_image(path, *asked, checked=True), common.read_image(path, *asked))
+    found = common.read_image(path, *asked)
+    assert common.read_image(path, *asked, check=True) is None
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: None)
+    assert found.shape == (*asked, 3) and np.array_equal(found, common.read_image(path, *asked))
+
+
+def test_the_check_looks_at_all_of_a_jpeg(tmp_path):
+    write_photo(tmp_path / "a.jpg", 64, 96, seed=1)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    assert common.read_image(tmp_path / "a.jpg", 64, 96, check=True) is None
+    for left in range(2, len(whole) - 2, 97):
+        (tmp_path / "a.jpg").write_bytes(whole[:left])
+        with pytest.raises(OSError):
+            common.read_image(tmp_path / "a.jpg", 64, 96, check=True)
 
 
 def test_a_checked_photo_that_has_been_damaged_since_is_an_error(tmp_path):
@@ -397,7 +411,7 @@ def test_a_checked_photo_that_has_been_damaged_since_is_an_error(tmp_path):
     header = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "a.jpg").write_bytes(header[:header.index(b"\xff\xda")])
     with pytest.raises(OSError):
-        common.read_image(tmp_path / "a.jpg", 16, 32, checked=True)
+        common.read_image(tmp_path / "a.jpg", 16, 32)
 
 
 # ---- splits ---------------------------------------------------------------------------------------------------------

@@ -57,12 +57,12 @@ def change_json(path, **changes):
 
 @given(arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(0, 200)))
 def test_a_mask_is_encoded_as_its_ids_row_by_row(pred):
-    assert ensemble.encode_mask(pred) == " ".join(map(str, pred.ravel().tolist()))
+    assert ensemble.encode_mask(pred) == " ".join(map(str, pred.ravel().tolist())).encode()
 
 
 def test_every_class_id_up_to_200_is_encoded():
     ids = np.random.default_rng(0).permutation(201).astype(np.uint8)
-    assert ensemble.encode_mask(np.stack([ids, ids[::-1]])).split() == [str(i) for i in [*ids, *ids[::-1]]]
+    assert ensemble.encode_mask(np.stack([ids, ids[::-1]])).split() == [b"%d" % i for i in [*ids, *ids[::-1]]]
 
 
 def masks(n, seed=0):
@@ -290,11 +290,11 @@ def test_the_top_class_is_that_of_argmax_the_first_of_equal_ones(values, as_byte
 @given(st.integers(1, 200), st.integers(0, 2 ** 32 - 1), st.sampled_from(["", " ", "0", ":", "é", "1", "x", "-"]))
 def test_a_mask_is_read_as_it_was_written_and_nothing_else_is(n_classes, seed, more):
     pred = np.random.default_rng(seed).integers(0, n_classes, (SUBMIT_SIZE, SUBMIT_SIZE)).astype(np.uint8)
-    text = ensemble.encode_mask(pred)
-    assert np.array_equal(ensemble.decode_mask(text, n_classes), pred.ravel())
+    text = ensemble.encode_mask(pred).decode()
+    assert np.array_equal(ensemble.decode_mask(text.encode(), n_classes), pred.ravel())
     assert text == " ".join(map(str, pred.ravel()))
     for other in (more + " " + text[2:], text.replace(" ", more + "  ", 1), text + more + " ", text[:-2]):
-        found = ensemble.decode_mask(other, n_classes)
+        found = ensemble.decode_mask(other.encode(), n_classes)
         assert found is None or found.max() >= n_classes or " ".join(map(str, found)) == other  # too large is for later
 
 
