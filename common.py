@@ -357,13 +357,14 @@ def is_odd(polygon, height, width):
     return (inside != points).any() or abs(x[1:] @ y[:-1] - y[1:] @ x[:-1]) < 1e-6
 
 
-def paint_mask(objects, height, width, paint):
-    """(uint8 [height, width], sizes, covered) from (class_id, segmentation) pairs; where they overlap the later wins.
+def paint_mask(objects, height, width, paint, n_classes):
+    """(uint8 [height, width], [class_id] pixel counts, sizes, covered) from (class_id, segmentation) pairs.
 
-    The segmentations are those that segmentation_fault has passed. `paint`: "area" the largest first, "id" by class id,
-    "order" as listed. sizes: [class_id, pixels] of each object; covered: [class_id, class_id painted over it, pixels],
-    for classes that differ.
+    The segmentations are those that segmentation_fault has passed. Where they overlap the later wins. `paint`: "area"
+    the largest first, "id" by class id, "order" as listed. sizes: [class_id, pixels] of each object; covered:
+    [class_id, class_id painted over it, pixels], for classes that differ.
     """
+    import cv2
     from pycocotools import mask as coco_mask
     shapes = []
     for class_id, segmentation in objects:
@@ -374,14 +375,17 @@ def paint_mask(objects, height, width, paint):
     if paint != "order":
         shapes.sort(key=lambda shape: shape[0] if paint == "id" else -shape[1])
     columns, covered = np.zeros((width, height), np.uint8), []  # as decoded RLEs lie in memory
+    pixels = np.array([height * width] + [0] * (n_classes - 1))
     for class_id, _, rle in shapes:
         x, y, w, h = coco_mask.toBbox(rle).astype(int)
         box = np.s_[x:x + w, y:y + h]
         part, shape = columns[box], coco_mask.decode(rle).T[box].view(bool)
-        below = np.bincount(part[shape])
+        below = np.bincount(part[shape], minlength=n_classes)
         covered += [[c, class_id, int(below[c])] for c in np.flatnonzero(below).tolist() if c not in (0, class_id)]
         part[shape] = class_id
-    return np.ascontiguousarray(columns.T), [[class_id, area] for class_id, area, _ in shapes], covered
+        pixels -= below
+        pixels[class_id] += below.sum()
+    return cv2.transpose(columns), pixels.tolist(), [[class_id, area] for class_id, area, _ in shapes], covered
 
 
 def read_image(path, height, width, check=False):
@@ -671,7 +675,7 @@ def write_npy_header(f, shape):
 def check_photos(check, photos, places):
     """Yield check(photo, place) of each photo in order, made on all cores."""
     try:
-        with ProcessPoolExecutor(mp_context=get_context("forkserver")) as pool:
+        with ProcessPoolExecutor(mp_context=get_context("forkserver"), initializer=tune_process) as pool:
             yield from tqdm(pool.map(check, photos, places, chunksize=8), "checking photos", len(photos), disable=None)
     except BrokenProcessPool:
         raise SystemExit("a process died while it checked the photos: out of memory, or killed") from None
@@ -689,12 +693,11 @@ def check_photo(root, paint, n_classes, masks, photo, place):
     found = {"fault": None, "digest": file_hash(path)}
     if place is None:
         return found
-    mask, sizes, covered = paint_mask(photo["objects"], *photo["size"], paint)
+    mask, pixels, sizes, covered = paint_mask(photo["objects"], *photo["size"], paint, n_classes)
     with open(masks, "rb+") as f:  # written here: on its way to another process a mask is copied four times
         f.seek(place)
         f.write(mask)
-    return found | {"painted": {"sizes": sizes, "covered": covered},
-                    "pixels": np.bincount(mask.ravel(), minlength=n_classes).tolist()}
+    return found | {"pixels": pixels, "painted": {"sizes": sizes, "covered": covered}}
 
 
 def merge_groups(photos, digests):

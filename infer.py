@@ -99,7 +99,7 @@ def predict_probs(models, images, views, scales=(1.0,)):
             for transposed in sorted({transposed for transposed, _ in views}):
                 alike = 0  # added up first: transposing back costs more than a flip
                 for view in (view for view in views if view[0] == transposed):
-                    seen = apply_view(scaled, view)
+                    seen = apply_view(scaled, view).contiguous(memory_format=torch.channels_last)
                     for model in models:
                         alike += model(seen).float().softmax(dim=1).flip(view[1])
                 probs += alike.transpose(-2, -1) if transposed else alike

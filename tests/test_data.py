@@ -59,7 +59,7 @@ def snapshot(folder):
 
 def object_mask(segmentation, height, width):
     """bool [height, width] of one object."""
-    return common.paint_mask([(1, segmentation)], height, width, "order")[0] == 1
+    return common.paint_mask([(1, segmentation)], height, width, "order", 2)[0] == 1
 
 
 def edit(path, change):
@@ -317,8 +317,8 @@ def test_any_segmentation_is_either_refused_or_painted(segmentation):
     fault = common.segmentation_fault(segmentation, 5, 7)
     assert fault is None or (fault and isinstance(fault, str))
     if fault is None:
-        mask, sizes, _ = common.paint_mask([(1, segmentation)], 5, 7, "order")
-        assert sizes == [[1, int((mask == 1).sum())]]
+        mask, pixels, sizes, _ = common.paint_mask([(1, segmentation)], 5, 7, "order", 2)
+        assert sizes == [[1, int((mask == 1).sum())]] and pixels == np.bincount(mask.ravel(), minlength=2).tolist()
 
 
 # ---- photos ---------------------------------------------------------------------------------------------------------

@@ -102,13 +102,14 @@ def test_sizes_and_covered_pixels_are_those_of_a_slow_painter(paint):
             if below and below != objects[i][0]:
                 contested[below, objects[i][0]] += 1
             painted[place] = objects[i][0]
-    mask, sizes, covered = common.paint_mask(objects, height, width, paint)
+    mask, pixels, sizes, covered = common.paint_mask(objects, height, width, paint, 4)
     assert sorted(sizes) == sorted([c, int(area.sum())] for (c, _), area in zip(objects, areas, strict=True))
     found = Counter()
     for below, above, n in covered:
         found[below, above] += n
     assert found == contested and contested
     assert {place: mask[place] for place in painted} == painted
+    assert pixels == np.bincount(mask.ravel(), minlength=4).tolist()
 
 
 # ---- pages ----------------------------------------------------------------------------------------------------------
