@@ -566,7 +566,7 @@ class Split:
 
     @cached_property
     def starts(self):
-        return np.cumsum([0] + [height * width for height, width in self.sizes])
+        return pixel_starts(self.sizes)
 
     def mask(self, index):
         return self.masks[self.starts[index]:self.starts[index + 1]].reshape(self.sizes[index])
@@ -577,6 +577,11 @@ class Split:
         if self.masks is None:
             return np.full((SUBMIT_SIZE, SUBMIT_SIZE), IGNORE_INDEX, np.uint8)
         return cv2.resize(self.mask(index), (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_NEAREST)
+
+
+def pixel_starts(sizes):
+    """Where the pixels of each photo begin when all stand one after another, and where the last one ends."""
+    return np.cumsum([0] + [height * width for height, width in sizes])
 
 
 def load_data(data, cache, paint="area", decoded=False):
@@ -643,7 +648,7 @@ def build_cache(folder, paths, paint):
     photos = train + test
     for photo in photos:
         photo["stamp"] = photo_stamp(root / photo["file_name"])  # before they are read
-    starts = np.cumsum([0] + [math.prod(photo["size"]) for photo in train])
+    starts = pixel_starts(photo["size"] for photo in train)
     (folder / "photos.npy").unlink(missing_ok=True)  # of photos that have changed
     with atomic_write(folder / "masks.npy") as scratch:
         with open(scratch, "wb") as f:
@@ -1224,9 +1229,14 @@ def overlay(image, mask=None, strength=0.6):
     return np.where((mask > 0)[..., None], mixed, photo).astype(np.uint8)
 
 
+def foreground(mask):
+    """Class ids in a mask, in order, without background and IGNORE_INDEX."""
+    return [c for c in np.unique(mask).tolist() if 0 < c < IGNORE_INDEX]
+
+
 def named(mask, classes):
     """"Paper, Metal": the foreground in a mask."""
-    return ", ".join(classes[c] for c in np.unique(mask) if 0 < c < len(classes)) or "nothing"
+    return ", ".join(classes[c] for c in foreground(mask)) or "nothing"
 
 
 def write_sheet(path, rows, legend, across=1):

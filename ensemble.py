@@ -26,8 +26,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (IGNORE_INDEX, SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, draw_bars, draw_heat,
-                    figure_urls, image_miou, load_data, lock, make_folds, named, number, overlay, read_csv, run_script,
-                    scores, tile_url, write_page, write_sheet)
+                    figure_urls, foreground, image_miou, load_data, lock, make_folds, named, number, overlay, read_csv,
+                    run_script, scores, tile_url, write_page, write_sheet)
 from infer import difference, open_store, order_of, read_probs
 from pseudo_label import pseudo_counts, write_coco
 
@@ -559,8 +559,7 @@ def worst_images(oof, used, counts, n=24):
         photo, name = oof.train.image(oof.indices[i]), oof.train.file_names[oof.indices[i]]
         tiles = {"photo": overlay(photo), "truth": overlay(photo, oof.truths[i]), "vote": overlay(photo, pred),
                  "entropy": colormaps["magma"](entropy, bytes=True)[..., :3]}
-        seen = [c for c in np.union1d(oof.truths[i], pred).tolist() if 0 < c < len(oof.classes)]
-        cards.append({"text": f"v3 {v3[i]:.3f}, {name}", "classes": seen,
+        cards.append({"text": f"v3 {v3[i]:.3f}, {name}", "classes": foreground([oof.truths[i], pred]),
                       "tiles": [(text, tile_url(tile)) for text, tile in tiles.items()]})
     return cards
 

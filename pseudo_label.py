@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import (BACKGROUND, IGNORE_INDEX, Help, atomic_write, file_hash, load_data, lock, number, overlay, read_csv,
-                    read_json, run_script, write_csv, write_json, write_npy_header, write_sheet)
+from common import (BACKGROUND, IGNORE_INDEX, Help, atomic_write, file_hash, foreground, load_data, lock, number,
+                    overlay, read_csv, read_json, run_script, write_csv, write_json, write_npy_header, write_sheet)
 from infer import open_store
 
 FILES = ("manifest.json", "labels.npy", "index.csv")
@@ -209,7 +209,7 @@ def write_coco(path, test_json, split, masks):
     for i, mask in masks:
         height, width = split.sizes[i]
         large = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
-        for class_id in np.unique(large[(large > 0) & (large < IGNORE_INDEX)]).tolist():
+        for class_id in foreground(large):
             rle = coco_mask.encode(np.asfortranarray(large == class_id))
             objects.append({"id": len(objects) + 1, "image_id": split.ids[i], "category_id": categories[class_id - 1],
                             "segmentation": rle | {"counts": rle["counts"].decode()}, "iscrowd": 1,
@@ -228,14 +228,10 @@ def write_labels(path, test, stores, by_hand, args):
             reason = "unreadable" if test.faults[i] else reason
             f.write(soft_label(probs, label) if args.soft else label)
             row = {"image_id": image_id, "keep": "", "reason": reason, "by_hand": by_hand.get(str(image_id), ""),
-                   "unsure": f"{unsure:.4f}", "classes": names_of(label), "seen": names_of(probs.argmax(0))}
+                   "unsure": f"{unsure:.4f}", **{name: " ".join(map(str, foreground(mask)))
+                      for name, mask in (("classes", label), ("seen", probs.argmax(0)))}}
             rows.append(row | {"keep": row["by_hand"] or by_rule(row)})
     return rows
-
-
-def names_of(label):
-    """"1 5": the foreground's class ids."""
-    return " ".join(str(c) for c in np.unique(label) if 0 < c < IGNORE_INDEX)
 
 
 def main(args):

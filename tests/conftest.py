@@ -24,6 +24,7 @@ import train  # noqa: E402
 
 settings.register_profile("project", max_examples=60, deadline=None, derandomize=True)  # the same on every machine
 settings.load_profile("project")
+MODEL, SCALE, FOLD, EPOCHS = "fpn/tu-test_efficientnet", 64, 1, 3  # half a second an epoch; batch norm and dropout
 PICTURES = {name: getattr(train, name) for name in ("draw_curves", "draw_batch", "draw_valid")}
 
 
@@ -108,6 +109,21 @@ def pictures(monkeypatch):
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def line(tiny_data, cache):
+    """Function (exp, more arguments) -> parsed arguments of a tiny run; what comes later on the line wins."""
+    def parse(exp, *more):
+        return train.parse_args(["--data", str(tiny_data), "--exp", str(exp), "--cache", str(cache), "--model", MODEL,
+                                 "--scale", str(SCALE), "--fold", str(FOLD), "--folds", "3", "--epochs", str(EPOCHS),
+                                 "--batch", "4", "--lr", "1e-3", "--weights", "none", "--device", "cpu",
+                                 *map(str, more)])
+    return parse
+
+
+def run_of(args):
+    return common.run_folder(args.exp, args.round, args.model, args.scale, args.fold)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_coco
+from conftest import MODEL, ROOT, run_of, write_coco
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,23 +23,12 @@ import infer
 import train
 
 torch.set_num_threads(1)  # for nets this small a second thread would only wait for the first
-MODEL, SCALE, FOLD = "fpn/tu-test_efficientnet", 64, 1
-EPOCHS, STEPS = 3, 4  # 9 training images in batches of 2, the last one of 3
+STEPS = 4  # of an epoch: 9 training images in batches of 2, the last one of 3
 
 
 @pytest.fixture(scope="module")
-def line(tiny_data, cache):
-    """Function (exp, more arguments) -> parsed arguments of a tiny run; what comes later on the line wins."""
-    def parse(exp, *more):
-        return train.parse_args(["--data", str(tiny_data), "--exp", str(exp), "--cache", str(cache), "--model", MODEL,
-                                 "--scale", str(SCALE), "--fold", str(FOLD), "--folds", "3", "--epochs", str(EPOCHS),
-                                 "--batch", "2", "--lr", "1e-3", "--weights", "none", "--device", "cpu",
-                                 *map(str, more)])
-    return parse
-
-
-def run_of(args):
-    return common.run_folder(args.exp, args.round, args.model, args.scale, args.fold)
+def line(line):
+    return lambda exp, *more: line(exp, "--batch", 2, *more)
 
 
 def model_bytes(args):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import run_until_killed, write_coco
+from conftest import EPOCHS, FOLD, MODEL, SCALE, run_of, run_until_killed, write_coco
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score
@@ -33,27 +33,8 @@ import train
 from common import SUBMIT_SIZE
 
 torch.set_num_threads(1)  # for nets this small a second thread would only wait for the first
-MODEL = "fpn/tu-test_efficientnet"  # an epoch takes half a second; has batch norm and dropout
-SCALE, FOLD = 64, 1
 SPEED = ("images_per_s", "waiting", "seconds")  # what a log has that is never the same twice
-EPOCHS, STEPS = 3, 2  # of the runs below; their 9 training images in batches of 4 are two steps, the last one of 5
-
-
-@pytest.fixture(scope="module")
-def line(tiny_data, tmp_path_factory):
-    """Function (exp, more arguments) -> parsed arguments of a tiny run; what comes later on the line wins."""
-    cache = tmp_path_factory.mktemp("cache")
-
-    def parse(exp, *more):
-        return train.parse_args(["--data", str(tiny_data), "--exp", str(exp), "--cache", str(cache), "--model", MODEL,
-                                 "--scale", str(SCALE), "--fold", str(FOLD), "--folds", "3", "--epochs", str(EPOCHS),
-                                 "--batch", "4", "--lr", "1e-3", "--weights", "none", "--device", "cpu",
-                                 *map(str, more)])
-    return parse
-
-
-def run_of(args):
-    return common.run_folder(args.exp, args.round, args.model, args.scale, args.fold)
+STEPS = 2  # of an epoch of the runs below: their 9 training images in batches of 4 are two steps, the last one of 5
 
 
 @pytest.fixture(scope="module")
