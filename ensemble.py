@@ -565,7 +565,7 @@ def worst_images(oof, used, counts, n=24):
 
 
 def report_sections(args, oof, thumbs, truths, used, counts):
-    """The page from what score() has in memory."""
+    """Of the page, all but how it was made."""
     import pandas as pd
     by_id, votes = dict(enumerate(oof.classes)), counts["with what is taken"]
     folds = {name: class_iou(votes[oof.parts == part].sum(0)) for part, name in enumerate(oof.part_names)}
@@ -599,23 +599,30 @@ def report_sections(args, oof, thumbs, truths, used, counts):
     return sections
 
 
-def write_report(args, oof, made, pixels=None):
-    """Write args.report; made: what describes the stores, pixels [C]: of the classes in the predicted test photos."""
+def explain(args, oof, surveyed, used, counts, made, pixels=None):
+    """Show who adds what, with score or a report, and write args.report; many members may take minutes.
+
+    surveyed: of survey(); made: what describes the stores; pixels [C]: of the classes in the predicted test photos.
+    """
     import pandas as pd
+    _, thumbs, truths, apart = surveyed
+    if (args.command == "score" or args.report) and len(oof.names) > 1:
+        analyse(args, oof, thumbs, truths, apart)
     if not args.report:
         return
+    sections = report_sections(args, oof, thumbs, truths, used, counts)
     if pixels is not None:
         labelled, by_id = np.array(oof.train.pixels).sum(0), dict(enumerate(oof.classes))
         series = {"train": labelled / labelled.sum(), "predicted test": pixels / pixels.sum()}
-        oof.sections.append({"title": "class balance", "figures": [("Share of the pixels", figure_urls(
+        sections.append({"title": "class balance", "figures": [("Share of the pixels", figure_urls(
             lambda axes: draw_bars(axes, by_id, series, xscale="log"), 1.5 + 0.25 * len(by_id)))],
             "table": pd.DataFrame({"class": oof.classes, **series})})
     rows = [{**{k: info[k] for k in ("split", "model", "scale", "round", "fold", "tta", "seed")}, "checkpoints":
              ", ".join(f"{c['file']} {c['hash']} epoch {c['epoch']}" for c in info["checkpoints"]),
              **{k: info[k] for k in ("data", "folds_csv", "contaminated")}} for info in made]
-    oof.sections.append({"title": "how it was made", "note": "Stores of probabilities, with the hashes of what they "
+    sections.append({"title": "how it was made", "note": "Stores of probabilities, with the hashes of what they "
                          "come from.", "table": pd.DataFrame(rows)})
-    write_page(args.report, f"Report: {args.report.absolute().parent.name}", oof.sections, oof.classes,
+    write_page(args.report, f"Report: {args.report.absolute().parent.name}", sections, oof.classes,
                CONTAMINATED if oof.contaminated else "")
     print(f"{args.report}: the report")
 
@@ -623,26 +630,26 @@ def write_report(args, oof, made, pixels=None):
 # ---- commands -------------------------------------------------------------------------------------------------------
 
 
-def score(args):
-    """Show the tables; ({"weights": [M], ...} that are to be used, OutOfFold)."""
+def fit_vote(args):
+    """(OutOfFold, its survey, {"weights": [M], ...} to be used, its counts by name), whose scores are shown."""
     oof = OutOfFold(args, args.runs)
     weights = member_weights(args, oof.names)
-    singles, thumbs, truths, apart = survey(oof)
+    singles, thumbs, truths, _ = surveyed = survey(oof)
     used, counts, tried = choose(oof, thumbs, truths, weights, args.weights == "fit")
     show_scores(args, oof, singles, used, counts, tried)
-    if (args.command == "score" or args.report) and len(oof.names) > 1:
-        analyse(args, oof, thumbs, truths, apart)
-    oof.sections = report_sections(args, oof, thumbs, truths, used, counts) if args.report else []
-    if args.command == "score":
-        write_report(args, oof, oof.made)
-    return used, oof
+    return oof, surveyed, used, counts
+
+
+def score(args):
+    oof, *found = fit_vote(args)
+    explain(args, oof, *found, oof.made)
 
 
 def soft(args):
     if args.out.suffix != ".csv":
         raise SystemExit(f"--out {args.out}: must end in .csv; a .png goes beside it")
     members, _ = open_members(args.runs, "test")
-    used, oof = score(args)
+    oof, surveyed, used, counts = fit_vote(args)
     test, looks, pixels = oof.test, [], np.zeros(len(oof.classes), int)
     if list(members) != oof.names:
         raise SystemExit(f"the test stores are {', '.join(members)}, those of validation {', '.join(oof.names)}")
@@ -661,7 +668,7 @@ def soft(args):
     write_sheet(args.out.with_suffix(".png"), looks, dict(enumerate(test.classes)), across=3)
     print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} run(s) of {len(members)} member(s)")
     infos = [info for folds in members.values() for _, info in folds.values()]
-    write_report(args, oof, oof.made + infos, pixels)
+    explain(args, oof, surveyed, used, counts, oof.made + infos, pixels)
     finish(args, test, infos)
 
 
