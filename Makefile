@@ -170,6 +170,8 @@ $(foreach r,$(filter-out 0,$(every)),$(foreach f,$(sort $(FOLDS) $(FOLD)),$(eval
 .SECONDARY: $(filter-out $(FINAL:=/test.npy),$(addsuffix /test.npy,$(call grid,$(every),$(MODELS),$(SCALES),$(FOLDS))))
 
 # exit code 3: it stands, but there are test photos that can't be read, of which the lines above tell
+# precious: it stands also when the report, which comes after it, fails or is interrupted
+.PRECIOUS: $(OUT)/submission.csv
 $(OUT)/submission.csv: $(foreach file,valid.npy valid.json test.npy test.json,$(FINAL:=/$(file))) \
                        $(OUT)/.flags/submit $(call code,ensemble.py) | $(SETUP)
 	$(run) ensemble.py soft --data $(DATA) --cache $(CACHE) --out $@ \

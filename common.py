@@ -1322,7 +1322,7 @@ def write_page(path, title, sections, classes, warning=""):
     from jinja2 import Environment, FileSystemLoader
     here = Path(__file__).resolve().parent
     pages = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    installed = {package.name: package.version for package in distributions()}
+    installed = {package.name.lower().replace("_", "-"): package.version for package in distributions()}
     wanted = re.findall("^[^=#\n]+", (here / "requirements.txt").read_text(), re.M)
     versions = [f"{name} {installed[name]}" for name in wanted if name in installed]
     text = pages.get_template("report.html.jinja").render(

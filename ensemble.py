@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import (IGNORE_INDEX, SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, draw_bars, draw_heat,
+from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, draw_bars, draw_heat,
                     figure_urls, foreground, image_miou, load_data, lock, make_folds, named, number, overlay, read_csv,
                     run_script, scores, tile_url, write_page, write_sheet)
 from infer import difference, open_store, order_of, read_probs
@@ -43,7 +43,7 @@ FITTED = {"weights": "weights", "bias": "log-bias by class", "min_area": "minimu
 
 
 def parse_args(argv=None):
-    data, runs, scored, tables, out = (argparse.ArgumentParser(add_help=False) for _ in range(5))
+    data, runs, scored, tables, out, pair, grid = (argparse.ArgumentParser(add_help=False) for _ in range(7))
     data.add_argument("--data", type=Path, required=True, help="the competition's folder")
     data.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks")
     runs.add_argument("runs", type=Path, nargs="+", help="run folders with stores of infer.py; hard: or CSVs")
@@ -56,25 +56,27 @@ def parse_args(argv=None):
     out.add_argument("--image-id", choices=("id", "file_name"), default="id",
                      help="what names an image in the submission; some upload pages want file_name")
     out.add_argument("--coco", action="store_true", help="also write the masks as COCO JSON beside the submission")
+    pair.add_argument("experiments", type=Path, nargs=2, help="out/EXP for its last round, or out/EXP/rR")
+    grid.add_argument("runs", type=Path, nargs="+", help="run folders, whether they are there or not")
+    grid.add_argument("--epochs", type=number(int, 1), default=40, help="of a whole run")
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, parents, text in (("soft", [data, runs, scored, tables, out], "average the probabilities of runs"),
                                 ("hard", [data, runs, out], "count the votes of submissions and runs"),
                                 ("score", [data, runs, scored, tables], "print out-of-fold scores"),
-                                ("compare", [data, tables], "say whether one experiment beats another")):
+                                ("compare", [data, tables, pair], "say whether one experiment beats another"),
+                                ("status", [grid], "say how far the runs are")):
         commands.add_parser(name, parents=parents, allow_abbrev=False, formatter_class=Help, help=text)
-    commands.choices["compare"].add_argument("experiments", type=Path, nargs=2,
-                                             help="out/EXP for its last round, or out/EXP/rR")
-    progress = commands.add_parser("status", allow_abbrev=False, formatter_class=Help, help="say how far the runs are")
-    progress.add_argument("runs", type=Path, nargs="+", help="run folders, whether they are there or not")
-    progress.add_argument("--epochs", type=number(int, 1), default=40, help="of a whole run")
     return parser.parse_args(argv)
 
 
 def vote_weights(text):
     if text in ("equal", "fit"):
         return text
-    weights = [float(w) for w in text.split(",")]
+    try:
+        weights = [float(w) for w in text.split(",")]
+    except ValueError:
+        weights = [math.nan]
     if not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights):
         raise argparse.ArgumentTypeError(f"{text}: weights are numbers from 0, not all 0, with commas between them")
     return weights
@@ -84,23 +86,23 @@ def vote_weights(text):
 
 
 def open_members(runs, split):
-    """({name: {fold: (probs, info)}} of the runs' stores, the folder they share); SystemExit if they don't fit."""
-    members, first = defaultdict(dict), None
+    """({name: {fold: (probs, info)}} of the runs, every info, the folder they share); SystemExit if they don't fit."""
+    members, infos = defaultdict(dict), []
     for run in runs:
         path = run / f"{split}.json"
         probs, info = open_store(path)
-        first = first or info
-        check_classes(info["classes"], first["classes"], path, runs[0])
-        for key in ("folds_csv", "paint"):
-            if info[key] != first[key]:
-                raise SystemExit(f"{path} has another {key} than {runs[0]}, {info[key]} and not {first[key]}: made on "
-                                 "other data or folds, they can't vote together")
+        infos.append(info)
+        check_classes(info["classes"], infos[0]["classes"], path, runs[0])
+        for key in ("data", "folds_csv", "paint"):
+            if info[key] != infos[0][key]:
+                raise SystemExit(f"{path} has another {key} than {runs[0]}, {info[key]} and not {infos[0][key]}: made "
+                                 "on other data or folds, they can't vote together")
         folds = members[os.path.abspath(run.parent), info["tta"]]
         if info["fold"] in folds:
             raise SystemExit(f"{run}: given twice, or another of its member has fold {info['fold']} too")
         folds[info["fold"]] = probs, info
     shared = os.path.commonpath([os.path.dirname(folder) for folder, _ in members])
-    return {f"{os.path.relpath(folder, shared)} {tta}": folds for (folder, tta), folds in members.items()}, shared
+    return {f"{os.path.relpath(path, shared)} {tta}": folds for (path, tta), folds in members.items()}, infos, shared
 
 
 def check_classes(found, wanted, path, other):
@@ -147,12 +149,11 @@ class OutOfFold:
     """The validation images of all members, in train's order, and where each member's probabilities of them are."""
 
     def __init__(self, args, runs):
-        members, shared = open_members(runs, "valid")
+        members, self.made, shared = open_members(runs, "valid")
         self.names, self.infos = list(members), [next(iter(folds.values()))[1] for folds in members.values()]
-        self.made = [info for folds in members.values() for _, info in folds.values()]
         train, self.test = load_data(args.data, args.cache, self.infos[0]["paint"])
         check_classes(self.infos[0]["classes"], train.classes, runs[0], args.data)
-        self.classes, fold_of, stores = train.classes, {}, defaultdict(dict)
+        self.classes, self.stores, fold_of = train.classes, defaultdict(dict), {}  # [id] {member's number: its place}
         self.contaminated = any(info["contaminated"] for info in self.made)
         for m, folds in enumerate(members.values()):
             for fold, (probs, info) in folds.items():
@@ -160,26 +161,24 @@ class OutOfFold:
                 order_of(info["image_ids"], others or info["image_ids"], probs.filename)
                 for i, image_id in enumerate(info["image_ids"]):
                     fold_of[image_id] = fold
-                    stores[image_id][m] = probs, i
+                    self.stores[image_id][m] = probs, i
         if absent := fold_of.keys() - set(train.ids):
             raise SystemExit(f"DATA has no image {min(absent)}, which a validation store has: run train.py again")
         indices = [i for i, image_id in enumerate(train.ids) if image_id in fold_of]
         self.ids = [train.ids[i] for i in indices]
-        self.stores = [stores[i] for i in self.ids]  # [N] {member's number: (store, position)}
-        self.train, self.indices, self.tables, self.used = train, indices, [], []  # the last two: what was shown
+        self.train, self.indices, self.tables, self.used = train, indices, [], {}  # the last two: what was shown
         self.truths = np.stack([train.truth(i) for i in indices])  # uint8 [N, H, W]
-        folds = [fold_of[i] for i in self.ids]
+        kind, folds = "fold", [fold_of[i] for i in self.ids]
         if len(set(folds)) == 1:  # parts of the one fold take the place of folds
-            groups = [train.groups[i] for i in indices]
+            kind, groups = "part", [train.groups[i] for i in indices]
             folds = make_folds(np.array(train.pixels)[indices, 1:] > 0, groups, min(5, len(set(groups))))
-        kind = "fold" if len(set(fold_of.values())) > 1 else "part"
         names, self.parts = np.unique(folds, return_inverse=True)  # [N] from 0: what is held out together in a fit
         self.part_names = [f"{kind} {name}" for name in names]
         self.title = f"out of fold: {len(self.ids)} of {len(train.ids)} training images, runs in {shared}"
 
     def probs(self, n):
         """{member's number: uint8 [C, H, W]} of image n, by the models that held it out."""
-        return {m: read_probs(*place) for m, place in self.stores[n].items()}
+        return {m: read_probs(*place) for m, place in self.stores[self.ids[n]].items()}
 
 
 def survey(oof):
@@ -202,10 +201,10 @@ def survey(oof):
         for m, pred in preds.items():
             counts[m, n] = confusion(pred, truth, n_classes)
             thumbs[m, n] = images[m][pixels].reshape(n_classes, -1)
-        for a, b in itertools.combinations(preds, 2):
+        for a, b in itertools.combinations_with_replacement(preds, 2):
             apart[[a, b], [b, a]] += (preds[a] != preds[b]).mean()
             both[[a, b], [b, a]] += 1
-    return counts, thumbs, truths, apart / np.maximum(both, 1)
+    return counts, thumbs, truths, np.divide(apart, both, np.full_like(both, np.nan), where=both > 0)
 
 
 def vote_counts(oof, weights, biases):
@@ -368,11 +367,10 @@ def show_scores(args, oof, singles, used, counts, tried):
     if tried:
         show(args, oof, "tried", "tried: gain in v3 on the folds that it wasn't fitted on; taken if low is above 0",
              tried)
-    print("\nused:")
     for key, labels in (("weights", oof.names), ("bias", oof.classes), ("min_area", oof.classes)):
         values = [f"{label} {value:.4g}" for label, value in zip(labels, used[key], strict=True) if value]
-        print(f"    {FITTED[key]}: {', '.join(values) or 'none'}")
-        oof.used.append({"what": FITTED[key], "by the vote": ", ".join(values) or "none"})
+        oof.used[FITTED[key]] = ", ".join(values) or "none"
+    print("\nused:", *(f"{what}: {values}" for what, values in oof.used.items()), sep="\n    ")
 
 
 def analyse(args, oof, thumbs, truths, apart):
@@ -381,30 +379,33 @@ def analyse(args, oof, thumbs, truths, apart):
     The order of the waterfall is found on thumbnails, all numbers are of whole images.
     """
     n_members, order, total = len(oof.names), [], np.float32(0)
+    shared = thumbs.any((2, 3)).all(0)  # [N] images that all have predicted: an absent member would be no loss else
+    if not shared.any():
+        print("\nno image was predicted by all members: no table of who adds what")
+        return
+    thumbs, truths = thumbs[:, shared], truths[shared]
     while len(order) < n_members:
         left = [m for m in range(n_members) if m not in order]
         order.append(max(left, key=lambda m: score_of(total + thumbs[m], truths)))
         total = total + thumbs[order[-1]]
     axes = {axis: [str(info[axis]) for info in oof.infos] for axis in ("model", "scale", "round", "tta", "seed")}
-    axes["epochs"] = [str(len(info.get("checkpoints") or [1])) for info in oof.infos]
-    alike = [(axis, value) for axis, values in axes.items() for value in sorted(set(values)) if len(set(values)) > 1]
-    sets = [order[:i + 1] for i in range(n_members)] + [
-        [m for m in range(n_members) if axes[axis][m] == value] for axis, value in alike]
-    weights = [np.isin(np.arange(n_members), some) for some in sets]
-    votes = vote_counts(oof, weights, np.zeros((len(sets), len(oof.classes))))
+    axes["epochs"] = [str(len(info["checkpoints"])) for info in oof.infos]
+    alike = {(axis, value): np.array(values) == value for axis, values in axes.items() if len(set(values)) > 1
+             for value in sorted(set(values))}  # [M] the members with this value
+    weights = [*(np.isin(range(n_members), order[:i + 1]) for i in range(n_members)), *alike.values()]
+    votes = vote_counts(oof, weights, np.zeros((len(weights), len(oof.classes))))[:, shared]
     v3 = [image_miou(counts).mean() for counts in votes]
     rows = [{"": m + 1, "member": oof.names[m], "v3": v3[i], **(gain(votes[i], votes[i - 1]) if i else {})}
             for i, m in enumerate(order)]
     show(args, oof, "waterfall", "waterfall: the member next is the one that the vote of those above gains most from",
          rows)
-    rows = []
-    for axis in dict.fromkeys(axis for axis, _ in alike):
-        best = max((k for k, found in enumerate(alike, n_members) if found[0] == axis), key=lambda k: v3[k])
-        rows.append({"axis": axis, "best alone": alike[best - n_members][1], "v3": v3[best],
-                     **gain(votes[n_members - 1], votes[best])})
-    if rows:
+    best = {}  # axis -> row of its best value
+    for k, (axis, value) in enumerate(alike, n_members):
+        if axis not in best or v3[k] > best[axis]["v3"]:
+            best[axis] = {"axis": axis, "best alone": value, "v3": v3[k], **gain(votes[n_members - 1], votes[k])}
+    if best:
         show(args, oof, "axes", "axes: what the vote of all gains over that of the members with the best value alone\n"
-             "(fold isn't here: no two folds predict the same image out of fold)", rows)
+             "(fold isn't here: no two folds predict the same image out of fold)", [*best.values()])
     show(args, oof, "disagreement", "disagreement: share of pixels on which two members differ",
          {"": range(1, n_members + 1), "member": oof.names, **{str(m): share for m, share in enumerate(apart, 1)}})
 
@@ -446,6 +447,15 @@ def write_submission(path, names, preds, n_classes):
             raise SystemExit("\n".join(faults))
 
 
+def write_masks(args, test, preds):
+    """Write the submission and, if it is asked for, its masks as COCO JSON."""
+    names, n_classes = image_names(args, test), len(test.classes)
+    write_submission(args.out, names, preds, n_classes)
+    if args.coco:
+        masks = (pred for _, pred in read_submission(args.out, names, n_classes))
+        write_coco(args.out.with_suffix(".json"), args.data / "test.json", test, enumerate(masks))
+
+
 def image_names(args, test):
     return test.file_names if args.image_id == "file_name" else [str(i) for i in test.ids]
 
@@ -454,11 +464,10 @@ def csv_rows(f):
     """The rows of a CSV opened in binary, as bytes; csv, which is slow, reads only lines with quotes."""
     for line in f:
         if b'"' in line:
-            lines = (part.decode("utf-8-sig", errors="replace") for part in itertools.chain([line], f))
+            lines = (part.decode("utf-8-sig", "replace").replace("\r", "") for part in itertools.chain([line], f))
             yield [cell.encode() for cell in next(csv.reader(lines))]
-        else:  # partition, since split looks at each character
-            name, comma, text = line.rstrip(b"\r\n").partition(b",")
-            yield [name, text] if comma and b"," not in text else line.rstrip(b"\r\n").split(b",")
+        else:
+            yield line.rstrip(b"\r\n").split(b",", 1)  # a second comma is no class id
 
 
 def read_submission(path, names, n_classes):
@@ -475,7 +484,7 @@ def read_submission(path, names, n_classes):
             return
         for line, (name, row) in enumerate(itertools.zip_longest(names, rows), 2):
             found = row and row[0].decode(errors="replace")
-            if found is None or found != name or len(row) != 2:
+            if found != name or len(row) != 2:
                 found = f"{clean(found[:300])} with {len(row)} column(s)" if row else "missing"
                 yield f"{path} line {line}: image {found}, expected {clean(name or 'no more')}", None
                 continue
@@ -499,8 +508,6 @@ def pixel_fault(text, n_classes):
     return f"not {SUBMIT_SIZE ** 2} ids of 0 to {n_classes - 1}: {found}"
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
-
 def keep_looks(preds, test, looks, n=24):
     """Pass `preds` on; put [(caption, photo), (caption, prediction)] of `n` photos, spread evenly, in `looks`."""
     chosen = set(np.linspace(0, len(test.ids) - 1, min(n, len(test.ids))).astype(int).tolist())
@@ -519,9 +526,7 @@ def calibration(total, truths, n_bins=10):
 
     total [N, C, P]: votes of any scale; truths [N, P]. A bin without a pixel has NaN.
     """
-    labelled = truths != IGNORE_INDEX
-    sure = (total.max(1) / total.sum(1).clip(1e-9))[labelled]
-    right = (total.argmax(1) == truths)[labelled]
+    sure, right = (total.max(1) / total.sum(1).clip(1e-9)).ravel(), (total.argmax(1) == truths).ravel()
     bins = (sure * n_bins).astype(int).clip(0, n_bins - 1)
     n, confidence, accuracy = (np.bincount(bins, weights, n_bins) for weights in (None, sure, right))
     with np.errstate(invalid="ignore"):
@@ -586,7 +591,7 @@ def report_sections(args, oof, thumbs, truths, used, counts):
     sections = [{"title": title, "note": note, "table": table}
                 for text, table in oof.tables for title, _, note in [text.partition(": ")]]
     sections[1:1] = [
-        {"title": "used", "table": pd.DataFrame(oof.used)},
+        {"title": "used", "table": pd.DataFrame(oof.used.items(), columns=["what", "by the vote"])},
         {"title": "figures", "figures": [(text, figure_urls(plot, height)) for text, height, plot in figures],
          "note": "Of the vote with what is taken. Reliability: of a sample of pixels, with what was fitted on all "
                  "images and without minimum area."}]
@@ -630,46 +635,42 @@ def explain(args, oof, surveyed, used, counts, made, pixels=None):
 # ---- commands -------------------------------------------------------------------------------------------------------
 
 
-def fit_vote(args):
-    """(OutOfFold, its survey, {"weights": [M], ...} to be used, its counts by name), whose scores are shown."""
-    oof = OutOfFold(args, args.runs)
+def fit_vote(args, oof):
+    """(its survey, {"weights": [M], ...} to be used, its counts by name) of an OutOfFold, whose scores are shown."""
     weights = member_weights(args, oof.names)
     singles, thumbs, truths, _ = surveyed = survey(oof)
     used, counts, tried = choose(oof, thumbs, truths, weights, args.weights == "fit")
     show_scores(args, oof, singles, used, counts, tried)
-    return oof, surveyed, used, counts
+    return surveyed, used, counts
 
 
 def score(args):
-    oof, *found = fit_vote(args)
-    explain(args, oof, *found, oof.made)
+    oof = OutOfFold(args, args.runs)
+    explain(args, oof, *fit_vote(args, oof), oof.made)
 
 
 def soft(args):
-    if args.out.suffix != ".csv":
-        raise SystemExit(f"--out {args.out}: must end in .csv; a .png goes beside it")
-    members, _ = open_members(args.runs, "test")
-    oof, surveyed, used, counts = fit_vote(args)
+    members, infos, _ = open_members(args.runs, "test")
+    oof = OutOfFold(args, args.runs)
     test, looks, pixels = oof.test, [], np.zeros(len(oof.classes), int)
     if list(members) != oof.names:
         raise SystemExit(f"the test stores are {', '.join(members)}, those of validation {', '.join(oof.names)}")
-    voters = [(weight / len(folds), store, order_of(info["image_ids"], test.ids, store.filename))
-              for weight, folds in zip(used["weights"], members.values(), strict=True)  # its folds share it
-              for store, info in folds.values()]
-    weights = [weight for weight, *_ in voters]
+    stores = [(m, len(folds), store, order_of(info["image_ids"], test.ids, store.filename))
+              for m, folds in enumerate(members.values()) for store, info in folds.values()]
+    surveyed, used, counts = fit_vote(args, oof)
+    weights = [used["weights"][m] / n_folds for m, n_folds, *_ in stores]  # the folds of a member share its weight
 
     def preds():
         for n in range(len(test.ids)):
-            images = {s: read_probs(store, order[n]) for s, (weight, store, order) in enumerate(voters) if weight}
+            images = {s: read_probs(store, order[n]) for s, (*_, store, order) in enumerate(stores) if weights[s]}
             pred = remove_small(vote(images, weights, used["bias"]), used["min_area"])
             pixels[:] += np.bincount(pred.ravel(), minlength=len(pixels))
             yield pred
-    write_submission(args.out, image_names(args, test), keep_looks(preds(), test, looks), len(test.classes))
+    write_masks(args, test, keep_looks(preds(), test, looks))
     write_sheet(args.out.with_suffix(".png"), looks, dict(enumerate(test.classes)), across=3)
     print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} run(s) of {len(members)} member(s)")
-    infos = [info for folds in members.values() for _, info in folds.values()]
     explain(args, oof, surveyed, used, counts, oof.made + infos, pixels)
-    finish(args, test, infos)
+    exit_if_unread(infos)
 
 
 def hard(args):
@@ -681,19 +682,16 @@ def hard(args):
     _, test = load_data(args.data, args.cache, *paint[:1])
     preds = (majority(np.stack(masks), weights) for masks in zip(
         *(masks_of(path, stores.get(path), args, test) for path in args.runs), strict=True))
-    write_submission(args.out, image_names(args, test), preds, len(test.classes))
+    write_masks(args, test, preds)
     print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} votes")
-    finish(args, test, [info for _, info in stores.values()])
+    exit_if_unread(info for _, info in stores.values())
 
 
-def finish(args, test, infos):
-    """Write the COCO JSON that is asked for; exit with 3 if a voter, described by `infos`, couldn't read all photos."""
-    if args.coco:
-        masks = (pred for _, pred in read_submission(args.out, image_names(args, test), len(test.classes)))
-        write_coco(args.out.with_suffix(".json"), args.data / "test.json", test, enumerate(masks))
+def exit_if_unread(infos):
+    """Exit with 3, saying so, if a voter couldn't read all photos; infos describe the voters."""
     if unread := sorted({image_id for info in infos for image_id in info.get("unreadable", ())}):
         print(f"warning: the submission stands, but of {len(unread)} photo(s) that can't be read runs have voted "
-              f"background: {', '.join(map(str, unread))}; mend them and run the same again", file=sys.stderr)
+              f"background: {', '.join(map(str, unread))}; mend them, run infer.py, then this again", file=sys.stderr)
         raise SystemExit(3)
 
 
@@ -724,12 +722,11 @@ def majority(preds, weights):
 
 def last_round(args, exp):
     """({image id: [C, C] pixel counts} by the equal vote, OutOfFold) of out/EXP's last round, or of out/EXP/rR."""
-    rounds = "" if re.fullmatch("r[0-9]", exp.name) else "r[0-9]/"
-    runs = sorted(path.parent for path in exp.glob(f"{rounds}*/*/s*/f*/valid.json"))
-    if not runs:
+    paths = sorted(exp.glob("r[0-9]/*/*/s*/f*/valid.json")) or sorted(exp.glob("*/*/s*/f*/valid.json"))
+    if not paths:
         raise SystemExit(f"{exp}: no run with a valid.json; make score makes them")
-    last = runs[-1].parents[3]
-    runs = [run for run in runs if run.parents[3] == last]
+    last = paths[-1].parents[4]
+    runs = [path.parent for path in paths if path.parents[4] == last]
     oof = OutOfFold(args, runs)
     counts, = vote_counts(oof, np.ones((1, len(oof.names))), np.zeros((1, len(oof.classes))))
     print(f"{last}: {len(runs)} run(s) of {len(oof.names)} member(s), {len(oof.ids)} images")
@@ -770,7 +767,7 @@ def status(args):
         log = read_csv(logs[0], ("seconds",)) if logs else []
         kind, trained = run.parts[-4:-1], (run / "model.pt").exists() and not (run / "last.pt").exists()
         seconds[kind] += [float(row["seconds"]) for row in log]
-        left.append((kind, 0 if trained else args.epochs - len(log)))
+        left.append((kind, 0 if trained else max(0, args.epochs - len(log))))
         grid["/".join(run.parts[-5:-1])][run.name] = (
             "missing" if not trained and not log else f"epoch {len(log)}" if not trained else
             "done" if (run / "test.json").exists() else "trained")
@@ -783,6 +780,8 @@ def status(args):
 
 
 def main(args):
+    if "out" in args and args.out.suffix != ".csv":
+        raise SystemExit(f"--out {args.out}: must end in .csv; a .png goes beside it")
     with lock(args.out.parent, name=f".{args.out.name}.lock") if "out" in args else nullcontext():
         {"soft": soft, "hard": hard, "score": score, "compare": compare, "status": status}[args.command](args)
 

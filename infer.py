@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import math
 import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from textwrap import shorten
 
@@ -22,6 +22,8 @@ from common import (SUBMIT_SIZE, EvalPhotos, Help, amp, atomic_write, build_mode
                     load_checkpoint, load_data, lock, normalise, number, ranks, read_json, run_script, write_json,
                     write_npy_header)
 
+FROM_RECIPE = ("model", "scale", "round", "fold", "folds_csv", "seed", "paint", "contaminated")  # in a store's JSON
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
@@ -30,9 +32,9 @@ def parse_args(argv=None):
     what.add_argument("--checkpoint", type=Path, nargs="+", required=True,
                       help="model.pt of train.py, or epoch-*.pt of one run, whose probabilities are averaged")
     what.add_argument("--split", choices=("valid", "test"), nargs="+", default=["valid", "test"])
-    what.add_argument("--tta", type=tta_name, default="flip", metavar="SET|VIEW,VIEW+VIEW,...",
-                      help=f"views whose probabilities are averaged: {', '.join(TTA)}, or a list of "
-                           f"{', '.join(VIEWS)}; + does one after another")
+    what.add_argument("--tta", type=lambda text: tta_views(text) and text, default="flip",  # checked, kept as a name
+                      metavar="SET|VIEW,VIEW+VIEW,...", help="views whose probabilities are averaged: "
+                      f"{', '.join(TTA)}, or a list of {', '.join(VIEWS)}; + does one after another")
     what.add_argument("--tta-scales", type=number(float, 0.1, 10), nargs="+", default=[1.0], metavar="SCALE",
                       help="sizes that every view is predicted at, times the scale that the model was trained at")
     system = parser.add_argument_group("system: none of these decides the result")
@@ -72,11 +74,6 @@ def tta_views(text):
     return list(dict.fromkeys(views))
 
 
-def tta_name(text):
-    tta_views(text)
-    return text
-
-
 def apply_view(x, view):
     """[..., H, W], or [..., W, H] if the view is transposed; flipping again and transposing back undoes it."""
     transposed, flipped = view
@@ -95,14 +92,12 @@ def predict_probs(models, images, views, scales=(1.0,)):
         for scale in scales:
             scaled = images if scale == 1 else interpolate(images, [round(side * scale) for side in size],
                                                            mode="bilinear", antialias=True)
-            probs = 0
-            for transposed in sorted({transposed for transposed, _ in views}):
-                alike = 0  # added up first: transposing back costs more than a flip
-                for view in (view for view in views if view[0] == transposed):
-                    seen = apply_view(scaled, view).contiguous(memory_format=torch.channels_last)
-                    for model in models:
-                        alike += model(seen).float().softmax(dim=1).flip(view[1])
-                probs += alike.transpose(-2, -1) if transposed else alike
+            alike = dict.fromkeys((transposed for transposed, _ in views), 0)  # transposing back costs more than a flip
+            for view in views:
+                seen = apply_view(scaled, view).contiguous(memory_format=torch.channels_last)
+                for model in models:
+                    alike[view[0]] += model(seen).float().softmax(dim=1).flip(view[1])
+            probs = sum(part.transpose(-2, -1) if transposed else part for transposed, part in alike.items())
             total += probs if scale == 1 else interpolate(probs, size, mode="bilinear")
     return total / (len(models) * len(views) * len(scales))
 
@@ -121,11 +116,12 @@ def open_store(path):
 
     Raises SystemExit when either is missing or they don't agree.
     """
-    path = Path(path)
     info = read_json(path)
     try:
         probs = np.load(path.with_suffix(".npy"), mmap_mode="r")
         expected = (len(info["image_ids"]), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE)
+        if lacking := [key for key in ("split", "tta", "checkpoints", "data", *FROM_RECIPE) if key not in info]:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
     except (OSError, EOFError, ValueError, KeyError, TypeError) as e:
         raise SystemExit(f"{path}: not a whole store: {e}; run infer.py again") from None
     if probs.shape != expected or probs.dtype != np.uint8:
@@ -171,21 +167,12 @@ def load_model(path):
 def load_models(paths):
     """(models, content of the first checkpoint besides, what names them all) of checkpoints with one recipe."""
     models, states = zip(*map(load_model, paths), strict=True)
+    names = []
     for path, state in zip(paths, states, strict=True):
         if state["recipe"] != states[0]["recipe"]:
             raise SystemExit(f"{path} and {paths[0]} are of different runs: give the epochs of one")
-    names = [{"file": path.name, "hash": file_hash(path), "epoch": state["epoch"]}
-             for path, state in zip(paths, states, strict=True)]
+        names.append({"file": path.name, "hash": file_hash(path), "epoch": state["epoch"]})
     return models, states[0], names
-
-
-def find_photos(split, ids, checkpoint):
-    """Positions in `split` of the image ids; raises SystemExit when one isn't there."""
-    position = {image_id: i for i, image_id in enumerate(split.ids)}
-    if absent := [i for i in ids if i not in position]:
-        raise SystemExit(f"{checkpoint} was validated on {len(absent)} images that DATA doesn't have, the first with "
-                         f"id {absent[0]}: it was trained on other data")
-    return [position[i] for i in ids]
 
 
 def predict_split(models, recipe, photos, path, info, args, device):
@@ -228,15 +215,13 @@ def predict_split(models, recipe, photos, path, info, args, device):
 
 def is_done(path, info):
     """Whether the store `path` is whole and made as `info` says; then it becomes newer than what it was made from."""
-    try:
-        done = open_store(path.with_suffix(".json"))[1] == info
-    except SystemExit:
-        return False
-    if done:
-        for file in (path, path.with_suffix(".json")):
-            file.touch()
-        shutil.rmtree(path.with_name(f".{path.stem}.parts"), ignore_errors=True)  # left by a kill right after the .json
-    return done
+    with suppress(SystemExit):
+        if open_store(path.with_suffix(".json"))[1] == info:
+            path.touch()
+            path.with_suffix(".json").touch()
+            shutil.rmtree(path.with_name(f".{path.stem}.parts"), ignore_errors=True)  # left by a kill after the .json
+            return True
+    return False
 
 
 def main(args):
@@ -250,15 +235,18 @@ def main(args):
         train, test = load_data(args.data, args.cache, recipe["paint"])
         if classes != train.classes:
             raise SystemExit(f"{args.checkpoint[0]} knows the classes {classes}, DATA has {train.classes}")
-        valid = find_photos(train, state["valid_ids"], args.checkpoint[0])
+        position = {image_id: i for i, image_id in enumerate(train.ids)}
+        if absent := [i for i in state["valid_ids"] if i not in position]:
+            raise SystemExit(f"{args.checkpoint[0]} was validated on {len(absent)} images that DATA doesn't have, the "
+                             f"first with id {absent[0]}: it was trained on other data")
+        valid = [position[i] for i in state["valid_ids"]]
         for name in args.split:
             split, indices = (train, valid) if name == "valid" else (test, range(len(test.ids)))
             path = folder / f"{name}.npy"
             info = {"image_ids": [split.ids[i] for i in indices], "classes": classes, "split": name, "tta": tta,
                     "unreadable": [split.ids[i] for i in indices if split.faults[i]],
                     "checkpoints": names, "data": split.fingerprint,
-                    **{k: recipe[k] for k in ("model", "scale", "round", "fold", "folds_csv", "seed", "paint",
-                                              "contaminated")}}
+                    **{k: recipe[k] for k in FROM_RECIPE}}
             if is_done(path, info):
                 print(f"{path} is there and was made like this: nothing to do")
                 continue

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common import (BACKGROUND, IGNORE_INDEX, Help, atomic_write, file_hash, foreground, load_data, lock, number,
                     overlay, read_csv, read_json, run_script, write_csv, write_json, write_npy_header, write_sheet)
-from infer import open_store
+from infer import open_store, read_probs
 
 FILES = ("manifest.json", "labels.npy", "index.csv")
 LINEAGE = ("round", "fold", "folds_csv")  # where these differ, a validation image may have trained a label's maker
@@ -64,22 +64,19 @@ def check_makers(args, infos, test):
     """Whether a maker breaks the lineage, which needs --allow-leak; raises SystemExit for stores that don't fit."""
     expected = {"split": "test", "classes": test.classes, "image_ids": test.ids, "paint": infos[0]["paint"],
                 "round": args.round - 1, "fold": args.fold, "folds_csv": infos[0]["folds_csv"]}
-    leak = any(info["contaminated"] for info in infos)
-    for path, info in zip(args.stores, infos, strict=True):
-        for key, value in expected.items():
-            if info[key] == value:
-                continue
-            if not (args.allow_leak and key in LINEAGE):
-                found = "differ" if key == "image_ids" else f"is {info[key]}, not {value}"
-                raise SystemExit(f"{path}: {key} {found}; round {args.round} of fold {args.fold} learns only from fold "
-                                 f"{args.fold} of round {args.round - 1}")
-            leak = True
-    return leak
+    wrong = [(path, key, info[key]) for path, info in zip(args.stores, infos, strict=True)
+             for key, value in expected.items() if info[key] != value]
+    for path, key, found in wrong:
+        if not (args.allow_leak and key in LINEAGE):
+            differs = "differ" if key == "image_ids" else f"is {found}, not {expected[key]}"
+            raise SystemExit(f"{path}: {key} {differs}; round {args.round} of fold {args.fold} learns only from fold "
+                             f"{args.fold} of round {args.round - 1}")
+    return bool(wrong) or any(info["contaminated"] for info in infos)
 
 
 def soft_vote(stores, i):
     """float32 probs [C, SUBMIT_SIZE, SUBMIT_SIZE] of image i: the mean of uint8 stores of one shape."""
-    return sum(store[i].astype(np.float32) for store in stores) / np.float32(255 * len(stores))
+    return sum(read_probs(store, i).astype(np.float32) for store in stores) / np.float32(255 * len(stores))
 
 
 def judge(probs, args):
@@ -183,10 +180,10 @@ def draw_sheet(path, rows, counts, test, stores, args):
     groups = {}
     readable = [i for i, fault in enumerate(test.faults) if not fault]
     for i in sorted(readable, key=lambda i: float(rows[i]["unsure"])):
-        groups.setdefault("" if rows[i]["keep"] == "1" else rows[i]["reason"] or "by hand", []).append(i)
+        why = "" if rows[i]["keep"] == "1" else "by hand" if rows[i]["by_hand"] else rows[i]["reason"]
+        groups.setdefault(why, []).append(i)
     tiles = []
-    for why in sorted(groups):  # those that are kept first
-        some = groups[why]
+    for why, some in sorted(groups.items()):  # those that are kept first
         for i in some if len(some) < 12 else some[:6] + some[-6:]:
             image, (label, sure, *_) = test.image(i), judge(soft_vote(stores, i), args)
             shown = np.where(sure | (label == 0), label, IGNORE_INDEX)

@@ -9,11 +9,10 @@ import time
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
-import bench_runtimes
+from bench_runtimes import peak_mb  # noqa: F401  for the processes that peak_of starts
 from demo_data import CLASSES, draw_split
 
 import common
@@ -38,14 +37,11 @@ def seconds(call):
 
 def in_turn(rounds, warm_up=True, **ways):
     """{name: [(CPU, wall) seconds]} of functions that are called in turn, A B A B, so that all share what else runs."""
-    if warm_up:
-        for call in ways.values():
-            call()
     times = {name: [] for name in ways}
-    for _ in range(rounds):
+    for _ in range(rounds + warm_up):
         for name, call in ways.items():
             times[name].append(seconds(call))
-    return times
+    return {name: found[warm_up:] for name, found in times.items()}
 
 
 def summary(times, factor, clock):
@@ -71,10 +67,6 @@ def bound(what, value, unit, most):
     """A row of the table: ours should be at most `most`."""
     return {"what": what, "unit": unit, "plain": None, "ours": {"median": value, "spread": 0}, "ratio": None,
             "target": f"<= {most:g}", "ok": bool(value <= most), "limit": None}
-
-
-def peak_mb():
-    return bench_runtimes.peak_mb(SimpleNamespace(type="cpu"))
 
 
 def peak_of(code):

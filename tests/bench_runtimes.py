@@ -63,9 +63,9 @@ def median_seconds(step, budget):
     return statistics.median(times), len(times)
 
 
-def peak_mb(device):
+def peak_mb(device=None):
     """Most memory so far, in MB: allocated by torch on a GPU, or resident of this process."""
-    if device.type == "cuda":
+    if device and device.type == "cuda":
         import torch
         return torch.cuda.max_memory_allocated(device) / 1e6
     # not getrusage: its peak is never below what the parent held when it started this process

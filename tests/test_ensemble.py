@@ -134,8 +134,8 @@ def test_a_survey_counts_each_member_where_it_has_predicted_and_thins_its_probab
     assert truths.tolist() == oof.truths[:, 2::4, 2::4].reshape(3, -1).tolist()
     for a, b in product(range(3), range(3)):
         both = [n for n in range(3) if has[a, n] and has[b, n]]
-        expected = np.mean([(preds[a, n] != preds[b, n]).mean() for n in both]) if both else 0
-        assert apart[a, b] == pytest.approx(expected)
+        expected = np.mean([(preds[a, n] != preds[b, n]).mean() for n in both]) if both else np.nan
+        assert apart[a, b] == pytest.approx(expected, nan_ok=True)
 
 
 def test_thumbnails_keep_within_their_bound(small, monkeypatch):
@@ -453,6 +453,23 @@ def test_snapshots_are_an_axis_and_without_axes_there_is_no_table_of_them(three,
     assert pd.read_csv(tmp_path / "axes.csv")["axis"].tolist() == ["epochs"]
 
 
+def test_who_adds_what_is_asked_of_images_that_all_have_predicted(three, tmp_path, capsys):
+    whole = three.has.copy()
+    three.has[2, 3] = False
+    _, thumbs, truths, apart = ensemble.survey(three)
+    ensemble.analyse(no_tables(tmp_path), three, thumbs, truths, apart)
+    found = [pd.read_csv(tmp_path / f"{name}.csv") for name in ("waterfall", "axes")]
+    few = FakeOof(three.all[:, :3], three.truths[:3], three.parts[:3], whole[:, :3])
+    few.infos = three.infos
+    ensemble.analyse(no_tables(tmp_path / "few"), few, *ensemble.survey(few)[1:])
+    for name, table in zip(("waterfall", "axes"), found, strict=True):
+        pd.testing.assert_frame_equal(table, pd.read_csv(tmp_path / "few" / f"{name}.csv"))
+    three.has = np.array([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]], bool)
+    capsys.readouterr()
+    ensemble.analyse(no_tables(tmp_path / "none"), three, *ensemble.survey(three)[1:])
+    assert "no image was predicted by all members" in capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
 # ---- real stores ----------------------------------------------------------------------------------------------------
 
 
@@ -522,6 +539,12 @@ def test_two_rounds_of_an_experiment_are_compared(tiny_data, cache, experiments,
     assert "good/r0: 4 run(s) of 2 member(s), 14 images" in out and "good/r1: 2 run(s) of 1 member(s), 14 images" in out
 
 
+def test_an_experiment_may_be_named_like_a_round(tiny_data, cache, experiments, tmp_path, capsys):
+    (tmp_path / "r5").symlink_to(experiments / "good")
+    run_ensemble(tiny_data, cache, "compare", experiments / "good", tmp_path / "r5")
+    assert "r5/r1: 2 run(s) of 1 member(s), 14 images" in capsys.readouterr().out
+
+
 def test_only_the_images_that_both_held_out_are_compared(tiny_data, cache, splits, experiments, tmp_path, capsys):
     half, other = (write_run(common.run_folder(tmp_path / name, 0, "unet/a", 64, fold), splits,
                              np.random.default_rng(7), fold).parents[4] for name, fold in (("half", 0), ("other", 1)))
@@ -550,6 +573,8 @@ def test_status_says_which_runs_are_done_and_how_long_the_others_take(tmp_path, 
     assert [line.split() for line in table.splitlines()] == [
         ["f0", "f1"], ["r0/unet/a/s64", "done", "trained"], ["r0/unet/b/s64", "epoch", "3", "missing"]]
     assert left.startswith("5 epochs are left: about 2 h 30 min of training")
+    ensemble.main(ensemble.parse_args(["status", "--epochs", "2", str(runs[2])]))
+    assert "0 epochs are left: about 0 h 0 min" in capsys.readouterr().out
     ensemble.main(ensemble.parse_args(["status", str(tmp_path / "r0/unet/c/s64/f0")]))
     assert capsys.readouterr().out.split() == ["f0", "r0/unet/c/s64", "missing"]
 
@@ -628,7 +653,7 @@ def test_weights_that_are_not_one_for_each_member_are_refused(
 def test_weights_that_are_none_are_refused(weights, capsys):
     with pytest.raises(SystemExit):
         ensemble.parse_args(["score", "--data", "d", f"--weights={weights}", "run"])
-    assert "argument --weights: " in capsys.readouterr().err
+    assert f"argument --weights: {weights}: weights are numbers from 0" in capsys.readouterr().err
 
 
 def test_given_weights_decide_the_submission(tiny_data, cache, splits, experiments, tmp_path, monkeypatch):

@@ -139,6 +139,14 @@ def test_a_faulty_submission_is_refused_naming_its_lines(good_csv, tmp_path, fau
     assert [line.split("bad.csv line ")[1].split(",")[0].split(":")[0] for line in faults] == [str(n) for n in numbers]
 
 
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_submission_with_only_carriage_returns_is_refused(good_csv, tmp_path, quote):
+    rows = [f"{quote}{row}{quote}" for row in good_csv.read_text().replace(",", f"{quote},{quote}").splitlines()]
+    (tmp_path / "bad.csv").write_text("\r".join(rows))
+    fault, = submission_faults(tmp_path / "bad.csv", ["7", "3", "12"], 12)
+    assert "the first line is " in fault and fault.isprintable() and len(fault) < 300
+
+
 @pytest.mark.parametrize(("position", "text", "told"), [
     (700, "12", "row 2, column 188, both from 0, is 12"), (0, "-1", "row 0, column 0, both from 0, is -1"),
     (65535, "metal", "row 255, column 255, both from 0, is metal"), (256, "nan", "row 1, column 0, both from 0, is n"),
@@ -335,7 +343,7 @@ def test_the_submission_has_no_class_below_its_minimum_area(tiny_data, cache, vo
 
 @pytest.mark.parametrize("command", ["soft", "score"])
 @pytest.mark.parametrize(("key", "value"), [
-    ("classes", CLASSES[:1] + CLASSES[:0:-1]), ("folds_csv", "0ther"), ("paint", "id")])
+    ("classes", CLASSES[:1] + CLASSES[:0:-1]), ("folds_csv", "0ther"), ("paint", "id"), ("data", "0ther")])
 def test_runs_that_disagree_are_refused_by_name(tiny_data, cache, changeable, tmp_path, command, key, value):
     for split in ("valid", "test"):
         change_json(changeable["a", 1] / f"{split}.json", **{key: value})
@@ -379,6 +387,20 @@ def test_the_same_fold_of_a_recipe_twice_is_refused(tiny_data, cache, voters):
     runs = [voters["a", 0], voters["a", 1], voters["a", 0]]
     with pytest.raises(SystemExit, match="a/f0: given twice"):
         ensemble.main(ensemble_line("score", tiny_data, cache, runs))
+
+
+def test_a_store_of_another_version_is_refused_with_what_it_lacks(tiny_data, cache, changeable, tmp_path):
+    path = changeable["b", 0] / "test.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in info.items() if key not in ("paint", "seed")}))
+    with pytest.raises(SystemExit, match="b/f0/test.json: not a whole store: it lacks seed, paint; run infer.py again"):
+        soft(tmp_path, tiny_data, cache, [changeable["b", 0]])
+
+
+def test_a_submission_must_be_a_csv_for_its_picture_and_coco_stand_beside_it(tiny_data, cache, voters, tmp_path):
+    for command in ("soft", "hard"):
+        with pytest.raises(SystemExit, match="s.json: must end in .csv"):
+            ensemble.main(ensemble_line(command, tiny_data, cache, [voters["a", 0]], "--out", str(tmp_path / "s.json")))
 
 
 def test_a_run_without_stores_is_refused_by_name(tiny_data, cache, voters, tmp_path):
