@@ -1,4 +1,4 @@
-"""What more than one script needs: files, data, augmentation, models, losses, metrics, pictures, pages.
+"""What the scripts are built from: files, data, augmentation, models, losses, metrics, pictures, pages.
 
 Shapes are fixed here and nowhere else:
     image   uint8   [H, W, 3]      RGB as read from the file; [B, H, W, 3] in a batch
@@ -29,12 +29,11 @@ import sys
 import tempfile
 import time
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
-from itertools import cycle
+from functools import cache, partial
+from itertools import accumulate, cycle
 from multiprocessing import get_context
 from pathlib import Path
 from textwrap import shorten
@@ -48,7 +47,7 @@ IGNORE_INDEX = 255
 SUBMIT_SIZE = 256  # side of a submitted mask, pixels: the competition's
 MAX_CLASSES = 200  # with the background; a submission is written with a byte for each id
 MAX_PIXELS = 89_000_000  # of one photo: 267 MB decoded; from 89.5 million on Pillow warns of a bomb
-MAX_FAULTS = 1000  # of one list of a JSON file: reading it ends there
+MAX_FAULTS = 1000  # of one JSON file: reading it ends there
 ORDER, SAMPLE, STEP, MIX = range(1, 5)  # lead a seed each, so no two uses draw the same: numpy pads with zeros
 
 # ---- files and devices ----------------------------------------------------------------------------------------------
@@ -80,7 +79,7 @@ def number(kind, low, high=math.inf, step=None):
     """An argparse type: `kind`, int or float, from `low` to `high`, a multiple of `step`; no NaN and no infinity."""
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high) or step and value % step:
+        if not low <= value <= min(high, sys.float_info.max) or step and value % step:
             steps = f" in steps of {step}" if step else ""
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}{steps}")
         return value
@@ -121,12 +120,14 @@ def run_script(main, args):
             if not rank:
                 print(f"{said[0]}; the same command carries on", file=sys.stderr)
             raise SystemExit(143 if terminated else 130) from None
-        if said[0].startswith("DataLoader worker"):
-            raise SystemExit(f"{said[0]} Too little memory? Lower --workers; the same command carries on") from None
+        # torch notices a dead loader process, or by chance first that its end of a pipe is gone
+        if said[0].startswith("DataLoader worker") or isinstance(e, ConnectionResetError):
+            raise SystemExit(f"a loader process died: {said[0]}; too little memory? Lower --workers; the same command "
+                             "carries on") from None
         if not isinstance(e, OSError):
             raise
         # one from a loader process ends with its own line, and has no file
-        raise SystemExit(f"{e.filename}: {e.strerror}" if e.strerror else said[-1].removeprefix("OSError: ")) from None
+        raise SystemExit(f"{e.filename}: {e.strerror}" if e.filename else said[-1].removeprefix("OSError: ")) from None
 
 
 def write_json(path, value):
@@ -172,11 +173,6 @@ def file_hash(path):
     """The first 16 hex digits of the file's SHA-256."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
-
-
-def run_folder(exp, round_, model, scale, fold):
-    """Where a run lives: EXP/rROUND/DECODER/ENCODER/sSCALE/fFOLD."""
-    return Path(exp) / f"r{round_}" / model / f"s{scale}" / f"f{fold}"
 
 
 @contextmanager
@@ -271,7 +267,7 @@ def claim_device(name="auto"):
 
 
 def idle_gpu():
-    """The first GPU that no other process holds; it is this one's until it exits."""
+    """The first GPU that no other process of this user holds; it is this one's until it exits."""
     import torch
     waiting = False
     while True:
@@ -501,8 +497,8 @@ def read_coco(path, labelled):
     """(photos, categories, faults) of one COCO file, which is not trusted in anything.
 
     photos: dicts with id, file_name, size (height, width), group, objects, a list of (class_id, segmentation), where
-    class ids count the categories from 1 by id, and odd, the ids of annotations with odd polygons. faults: one line
-    each; when there are any, the rest is not to be used.
+    class ids count the categories from 1 by id, odd, the ids of annotations with odd polygons, and faulty. faults: one
+    line each; when there are any, the rest is not to be used.
     """
     coco, faults, photos = read_json(path), [], {}
     lists = ("images", "categories", "annotations") if labelled else ("images", "categories")
@@ -545,6 +541,7 @@ class Split:
     pixels: list  # [class_id] pixel counts each; empty for test
     objects: list  # {"sizes": ..., "covered": ...} of paint_mask each; empty for test
     digests: list  # hash of each photo's content, "" of one that can't be read
+    starts: list  # where the pixels of each training photo begin when all stand one after another, and the end of all
     masks: np.ndarray | None  # the masks one after another, flat; None for test
     photos: np.ndarray | None  # likewise the decoded photos, three bytes a pixel; None unless they are cached
     faults: list  # what is wrong with each photo, or None; only a test photo may have one
@@ -564,10 +561,6 @@ class Split:
             name = f"image {self.ids[index]} ({self.file_names[index]})"
             raise OSError(f"{name} has changed: {e.strerror}; run the same again") from None
 
-    @cached_property
-    def starts(self):
-        return pixel_starts(self.sizes)
-
     def mask(self, index):
         return self.masks[self.starts[index]:self.starts[index + 1]].reshape(self.sizes[index])
 
@@ -577,11 +570,6 @@ class Split:
         if self.masks is None:
             return np.full((SUBMIT_SIZE, SUBMIT_SIZE), IGNORE_INDEX, np.uint8)
         return cv2.resize(self.mask(index), (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_NEAREST)
-
-
-def pixel_starts(sizes):
-    """Where the pixels of each photo begin when all stand one after another, and where the last one ends."""
-    return np.cumsum([0] + [height * width for height, width in sizes])
 
 
 def load_data(data, cache, paint="area", decoded=False):
@@ -599,19 +587,19 @@ def load_data(data, cache, paint="area", decoded=False):
     paths = (train_json if train_json.exists() else data / "train.json", data / "test.json")
     if missing := [str(p) for p in paths if not p.is_file()]:
         raise SystemExit(f"no {' and no '.join(missing)}; DATA is the competition's folder")
-    folder = Path(cache) / hashlib.sha256(f"3 {paint} {[file_hash(p) for p in paths]}".encode()).hexdigest()[:16]
+    folder = Path(cache) / hashlib.sha256(f"4 {paint} {[file_hash(p) for p in paths]}".encode()).hexdigest()[:16]
     splits = open_cache(folder, data)
-    if splits is None:
+    if splits is None or decoded and splits[0].photos is None:
         with lock(folder, wait=True):  # the first to come builds
             splits = open_cache(folder, data) or build_cache(folder, paths, paint)
+            if decoded and splits and splits[0].photos is None:
+                with atomic_write(folder / "photos.npy") as scratch, open(scratch, "wb") as f:
+                    write_npy_header(f, (3 * splits[0].starts[-1],))
+                    for index in tqdm(range(len(splits[0].ids)), "decoding photos", disable=None):
+                        f.write(splits[0].image(index))
+                splits = open_cache(folder, data)
     if splits is None:
-        raise SystemExit(f"photos in {data} changed while they were checked: run it again")
-    if decoded and splits[0].photos is None:
-        with lock(folder, wait=True), atomic_write(folder / "photos.npy") as scratch, open(scratch, "wb") as f:
-            write_npy_header(f, (3 * int(splits[0].starts[-1]),))
-            for index in tqdm(range(len(splits[0].ids)), "decoding photos", disable=None):
-                f.write(splits[0].image(index))
-        splits = open_cache(folder, data)
+        raise SystemExit(f"photos in {data} changed while they were read: run it again")
     for fault in filter(None, splits[1].faults):
         print(f"warning: test.json: {fault}: it counts as background", flush=True)
     return splits
@@ -646,17 +634,20 @@ def build_cache(folder, paths, paint):
     if categories != test_categories and categories and test_categories:
         faults.append(f"{paths[0].name} and {paths[1].name} have different categories")
     photos = train + test
-    for photo in photos:
-        photo["stamp"] = photo_stamp(root / photo["file_name"])  # before they are read
-    starts = pixel_starts(photo["size"] for photo in train)
+    starts = [0, *accumulate(math.prod(photo["size"]) for photo in train)]
     (folder / "photos.npy").unlink(missing_ok=True)  # of photos that have changed
     with atomic_write(folder / "masks.npy") as scratch:
         with open(scratch, "wb") as f:
-            write_npy_header(f, (int(starts[-1]),))
-            places = [*(f.tell() + starts[:-1]).tolist(), *[None] * len(test)]
+            write_npy_header(f, (starts[-1],))
+            places = [None if faults else f.tell() + start for start in starts[:-1]] + [None] * len(test)
         check = partial(check_photo, root, paint, len(categories) + 1, scratch)
-        for photo, found in zip(photos, check_photos(check, photos, places), strict=True):
-            photo |= found
+        try:
+            with ProcessPoolExecutor(mp_context=get_context("forkserver"), initializer=tune_process) as pool:
+                found = pool.map(check, photos, places, chunksize=8)
+                for photo, facts in zip(photos, tqdm(found, "checking photos", len(photos), disable=None), strict=True):
+                    photo |= facts
+        except BrokenExecutor:
+            raise SystemExit("a process died while it checked the photos: out of memory, or killed") from None
         if faults or any(photo["fault"] for photo in train) or all(photo["fault"] for photo in test):
             faults += filter(None, (photo["fault"] for photo in photos))
             raise SystemExit("\n".join([*faults, f"{len(faults)} fault(s) in the data: mend or remove what is listed"]))
@@ -667,7 +658,7 @@ def build_cache(folder, paths, paint):
     for path, part, entry in zip(paths, (train, test), index.values(), strict=True):
         content = hashlib.sha256(" ".join(entry["digests"]).encode()).hexdigest()[:16]
         entry.update({"groups": merge_groups(part, entry["digests"]), "classes": [BACKGROUND, *categories.values()],
-                      "fingerprint": f"{file_hash(path)} {paint} {content}"})
+                      "fingerprint": f"{file_hash(path)} {paint} {content}", "starts": starts})
     write_json(folder / "index.json", index)
     return open_cache(folder, root)
 
@@ -677,25 +668,17 @@ def write_npy_header(f, shape):
     np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def check_photos(check, photos, places):
-    """Yield check(photo, place) of each photo in order, made on all cores."""
-    try:
-        with ProcessPoolExecutor(mp_context=get_context("forkserver"), initializer=tune_process) as pool:
-            yield from tqdm(pool.map(check, photos, places, chunksize=8), "checking photos", len(photos), disable=None)
-    except BrokenProcessPool:
-        raise SystemExit("a process died while it checked the photos: out of memory, or killed") from None
-
-
 def check_photo(root, paint, n_classes, masks, photo, place):
-    """{"fault", "digest"} of a photo; of one with a `place`, whose mask goes there in the file `masks`, also "pixels"
-    and "painted".
+    """{"fault", "digest", "stamp"} of a photo; of one with a `place`, whose mask goes there in the file `masks`, also
+    "pixels" and "painted".
     """
     path = root / photo["file_name"]
+    found = {"fault": None, "digest": "", "stamp": photo_stamp(path)}  # before it is read
     try:
         read_image(path, *photo["size"], check=True)
     except OSError as e:
-        return {"fault": f"image {photo['id']} ({photo['file_name']}) {e.strerror}", "digest": ""}
-    found = {"fault": None, "digest": file_hash(path)}
+        return found | {"fault": f"image {photo['id']} ({photo['file_name']}) {e.strerror}"}
+    found["digest"] = file_hash(path)
     if place is None:
         return found
     mask, pixels, sizes, covered = paint_mask(photo["objects"], *photo["size"], paint, n_classes)
@@ -953,12 +936,11 @@ def classmix(images, masks, prob, weights, rng):
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
-# name -> (segmentation-models-pytorch's name, options)
-DECODERS = {name: (name, {}) for name in ("unet", "unetplusplus", "manet", "linknet", "pspnet", "deeplabv3",
-                                          "deeplabv3plus", "pan", "upernet", "segformer", "dpt")}
-# 64 and 32 channels train three times as many images/s on a CPU as smp's own 256 and 128, which are fpn-wide
-DECODERS |= {"fpn": ("fpn", {"decoder_pyramid_channels": 64, "decoder_segmentation_channels": 32}),
-             "fpn-wide": ("fpn", {}), "efficientdet": ("efficientdet", {})}
+# name -> options of segmentation-models-pytorch's decoder; 64 and 32 channels of fpn train three times as many images/s
+# on a CPU as its own 256 and 128, which are fpn-wide
+DECODERS = dict.fromkeys(("unet", "unetplusplus", "manet", "linknet", "pspnet", "deeplabv3", "deeplabv3plus", "pan",
+                          "upernet", "segformer", "dpt", "fpn-wide", "efficientdet"), {})
+DECODERS |= {"fpn": {"decoder_pyramid_channels": 64, "decoder_segmentation_channels": 32}}
 STRIDE = 32  # of the deepest encoder map: what the sides of an input must be a multiple of
 
 
@@ -973,8 +955,7 @@ def build_model(name, n_classes, weights="none"):
     import timm
     import torch
     decoder, encoder = name.split("/", 1)
-    architecture, options = DECODERS[decoder]
-    options = options | {"encoder_weights": None}
+    options = DECODERS[decoder] | {"encoder_weights": None}
     of_timm, from_file = encoder.startswith("tu-"), weights not in ("none", "imagenet")
     state = load_checkpoint(weights) if from_file else {}
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -991,8 +972,8 @@ def build_model(name, n_classes, weights="none"):
             with torch.device("meta"):  # a trial without memory: given a file, timm itself lets keys be missing
                 timm.create_model(encoder.removeprefix("tu-")).load_state_dict(state, assign=True)
             options |= {"encoder_weights": True, "pretrained_cfg_overlay": {"file": str(weights)}}
-        model = (build_efficientdet(encoder, n_classes, **options) if architecture == "efficientdet" else
-                 smp.create_model(architecture, encoder, classes=n_classes, **options))
+        model = (build_efficientdet(encoder, n_classes, **options) if decoder == "efficientdet" else
+                 smp.create_model(decoder.removesuffix("-wide"), encoder, classes=n_classes, **options))
         if from_file and not of_timm:
             model.encoder.load_state_dict(state)
     except Exception as e:  # smp, timm and the hub raise many types; the reason is in the message
@@ -1097,11 +1078,12 @@ def padded(model):
 
 def encoder_mean_std(name):
     """(mean, std) per RGB channel, of values 0..1, that the encoder's pretrained weights were made with."""
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    from timm.models import get_pretrained_cfg
-    encoder = name.split("/", 1)[1]
-    known = get_pretrained_cfg(encoder.removeprefix("tu-")) if encoder.startswith("tu-") else None
-    return (tuple(known.mean), tuple(known.std)) if known else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    from timm.models import PretrainedCfg, get_pretrained_cfg
+    encoder = name.split("/", 1)[1].removeprefix("tu-")
+    # smp's own that timm calls otherwise; of what timm doesn't know ImageNet's
+    timms = {"inceptionv4": "inception_v4", "inceptionresnetv2": "inception_resnet_v2", "xception": "legacy_xception"}
+    known = get_pretrained_cfg(timms.get(encoder, encoder)) or PretrainedCfg()
+    return tuple(known.mean), tuple(known.std)
 
 
 def normalise(images, mean, std):
@@ -1211,7 +1193,7 @@ def scores(confusions, batch_size):
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours for the colour-blind and four of Tol's; class 1 has the first, after the last they repeat
+# Okabe and Ito's colours for the colour-blind, three of Tol's, white; class 1 has the first, after the last they repeat
 PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
            (136, 34, 85), (51, 34, 136), (187, 187, 187), (255, 255, 255))
 COLOURS = np.array([(0, 0, 0), *(PALETTE[i % len(PALETTE)] for i in range(254)), (255, 0, 255)], np.uint8)

@@ -4,7 +4,7 @@
 
 Writes EXP/rROUND/MODEL/sSCALE/fFOLD/: batch.png (the first batch), log.csv, curves.png, last.pt after every epoch and,
 when training is done, valid.png (the worst, median and best images), config.json and model.pt. The same line again
-resumes after an interruption and does nothing when model.pt is there.
+resumes after an interruption and does nothing when model.pt is there. --snapshots K also keeps K epoch-*.pt.
 """
 import argparse
 import math
@@ -23,8 +23,8 @@ from common import (AUGMENTATIONS, COLOURS, DECODERS, IGNORE_INDEX, LOSSES, PAIN
                     EvalPhotos, Help, TrainSamples, amp, atomic_write, build_model, check_space, claim_device,
                     confusion, draw_bars, draw_heat, encoder_mean_std, figure_urls, file_hash, image_miou,
                     load_checkpoint, load_data, load_folds, lock, make_augmentation, make_loss, named, normalise,
-                    number, overlay, ranks, rare_odds, run_folder, run_script, save_checkpoint, scores, tile_url,
-                    write_csv, write_json, write_page, write_sheet)
+                    number, overlay, ranks, rare_odds, run_script, save_checkpoint, scores, tile_url, write_csv,
+                    write_json, write_page, write_sheet)
 from infer import resize_probs
 from pseudo_label import check_labels, load_labels
 
@@ -47,7 +47,7 @@ SCHEDULES = {
 # name -> (torch.optim's name, settings)
 OPTIMIZERS = {"adamw": ("AdamW", {}), "sgd": ("SGD", {"momentum": 0.9, "nesterov": True})}
 
-# every option that decides the result of a run, besides its model, scale, fold and round: type or choices, default, why
+# every option that decides the result of a run, besides those of "what to train": type or choices, default, why
 RECIPE = {
     "weights": (str, "imagenet", "of the encoder: imagenet (downloaded), none, or a file with its state dict"),
     "epochs": (number(int, 1), 40, "with --overfit: at most"),
@@ -119,7 +119,7 @@ def parse_args(argv=None):
 
 
 def model_name(text):
-    decoder, slash, encoder = text.partition("/")
+    decoder, _, encoder = text.partition("/")
     if decoder not in DECODERS or not encoder:
         raise argparse.ArgumentTypeError(f"{text!r} is not DECODER/ENCODER with a decoder of {', '.join(DECODERS)}")
     return text
@@ -138,7 +138,7 @@ def make_loaders(args, train, test, learn, valid, cuda):
         pseudo, class_ids = load_labels(args, test)
         print(f"{len(entries)} labelled and {len(pseudo)} pseudo-labelled images")
         entries += pseudo
-        present = np.stack([*present, *(np.isin(range(len(train.classes)), some) for some in class_ids)])
+        present = np.stack([*present, *(np.isin(range(len(train.classes)), [0, *some]) for some in class_ids)])
     rank, n_ranks = ranks()
     if len(entries) < 2 * n_ranks:
         raise SystemExit(f"{len(entries)} training images: batch norm needs 2 for each of {n_ranks} process(es)")
@@ -490,7 +490,7 @@ def fit(run, loaders, args, info, out, device, report):
         save(0, now)
         if ranks()[0] == 0:
             log_row(run, row, args, recipe, out)
-            if run["drawing"] < 0.02 * sum(row["seconds"] for row in run["log"]) or run["epoch"] == args.epochs:
+            if run["drawing"] < 0.02 * sum(row["seconds"] for row in run["log"]):
                 drawn = time.time()
                 draw_curves(out / "curves.png", run["log"])
                 run["drawing"] += time.time() - drawn
@@ -535,7 +535,7 @@ def train_run(args, root, report=None):
     pixels = np.array(train.pixels)
     if args.overfit:  # on the images with the most classes
         learn = valid = learn[np.argsort(-(pixels[learn] > 0).sum(1), kind="stable")][:args.overfit]
-    out, first = run_folder(root, args.round, args.model, args.scale, args.fold), ranks()[0] == 0
+    out, first = root / f"r{args.round}" / args.model / f"s{args.scale}" / f"f{args.fold}", ranks()[0] == 0
     with lock(out, wait=report is not None) if first else nullcontext():
         recipe = make_recipe(args, train)
         made = [out / "model.pt", *(out / f"epoch-{epoch:03}.pt" for epoch in snapshot_epochs(args))]
@@ -563,6 +563,8 @@ def train_run(args, root, report=None):
             fit(run, loaders, args, info, out, device, report)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{out}: interrupted, kept is what was after {run['kept']}") from None
+        if first:
+            draw_curves(out / "curves.png", run["log"])  # fit leaves some epochs out
         v3 = run["best"]["v3"]
         if args.overfit and v3 < OVERFIT_V3:
             raise SystemExit(f"{out}: v3 {v3:.4f} on its own {len(learn)} training images, below {OVERFIT_V3}: more "

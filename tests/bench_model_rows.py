@@ -195,7 +195,7 @@ def growth():
         for n in sizes:
             draw_data(folder / f"data{n}", train=14, test=n, size=64)
         model, exp, options = "linknet/tu-mobilenetv3_small_100", folder / "exp", ["--cache", folder / "cache"]
-        run, folds = common.run_folder(exp, 0, model, 64, 0), ["--exp", exp, "--folds", 2, *options]
+        run, folds = exp / f"r0/{model}/s64/f0", ["--exp", exp, "--folds", 2, *options]
         run_and_peak(ROOT / "train.py", "--data", folder / f"data{sizes[0]}", "--model", model, "--scale", 64,
                      "--weights", "none", "--epochs", 1, *folds)
         for n in sizes * 3:

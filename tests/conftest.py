@@ -122,8 +122,13 @@ def line(tiny_data, cache):
     return parse
 
 
+def run_folder(exp, round_, model, scale, fold):
+    """EXP/rROUND/DECODER/ENCODER/sSCALE/fFOLD."""
+    return Path(exp) / f"r{round_}" / model / f"s{scale}" / f"f{fold}"
+
+
 def run_of(args):
-    return common.run_folder(args.exp, args.round, args.model, args.scale, args.fold)
+    return run_folder(args.exp, args.round, args.model, args.scale, args.fold)
 
 
 @pytest.fixture(scope="module")

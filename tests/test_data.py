@@ -172,8 +172,7 @@ def test_file_hash_is_the_start_of_sha256(tmp_path):
     assert common.file_hash(tmp_path / "a") == "ba7816bf8f01cfea"
 
 
-def test_folders_of_runs_and_pseudo_labels():
-    assert str(common.run_folder("out/a", 1, "fpn/resnet18", 256, 3)) == "out/a/r1/fpn/resnet18/s256/f3"
+def test_the_folder_of_pseudo_labels():
     assert str(pseudo_label.pseudo_folder("out/a", 1, 3)) == "out/a/r1/pseudo/f3"
 
 
@@ -715,7 +714,8 @@ showpage
 
 def many_categories(train, test, data):
     for coco in (train, test):
-        coco["categories"] = [{"id": i, "name": f"c{i}"} for i in range(IGNORE_INDEX)]
+        coco["categories"] = [{"id": i, "name": f"c{i}"} for i in range(300)]
+    train["annotations"][0]["category_id"] = 299
 
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -770,7 +770,7 @@ FAULTS = {
     "no test images": (lambda train, test, data: test["images"].clear(), ("test.json", "no images")),
     "no categories": (lambda train, test, data: [coco["categories"].clear() for coco in (train, test)],
                       ("train.json", "0 categories")),
-    "more classes than a byte holds": (many_categories, ("train.json", "255 categories")),
+    "more classes than a byte holds": (many_categories, ("train.json", "300 categories")),
     "category id twice": (category(id=1), ("train.json", "every category")),
     "category name twice": (category(name="Metal"), ("train.json", "every category")),
     "category without name": (category(name=None), ("train.json", "every category")),
@@ -914,6 +914,27 @@ def test_cached_photos_are_the_photos_until_one_changes(data, tmp_path, load):
         train, _ = common.load_data(data, tmp_path / "cache", decoded=decoded)
         assert (train.photos is not None) == decoded
         assert np.array_equal(train.image(0), images[0]) and np.array_equal(train.image(1), changed)
+
+
+def test_photos_that_another_start_has_decoded_meanwhile_are_not_decoded_again(data, tmp_path, load, monkeypatch):
+    load(data)
+    reads, read, lock = [], common.read_image, common.lock
+
+    def late_lock(*args, **options):
+        monkeypatch.setattr(common, "lock", lock)
+        common.load_data(data, tmp_path / "cache", decoded=True)
+        return lock(*args, **options)
+    monkeypatch.setattr(common, "read_image", lambda path, *size: reads.append(path) or read(path, *size))
+    monkeypatch.setattr(common, "lock", late_lock)
+    assert common.load_data(data, tmp_path / "cache", decoded=True)[0].photos is not None and len(reads) == 2
+
+
+def test_a_photo_that_changes_while_photos_are_decoded_is_one_line(data, tmp_path, load, monkeypatch):
+    name, read = load(data)[0].file_names[0], common.read_image
+    monkeypatch.setattr(common, "read_image", lambda path, *size: (
+        write_photo(data / name, 8, 8, seed=99), read(path, *size))[1])
+    with pytest.raises(SystemExit, match="changed while they were read: run it again"):
+        common.load_data(data, tmp_path / "cache", decoded=True)
 
 
 def test_second_load_reads_the_cache(data, tmp_path, load):

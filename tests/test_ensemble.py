@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, write_coco
+from conftest import ROOT, run_folder, write_coco
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -501,7 +501,7 @@ def experiments(tmp_path_factory, splits):
     root, rng = tmp_path_factory.mktemp("out"), np.random.default_rng(0)
     for exp, right, round_, models in (("weak", 40, 0, "a"), ("good", 120, 0, "ab"), ("good", 125, 1, "a")):
         for model, fold in product(models, (0, 1)):
-            write_run(common.run_folder(root / exp, round_, f"unet/{model}", 64, fold), splits, rng, fold, right=right,
+            write_run(run_folder(root / exp, round_, f"unet/{model}", 64, fold), splits, rng, fold, right=right,
                       model=f"unet/{model}", round=round_)
     (root / "weak/report").mkdir()
     return root
@@ -546,7 +546,7 @@ def test_an_experiment_may_be_named_like_a_round(tiny_data, cache, experiments, 
 
 
 def test_only_the_images_that_both_held_out_are_compared(tiny_data, cache, splits, experiments, tmp_path, capsys):
-    half, other = (write_run(common.run_folder(tmp_path / name, 0, "unet/a", 64, fold), splits,
+    half, other = (write_run(run_folder(tmp_path / name, 0, "unet/a", 64, fold), splits,
                              np.random.default_rng(7), fold).parents[4] for name, fold in (("half", 0), ("other", 1)))
     run_ensemble(tiny_data, cache, "compare", "--tables", tmp_path, half, experiments / "good")
     assert "7 images that both held out" in capsys.readouterr().out
@@ -561,7 +561,7 @@ def test_only_the_images_that_both_held_out_are_compared(tiny_data, cache, split
 
 
 def test_status_says_which_runs_are_done_and_how_long_the_others_take(tmp_path, capsys):
-    runs = [common.run_folder(tmp_path, 0, model, 64, fold) for model in ("unet/a", "unet/b") for fold in (0, 1)]
+    runs = [run_folder(tmp_path, 0, model, 64, fold) for model in ("unet/a", "unet/b") for fold in (0, 1)]
     for run, files, epochs, seconds in ((runs[0], ["model.pt", "test.json"], 4, 900), (runs[1], ["model.pt"], 4, 1100),
                                         (runs[2], ["last.pt", "model.pt"], 3, 1800)):
         run.mkdir(parents=True)

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import run_until_killed
+from conftest import run_folder, run_until_killed
 
 import common
 import infer
@@ -28,7 +28,7 @@ def trained(tiny_data, cache, tmp_path_factory):
     train.main(train.parse_args(["--data", str(tiny_data), "--exp", str(exp), "--cache", str(cache), "--model", MODEL,
                                  "--scale", str(SCALE), "--folds", "3", "--epochs", "2", "--weights", "none",
                                  "--fold", "1", "--lr", "1e-2", "--device", "cpu", "--snapshots", "2"]))
-    folder = common.run_folder(exp, 0, MODEL, SCALE, 1)
+    folder = run_folder(exp, 0, MODEL, SCALE, 1)
     infer.main(infer_line(tiny_data, cache, folder))
     # epoch-001.pt, epoch-002.pt and model.pt differ
     assert len({common.file_hash(path) for path in folder.glob("*.pt")}) == 3

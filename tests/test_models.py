@@ -55,8 +55,8 @@ def test_padding_leaves_the_model_its_class_its_keys_and_its_answers(decoder):
     if decoder == "efficientdet":
         plain = common.build_efficientdet(encoder_of(decoder), 5, None)
     else:
-        name, options = common.DECODERS[decoder]
-        plain = smp.create_model(name, encoder_of(decoder), encoder_weights=None, classes=5, **options)
+        plain = smp.create_model(decoder.removesuffix("-wide"), encoder_of(decoder), encoder_weights=None, classes=5,
+                                 **common.DECODERS[decoder])
     kind, model = type(plain), small(decoder)
     plain.eval().load_state_dict(model.state_dict())
     images = torch.randn(1, 3, 128, 128)
@@ -205,7 +205,10 @@ def test_mean_and_std_are_those_the_encoders_weights_were_made_with():
     assert common.encoder_mean_std("unet/tu-tf_efficientnet_lite0.in1k") == half
     assert common.encoder_mean_std("unet/resnet18") == IMAGENET
     assert common.encoder_mean_std("fpn/tu-mobilenetv3_small_100") == IMAGENET
-    assert common.encoder_mean_std("unet/tu-nosuch") == IMAGENET
+    assert common.encoder_mean_std("unet/tu-nosuch") == common.encoder_mean_std("unet/efficientnet-b0") == IMAGENET
+    for name in ("inceptionv4", "inceptionresnetv2", "xception"):  # smp has them by other names than timm
+        assert common.encoder_mean_std(f"unet/{name}") == half
+    assert common.encoder_mean_std("unet/dpn68")[1] == pytest.approx((0.2348,) * 3, abs=1e-4)
 
 
 def test_a_model_is_rebuilt_from_its_checkpoint_alone(tmp_path):

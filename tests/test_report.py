@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_coco
+from conftest import ROOT, run_folder, write_coco
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 from test_ensemble import run_ensemble, write_store
@@ -167,7 +167,7 @@ def made(tmp_path_factory):
     splits = common.load_data(root / "data", cache)
     for model in "ab":
         for fold in (0, 1):
-            run = common.run_folder(exp, 1, f"unet/{model}", 64, fold)
+            run = run_folder(exp, 1, f"unet/{model}", 64, fold)
             for split, ids in (("valid", splits[0].ids[fold::2]), ("test", splits[1].ids)):
                 probs = rng.integers(0, 120, (len(ids), 4, 16, 16)).repeat(16, 2).repeat(16, 3)
                 probs[:, 3] = 0

@@ -15,6 +15,7 @@ import bench_sweep
 import optuna
 import pandas as pd
 import pytest
+from conftest import run_folder
 from PIL import Image
 
 import common
@@ -341,7 +342,7 @@ def test_real_runs_are_found_done_and_tensorboard_has_v3_of_every_epoch(sweep, t
     monkeypatch.setattr(train, "train_one_epoch", lambda *_: pytest.fail("it trains again"))
     sweep(1, *line)
     root = tmp_path / "exp/sweep" / done.trials[0].user_attrs["folder"]
-    run = common.run_folder(root, 0, MODEL, 64, 0)
+    run = run_folder(root, 0, MODEL, 64, 0)
     log = pd.read_csv(run / "log.csv")
     assert done.trials[0].intermediate_values == pytest.approx(dict(zip(log.epoch, log.v3, strict=True)))
     assert done.best_value == pytest.approx(log.v3.max()) and len(list(root.parent.rglob("model.pt"))) == 3

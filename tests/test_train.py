@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import EPOCHS, FOLD, MODEL, SCALE, run_of, run_until_killed, write_coco
+from conftest import EPOCHS, FOLD, MODEL, SCALE, run_folder, run_of, run_until_killed, write_coco
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score
@@ -286,7 +286,8 @@ def test_a_model_that_cannot_work_at_the_scale_is_refused_in_one_line(line, tmp_
     ("--batch", "1"), ("--accumulate", "0"), ("--optimizer", "adam"), ("--encoder-lr", "-1"), ("--schedule", "step"),
     ("--cycles", "0"), ("--snapshots", "-1"), ("--weight-decay", "-1"), ("--clip", "inf"), ("--loss", "nosuch"),
     ("--label-smoothing", "1"), ("--class-weights", "nosuch"), ("--classmix", "nosuch"), ("--classmix-prob", "1.5"),
-    ("--sampler", "nosuch"), ("--logger", "nosuch"), ("--overfit", "-1")], ids=" ".join)
+    ("--sampler", "nosuch"), ("--logger", "nosuch"), ("--overfit", "-1"),
+    ("--epochs", "9" * 401), ("--lr", "9" * 401)], ids=lambda wrong: " ".join(wrong)[:20])
 def test_a_wrong_value_is_refused_by_name_before_a_run_is_begun(line, tmp_path, no_training, capsys, wrong):
     with pytest.raises(SystemExit) as refusal:
         train.main(line(tmp_path, *wrong))
@@ -987,7 +988,7 @@ def test_overfit_learns_its_few_images_by_heart_beside_the_normal_run(line, shap
     train.main(args)
     assert {path.name for path in run_of(args).iterdir()} == {"model.pt"}
     assert (run_of(args) / "model.pt").read_text() == "a normal run"
-    folder = common.run_folder(tmp_path / "overfit", 0, MODEL, SCALE, FOLD)
+    folder = run_folder(tmp_path / "overfit", 0, MODEL, SCALE, FOLD)
     state = torch.load(folder / "model.pt")
     assert state["v3"] >= 0.9 and state["epoch"] == len(read_log(folder)) < 8  # it stops when it can
     recipe = state["recipe"]
@@ -1169,6 +1170,20 @@ def test_curves_are_drawn_after_each_epoch_unless_that_would_cost_2_percent(line
     assert drawn == [1, 4]
 
 
+def test_a_run_that_is_stopped_before_its_last_curves_draws_them_when_it_resumes(line, tmp_path, monkeypatch):
+    drawn = []
+
+    def stop(path, log):
+        drawn.append(len(log))
+        if drawn == [1]:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "draw_curves", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(line(tmp_path, "--epochs", 1))
+    train.main(line(tmp_path, "--epochs", 1))
+    assert drawn == [1, 1]
+
+
 # ---- pseudo labels --------------------------------------------------------------------------------------------------
 
 
@@ -1255,7 +1270,7 @@ def test_every_score_after_an_allowed_leak_is_marked(pseudo, capsys, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fold": 0}))
     pseudo.args.allow_leak = True
     train.main(pseudo.args)
-    run = train.run_folder(pseudo.args.exp, 1, pseudo.args.model, pseudo.args.scale, FOLD)
+    run = run_folder(pseudo.args.exp, 1, pseudo.args.model, pseudo.args.scale, FOLD)
     assert re.search(r"v3 0\.\d{4} contaminated", capsys.readouterr().out)
     assert [row["contaminated"] for row in common.read_csv(run / "log.csv", ("contaminated",))] == ["1"]
     where = ["--data", str(pseudo.args.data), "--cache", str(pseudo.args.cache)]
@@ -1313,6 +1328,14 @@ def test_a_run_of_round_1_trains_on_both_and_an_edited_index_makes_it_another_re
     edit(pseudo.folder / "index.csv", f"{pseudo.test.ids[0]},1", f"{pseudo.test.ids[0]},0")
     with pytest.raises(SystemExit, match="pseudo .* -> "):
         train.main(pseudo.args)
+
+
+def test_the_rare_sampler_draws_also_a_pseudo_label_of_background_alone(pseudo):
+    for class_id in (3, 4, 6):  # those that are kept
+        edit(pseudo.folder / "index.csv", f",{class_id}\n", ",\n")
+    pseudo.args.sampler, pseudo.args.pseudo_ratio = "rare", 1.0
+    indices, _ = drawn(pseudo.args, range(10))
+    assert {9, 10, 11} <= set(indices)
 
 
 def test_overfit_learns_no_pseudo_labels(pseudo, splits):
