@@ -396,31 +396,36 @@ def test_resizing_probs_to_half_averages_four_pixels():
     torch.testing.assert_close(infer.resize_probs(probs), torch.nn.functional.avg_pool2d(probs, 2))
 
 
+STORE = {"image_ids": [5, 3], "classes": ["Background", "a", "b"], "split": "test", "tta": "flip", "checkpoints": [],
+         "data": "d", **dict.fromkeys(infer.FROM_RECIPE, 0)}
+
+
 @pytest.fixture
 def store(tmp_path):
     """The JSON path of a good store of 2 images and 3 classes."""
     np.save(tmp_path / "test.npy", np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1).repeat(256, 2).repeat(256, 3))
-    (tmp_path / "test.json").write_text(json.dumps({"image_ids": [5, 3], "classes": ["Background", "a", "b"]}))
+    (tmp_path / "test.json").write_text(json.dumps(STORE))
     return tmp_path / "test.json"
 
 
 def test_open_store_maps_the_file_and_returns_its_description(store):
     probs, info = infer.open_store(store)
     assert isinstance(probs, np.memmap) and probs[:, :, 0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert info == {"image_ids": [5, 3], "classes": ["Background", "a", "b"]}
+    assert info == STORE
 
 
 STORE_FAULTS = {
     "no description": lambda path: path.unlink(),
     "description cut off": lambda path: path.write_text(path.read_text()[:-4]),
     "description is a list": lambda path: path.write_text("[]"),
-    "no ids": lambda path: path.write_text('{"classes": ["a"]}'),
+    "no ids": lambda path: path.write_text(json.dumps({k: v for k, v in STORE.items() if k != "image_ids"})),
+    "no fold": lambda path: path.write_text(json.dumps({k: v for k, v in STORE.items() if k != "fold"})),
     "no array": lambda path: path.with_suffix(".npy").unlink(),
     "array cut off": lambda path: os.truncate(path.with_suffix(".npy"), 1000),
     "array is text": lambda path: path.with_suffix(".npy").write_text("hello"),
     "array of objects": lambda path: np.save(path.with_suffix(".npy"), np.array([{}]), allow_pickle=True),
-    "an image too many": lambda path: path.write_text('{"image_ids": [5, 3, 1], "classes": ["a", "b", "c"]}'),
-    "a class too few": lambda path: path.write_text('{"image_ids": [5, 3], "classes": ["a", "b"]}'),
+    "an image too many": lambda path: path.write_text(json.dumps(STORE | {"image_ids": [5, 3, 1]})),
+    "a class too few": lambda path: path.write_text(json.dumps(STORE | {"classes": ["a", "b"]})),
     "floats": lambda path: np.save(path.with_suffix(".npy"), np.zeros((2, 3, 256, 256), np.float16)),
     "other size": lambda path: np.save(path.with_suffix(".npy"), np.zeros((2, 3, 128, 128), np.uint8)),
 }
