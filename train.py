@@ -253,11 +253,8 @@ def train_one_epoch(run, loader, args, recipe, device, save=None, look=None):
         if step % 10 == 9:  # looking at every step would make a GPU wait
             loss_sum, skipped, in_a_row = total.tolist()
             if in_a_row >= MAX_SKIPPED:
-                loader.batch_sampler.first = step
-                batch = [loader.dataset.entries[index][:2] for _, index in next(iter(loader.batch_sampler))]
                 raise SystemExit(f"{MAX_SKIPPED} steps in a row without a finite gradient, the last with images "
-                                 f"{', '.join(str(split.ids[i]) for split, i in batch)}: lower --lr; kept is what was "
-                                 f"after {run['kept']}")
+                                 f"{images_of(loader, step)}: lower --lr; kept is what was after {run['kept']}")
             bar.set_postfix(loss=f"{loss_sum / max(1, step + 1 - skipped):.3f}", lr=f"{lr:.1e}",
                             images_s=f"{images_seen / (time.time() - started):.1f}")
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < len(loader):
@@ -270,6 +267,13 @@ def train_one_epoch(run, loader, args, recipe, device, save=None, look=None):
     seconds = time.time() - started
     return {"loss": loss_sum / (len(loader) - skipped) if skipped < len(loader) else math.nan, "lr": lr,
             "skipped": int(skipped), "images_per_s": images_seen * ranks()[1] / seconds, "waiting": waited / seconds}
+
+
+def images_of(loader, step):
+    """"7, 9": the ids of the images in a batch of this epoch."""
+    loader.batch_sampler.first = step
+    batch = [loader.dataset.entries[index][:2] for _, index in next(iter(loader.batch_sampler))]
+    return ", ".join(str(split.ids[i]) for split, i in batch)
 
 
 def predict(model, images, recipe, device):
@@ -291,6 +295,17 @@ def evaluate(model, loader, n_classes, recipe, device):
         import torch
         torch.distributed.all_gather_object(shares, counts)
     return np.stack([shares[i % n_ranks][i // n_ranks] for i in range(sum(map(len, shares)))])
+
+
+def validate(run, loader, args, info, device):
+    """(scores by column of log.csv, {column: IoU of each class}, what model.pt has of this epoch if it is the best)."""
+    model = run["ema"].module
+    counts = evaluate(model, loader, len(info["classes"]), info["recipe"], device)
+    found = scores(counts, args.batch)
+    v = {name: float(found[name]) for name in ("v1", "v2", "v3")}
+    iou = {f"iou {c}": float(value) for c, value in zip(info["classes"], found["iou"], strict=True)}
+    return v, iou, {"epoch": run["epoch"] + 1, "v3": v["v3"], "image_v3": image_miou(counts).tolist(),
+                    "model": {k: value.detach().clone() for k, value in model.state_dict().items()}}
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -431,18 +446,23 @@ def start_run(args, classes, pixels, resume, device):
     for p in (p for p in model.parameters() if p.requires_grad and args.optimizer == "sgd"):
         run["optimizer"].state[p]["momentum_buffer"] = torch.zeros_like(p)  # undefined after a skipped first step
     if resume:
-        state = load_checkpoint(resume)
-        try:
-            for name in STATES:
-                if state[name]:  # a scaler that is off has no state
-                    run[name].load_state_dict(state[name])
-            run |= {name: state[name] for name in PLACE}
-        except (KeyError, RuntimeError, ValueError) as e:
-            raise SystemExit(f"{resume}: not of these scripts and libraries, remove it to start anew: "
-                             f"{shorten(str(e), 300)}") from None
-        print(f"{resume.parent}: resuming after {run['kept']}")
+        restore(run, resume)
     run["total"] = run["total"].to(device)
     return run
+
+
+def restore(run, resume):
+    """Put what the checkpoint `resume` holds into a new run."""
+    state = load_checkpoint(resume)
+    try:
+        for name in STATES:
+            if state[name]:  # a scaler that is off has no state
+                run[name].load_state_dict(state[name])
+        run |= {name: state[name] for name in PLACE}
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise SystemExit(f"{resume}: not of these scripts and libraries, remove it to start anew: "
+                         f"{shorten(str(e), 300)}") from None
+    print(f"{resume.parent}: resuming after {run['kept']}")
 
 
 def fit(run, loaders, args, info, out, device, report):
@@ -473,16 +493,11 @@ def fit(run, loaders, args, info, out, device, report):
         if not math.isfinite(row["loss"]):
             raise SystemExit(f"{out}: the loss of epoch {row['epoch']} is {row['loss']}: lower --lr; kept is what was "
                              f"after {run['kept']}")
-        counts = evaluate(run["ema"].module, valid_loader, len(info["classes"]), recipe, device)
-        result = scores(counts, args.batch)
+        v, iou, now = validate(run, valid_loader, args, info, device)
+        row |= {**v, "seconds": time.time() - started, **({"contaminated": 1} if recipe["contaminated"] else {}), **iou}
+        run["log"].append(row)
         run["epoch"] += 1
         run["total"].zero_()
-        row |= {**{k: float(result[k]) for k in ("v1", "v2", "v3")}, "seconds": time.time() - started,
-                **({"contaminated": 1} if recipe["contaminated"] else {}),
-                **{f"iou {c}": float(v) for c, v in zip(info["classes"], result["iou"], strict=True)}}
-        run["log"].append(row)
-        now = {"epoch": row["epoch"], "v3": row["v3"], "image_v3": image_miou(counts).tolist(),
-               "model": {k: v.detach().clone() for k, v in run["ema"].module.state_dict().items()}}
         # early on a model that calls nearly all background often has the best v3; --overfit stops as soon as it can
         late = args.overfit or 2 * row["epoch"] > args.epochs
         if late and (run["best"] is None or now["v3"] > run["best"]["v3"]):
@@ -570,15 +585,20 @@ def train_run(args, root, report=None):
             raise SystemExit(f"{out}: v3 {v3:.4f} on its own {len(learn)} training images, below {OVERFIT_V3}: more "
                              "--epochs or another --lr, or the model or the loss doesn't learn")
         if first:
-            write_json(out / "config.json", recipe | {"classes": train.classes})
-            write_csv(out / "log.csv", run["log"])
-            best = {sys.intern(k): v for k, v in run["best"].items()}  # else a resumed run's file has other bytes
-            draw_valid(out / "valid.png", run, EvalPhotos(train, valid.tolist(), args.scale), info, device)
-            save_checkpoint(out / "model.pt", **info, **best)
-            for old in out.glob("last*"):
-                old.unlink()
-            print(f"{out}/model.pt: epoch {run['best']['epoch']}, v3 {v3:.4f}")
+            finish_run(run, info, out, EvalPhotos(train, valid.tolist(), args.scale), device)
     return v3
+
+
+def finish_run(run, info, out, photos, device):
+    """Write what stays of a run that is done, model.pt last; photos: the validation images, an EvalPhotos."""
+    write_json(out / "config.json", info["recipe"] | {"classes": info["classes"]})
+    write_csv(out / "log.csv", run["log"])
+    draw_valid(out / "valid.png", run, photos, info, device)
+    best = {sys.intern(k): v for k, v in run["best"].items()}  # else a resumed run's file has other bytes
+    save_checkpoint(out / "model.pt", **info, **best)
+    for old in out.glob("last*"):
+        old.unlink()
+    print(f"{out}/model.pt: epoch {best['epoch']}, v3 {best['v3']:.4f}")
 
 
 def check(args):
