@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -324,22 +325,31 @@ def test_a_finished_prediction_claims_no_device(tiny_data, cache, stores, monkey
     assert capsys.readouterr().out.count("nothing to do") == 2
 
 
-def test_make_stopped_after_a_model_is_written_and_before_its_script_ends_keeps_the_model(tmp_path):
+@pytest.mark.parametrize("name", ["r0/unet/a/s64/f0/model.pt", "r0/unet/a/s64/f0/test.npy", "submission.csv"])
+def test_make_stopped_after_a_file_is_written_and_before_its_script_ends_keeps_the_file(tmp_path, name):
     (tmp_path / "data").mkdir()
-    for name in ("Makefile", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("data/train.json", "data/test.json", "out/main/folds.csv"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "train.py").write_text(
-        "import os, sys, signal\n"
-        "if '--check' in sys.argv: open('out/main/folds.csv', 'w').close(); sys.exit()\n"
-        "os.makedirs('out/main/r0/unet/a/s64/f0'); open('out/main/r0/unet/a/s64/f0/model.pt', 'w').close()\n"
-        "os.kill(os.getppid(), signal.SIGTERM); signal.pause()\n")
-    done = subprocess.run(["make", "train", "MODELS=unet/a", "SCALES=64", "FOLDS=0", f"PY={sys.executable} -SE"],
-                          cwd=tmp_path, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True,
-                          start_new_session=True)
-    assert done.returncode and (tmp_path / "out/main/r0/unet/a/s64/f0/model.pt").exists(), done.stderr
+    for needed in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / needed, tmp_path)
+    for needed in ("data/train.json", "data/test.json"):
+        (tmp_path / needed).touch()
+    run = "r0/unet/a/s64/f0"
+    stores = [f"{run}/{split}.{end}" for split in ("valid", "test") for end in ("json", "npy")]
+    for script, files in (("train.py", [f"{run}/model.pt"]), ("infer.py", stores), ("ensemble.py", ["submission.csv"])):
+        (tmp_path / script).write_text(f"""if 1:
+            import os, signal, sys
+            for path in ["folds.csv"] if "--check" in sys.argv else {files}:
+                os.makedirs(os.path.dirname("out/main/" + path), exist_ok=True)
+                open("out/main/" + path, "w").close()
+                if path == "{name}":
+                    os.kill(os.getsid(0), signal.SIGTERM)  # to make, which leads the session
+                    signal.pause()
+            """)
+    make = subprocess.Popen(["make", "submit", "MODELS=unet/a", "SCALES=64", "FOLDS=0", f"PY={sys.executable} -SE"],
+                            cwd=tmp_path, env={"PATH": os.environ["PATH"]}, start_new_session=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert make.wait() and (tmp_path / "out/main" / name).exists()
+    with suppress(ProcessLookupError):
+        os.killpg(make.pid, signal.SIGKILL)  # a script of which make didn't see the end
 
 
 # ---- small losses ---------------------------------------------------------------------------------------------------
