@@ -65,7 +65,8 @@ def atomic_write(path):
             os.fsync(f.fileno())
         os.replace(scratch, path)
     except OSError as e:  # of a full disk it doesn't say which file
-        e.filename = e.filename or str(path)
+        if e.strerror:
+            e.filename = e.filename or str(path)
         raise
     finally:
         scratch.unlink(missing_ok=True)
@@ -126,8 +127,9 @@ def run_script(main, args):
                              "carries on") from None
         if not isinstance(e, OSError):
             raise
-        # one from a loader process ends with its own line, and has no file
-        raise SystemExit(f"{e.filename}: {e.strerror}" if e.filename else said[-1].removeprefix("OSError: ")) from None
+        if e.filename and e.strerror:
+            raise SystemExit(f"{e.filename}: {e.strerror}") from None
+        raise SystemExit(said[-1].removeprefix("OSError: ")) from None  # of a loader process: its own line comes last
 
 
 def write_json(path, value):
@@ -389,9 +391,9 @@ def read_image(path, height, width, check=False):
 
     The size in the JSON decides: pixels are turned by the EXIF orientation only if they don't have that size as stored.
     Of 16 bits the upper 8 are kept, of several pages or frames the first. The content decides, not the name's ending.
-    Raises OSError that says what is wrong with the photo; only its header is read if the size is. A damaged JPEG is an
-    error only with `check`, which looks at all of it and returns None. Without, cv2 decodes: to the same pixels as
-    Pillow in two thirds of the time.
+    Raises OSError that says what is wrong with the photo; only its header is read if the size is. With `check` None is
+    returned and a JPEG decoded at an eighth of its size, which finds what a full decode does. Without, cv2 decodes a
+    whole RGB JPEG, to the same pixels as Pillow in two thirds of the time, and damage inside it is no error.
     """
     from PIL import Image, ImageOps
     try:
@@ -1079,7 +1081,8 @@ def padded(model):
 def encoder_mean_std(name):
     """(mean, std) per RGB channel, of values 0..1, that the encoder's pretrained weights were made with."""
     from timm.models import PretrainedCfg, get_pretrained_cfg
-    encoder = name.split("/", 1)[1].removeprefix("tu-")
+    encoder = name.split("/", 1)[1].replace("timm-mobilenetv3", "tf_mobilenetv3")  # smp does so too
+    encoder = encoder.removeprefix("tu-").removeprefix("timm-")
     # smp's own that timm calls otherwise; of what timm doesn't know ImageNet's
     timms = {"inceptionv4": "inception_v4", "inceptionresnetv2": "inception_resnet_v2", "xception": "legacy_xception"}
     known = get_pretrained_cfg(timms.get(encoder, encoder)) or PretrainedCfg()
@@ -1211,14 +1214,14 @@ def overlay(image, mask=None, strength=0.6):
     return np.where((mask > 0)[..., None], mixed, photo).astype(np.uint8)
 
 
-def foreground(mask):
+def foreground_ids(mask):
     """Class ids in a mask, in order, without background and IGNORE_INDEX."""
     return [c for c in np.unique(mask).tolist() if 0 < c < IGNORE_INDEX]
 
 
 def named(mask, classes):
     """"Paper, Metal": the foreground in a mask."""
-    return ", ".join(classes[c] for c in foreground(mask)) or "nothing"
+    return ", ".join(classes[c] for c in foreground_ids(mask)) or "nothing"
 
 
 def write_sheet(path, rows, legend, across=1):

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, draw_bars, draw_heat,
-                    figure_urls, foreground, image_miou, load_data, lock, make_folds, named, number, overlay, read_csv,
+from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, draw_bars, draw_heat, figure_urls,
+                    foreground_ids, image_miou, load_data, lock, make_folds, named, number, overlay, read_csv,
                     run_script, scores, tile_url, write_page, write_sheet)
 from infer import difference, open_store, order_of, read_probs
 from pseudo_label import pseudo_counts, write_coco
@@ -93,10 +93,10 @@ def open_members(runs, split):
         probs, info = open_store(path)
         infos.append(info)
         check_classes(info["classes"], infos[0]["classes"], path, runs[0])
-        for key in ("data", "folds_csv", "paint"):
+        for key in ("paint", "folds_csv", "data"):
             if info[key] != infos[0][key]:
                 raise SystemExit(f"{path} has another {key} than {runs[0]}, {info[key]} and not {infos[0][key]}: made "
-                                 "on other data or folds, they can't vote together")
+                                 "on other data or folds, they can't vote together; run infer.py on both again")
         folds = members[os.path.abspath(run.parent), info["tta"]]
         if info["fold"] in folds:
             raise SystemExit(f"{run}: given twice, or another of its member has fold {info['fold']} too")
@@ -379,6 +379,8 @@ def analyse(args, oof, thumbs, truths, apart):
     The order of the waterfall is found on thumbnails, all numbers are of whole images.
     """
     n_members, order, total = len(oof.names), [], np.float32(0)
+    show(args, oof, "disagreement", "disagreement: share of pixels on which two members differ",
+         {"": range(1, n_members + 1), "member": oof.names, **{str(m): share for m, share in enumerate(apart, 1)}})
     shared = thumbs.any((2, 3)).all(0)  # [N] images that all have predicted: an absent member would be no loss else
     if not shared.any():
         print("\nno image was predicted by all members: no table of who adds what")
@@ -406,8 +408,6 @@ def analyse(args, oof, thumbs, truths, apart):
     if best:
         show(args, oof, "axes", "axes: what the vote of all gains over that of the members with the best value alone\n"
              "(fold isn't here: no two folds predict the same image out of fold)", [*best.values()])
-    show(args, oof, "disagreement", "disagreement: share of pixels on which two members differ",
-         {"": range(1, n_members + 1), "member": oof.names, **{str(m): share for m, share in enumerate(apart, 1)}})
 
 
 # ---- submissions ----------------------------------------------------------------------------------------------------
@@ -435,8 +435,11 @@ def decode_mask(text, n_classes):
     return ids if ids.max() < n_classes else None
 
 
-def write_submission(path, names, preds, n_classes):
-    """Write, read back and check the CSV; it gets its name only when every row is as it should be."""
+def write_submission(path, names, preds, n_classes, beside=lambda scratch: None):
+    """Write, read back and check the CSV; it gets its name only when every row is as it should be.
+
+    beside(scratch) writes, before that, what goes beside it from the CSV under its scratch name.
+    """
     with atomic_write(path) as scratch:
         with open(scratch, "wb") as f:
             f.write(",".join(HEADER).encode() + b"\n")
@@ -445,15 +448,20 @@ def write_submission(path, names, preds, n_classes):
                 f.write(quoted.encode() + b"," + encode_mask(pred) + b"\n")  # csv looks at each character in turn
         if faults := [fault for fault, _ in read_submission(scratch, names, n_classes) if fault]:
             raise SystemExit("\n".join(faults))
+        beside(scratch)
 
 
-def write_masks(args, test, preds):
-    """Write the submission and, if it is asked for, its masks as COCO JSON."""
+def write_masks(args, test, preds, looks=()):
+    """Write the submission, beside it a picture of `looks` and, if it is asked for, its masks as COCO JSON."""
     names, n_classes = image_names(args, test), len(test.classes)
-    write_submission(args.out, names, preds, n_classes)
-    if args.coco:
-        masks = (pred for _, pred in read_submission(args.out, names, n_classes))
-        write_coco(args.out.with_suffix(".json"), args.data / "test.json", test, enumerate(masks))
+
+    def beside(scratch):
+        if looks:  # which preds() has filled
+            write_sheet(args.out.with_suffix(".png"), looks, dict(enumerate(test.classes)), across=3)
+        if args.coco:
+            masks = (pred for _, pred in read_submission(scratch, names, n_classes))
+            write_coco(args.out.with_suffix(".json"), args.data / "test.json", test, enumerate(masks))
+    write_submission(args.out, names, preds, n_classes, beside)
 
 
 def image_names(args, test):
@@ -564,7 +572,7 @@ def worst_images(oof, used, counts, n=24):
         photo, name = oof.train.image(oof.indices[i]), oof.train.file_names[oof.indices[i]]
         tiles = {"photo": overlay(photo), "truth": overlay(photo, oof.truths[i]), "vote": overlay(photo, pred),
                  "entropy": colormaps["magma"](entropy, bytes=True)[..., :3]}
-        cards.append({"text": f"v3 {v3[i]:.3f}, {name}", "classes": foreground([oof.truths[i], pred]),
+        cards.append({"text": f"v3 {v3[i]:.3f}, {name}", "classes": foreground_ids([oof.truths[i], pred]),
                       "tiles": [(text, tile_url(tile)) for text, tile in tiles.items()]})
     return cards
 
@@ -666,8 +674,7 @@ def soft(args):
             pred = remove_small(vote(images, weights, used["bias"]), used["min_area"])
             pixels[:] += np.bincount(pred.ravel(), minlength=len(pixels))
             yield pred
-    write_masks(args, test, keep_looks(preds(), test, looks))
-    write_sheet(args.out.with_suffix(".png"), looks, dict(enumerate(test.classes)), across=3)
+    write_masks(args, test, keep_looks(preds(), test, looks), looks)
     print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} run(s) of {len(members)} member(s)")
     explain(args, oof, surveyed, used, counts, oof.made + infos, pixels)
     exit_if_unread(infos)
@@ -689,7 +696,7 @@ def hard(args):
 
 def exit_if_unread(infos):
     """Exit with 3, saying so, if a voter couldn't read all photos; infos describe the voters."""
-    if unread := sorted({image_id for info in infos for image_id in info.get("unreadable", ())}):
+    if unread := sorted({image_id for info in infos for image_id in info["unreadable"]}):
         print(f"warning: the submission stands, but of {len(unread)} photo(s) that can't be read runs have voted "
               f"background: {', '.join(map(str, unread))}; mend them, run infer.py, then this again", file=sys.stderr)
         raise SystemExit(3)
@@ -781,7 +788,7 @@ def status(args):
 
 def main(args):
     if "out" in args and args.out.suffix != ".csv":
-        raise SystemExit(f"--out {args.out}: must end in .csv; a .png goes beside it")
+        raise SystemExit(f"--out {args.out}: must end in .csv; a .png or .json goes beside it")
     with lock(args.out.parent, name=f".{args.out.name}.lock") if "out" in args else nullcontext():
         {"soft": soft, "hard": hard, "score": score, "compare": compare, "status": status}[args.command](args)
 

@@ -23,6 +23,7 @@ from common import (SUBMIT_SIZE, EvalPhotos, Help, amp, atomic_write, build_mode
                     write_npy_header)
 
 FROM_RECIPE = ("model", "scale", "round", "fold", "folds_csv", "seed", "paint", "contaminated")  # in a store's JSON
+KEYS = ("split", "tta", "checkpoints", "data", "unreadable", *FROM_RECIPE)  # of a store's JSON, besides ids and classes
 
 
 def parse_args(argv=None):
@@ -114,13 +115,13 @@ def resize_probs(probs):
 def open_store(path):
     """(uint8 memmap [N, C, SUBMIT_SIZE, SUBMIT_SIZE], its JSON) of the store whose JSON is `path`.
 
-    Raises SystemExit when either is missing or they don't agree.
+    Raises SystemExit when either is missing, they don't agree, or the JSON lacks something.
     """
     info = read_json(path)
     try:
         probs = np.load(path.with_suffix(".npy"), mmap_mode="r")
         expected = (len(info["image_ids"]), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE)
-        if lacking := [key for key in ("split", "tta", "checkpoints", "data", *FROM_RECIPE) if key not in info]:
+        if lacking := [key for key in KEYS if key not in info]:
             raise ValueError(f"it lacks {', '.join(lacking)}")
     except (OSError, EOFError, ValueError, KeyError, TypeError) as e:
         raise SystemExit(f"{path}: not a whole store: {e}; run infer.py again") from None

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import (BACKGROUND, IGNORE_INDEX, Help, atomic_write, file_hash, foreground, load_data, lock, number,
+from common import (BACKGROUND, IGNORE_INDEX, Help, atomic_write, file_hash, foreground_ids, load_data, lock, number,
                     overlay, read_csv, read_json, run_script, write_csv, write_json, write_npy_header, write_sheet)
 from infer import open_store, read_probs
 
@@ -62,15 +62,16 @@ def pseudo_folder(exp, round_, fold):
 
 def check_makers(args, infos, test):
     """Whether a maker breaks the lineage, which needs --allow-leak; raises SystemExit for stores that don't fit."""
-    expected = {"split": "test", "classes": test.classes, "image_ids": test.ids, "paint": infos[0]["paint"],
-                "round": args.round - 1, "fold": args.fold, "folds_csv": infos[0]["folds_csv"]}
+    expected = {"split": "test", "classes": test.classes, "image_ids": test.ids, "round": args.round - 1,
+                "fold": args.fold, **{key: infos[0][key] for key in ("paint", "data", "folds_csv")}}
     wrong = [(path, key, info[key]) for path, info in zip(args.stores, infos, strict=True)
              for key, value in expected.items() if info[key] != value]
     for path, key, found in wrong:
         if not (args.allow_leak and key in LINEAGE):
             differs = "differ" if key == "image_ids" else f"is {found}, not {expected[key]}"
-            raise SystemExit(f"{path}: {key} {differs}; round {args.round} of fold {args.fold} learns only from fold "
-                             f"{args.fold} of round {args.round - 1}")
+            cure = (f"round {args.round} of fold {args.fold} learns only from fold {args.fold} of round "
+                    f"{args.round - 1}") if key in LINEAGE else "run infer.py on all of them again"
+            raise SystemExit(f"{path}: {key} {differs}; {cure}")
     return bool(wrong) or any(info["contaminated"] for info in infos)
 
 
@@ -206,7 +207,7 @@ def write_coco(path, test_json, split, masks):
     for i, mask in masks:
         height, width = split.sizes[i]
         large = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
-        for class_id in foreground(large):
+        for class_id in foreground_ids(large):
             rle = coco_mask.encode(np.asfortranarray(large == class_id))
             objects.append({"id": len(objects) + 1, "image_id": split.ids[i], "category_id": categories[class_id - 1],
                             "segmentation": rle | {"counts": rle["counts"].decode()}, "iscrowd": 1,
@@ -225,7 +226,7 @@ def write_labels(path, test, stores, by_hand, args):
             reason = "unreadable" if test.faults[i] else reason
             f.write(soft_label(probs, label) if args.soft else label)
             row = {"image_id": image_id, "keep": "", "reason": reason, "by_hand": by_hand.get(str(image_id), ""),
-                   "unsure": f"{unsure:.4f}", **{name: " ".join(map(str, foreground(mask)))
+                   "unsure": f"{unsure:.4f}", **{name: " ".join(map(str, foreground_ids(mask)))
                       for name, mask in (("classes", label), ("seen", probs.argmax(0)))}}
             rows.append(row | {"keep": row["by_hand"] or by_rule(row)})
     return rows

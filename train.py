@@ -505,7 +505,7 @@ def fit(run, loaders, args, info, out, device, report):
         save(0, now)
         if ranks()[0] == 0:
             log_row(run, row, args, recipe, out)
-            if run["drawing"] < 0.02 * sum(row["seconds"] for row in run["log"]):
+            if row["epoch"] < args.epochs and run["drawing"] < 0.02 * sum(row["seconds"] for row in run["log"]):
                 drawn = time.time()
                 draw_curves(out / "curves.png", run["log"])
                 run["drawing"] += time.time() - drawn
@@ -579,7 +579,7 @@ def train_run(args, root, report=None):
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{out}: interrupted, kept is what was after {run['kept']}") from None
         if first:
-            draw_curves(out / "curves.png", run["log"])  # fit leaves some epochs out
+            draw_curves(out / "curves.png", run["log"])  # fit leaves out some epochs, and the last
         v3 = run["best"]["v3"]
         if args.overfit and v3 < OVERFIT_V3:
             raise SystemExit(f"{out}: v3 {v3:.4f} on its own {len(learn)} training images, below {OVERFIT_V3}: more "

@@ -397,7 +397,7 @@ def test_resizing_probs_to_half_averages_four_pixels():
 
 
 STORE = {"image_ids": [5, 3], "classes": ["Background", "a", "b"], "split": "test", "tta": "flip", "checkpoints": [],
-         "data": "d", **dict.fromkeys(infer.FROM_RECIPE, 0)}
+         "data": "d", "unreadable": [], **dict.fromkeys(infer.FROM_RECIPE, 0)}
 
 
 @pytest.fixture

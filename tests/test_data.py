@@ -937,6 +937,20 @@ def test_a_photo_that_changes_while_photos_are_decoded_is_one_line(data, tmp_pat
         common.load_data(data, tmp_path / "cache", decoded=True)
 
 
+def test_a_photo_that_breaks_while_photos_are_decoded_is_named_in_one_line(data, tmp_path, load):
+    photo = data / load(data)[0].file_names[0]
+    whole, split = photo.read_bytes(), load(data)[0]
+    photo.write_bytes(whole[:40])
+    with pytest.raises(SystemExit, match="^image 11 .* has changed: .*; run the same again$"):
+        common.run_script(lambda _: [split.image(0)], None)
+
+    def in_a_write(_):
+        with common.atomic_write(tmp_path / "photos.npy") as scratch:
+            scratch.write_bytes(split.image(0))
+    with pytest.raises(SystemExit, match="^image 11 .* has changed: .*; run the same again$"):
+        common.run_script(in_a_write, None)
+
+
 def test_second_load_reads_the_cache(data, tmp_path, load):
     first, _ = load(data)
     before = snapshot(tmp_path)

@@ -467,7 +467,10 @@ def test_who_adds_what_is_asked_of_images_that_all_have_predicted(three, tmp_pat
     three.has = np.array([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]], bool)
     capsys.readouterr()
     ensemble.analyse(no_tables(tmp_path / "none"), three, *ensemble.survey(three)[1:])
-    assert "no image was predicted by all members" in capsys.readouterr().out and not (tmp_path / "none").exists()
+    assert "no image was predicted by all members" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "none").iterdir()] == ["disagreement.csv"]
+    shares = pd.read_csv(tmp_path / "none/disagreement.csv")[["1", "2", "3"]].to_numpy()
+    assert np.isnan(shares).tolist() == [[False, True, False], [True, False, False], [False] * 3]
 
 
 # ---- real stores ----------------------------------------------------------------------------------------------------
@@ -479,7 +482,7 @@ def write_store(run, split, probs, ids, classes, **info):
     common.write_json(run / f"{split}.json", {
         "classes": classes, "split": split, "tta": "flip", "data": "d", "seed": 0, "model": "unet/a", "scale": 64,
         "round": 0, "fold": 0, "folds_csv": "f01d", "paint": "area", "image_ids": ids, "contaminated": False,
-        "checkpoints": [{"file": "model.pt", "hash": "0", "epoch": 1}]} | info)
+        "unreadable": [], "checkpoints": [{"file": "model.pt", "hash": "0", "epoch": 1}]} | info)
 
 
 def write_run(run, splits, rng, fold, n_folds=2, right=120, **info):

@@ -206,6 +206,8 @@ def test_mean_and_std_are_those_the_encoders_weights_were_made_with():
     assert common.encoder_mean_std("unet/resnet18") == IMAGENET
     assert common.encoder_mean_std("fpn/tu-mobilenetv3_small_100") == IMAGENET
     assert common.encoder_mean_std("unet/tu-nosuch") == common.encoder_mean_std("unet/efficientnet-b0") == IMAGENET
+    for name in ("timm-tf_efficientnet_lite0", "timm-mobilenetv3_large_100"):  # as smp takes them for tu-
+        assert common.encoder_mean_std(f"unet/{name}") == half
     for name in ("inceptionv4", "inceptionresnetv2", "xception"):  # smp has them by other names than timm
         assert common.encoder_mean_std(f"unet/{name}") == half
     assert common.encoder_mean_std("unet/dpn68")[1] == pytest.approx((0.2348,) * 3, abs=1e-4)

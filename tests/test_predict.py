@@ -39,7 +39,7 @@ def write_store(run, split, probs, **info):
     common.write_json(run / f"{split}.json", {
         "classes": CLASSES, "split": split, "tta": "flip", "checkpoints": MAKERS, "data": "d", "seed": 0,
         "model": "unet/a", "scale": 64, "round": 0, "fold": 0, "folds_csv": "f01d", "paint": "area",
-        "contaminated": False} | info)
+        "contaminated": False, "unreadable": []} | info)
 
 
 def random_stores(rng, n_images, n_classes=12):

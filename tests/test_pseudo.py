@@ -221,7 +221,7 @@ def votes_of(makers):
 
 @pytest.mark.parametrize(("key", "value"), [
     ("round", 1), ("fold", 1), ("split", "valid"), ("folds_csv", "0ther"), ("image_ids", [4, 3, 2, 1]),
-    ("classes", CLASSES[:0:-1] + CLASSES[:1]), ("paint", "id")])
+    ("classes", CLASSES[:0:-1] + CLASSES[:1]), ("paint", "id"), ("data", "0ther")])
 @pytest.mark.parametrize("store", [0, 1])
 def test_makers_of_another_lineage_are_refused_by_name(makers, key, value, store):
     change_json(makers.paths[store], **{key: value})
