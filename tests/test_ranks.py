@@ -242,7 +242,8 @@ def test_two_ranks_count_the_pixels_that_one_process_counts(run_ranks, finished,
 def test_killed_run_carries_on_with_as_many_processes_or_others(run_ranks, finished, argv, tmp_path, before, after):
     line, notes = argv(tmp_path / "exp"), tmp_path / "notes"
     codes = run_ranks(before, "train_rank", notes, argv=line, die_after=1)
-    assert codes == [-signal.SIGKILL] * before and not (tmp_path / "exp" / RUN / "model.pt").exists()
+    # the other one may see that the first is gone before it is killed itself
+    assert -signal.SIGKILL in codes and 0 not in codes and not (tmp_path / "exp" / RUN / "model.pt").exists()
     assert run_ranks(after, "train_rank", notes, argv=line) == [0] * after, errors(notes)
     assert "resuming after epoch 1" in (notes / "out0").read_text()
     keys = [key for rank in range(after) for key in load(notes / f"rank{rank}.pt")["keys"]]
