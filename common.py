@@ -32,7 +32,7 @@ import zipfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import accumulate, cycle
 from multiprocessing import get_context
 from pathlib import Path
@@ -543,7 +543,6 @@ class Split:
     pixels: list  # [class_id] pixel counts each; empty for test
     objects: list  # {"sizes": ..., "covered": ...} of paint_mask each; empty for test
     digests: list  # hash of each photo's content, "" of one that can't be read
-    starts: list  # where the pixels of each training photo begin when all stand one after another, and the end of all
     masks: np.ndarray | None  # the masks one after another, flat; None for test
     photos: np.ndarray | None  # likewise the decoded photos, three bytes a pixel; None unless they are cached
     faults: list  # what is wrong with each photo, or None; only a test photo may have one
@@ -563,6 +562,10 @@ class Split:
             name = f"image {self.ids[index]} ({self.file_names[index]})"
             raise OSError(f"{name} has changed: {e.strerror}; run the same again") from None
 
+    @cached_property
+    def starts(self):
+        return pixel_starts(self.sizes)
+
     def mask(self, index):
         return self.masks[self.starts[index]:self.starts[index + 1]].reshape(self.sizes[index])
 
@@ -572,6 +575,11 @@ class Split:
         if self.masks is None:
             return np.full((SUBMIT_SIZE, SUBMIT_SIZE), IGNORE_INDEX, np.uint8)
         return cv2.resize(self.mask(index), (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_NEAREST)
+
+
+def pixel_starts(sizes):
+    """Where the pixels of each photo begin when all stand one after another, and where the last end."""
+    return [0, *accumulate(map(math.prod, sizes))]
 
 
 def load_data(data, cache, paint="area", decoded=False):
@@ -589,7 +597,7 @@ def load_data(data, cache, paint="area", decoded=False):
     paths = (train_json if train_json.exists() else data / "train.json", data / "test.json")
     if missing := [str(p) for p in paths if not p.is_file()]:
         raise SystemExit(f"no {' and no '.join(missing)}; DATA is the competition's folder")
-    folder = Path(cache) / hashlib.sha256(f"4 {paint} {[file_hash(p) for p in paths]}".encode()).hexdigest()[:16]
+    folder = Path(cache) / hashlib.sha256(f"3 {paint} {[file_hash(p) for p in paths]}".encode()).hexdigest()[:16]
     splits = open_cache(folder, data)
     if splits is None or decoded and splits[0].photos is None:
         with lock(folder, wait=True):  # the first to come builds
@@ -636,7 +644,7 @@ def build_cache(folder, paths, paint):
     if categories != test_categories and categories and test_categories:
         faults.append(f"{paths[0].name} and {paths[1].name} have different categories")
     photos = train + test
-    starts = [0, *accumulate(math.prod(photo["size"]) for photo in train)]
+    starts = pixel_starts(photo["size"] for photo in train)
     (folder / "photos.npy").unlink(missing_ok=True)  # of photos that have changed
     with atomic_write(folder / "masks.npy") as scratch:
         with open(scratch, "wb") as f:
@@ -660,7 +668,7 @@ def build_cache(folder, paths, paint):
     for path, part, entry in zip(paths, (train, test), index.values(), strict=True):
         content = hashlib.sha256(" ".join(entry["digests"]).encode()).hexdigest()[:16]
         entry.update({"groups": merge_groups(part, entry["digests"]), "classes": [BACKGROUND, *categories.values()],
-                      "fingerprint": f"{file_hash(path)} {paint} {content}", "starts": starts})
+                      "fingerprint": f"{file_hash(path)} {paint} {content}"})
     write_json(folder / "index.json", index)
     return open_cache(folder, root)
 

@@ -23,7 +23,7 @@ from common import (SUBMIT_SIZE, EvalPhotos, Help, amp, atomic_write, build_mode
                     write_npy_header)
 
 FROM_RECIPE = ("model", "scale", "round", "fold", "folds_csv", "seed", "paint", "contaminated")  # in a store's JSON
-KEYS = ("split", "tta", "checkpoints", "data", "unreadable", *FROM_RECIPE)  # of a store's JSON, besides ids and classes
+KEYS = ("image_ids", "classes", "split", "tta", "checkpoints", "data", "unreadable", *FROM_RECIPE)  # of a store's JSON
 
 
 def parse_args(argv=None):
@@ -120,10 +120,10 @@ def open_store(path):
     info = read_json(path)
     try:
         probs = np.load(path.with_suffix(".npy"), mmap_mode="r")
-        expected = (len(info["image_ids"]), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE)
         if lacking := [key for key in KEYS if key not in info]:
             raise ValueError(f"it lacks {', '.join(lacking)}")
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as e:
+        expected = (len(info["image_ids"]), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE)
+    except (OSError, EOFError, ValueError, TypeError) as e:
         raise SystemExit(f"{path}: not a whole store: {e}; run infer.py again") from None
     if probs.shape != expected or probs.dtype != np.uint8:
         raise SystemExit(f"{path} is of uint8 {expected}, the .npy of {probs.dtype} {probs.shape}; run infer.py again")

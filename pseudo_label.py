@@ -226,8 +226,8 @@ def write_labels(path, test, stores, by_hand, args):
             reason = "unreadable" if test.faults[i] else reason
             f.write(soft_label(probs, label) if args.soft else label)
             row = {"image_id": image_id, "keep": "", "reason": reason, "by_hand": by_hand.get(str(image_id), ""),
-                   "unsure": f"{unsure:.4f}", **{name: " ".join(map(str, foreground_ids(mask)))
-                      for name, mask in (("classes", label), ("seen", probs.argmax(0)))}}
+                   "unsure": f"{unsure:.4f}", "classes": " ".join(map(str, foreground_ids(label))),
+                   "seen": " ".join(map(str, foreground_ids(probs.argmax(0))))}
             rows.append(row | {"keep": row["by_hand"] or by_rule(row)})
     return rows
 
