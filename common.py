@@ -9,6 +9,7 @@ Shapes are fixed here and nowhere else:
 Importing this file does nothing and is quick: libraries that take seconds to import are imported where they are used.
 """
 import argparse
+import ast
 import base64
 import csv
 import ctypes
@@ -25,19 +26,22 @@ import reprlib
 import shutil
 import signal
 import socket
+import stat
+import subprocess
 import sys
 import tempfile
 import time
+import types
 import zipfile
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections import defaultdict
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from itertools import accumulate, cycle
+from itertools import accumulate, count, cycle
 from multiprocessing import get_context
 from pathlib import Path
 from textwrap import shorten
-from urllib.request import getproxies
 
 import numpy as np
 from tqdm import tqdm
@@ -76,6 +80,16 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Help that shows the docstring as it stands and every default."""
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes no abbreviations and whose errors are one line."""
+
+    def __init__(self, **options):
+        super().__init__(**{"allow_abbrev": False, "formatter_class": Help} | options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def number(kind, low, high=math.inf, step=None):
     """An argparse type: `kind`, int or float, from `low` to `high`, a multiple of `step`; no NaN and no infinity."""
     def parse(text):
@@ -101,6 +115,7 @@ def run_script(main, args):
     not be imported yet.
     """
     tune_process()
+    project_files()  # as they are now: what is edited later has no part in it
     rank, n_ranks = ranks()
     if n_ranks > 1:  # in a session of its own, where a signal that kills torchrun and its group doesn't reach it
         kill_me_with_parent = 1  # PR_SET_PDEATHSIG in prctl.h
@@ -171,10 +186,113 @@ def read_csv(path, columns):
     return rows
 
 
+def short_hash(*values):
+    """The first 16 hex digits of the SHA-256 of plain values, written as JSON."""
+    return hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def file_hash(path):
     """The first 16 hex digits of the file's SHA-256."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+class Hashes:
+    """Content hashes of files, remembered in CACHE/hashes.txt while device, inode, size and both times stay the same.
+
+    Times alone lie: a file may come from elsewhere with any time of change, but not with any ctime and inode.
+    """
+
+    def __init__(self, cache):
+        self.path, self.known, self.new = Path(cache) / "hashes.txt", {}, []
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
+        for line in lines:  # a later line of the same file wins; one that a kill has cut short counts for nothing
+            digest, _, key = line.partition(" ")
+            if re.fullmatch("[0-9a-f]{16}", digest):
+                self.known[key] = digest
+
+    @staticmethod
+    def key(path):
+        """What must stay the same of a file, as text; raises OSError when there is no such file or it is a pipe."""
+        s = os.stat(path)
+        if not stat.S_ISREG(s.st_mode):
+            raise OSError(f"{path} is no file")
+        return f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {str(path)!a}"
+
+    def remember(self, key, digest):
+        self.known[key] = digest
+        self.new.append(f"{digest} {key}\n")
+
+    def __call__(self, path):
+        """The hash of the file's content, "" of one that is not there or can't be read; see file_hash."""
+        try:
+            key = self.key(path)
+            if key not in self.known:
+                self.remember(key, file_hash(path))
+            return self.known[key]
+        except (OSError, ValueError):  # ValueError: a name with a zero byte
+            return ""
+
+    def remembered(self, path):
+        """The hash if the file need not be read for it, else None."""
+        with suppress(OSError, ValueError):
+            return self.known.get(self.key(path))
+
+    def of_all(self, paths):
+        """The hashes of many files; those that aren't remembered are read by several threads."""
+        found = [self.remembered(path) for path in paths]
+        if None not in found:
+            return found
+        with ThreadPoolExecutor(8) as pool:
+            read = pool.map(self, [path for path, digest in zip(paths, found, strict=True) if digest is None])
+            return [next(read) if digest is None else digest for digest in found]
+
+    def save(self):
+        """Append what is new; several processes may do so at once. A cache that can't be written is no error."""
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.new:
+                with open(self.path, "a", encoding="utf-8") as f:
+                    f.write("\n" + "".join(self.new))  # the line before may have been cut short
+            self.new = []
+
+
+def move_aside(folder, names):
+    """Move files of `folder` that are about to be replaced into folder/replaced, over those of the time before.
+
+    The first of `names` describes the others. From here until it is written anew by write_description a mark tells a
+    later call that this one was killed in between: then what is there already stays. Says what it has moved.
+    """
+    aside, mark = folder / "replaced", move_mark(folder / names[0])
+    if not mark.exists():
+        if not any((folder / name).exists() for name in names):
+            return
+        aside.mkdir(exist_ok=True)
+        for name in names:
+            (aside / name).unlink(missing_ok=True)
+        mark.touch()
+    names = [name for name in names if (folder / name).exists() and not (aside / name).exists()]
+    for name in names:
+        os.replace(folder / name, aside / name)
+    if names:
+        print(f"{aside}: {', '.join(names)} of before", flush=True)
+
+
+def move_mark(path):
+    """The file that is there while files are moved aside that the JSON `path` describes."""
+    return path.parent / "replaced" / f".{path.name}.moving"
+
+
+def check_output(data, *outputs, inputs=()):
+    """Raise SystemExit if an output is an input or another output, or lies in `data`, where nothing is written."""
+    root, taken = os.path.realpath(data), {os.path.realpath(path): f"{path}, which is read" for path in inputs}
+    for path in outputs:
+        real = os.path.realpath(path)
+        if real in taken:
+            raise SystemExit(f"{path} would be written over {taken[real]}: choose another name")
+        taken[real] = f"{path}, which is written too"
+        if Path(real).is_relative_to(root):
+            raise SystemExit(f"{path} lies in DATA, {data}, where nothing is ever written: choose another place")
 
 
 @contextmanager
@@ -297,6 +415,309 @@ def amp(device):
     cuda = device.type == "cuda"
     old = cuda and torch.cuda.get_device_capability(device)[0] < 8
     return torch.autocast(device.type, torch.float16 if old else torch.bfloat16, enabled=cuda)
+
+
+# ---- what made it ---------------------------------------------------------------------------------------------------
+# An artefact is up to date when its recipe (settings, data, parents) and its code are those that would make it now.
+
+# what is made -> (module, function) where the code that decides it begins
+STEPS = {"masks": [("common", "build_cache")],
+         "run": [("train", "train_run")],
+         "store": [("common", "load_data"), ("common", "EvalPhotos"), ("infer", "load_models"),
+                   ("infer", "predict_split")],
+         "labels": [("pseudo_label", "make_labels")],
+         "submission": [("ensemble", "soft")],
+         "voted": [("ensemble", "hard")]}
+
+# What shows, keeps and guards results without deciding them: in each file the search for code ends at the names in its
+# BESIDE, so that edits of these, and of what only they use, make nothing stale.
+BESIDE = {"DESCRIBED", "Hashes", "Help", "Parser", "accepted_code", "atomic_write", "cache_folder", "check_files",
+          "check_output", "check_space", "clean", "code_changes", "code_hashes", "code_of", "code_question",
+          "code_state", "data_files", "decide", "different_keys", "file_hash", "fingerprint", "folds_hash",
+          "git_commit", "is_description", "keep_code", "library_versions", "load_folds", "lock", "move_aside",
+          "move_mark", "name_fault", "named", "number", "overlay", "project_files", "provenance", "read_csv",
+          "read_description", "read_folds", "read_json", "recipe_changes", "run_script", "short_hash",
+          "tune_process", "version_changes", "write_csv", "write_description", "write_json", "write_page",
+          "write_sheet"}
+DERIVED = ("mean", "std")  # what a recipe says besides, as it follows from the rest
+DESCRIBED = ("recipe", "code", "state", "commit", "versions", "kept_under")  # of provenance
+VERSIONS = ("torch", "timm", "segmentation-models-pytorch", "albumentations")  # shown when they differ, no more
+
+
+@cache
+def project_files():
+    """{name: content} of the Python files beside this one, as they were when this process first asked.
+
+    run_script asks at once, so edits made while it runs are not taken for what made its results.
+    """
+    return {path.name: path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))}
+
+
+def check_files():
+    """Raise SystemExit if the project's Python files were edited since this process read them, as in a notebook."""
+    for name, content in project_files().items():
+        path = Path(__file__).parent / name
+        if not path.exists() or path.read_bytes() != content:
+            raise SystemExit(f"{name} was edited since this process has read it: start the process anew")
+
+
+@cache
+def definitions(module):
+    """{name: syntax trees that define it} of the top level of a project's file.
+
+    Under "" stands what the file does on import besides defining names. What is imported is defined by its import.
+    """
+    defined = defaultdict(list)
+    for node in ast.parse(project_files()[f"{module}.py"]).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names = [node.name]
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.asname or alias.name.partition(".")[0] for alias in node.names]
+        elif isinstance(node, ast.If) and "__name__" in ast.dump(node.test):
+            continue  # what a script does when it is run, after main's arguments are read
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        else:
+            places = getattr(node, "targets", [getattr(node, "target", node)])
+            names = [n.id for place in places for n in ast.walk(place) if isinstance(n, ast.Name) and (
+                isinstance(n.ctx, ast.Store) or isinstance(place, (ast.Subscript, ast.Attribute)))] or [""]
+        for name in names:
+            defined[name].append(node)
+    return defined
+
+
+def imports_of(node):
+    """{name: (module, name there or None for all of it)} of an import statement, as far as it is of project's files."""
+    if isinstance(node, ast.ImportFrom):
+        return {a.asname or a.name: (node.module, a.name if a.name != "*" else None) for a in node.names
+                if f"{node.module}.py" in project_files()}
+    return {a.asname or a.name: (a.name, None) for a in node.names if f"{a.name}.py" in project_files()}
+
+
+def remove_docstrings(node):
+    """Remove the docstrings of a function or class and of those defined in it from its syntax tree."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+        for part in node.body:
+            remove_docstrings(part)
+
+
+@cache
+def read_definition(module, name, entry):
+    """(hash, [(module, name) used]) of what defines a name; with `entry` only that entry of a table.
+
+    The hash has no docstrings; in it are the imports of other libraries that it needs.
+    """
+    trees, loaded, places, defined = [], set(), {}, definitions(module)
+    for node in defined[name]:
+        if entry is not None:
+            node = dict(zip(map(ast.literal_eval, node.value.keys), node.value.values, strict=True))[entry]
+        remove_docstrings(node)
+        text = ast.dump(node)
+        trees.append(text)
+        loaded |= set(re.findall(r"Name\(id='(\w+)', ctx=Load\(\)\)", text))  # 2 ms of all files, a walk 30 ms
+        for part in ast.walk(node) if "Import" in text else ():
+            places |= imports_of(part) if isinstance(part, (ast.Import, ast.ImportFrom)) else {}
+    for other in sorted(loaded & defined.keys()):
+        for node in defined[other]:
+            if not isinstance(node, (ast.Import, ast.ImportFrom)):
+                places.setdefault(other, (module, other))
+            elif found := imports_of(node):
+                places |= {other: found[other]}
+            else:
+                alias = next(a for a in node.names if (a.asname or a.name.partition(".")[0]) == other)
+                trees.append(f"{getattr(node, 'module', '')} {ast.dump(alias)}")
+    return short_hash(*trees), list(places.values())
+
+
+@cache
+def code_of(step, **entries):
+    """{name: hash} of every top-level function, class and constant that a step of STEPS can reach by name.
+
+    The hash is of the syntax tree, so comments, docstrings and layout don't count. entries: {table: entry}; of such a
+    dict the entry alone is reached, or nothing if it has none of that name: a new entry changes nothing that is there.
+    """
+    todo, seen, found = list(STEPS[step]), set(), defaultdict(list)
+    while todo:
+        module, name = place = todo.pop()
+        defined = definitions(module)
+        if name is None:  # of a module that is imported whole
+            todo += [(module, each) for each in defined]
+        if place in seen or name not in defined or name in names_beside(module):
+            continue
+        seen.add(place)
+        entry, label, keys = None, name or f"{module}.py", table_keys(module, name) if name in entries else None
+        if keys is not None:
+            if entries[name] not in keys:
+                continue
+            entry, label = entries[name], f"{name}[{entries[name]}]"
+        digest, used = read_definition(module, name, entry)
+        found[label].append(digest)
+        todo += [*used, (module, ""), (module, "*")]
+    return {name: short_hash(*sorted(found[name])) for name in sorted(found)}
+
+
+@cache
+def names_beside(module):
+    """The set BESIDE of a project's file; see there."""
+    statements = definitions(module).get("BESIDE")
+    return ast.literal_eval(statements[0].value) if statements else set()
+
+
+def table_keys(module, name):
+    """The keys of a table, or None if it isn't a dict that is written out in one statement: then it counts whole."""
+    node, *others = definitions(module)[name]
+    table = getattr(node, "value", None)
+    if others or not isinstance(table, ast.Dict) or not all(isinstance(key, ast.Constant) for key in table.keys):
+        return None
+    return [key.value for key in table.keys]
+
+
+def code_state():
+    """What names the project's Python files as they are."""
+    return short_hash(*(f"{name} {content!r}" for name, content in project_files().items()))
+
+
+def keep_code(exp):
+    """Keep the project's Python files as EXP/code/STATE/, once for each state of them."""
+    folder = Path(exp) / "code" / code_state()
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="."))
+    for name, content in project_files().items():
+        (scratch / name).write_bytes(content)
+    scratch.chmod(0o755)
+    try:
+        scratch.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(scratch)
+
+
+@cache
+def git_commit():
+    """The commit that the project's folder is at, with "+" when its Python files differ from it; "" without git."""
+    ask = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    with suppress(OSError):
+        commit = ask(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        changed = ask(["git", "--no-optional-locks", "status", "--porcelain", "--", ":(glob)*.py"]).stdout.strip()
+        return commit + "+" * bool(commit and changed)
+    return ""
+
+
+def library_versions():
+    """{package: version, "" if it isn't installed} of VERSIONS."""
+    from importlib.metadata import PackageNotFoundError, version
+    found = dict.fromkeys(VERSIONS, "")
+    for package in VERSIONS:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def provenance(recipe, code):
+    """What every artefact says of what made it, as plain values.
+
+    recipe: settings, data and parents; code: of code_of; state: of keep_code, which whoever makes it calls; kept_under:
+    later provenances that it stood under when the user said to keep it.
+    """
+    return dict(zip(DESCRIBED, (recipe, code, code_state(), git_commit(), library_versions(), []), strict=True))
+
+
+def is_description(made):
+    """Whether a parsed JSON has what provenance says, and files."""
+    kinds = dict.fromkeys(("recipe", "code", "versions", "files"), dict) | {"kept_under": list, "state": str,
+                                                                            "commit": str}
+    return isinstance(made, dict) and all(isinstance(made.get(key), kind) for key, kind in kinds.items())
+
+
+def read_description(path, hashes):
+    """The JSON that describes an artefact, or None if it or a file that it names is missing or it is of an old version.
+
+    Its "touched" lists the files that aren't those which it describes; "files" has the hashes of what is there.
+    """
+    try:
+        made = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not is_description(made):
+        return None
+    found = {name: hashes(path.parent / name) for name in made["files"]}
+    touched = different_keys(found, made["files"])
+    return made | {"files": found, "touched": touched} if all(found.values()) else None
+
+
+def write_description(path, made, **more):
+    """Write the JSON that describes an artefact: of `made` what provenance says, and `more`, its files among it."""
+    write_json(path, {key: made[key] for key in DESCRIBED} | more)
+    move_mark(path).unlink(missing_ok=True)
+
+
+def accepted_code(made):
+    """The code that an artefact counts as: that which made it or, if the user kept it since, that of then."""
+    return (made["kept_under"] or [made])[-1]["code"]
+
+
+def code_hashes(made):
+    """A hash of each state of the code that made an artefact or that it was kept under."""
+    return sorted({short_hash(state["code"]) for state in (made, *made["kept_under"])})
+
+
+def different_keys(old, new):
+    """The keys that two dicts don't share, or under which they have different values."""
+    return [key for key in {**old, **new} if key not in old or key not in new or old[key] != new[key]]
+
+
+def recipe_changes(made, recipe):
+    """["lr 0.001 -> 0.002"]: where the recipe of what is there differs from `recipe`."""
+    old = made["recipe"]
+    return [f"{key} {shorten(str(old.get(key)), 60)} -> {shorten(str(recipe.get(key)), 60)}"
+            for key in different_keys(old, recipe) if key not in DERIVED]
+
+
+def code_changes(made, code):
+    """The names of what differs between `code` and that which made an artefact, or which it was kept under."""
+    touched = [f"{name} touched by hand" for name in made.get("touched", ())]
+    return touched + ([] if made["code"] == code else sorted(different_keys(accepted_code(made), code)))
+
+
+def version_changes(made, versions):
+    """["torch 2.11.0 -> 2.14.1"]: where the libraries that made an artefact differ; that makes nothing stale."""
+    return [f"{name} {made['versions'].get(name)} -> {version}" for name, version in versions.items()
+            if made["versions"].get(name) != version]
+
+
+def code_question(what, names, new="--code new", keep="--code keep", exp="--exp"):
+    """The line that asks what is to become of artefacts which other code has made."""
+    some = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return f"{what} made by other code ({some}): {new} makes anew, {keep} keeps what is there, another {exp} keeps both"
+
+
+def decide(path, made, wanted, code=None, replace=True):
+    """What is to happen with the artefact `path`: "done", "kept" or "make"; made: what made it, wanted: what would now.
+
+    code: None, "new" or "keep", as the user says for the case that only the code differs, or a file was touched by
+    hand. "kept": made["kept_under"] has got the new provenance, to be written. Raises SystemExit when the user has to
+    say.
+    """
+    if changes := recipe_changes(made, wanted["recipe"]):
+        if not replace:
+            raise SystemExit(f"{path} was made with another recipe: {', '.join(changes)}; pass --replace to replace it")
+        print(f"{path} is replaced: {', '.join(changes)}", flush=True)
+        return "make"
+    names = code_changes(made, wanted["code"])
+    if names and code is None:
+        raise SystemExit(code_question(f"{path} was", names))
+    if names and code == "new":
+        print(f"{path} is replaced: other code, {', '.join(names)}", flush=True)
+        return "make"
+    if other := version_changes(made, wanted["versions"]):
+        print(f"note: {path} was made with other versions: {', '.join(other)}", flush=True)
+    if names:
+        made["kept_under"].append({k: wanted[k] for k in ("code", "state", "commit", "versions")})
+        print(f"{path} is kept, though other code made it: {', '.join(names)}", flush=True)
+    return "kept" if names else "done"
 
 
 # ---- data: reading and checking -------------------------------------------------------------------------------------
@@ -586,28 +1007,25 @@ def load_data(data, cache, paint="area", decoded=False):
     """(train, test) Splits of the folder `data`, checked in one pass; raises SystemExit that lists all faults at once.
 
     Test photos that can't be read only bring a warning each, while there are others: a submission needs all its rows.
-    Masks are painted once into `cache` under a content hash of the JSON files and the settings, so a stale cache is
-    never read; photos that changed since are checked again. Nothing is written under `data`. With `decoded` the
-    training photos are cached too, and whoever comes later reads them there.
+    Masks are painted once into `cache` under a hash of the JSON files, the settings and the code, so a stale cache is
+    never read; photos whose content changed since are checked again. Nothing is written under `data`. With `decoded`
+    the training photos are cached too, and whoever comes later reads them there.
     """
-    data = Path(data)
-    if not data.is_dir():
-        raise SystemExit(f"{data}: no such folder; DATA is the competition's folder with train.json and test.json")
-    train_json = data / "train_all.json"
-    paths = (train_json if train_json.exists() else data / "train.json", data / "test.json")
-    if missing := [str(p) for p in paths if not p.is_file()]:
-        raise SystemExit(f"no {' and no '.join(missing)}; DATA is the competition's folder")
-    folder = Path(cache) / hashlib.sha256(f"3 {paint} {[file_hash(p) for p in paths]}".encode()).hexdigest()[:16]
-    splits = open_cache(folder, data)
+    data, hashes = Path(data), Hashes(cache)
+    check_output(data, cache)
+    paths = data_files(data)
+    folder = cache_folder(cache, paths, paint, hashes)
+    splits = open_cache(folder, data, hashes)
     if splits is None or decoded and splits[0].photos is None:
         with lock(folder, wait=True):  # the first to come builds
-            splits = open_cache(folder, data) or build_cache(folder, paths, paint)
+            splits = open_cache(folder, data, hashes) or build_cache(folder, paths, paint, hashes)
             if decoded and splits and splits[0].photos is None:
                 with atomic_write(folder / "photos.npy") as scratch, open(scratch, "wb") as f:
                     write_npy_header(f, (3 * splits[0].starts[-1],))
                     for index in tqdm(range(len(splits[0].ids)), "decoding photos", disable=None):
                         f.write(splits[0].image(index))
-                splits = open_cache(folder, data)
+                splits = open_cache(folder, data, hashes)
+    hashes.save()
     if splits is None:
         raise SystemExit(f"photos in {data} changed while they were read: run it again")
     for fault in filter(None, splits[1].faults):
@@ -615,28 +1033,45 @@ def load_data(data, cache, paint="area", decoded=False):
     return splits
 
 
-def open_cache(folder, data):
+def data_files(data):
+    """The two JSON files of the folder `data`, of train and of test; raises SystemExit when one is missing."""
+    data = Path(data)
+    if not data.is_dir():
+        raise SystemExit(f"{data}: no such folder; DATA is the competition's folder with train.json and test.json")
+    train_json = data / "train_all.json"
+    paths = (train_json if train_json.exists() else data / "train.json", data / "test.json")
+    if missing := [str(p) for p in paths if not p.is_file()]:
+        raise SystemExit(f"no {' and no '.join(missing)}; DATA is the competition's folder")
+    return paths
+
+
+def cache_folder(cache, paths, paint, hashes):
+    return Path(cache) / short_hash([hashes(path) for path in paths], paint, code_of("masks"))
+
+
+def fingerprint(json_hash, paint, digests):
+    """What names a split's content: its JSON, the paint order and the hashes of its photos, "" where one is missing."""
+    return f"{json_hash} {paint} {short_hash(*digests)}"
+
+
+def open_cache(folder, data, hashes):
     """The Splits in `folder`, or None when it isn't whole or a photo has changed or gone since."""
     try:
         index = json.loads((folder / "index.json").read_bytes())
         masks = {"train": np.load(folder / "masks.npy", mmap_mode="r")}
         photos = {"train": np.load(folder / "photos.npy", mmap_mode="r")} if (folder / "photos.npy").exists() else {}
-        if any([photo_stamp(data / name) for name in entry["file_names"]] != entry.pop("stamps")
-               for entry in index.values()):
-            return None
     except (OSError, ValueError, EOFError):  # EOFError: an empty .npy
         return None
+    for entry in index.values():
+        if hashes.of_all([f"{data}/{name}" for name in entry["file_names"]]) != entry["digests"]:
+            return None
     return tuple(Split(root=data, masks=masks.get(name), photos=photos.get(name), **entry)
                  for name, entry in index.items())
 
 
-def photo_stamp(path):
-    """[size, time of change] of a photo, None of one that isn't there."""
-    return [os.path.getsize(path), os.stat(path).st_mtime_ns] if os.path.isfile(path) else None
-
-
-def build_cache(folder, paths, paint):
+def build_cache(folder, paths, paint, hashes):
     """Check everything, write masks.npy and, last, index.json into `folder`, and return open_cache of it."""
+    check_files()  # else the workers would paint with other code than the folder is named for
     root = paths[0].parent
     train, categories, faults = read_coco(paths[0], labelled=True)
     test, test_categories, test_faults = read_coco(paths[1], labelled=False)
@@ -652,25 +1087,39 @@ def build_cache(folder, paths, paint):
             places = [None if faults else f.tell() + start for start in starts[:-1]] + [None] * len(test)
         check = partial(check_photo, root, paint, len(categories) + 1, scratch)
         try:
-            with ProcessPoolExecutor(mp_context=get_context("forkserver"), initializer=tune_process) as pool:
+            with without_main(), ProcessPoolExecutor(mp_context=get_context("forkserver"),
+                                                     initializer=tune_process) as pool:
                 found = pool.map(check, photos, places, chunksize=8)
                 for photo, facts in zip(photos, tqdm(found, "checking photos", len(photos), disable=None), strict=True):
+                    if key := facts.pop("key"):
+                        hashes.remember(key, facts["digest"])
                     photo |= facts
         except BrokenExecutor:
             raise SystemExit("a process died while it checked the photos: out of memory, or killed") from None
         if faults or any(photo["fault"] for photo in train) or all(photo["fault"] for photo in test):
             faults += filter(None, (photo["fault"] for photo in photos))
             raise SystemExit("\n".join([*faults, f"{len(faults)} fault(s) in the data: mend or remove what is listed"]))
-    lists = {"ids": "id", "file_names": "file_name", "sizes": "size", "stamps": "stamp", "pixels": "pixels",
-             "objects": "painted", "digests": "digest", "faults": "fault", "odd": "odd"}
+    lists = {"ids": "id", "file_names": "file_name", "sizes": "size", "pixels": "pixels", "objects": "painted",
+             "digests": "digest", "faults": "fault", "odd": "odd"}
     index = {name: {key: [photo[of_one] for photo in part if of_one in photo] for key, of_one in lists.items()}
              for name, part in (("train", train), ("test", test))}
     for path, part, entry in zip(paths, (train, test), index.values(), strict=True):
-        content = hashlib.sha256(" ".join(entry["digests"]).encode()).hexdigest()[:16]
         entry.update({"groups": merge_groups(part, entry["digests"]), "classes": [BACKGROUND, *categories.values()],
-                      "fingerprint": f"{file_hash(path)} {paint} {content}"})
+                      "fingerprint": fingerprint(hashes(path), paint, entry["digests"])})
     write_json(folder / "index.json", index)
-    return open_cache(folder, root)
+    return open_cache(folder, root, hashes)
+
+
+@contextmanager
+def without_main():
+    """Let worker processes start without the main module: a script without a guard would begin anew in each of them,
+    and a notebook's or a shell's can't be imported.
+    """
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def write_npy_header(f, shape):
@@ -679,16 +1128,17 @@ def write_npy_header(f, shape):
 
 
 def check_photo(root, paint, n_classes, masks, photo, place):
-    """{"fault", "digest", "stamp"} of a photo; of one with a `place`, whose mask goes there in the file `masks`, also
-    "pixels" and "painted".
+    """{"fault", "digest", "key"} of a photo; of one with a `place`, whose mask goes there in the file `masks`, also
+    "pixels" and "painted". key: of Hashes, from before it was read.
     """
     path = root / photo["file_name"]
-    found = {"fault": None, "digest": "", "stamp": photo_stamp(path)}  # before it is read
+    found = {"fault": None, "digest": "", "key": None}
+    with suppress(OSError):  # what is wrong with the file is said by reading it
+        found |= {"key": Hashes.key(path), "digest": file_hash(path)}
     try:
         read_image(path, *photo["size"], check=True)
     except OSError as e:
         return found | {"fault": f"image {photo['id']} ({photo['file_name']}) {e.strerror}"}
-    found["digest"] = file_hash(path)
     if place is None:
         return found
     mask, pixels, sizes, covered = paint_mask(photo["objects"], *photo["size"], paint, n_classes)
@@ -736,31 +1186,58 @@ def make_folds(present, groups, n_folds):
     return fold_of[group_of]
 
 
+def read_folds(path, ids, n_folds):
+    """([N] fold of each image of `ids`, None) from a folds.csv, or (None, what is wrong with it as a whole).
+
+    It may have been edited by hand: blanks, empty lines, the order of lines and columns besides image_id and fold don't
+    matter. Raises SystemExit for a fold that is no number and for an image that is listed twice.
+    """
+    fold_of = {}
+    for line, row in enumerate(read_csv(path, ("image_id", "fold")), 2):
+        image_id, text = row["image_id"].strip(), row["fold"].strip()
+        if not image_id and not text:
+            continue
+        if image_id in fold_of:
+            raise SystemExit(f"{path} line {line}: image {clean(image_id)} is listed twice")
+        if not text.isdecimal():
+            raise SystemExit(f"{path} line {line}: the fold of image {clean(image_id)} is {clean(text)!r}, no number")
+        fold_of[image_id] = int(text)
+    if fold_of.keys() != {str(i) for i in ids}:
+        return None, "lists other images than DATA"
+    if (found := set(fold_of.values())) != set(range(len(found))):
+        raise SystemExit(f"{path} has the folds {sorted(found)}: one number must be wrong")
+    if found != set(range(n_folds)):
+        return None, f"has the folds {sorted(found)}, not 0 to {n_folds - 1}"
+    return np.array([fold_of[str(i)] for i in ids]), None
+
+
 def load_folds(exp, train, n_folds, renew=False):
     """Fold of every training image, from EXP/folds.csv, which is written when it isn't there.
 
-    One that is of other images or another number of folds is an error, or with `renew` replaced, saying so.
+    One that is of other images or another number of folds is an error, or with `renew` replaced, keeping a copy.
     """
     path = Path(exp) / "folds.csv"
     with lock(exp, wait=True):
         if path.exists():
-            rows = read_csv(path, ("image_id", "group", "fold"))
-            folds = [int(row["fold"]) if row["fold"].isdecimal() else -1 for row in rows]
-            if [row["image_id"] for row in rows] != [str(i) for i in train.ids]:
-                wrong = "lists other images than DATA"
-            elif set(folds) != set(range(n_folds)):
-                wrong = f"has the folds {sorted(set(folds))}, not 0 to {n_folds - 1}"
-            elif len(set(zip(train.groups, folds, strict=True))) > len(set(train.groups)):
+            folds, wrong = read_folds(path, train.ids, n_folds)
+            if not wrong and len(set(zip(train.groups, folds.tolist(), strict=True))) > len(set(train.groups)):
                 wrong = "has a group of images in two folds"
-            else:
-                return np.array(folds)
+            if not wrong:
+                return folds
             if not renew:
                 raise SystemExit(f"{path} {wrong}: choose another EXP, or run train.py --check to make it anew")
-            print(f"{path} {wrong}: made anew")
+            free = (path.with_name(f"folds-{number}.csv") for number in count(1))
+            copy = shutil.copy2(path, next(copy for copy in free if not copy.exists()))
+            print(f"{path} {wrong}: made anew, the old one is {copy}")
         folds = make_folds(np.array(train.pixels)[:, 1:] > 0, train.groups, n_folds)
         write_csv(path, [{"image_id": i, "group": g, "fold": f}
                          for i, g, f in zip(train.ids, train.groups, folds.tolist(), strict=True)])
     return folds
+
+
+def folds_hash(ids, folds):
+    """What names the folds of images, however their file is written."""
+    return short_hash(*(f"{image_id} {fold}" for image_id, fold in zip(ids, folds, strict=True)))
 
 
 class EvalPhotos:
@@ -878,34 +1355,54 @@ def rare_odds(present):
 
 # ---- augmentation and ClassMix --------------------------------------------------------------------------------------
 
-AUGMENTATIONS = ("none", "flip", "basic", "colour", "strong")
+
+def resampling():
+    """How an image and its mask are resampled: bilinear and exact nearest."""
+    import cv2
+    return {"interpolation": cv2.INTER_LINEAR, "mask_interpolation": cv2.INTER_NEAREST_EXACT}
 
 
-def augmentations(A, size, cv2):
-    """{recipe: what happens to a training image and its mask together, ending at `size`}; A is albumentations.
+def squash(A, size):
+    return [A.Resize(*size, **resampling())]
 
-    Where a distortion brings in pixels from outside, and where a cutout hides the image, the mask is IGNORE_INDEX.
-    """
-    how = {"interpolation": cv2.INTER_LINEAR, "mask_interpolation": cv2.INTER_NEAREST_EXACT}
-    warp = how | {"mask_interpolation": cv2.INTER_NEAREST, "border_mode": cv2.BORDER_CONSTANT,
-                  "fill_mask": IGNORE_INDEX}
+
+def crop_and_turn(A, size):
+    """A crop of a quarter to all of the photo, in one of the 8 combinations of flips and quarter turns."""
+    import cv2
+
     class D4(A.D4):  # the same by cv2, in a tenth of the time that numpy takes to transpose an RGB image
         def apply(self, img, group_element, **_):
             img = cv2.transpose(img) if group_element in ("t", "r90", "r270", "hvt") else img
             axis = {"v": 0, "r90": 0, "h": 1, "r270": 1, "r180": -1, "hvt": -1}.get(group_element)
             return img if axis is None else cv2.flip(img, axis)
+    return [A.RandomResizedCrop(size, scale=(0.25, 1), **resampling()), D4(p=1)]
 
-    crop = [A.RandomResizedCrop(size, scale=(0.25, 1), **how)]
-    colour = [A.RandomBrightnessContrast(0.2, 0.2, p=0.5), A.HueSaturationValue(10, 20, 10, p=0.3)]
-    return {"none": [A.Resize(*size, **how)],
-            "flip": [A.Resize(*size, **how), A.HorizontalFlip(p=0.5)],
-            "basic": [*crop, D4(p=1)],  # the 8 combinations of flips and quarter turns
-            "colour": [*crop, D4(p=1), *colour],
-            "strong": [*crop, D4(p=1), *colour,
-                       A.OneOf([A.GaussianBlur((3, 7)), A.GaussNoise((0.02, 0.1)),
-                                A.ImageCompression(quality_range=(40, 90))], p=0.3),
-                       A.OneOf([A.GridDistortion(**warp), A.ElasticTransform(60, 8, **warp)], p=0.3),
-                       A.CoarseDropout((1, 6), (0.05, 0.2), (0.05, 0.2), fill_mask=IGNORE_INDEX, p=0.3)]}
+
+def colours(A):
+    return [A.RandomBrightnessContrast(0.2, 0.2, p=0.5), A.HueSaturationValue(10, 20, 10, p=0.3)]
+
+
+def damages(A):
+    """Blur or noise, distortion, cutout.
+
+    Where a distortion brings in pixels from outside, and where a cutout hides the image, the mask is IGNORE_INDEX.
+    """
+    import cv2
+    warp = {"interpolation": cv2.INTER_LINEAR, "mask_interpolation": cv2.INTER_NEAREST,
+            "border_mode": cv2.BORDER_CONSTANT, "fill_mask": IGNORE_INDEX}
+    return [A.OneOf([A.GaussianBlur((3, 7)), A.GaussNoise((0.02, 0.1)), A.ImageCompression(quality_range=(40, 90))],
+                    p=0.3),
+            A.OneOf([A.GridDistortion(**warp), A.ElasticTransform(60, 8, **warp)], p=0.3),
+            A.CoarseDropout((1, 6), (0.05, 0.2), (0.05, 0.2), fill_mask=IGNORE_INDEX, p=0.3)]
+
+
+# recipe -> function (albumentations, size) -> what happens to a training image and its mask together, ending at `size`
+AUGMENTATIONS = {
+    "none": squash,
+    "flip": lambda A, size: [*squash(A, size), A.HorizontalFlip(p=0.5)],
+    "basic": crop_and_turn,
+    "colour": lambda A, size: [*crop_and_turn(A, size), *colours(A)],
+    "strong": lambda A, size: [*crop_and_turn(A, size), *colours(A), *damages(A)]}
 
 
 def make_augmentation(name, scale):
@@ -913,8 +1410,7 @@ def make_augmentation(name, scale):
     import random
 
     import albumentations as A
-    import cv2
-    transform = A.Compose(augmentations(A, (scale, scale), cv2)[name])
+    transform = A.Compose(AUGMENTATIONS[name](A, (scale, scale)))
 
     def augment(image, mask, rng):
         transform.set_random_state(rng, random.Random(int(rng.integers(2 ** 32))))
@@ -948,9 +1444,9 @@ def classmix(images, masks, prob, weights, rng):
 
 # name -> options of segmentation-models-pytorch's decoder; 64 and 32 channels of fpn train three times as many images/s
 # on a CPU as its own 256 and 128, which are fpn-wide
-DECODERS = dict.fromkeys(("unet", "unetplusplus", "manet", "linknet", "pspnet", "deeplabv3", "deeplabv3plus", "pan",
-                          "upernet", "segformer", "dpt", "fpn-wide", "efficientdet"), {})
-DECODERS |= {"fpn": {"decoder_pyramid_channels": 64, "decoder_segmentation_channels": 32}}
+DECODERS = {"unet": {}, "unetplusplus": {}, "manet": {}, "linknet": {}, "pspnet": {}, "deeplabv3": {},
+            "deeplabv3plus": {}, "pan": {}, "upernet": {}, "segformer": {}, "dpt": {}, "fpn-wide": {},
+            "efficientdet": {}, "fpn": {"decoder_pyramid_channels": 64, "decoder_segmentation_channels": 32}}
 STRIDE = 32  # of the deepest encoder map: what the sides of an input must be a multiple of
 
 
@@ -960,6 +1456,8 @@ def build_model(name, n_classes, weights="none"):
     weights: "none", "imagenet" (downloaded), or a file with a plain timm or torchvision state dict of the encoder.
     Raises SystemExit when the name, the pair or the weights don't work, with the reason.
     """
+    from urllib.request import getproxies
+
     import huggingface_hub
     import segmentation_models_pytorch as smp
     import timm

@@ -7,28 +7,37 @@
 
 A run is a folder of train.py and infer.py; runs that differ only in the fold are one member. soft averages
 probabilities, hard counts the votes of submissions and runs; both write the CSV in test.json's order, read back and
-checked before it gets its name, and soft a .png of some predictions. --report is a web page of all that is known. A run
-votes background on a photo that it couldn't read; then the exit code is 3, though the submission stands. Whatever is
-fitted is fitted on some folds, scored on the others, and used only if the 95% interval of its gain in v3 is above zero.
+checked before it gets its name, then OUT.made.json, which says what made it, and soft a .png of some predictions; the
+same line again does nothing. --report is a web page of all that is known. A run votes background on a photo that it
+couldn't read; then the exit code is 3, though the submission stands. Whatever is fitted is fitted on some folds, scored
+on the others, and used only if the 95% interval of its gain in v3 is above zero. plan, which make asks, compares what
+made each file with what would make it now.
 """
 import argparse
 import csv
+import gc
 import itertools
+import json
 import math
 import os
 import re
 import sys
 from collections import defaultdict
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common import (SUBMIT_SIZE, Help, atomic_write, class_iou, clean, confusion, draw_bars, draw_heat, figure_urls,
-                    foreground_ids, image_miou, load_data, lock, make_folds, named, number, overlay, read_csv,
-                    run_script, scores, tile_url, write_page, write_sheet)
-from infer import difference, open_store, order_of, read_probs
+from common import (DERIVED, SUBMIT_SIZE, Hashes, Help, Parser, accepted_code, atomic_write, cache_folder,
+                    check_output, class_iou, clean, code_changes, code_hashes, code_of, code_question, confusion,
+                    data_files, decide, different_keys, draw_bars, draw_heat, figure_urls, fingerprint, folds_hash,
+                    foreground_ids, image_miou, is_description, keep_code, library_versions, load_data, lock,
+                    make_folds, move_aside, named, number, overlay, provenance, read_csv, read_description, read_folds,
+                    read_json, recipe_changes, run_script, scores, short_hash, tile_url, version_changes,
+                    write_description, write_page, write_sheet)
+from infer import BY_FOLD, check_unchanged, difference, open_store, order_of, read_probs
 from pseudo_label import pseudo_counts, write_coco
 
 HEADER = ["image_id", "PredictionString"]
@@ -40,10 +49,14 @@ SIZES = (0, 0.003, 0.01, 0.03, 0.1, 0.3)  # of a class in an image, as a share o
 AREAS = (0, *(2 ** np.arange(4, 12)))  # up to 3% of the image: a larger one fits the images it was fitted on
 CONTAMINATED = "CONTAMINATED: pseudo labels' makers have seen these images (--allow-leak)"
 FITTED = {"weights": "weights", "bias": "log-bias by class", "min_area": "minimum area by class"}
+# what decides no result; see BESIDE in common.py
+BESIDE = {"check_classes", "check_one_member", "exit_if_unread", "explain", "keep_looks", "made_file",
+          "check_outputs", "run_name", "show", "show_scores", "soft_recipe", "stands",
+          "write_made"}
 
 
 def parse_args(argv=None):
-    data, runs, scored, tables, out, pair, grid = (argparse.ArgumentParser(add_help=False) for _ in range(7))
+    data, runs, scored, tables, out, pair, mixed = (argparse.ArgumentParser(add_help=False) for _ in range(7))
     data.add_argument("--data", type=Path, required=True, help="the competition's folder")
     data.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks")
     runs.add_argument("runs", type=Path, nargs="+", help="run folders with stores of infer.py; hard: or CSVs")
@@ -56,16 +69,19 @@ def parse_args(argv=None):
     out.add_argument("--image-id", choices=("id", "file_name"), default="id",
                      help="what names an image in the submission; some upload pages want file_name")
     out.add_argument("--coco", action="store_true", help="also write the masks as COCO JSON beside the submission")
+    out.add_argument("--code", choices=("new", "keep"), help="where other code has made the submission: make it anew, "
+                     "or keep it as it is")
+    mixed.add_argument("--mixed", action="store_true", help="let folds of different recipes or code be one member")
     pair.add_argument("experiments", type=Path, nargs=2, help="out/EXP for its last round, or out/EXP/rR")
-    grid.add_argument("runs", type=Path, nargs="+", help="run folders, whether they are there or not")
-    grid.add_argument("--epochs", type=number(int, 1), default=40, help="of a whole run")
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
+    parser = Parser(prog="ensemble.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, parents, text in (("soft", [data, runs, scored, tables, out], "average the probabilities of runs"),
-                                ("hard", [data, runs, out], "count the votes of submissions and runs"),
-                                ("score", [data, runs, scored, tables], "print out-of-fold scores"),
-                                ("compare", [data, tables, pair], "say whether one experiment beats another"),
-                                ("status", [grid], "say how far the runs are")):
+    for name, parents, text in (
+            ("soft", [data, runs, mixed, scored, tables, out], "average the probabilities of runs"),
+            ("hard", [data, runs, out], "count the votes of submissions and runs"),
+            ("score", [data, runs, mixed, scored, tables], "print out-of-fold scores"),
+            ("compare", [data, mixed, tables, pair], "say whether one experiment beats another"),
+            ("plan", [data, grid_options()], "print what of an experiment is to be made"),
+            ("status", [data, grid_options()], "say how far the runs are, and why what is not up to date isn't")):
         commands.add_parser(name, parents=parents, allow_abbrev=False, formatter_class=Help, help=text)
     return parser.parse_args(argv)
 
@@ -85,12 +101,12 @@ def vote_weights(text):
 # ---- members --------------------------------------------------------------------------------------------------------
 
 
-def open_members(runs, split):
+def open_members(args, runs, split, hashes):
     """({name: {fold: (probs, info)}} of the runs, every info, the folder they share); SystemExit if they don't fit."""
     members, infos = defaultdict(dict), []
     for run in runs:
         path = run / f"{split}.json"
-        probs, info = open_store(path)
+        probs, info = open_store(path, hashes)
         infos.append(info)
         check_classes(info["classes"], infos[0]["classes"], path, runs[0])
         for key in ("paint", "folds_csv", "data"):
@@ -100,9 +116,26 @@ def open_members(runs, split):
         folds = members[os.path.abspath(run.parent), info["tta"]]
         if info["fold"] in folds:
             raise SystemExit(f"{run}: given twice, or another of its member has fold {info['fold']} too")
+        if folds and not args.mixed:
+            check_one_member(path, info, *next((other.filename, info) for other, info in folds.values()))
         folds[info["fold"]] = probs, info
     shared = os.path.commonpath([os.path.dirname(folder) for folder, _ in members])
     return {f"{os.path.relpath(path, shared)} {tta}": folds for (path, tta), folds in members.items()}, infos, shared
+
+
+def check_one_member(path, info, other_path, other):
+    """Raise SystemExit if two folds of a member differ in more than the fold: in recipe, or in code nobody has kept."""
+    ours, theirs = info["run"], other["run"]
+    free = {*BY_FOLD, *DERIVED}
+    differ = different_keys({k: v for k, v in ours["recipe"].items() if k not in free},
+                            {k: v for k, v in theirs["recipe"].items() if k not in free})
+    if not {*ours["codes"]} & {*theirs["codes"]}:
+        differ += [f"the code of {name}" for name in different_keys(ours["code"], theirs["code"])]
+    if not {*code_hashes(info)} & {*code_hashes(other)}:
+        differ += [f"the code of {name}" for name in different_keys(accepted_code(info), accepted_code(other))]
+    if differ:
+        raise SystemExit(f"{path} and {other_path} are folds of one member, but differ in {', '.join(differ[:6])}: "
+                         "make one of them anew, or let them vote as one with --mixed")
 
 
 def check_classes(found, wanted, path, other):
@@ -149,10 +182,13 @@ class OutOfFold:
     """The validation images of all members, in train's order, and where each member's probabilities of them are."""
 
     def __init__(self, args, runs):
-        members, self.made, shared = open_members(runs, "valid")
+        members, self.made, shared = open_members(args, runs, "valid", Hashes(args.cache))
         self.names, self.infos = list(members), [next(iter(folds.values()))[1] for folds in members.values()]
         train, self.test = load_data(args.data, args.cache, self.infos[0]["paint"])
         check_classes(self.infos[0]["classes"], train.classes, runs[0], args.data)
+        if self.infos[0]["data"] != train.fingerprint:
+            raise SystemExit(f"{runs[0]}/valid.json was made on other data than is in {args.data} now: run train.py "
+                             "and infer.py again")
         self.classes, self.stores, fold_of = train.classes, defaultdict(dict), {}  # [id] {member's number: its place}
         self.contaminated = any(info["contaminated"] for info in self.made)
         for m, folds in enumerate(members.values()):
@@ -243,13 +279,13 @@ def fit_weights(thumbs, truths):
     return picks / picks.sum()
 
 
-def climb(values, grid, score):
+def climb(values, grid, measure):
     """[C] values after each class but background in turn took the value of the grid that scores best, if it gains."""
-    best = score(values)
+    best = measure(values)
     for class_id in range(1, len(values)):
         for value in grid:
             tried = np.where(np.arange(len(values)) == class_id, value, values)
-            if (found := score(tried)) > best:
+            if (found := measure(tried)) > best:
                 best, values = found, tried
     return values
 
@@ -461,6 +497,7 @@ def write_masks(args, test, preds, looks=()):
         if args.coco:
             masks = (pred for _, pred in read_submission(scratch, names, n_classes))
             write_coco(args.out.with_suffix(".json"), args.data / "test.json", test, enumerate(masks))
+        move_aside(args.out.parent, [made_file(args.out).name, args.out.name])
     write_submission(args.out, names, preds, n_classes, beside)
 
 
@@ -630,11 +667,16 @@ def explain(args, oof, surveyed, used, counts, made, pixels=None):
         sections.append({"title": "class balance", "figures": [("Share of the pixels", figure_urls(
             lambda axes: draw_bars(axes, by_id, series, xscale="log"), 1.5 + 0.25 * len(by_id)))],
             "table": pd.DataFrame({"class": oof.classes, **series})})
-    rows = [{**{k: info[k] for k in ("split", "model", "scale", "round", "fold", "tta", "seed")}, "checkpoints":
-             ", ".join(f"{c['file']} {c['hash']} epoch {c['epoch']}" for c in info["checkpoints"]),
-             **{k: info[k] for k in ("data", "folds_csv", "contaminated")}} for info in made]
-    sections.append({"title": "how it was made", "note": "Stores of probabilities, with the hashes of what they "
-                         "come from.", "table": pd.DataFrame(rows)})
+    rows = []
+    for info in made:
+        run, checkpoints = info["run"], [f"{c['file']} {c['hash']} epoch {c['epoch']}" for c in info["checkpoints"]]
+        rows.append({key: info[key] for key in ("split", "model", "scale", "round", "fold", "tta", "seed")} | {
+            "code of the run": f"{run['state']} {run['commit']}", "kept under": ", ".join(run["kept_under"]),
+            "code of the store": f"{info['state']} {info['commit']}", "checkpoints": ", ".join(checkpoints),
+            **{key: info[key] for key in ("data", "folds_csv", "contaminated")}})
+    sections.append({"title": "how it was made", "note": "Stores of probabilities, with the hashes of what they come "
+                     "from. Code: its folder in out/EXP/code and the git commit, with a + if files differed from it.",
+                     "table": pd.DataFrame(rows)})
     write_page(args.report, f"Report: {args.report.absolute().parent.name}", sections, oof.classes,
                CONTAMINATED if oof.contaminated else "")
     print(f"{args.report}: the report")
@@ -657,14 +699,78 @@ def score(args):
     explain(args, oof, *fit_vote(args, oof), oof.made)
 
 
+def made_file(out):
+    """What says what made the submission `out`."""
+    return out.with_suffix(".made.json")
+
+
+def check_outputs(args):
+    """Raise SystemExit if a command would write over what it reads, over its own files, or into DATA."""
+    given, outputs, inputs = vars(args), [], []
+    if given.get("out"):
+        outputs += [args.out, args.out.with_suffix(".png"), made_file(args.out)]
+        outputs += [args.out.with_suffix(".json")] if args.coco else []
+    outputs += [given[name] for name in ("report", "tables") if given.get(name)]
+    for run in given.get("runs", ()):
+        inputs += [run, *(run / f"{split}.{kind}" for split in ("valid", "test") for kind in ("json", "npy"))]
+    check_output(args.data, *outputs, inputs=inputs)
+    for path in outputs:
+        if any((path.parent / name).exists() for name in ("config.json", "manifest.json")):
+            raise SystemExit(f"{path} lies in the folder of a run or of pseudo labels: choose another place")
+
+
+def run_name(run):
+    """rROUND/DECODER/ENCODER/sSCALE/fFOLD, wherever the experiment is."""
+    return "/".join(Path(os.path.abspath(run)).parts[-5:])
+
+
+def soft_recipe(weights, image_id, coco, test, train, runs, valid_infos, test_infos):
+    """Everything but code that decides a submission, as plain values; test, train: fingerprints of the data."""
+    stores = [f"{run_name(run)} {valid['files']['valid.npy']} {info['files']['test.npy']} {info['tta']}"
+              for run, valid, info in zip(runs, valid_infos, test_infos, strict=True)]
+    return {"weights": weights, "image_id": image_id, "coco": coco, "test": test, "train": train, "stores": stores}
+
+
+def stands(args, recipe, step, hashes):
+    """(whether the submission is there and made like this, or kept; its provenance)."""
+    path = made_file(args.out)
+    wanted, made = provenance(recipe, code_of(step)), read_description(path, hashes)
+    todo = decide(args.out, made, wanted, args.code) if made else "make"
+    if todo != "done":
+        keep_code(args.out.parent)
+    if todo == "kept":
+        write_description(path, made, files=made["files"])
+    if todo != "make":
+        print(f"{args.out} is there and was made like this: nothing to do")
+    return todo != "make", wanted
+
+
+def write_made(args, wanted, hashes):
+    """Write what made the submission, after it."""
+    coco = [args.out.with_suffix(".json")] if args.coco else []
+    write_description(made_file(args.out), wanted, files={path.name: hashes(path) for path in (args.out, *coco)})
+    hashes.save()
+
+
 def soft(args):
-    members, infos, _ = open_members(args.runs, "test")
+    hashes = Hashes(args.cache)
+    members, infos, _ = open_members(args, args.runs, "test", hashes)
     oof = OutOfFold(args, args.runs)
     test, looks, pixels = oof.test, [], np.zeros(len(oof.classes), int)
     if list(members) != oof.names:
         raise SystemExit(f"the test stores are {', '.join(members)}, those of validation {', '.join(oof.names)}")
     stores = [(m, len(folds), store, order_of(info["image_ids"], test.ids, store.filename))
               for m, folds in enumerate(members.values()) for store, info in folds.values()]
+    if infos[0]["data"] != test.fingerprint:
+        raise SystemExit(f"{args.runs[0]}/test.json was made on other data than is in {args.data} now: run infer.py "
+                         "again")
+    member_weights(args, oof.names)
+    recipe = soft_recipe(args.weights, args.image_id, args.coco, test.fingerprint, oof.train.fingerprint, args.runs,
+                         oof.made, infos)
+    done, wanted = stands(args, recipe, "submission", hashes)
+    if done:
+        exit_if_unread(infos)
+        return
     surveyed, used, counts = fit_vote(args, oof)
     weights = [used["weights"][m] / n_folds for m, n_folds, *_ in stores]  # the folds of a member share its weight
 
@@ -674,7 +780,10 @@ def soft(args):
             pred = remove_small(vote(images, weights, used["bias"]), used["min_area"])
             pixels[:] += np.bincount(pred.ravel(), minlength=len(pixels))
             yield pred
+        for split, made in (("test", infos), ("valid", oof.made)):  # before the submission gets its name
+            check_unchanged([run / f"{split}.json" for run in args.runs], made)
     write_masks(args, test, keep_looks(preds(), test, looks), looks)
+    write_made(args, wanted, hashes)
     print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} run(s) of {len(members)} member(s)")
     explain(args, oof, surveyed, used, counts, oof.made + infos, pixels)
     exit_if_unread(infos)
@@ -684,13 +793,22 @@ def hard(args):
     """Majority per pixel of submissions and of runs' own votes."""
     if args.weights == "fit":
         raise SystemExit("--weights fit: submissions have no out-of-fold predictions to fit on; give W,W,...")
-    stores = {path: open_store(path / "test.json") for path in args.runs if path.is_dir()}
+    hashes = Hashes(args.cache)
+    stores = {path: open_store(path / "test.json", hashes) for path in args.runs if path.is_dir()}
     weights, paint = member_weights(args, args.runs), [info["paint"] for _, info in stores.values()]
     _, test = load_data(args.data, args.cache, *paint[:1])
-    preds = (majority(np.stack(masks), weights) for masks in zip(
-        *(masks_of(path, stores.get(path), args, test) for path in args.runs), strict=True))
-    write_masks(args, test, preds)
-    print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} votes")
+    if other := [str(path) for path, (_, info) in stores.items() if info["data"] != test.fingerprint]:
+        raise SystemExit(f"{other[0]}/test.json was made on other data than is in {args.data} now: run infer.py again")
+    voters = [short_hash(stores[path][1]["files"]) if path in stores else hashes(path) for path in args.runs]
+    recipe = {"weights": weights.tolist(), "image_id": args.image_id, "coco": args.coco, "test": test.fingerprint,
+              "voters": voters}
+    done, wanted = stands(args, recipe, "voted", hashes)
+    if not done:
+        preds = (majority(np.stack(masks), weights) for masks in zip(
+            *(masks_of(path, stores.get(path), args, test) for path in args.runs), strict=True))
+        write_masks(args, test, preds)
+        write_made(args, wanted, hashes)
+        print(f"{args.out}: {len(test.ids)} images by {len(args.runs)} votes")
     exit_if_unread(info for _, info in stores.values())
 
 
@@ -765,32 +883,366 @@ def compare(args):
     print(f"by v3 {args.experiments[1]} is {verdict}")
 
 
+# ---- plan -----------------------------------------------------------------------------------------------------------
+
+
+class Plan:
+    """What of an experiment isn't up to date: recorded is what made each artefact, known what would make it now.
+
+    Nothing is read but JSON, folds.csv and index.csv, and of other files what Hashes doesn't remember. todo: {file that
+    make knows: [why it is to be made]}; asked: {kind: {file: names}} of what only other code would make otherwise.
+    """
+
+    def __init__(self, args):
+        self.train, self.infer, self.pseudo = map(import_module, ("train", "infer", "pseudo_label"))
+        self.args, self.versions = args, defaultdict(list)
+        self.installed = library_versions() if args.why else {}
+        self.todo, self.asked, self.memory, self.hashes = {}, defaultdict(dict), {}, Hashes(args.cache)
+        self.check_grid()
+        self.train_args, infer_args, self.pseudo_args, self.submit_args = self.parse()
+        self.tta = self.infer.tta_name(infer_args)
+        self.data = self.read_data()
+        self.folds = self.read_folds()
+
+    def check_grid(self):
+        """Raise SystemExit when a model, scale or fold is given twice, or a number isn't written plainly."""
+        a = self.args
+        for knob, values in (("MODELS", a.models), ("SCALES", a.scales), ("FOLDS", a.folds)):
+            for value in values:
+                if values.count(value) > 1:
+                    raise SystemExit(f"{knob} has {value} twice")
+        for scale in (*a.scales, *a.pick_scales):
+            if not re.fullmatch("[1-9][0-9]*", scale):
+                raise SystemExit(f"SCALES: {scale} is not a plain number such as 512")
+        for model in (*a.models, *a.pick_models):
+            if not re.fullmatch(r"[^/]+/[^/]+", model) or ".." in model:
+                raise SystemExit(f"MODELS: {model} is not DECODER/ENCODER")
+        for script in ("train", "infer", "pseudo", "submit"):
+            if {"-h", "--help"} & {*vars(a)[f"{script}_args"].split()}:
+                raise SystemExit(f"{script.upper()}_ARGS: for its help run the script itself with --help")
+        for fold in (*a.folds, *a.pick_folds):
+            if not re.fullmatch("0|[1-9][0-9]*", fold) or int(fold) >= a.nfolds:
+                raise SystemExit(f"FOLDS and FOLD go from 0 to {a.nfolds - 1}, as NFOLDS={a.nfolds} says, not {fold}")
+
+    def parse(self):
+        """The arguments of the four scripts, as make passes them; raises SystemExit for what they refuse."""
+        a = self.args
+        common_args = ["--data", str(a.data), "--exp", str(a.exp), "--cache", str(a.cache)]
+        scales, models = [*a.scales, *a.pick_scales], [*a.models, *a.pick_models]
+        grid = []  # of an option given several times each value is checked and the last one stays
+        for model in models:
+            grid += ["--model", model]
+        for scale in scales:
+            grid += ["--scale", scale]
+        run = self.train.parse_args([*common_args, *grid, "--fold", a.folds[0], "--folds", str(a.nfolds),
+                                     "--paint", a.paint, *a.train_args.split()])
+        self.forbid("TRAIN_ARGS", run, data=a.data, exp=a.exp, cache=a.cache, model=models[-1], scale=int(scales[-1]),
+                    fold=int(a.folds[0]), folds=a.nfolds, round=0, paint=a.paint, check=False, overfit=0)
+        self.train.check_args(run, a.gpus)
+        predict = self.infer.parse_args(["--data", str(a.data), "--cache", str(a.cache), "--checkpoint", "model.pt",
+                                         *a.infer_args.split()])
+        self.forbid("INFER_ARGS", predict, data=a.data, cache=a.cache, checkpoint=[Path("model.pt")], out=None,
+                    split=["valid", "test"])
+        labels = self.pseudo.parse_args([*common_args, "--round", "1", "--fold", "0", *a.pseudo_args.split(), "x"])
+        self.forbid("PSEUDO_ARGS", labels, data=a.data, exp=a.exp, cache=a.cache, round=1, fold=0, stores=[Path("x")])
+        out = a.exp / "submission.csv"
+        submit = parse_args(["soft", "--data", str(a.data), "--cache", str(a.cache), "--out", str(out),
+                             *a.submit_args.split(), "x"])
+        self.forbid("SUBMIT_ARGS", submit, data=a.data, cache=a.cache, out=out, runs=[Path("x")])
+        given, n_members = submit.weights, len(a.models) * len(a.scales)
+        if given not in ("equal", "fit") and len(given) != n_members:
+            raise SystemExit(f"VOTE has {len(given)} weights for {n_members} member(s), each a model at a scale")
+        return run, predict, labels, submit
+
+    def forbid(self, knob, parsed, **wanted):
+        """Raise SystemExit if the knob's text has set what make sets itself."""
+        for name, value in wanted.items():
+            if vars(parsed)[name] != value:
+                raise SystemExit(f"{knob} sets --{name.replace('_', '-')}, which make sets itself or can't use")
+
+    def read_data(self):
+        """{"train", "test": fingerprints, "ids", "index" of the cache if these photos have been checked, else None}."""
+        paths = data_files(self.args.data)
+        folder, found = cache_folder(self.args.cache, paths, self.args.paint, self.hashes), {}
+        try:
+            index = json.loads((folder / "index.json").read_bytes())
+            names, ids = [index[split]["file_names"] for split in ("train", "test")], index["train"]["ids"]
+            checked = {split: index[split]["digests"] for split in ("train", "test")}
+        except (OSError, ValueError, KeyError, TypeError):
+            index, listed = None, [images_in(path) for path in paths]
+            names = [[image.get("file_name") for image in images] for images in listed]
+            ids = [image.get("id") for image in listed[0]]
+        for split, path, listed in zip(("train", "test"), paths, names, strict=True):
+            digests = self.hashes.of_all([f"{self.args.data}/{name}" for name in listed])
+            found[split] = fingerprint(self.hashes(path), self.args.paint, digests)
+            index = index if index and digests == checked[split] else None
+        return found | {"ids": ids, "index": index}
+
+    def read_folds(self):
+        """folds_hash of folds.csv, or of what will be written there; None if that isn't known yet."""
+        path, index = self.args.exp / "folds.csv", self.data["index"]
+        if path.exists():
+            folds, wrong = read_folds(path, self.data["ids"], self.args.nfolds)
+            if not wrong:
+                return folds_hash(self.data["ids"], folds.tolist())
+        self.todo[path] = [f"it {wrong}" if path.exists() else "it is missing"]
+        if not index:
+            return None
+        present = np.array(index["train"]["pixels"])[:, 1:] > 0
+        folds = make_folds(present, index["train"]["groups"], self.args.nfolds)
+        return folds_hash(self.data["ids"], folds.tolist())
+
+    def judge(self, kind, path, made, recipe, code, lacks=()):
+        """Put an artefact in todo or asked if it isn't up to date; returns whether its content will be another."""
+        if made and self.args.why and (changes := version_changes(made, self.installed)):
+            self.versions[", ".join(changes)].append(path)
+        reasons = list(lacks) or (["it is missing or not whole"] if made is None else recipe_changes(made, recipe))
+        names = [] if reasons else code_changes(made, code)
+        if names and self.args.code == "keep":
+            self.todo[path] = [f"to be kept, though other code made it: {', '.join(names)}"]
+        elif names and self.args.code != "new":
+            self.asked[kind][path] = names
+        elif names:
+            reasons = [f"other code: {', '.join(names)}"]
+        if reasons:
+            self.todo[path] = reasons
+        return bool(reasons)
+
+    def folder(self, round_, model, scale, fold):
+        return self.args.exp / f"r{round_}" / model / f"s{scale}" / f"f{fold}"
+
+    def once(self, method, *key):
+        """method(*key), remembered."""
+        if (method.__name__, *key) not in self.memory:
+            self.memory[method.__name__, *key] = method(*key)
+        return self.memory[method.__name__, *key]
+
+    def run(self, round_, model, scale, fold):
+        """What config.json says of a run, or None if it is to be trained."""
+        folder = self.folder(round_, model, scale, fold)
+        args = argparse.Namespace(**vars(self.train_args) | {
+            "model": model, "scale": int(scale), "fold": int(fold), "round": round_})
+        lacks, labels = [] if self.folds else ["the folds are not known yet"], ()
+        if round_:
+            labels = self.once(self.labels, round_, fold)
+            lacks += [] if labels else [f"the pseudo labels of round {round_}, fold {fold} are to be made"]
+        recipe = self.train.make_recipe(args, self.data["train"], self.folds, self.hashes, *labels or ())
+        code, made = self.train.run_code(recipe), read_description(folder / "config.json", self.hashes)
+        last = read_description(folder / "last.json", self.hashes) if (folder / "last.pt").exists() else None
+        if last and not lacks and (not made or recipe_changes(made, recipe)) and not recipe_changes(last, recipe):
+            names = code_changes(last, code)
+            if names and self.args.code is None:
+                self.asked["begun run(s)"][folder / "last.pt"] = names
+        return None if self.judge("model(s)", folder / "model.pt", made, recipe, code, lacks) else made
+
+    def checkpoints(self, made):
+        """The hashes of the checkpoints that infer.py gets of a run."""
+        names = sorted(made["files"])
+        return [made["files"][name] for name in names if (name == "model.pt") != bool(self.train_args.snapshots)]
+
+    def store_recipe(self, made, split):
+        data = self.data["train" if split == "valid" else "test"]
+        return self.infer.make_recipe(split, self.tta, self.checkpoints(made), data)
+
+    def stores(self, splits, round_, model, scale, fold):
+        """{split: description} of a run's stores, or None if one of them is to be made."""
+        folder, made = self.folder(round_, model, scale, fold), self.once(self.run, round_, model, scale, fold)
+        path, code = folder / "test.json", self.infer.store_code(model, self.tta)
+        if made is None:
+            self.todo[path] = ["its run is to be trained"]
+            return None
+        found, again = {split: self.store(folder / f"{split}.json") for split in splits}, False
+        for split, store in found.items():
+            again |= self.judge("store(s)", path, store, self.store_recipe(made, split), code)
+            kept = folder / "model.pt" in self.todo or store and store["run"]["codes"] != code_hashes(made)
+            if kept and not again:
+                self.todo.setdefault(path, ["it is to say that its run was kept"])
+        return None if again else found
+
+    def store(self, path):
+        """What a store's JSON says, or None without a .npy of its size, or one that Hashes remembers to be another."""
+        try:
+            info, npy = json.loads(path.read_bytes()), path.with_suffix(".npy")
+            size = len(info["image_ids"]) * len(info["classes"]) * SUBMIT_SIZE ** 2
+            whole = os.path.getsize(npy) > size and self.hashes.remembered(npy) in (None, info["files"][npy.name])
+            known = info.keys() >= set(self.infer.KEYS) and is_description(info) and self.infer.is_run(info["run"])
+            return info if whole and known else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def labels(self, round_, fold):
+        """(labels_hash, label_settings, whether they are contaminated) of what a round learns from, None if to be made.
+
+        Their makers' stores may be gone, as long as their models would make the same.
+        """
+        folder = self.pseudo.pseudo_folder(self.args.exp, round_, fold)
+        runs = {key: self.once(self.run, round_ - 1, *key, fold)
+                for key in itertools.product(self.args.models, self.args.scales)}
+        lacks = [f"{self.folder(round_ - 1, *key, fold)} is to be trained" for key, made in runs.items() if not made]
+        makers = [short_hash(self.store_recipe(made, "test")) for made in runs.values() if made]
+        args = argparse.Namespace(**vars(self.pseudo_args) | {"round": round_, "fold": int(fold)})
+        recipe = self.pseudo.make_recipe(args, self.data["test"], self.folds, self.args.paint, makers)
+        made = read_description(folder / "manifest.json", self.hashes) if (folder / "index.csv").exists() else None
+        made = None if made and (made["touched"] or "contaminated" not in made) else made
+        code = self.pseudo.labels_code((model, self.tta) for model in self.args.models)
+        if self.judge("set(s) of pseudo labels", folder / "manifest.json", made, recipe, code, lacks):
+            for key in runs:
+                self.once(self.stores, ("test",), round_ - 1, *key, fold)
+            return None
+        return self.pseudo.labels_hash(folder, self.hashes), self.pseudo.label_settings(made), made["contaminated"]
+
+    def submission(self):
+        a, out = self.args, self.args.exp / "submission.csv"
+        grid = list(itertools.product([a.rounds], a.models, a.scales, a.folds))
+        found = {key: self.once(self.stores, ("valid", "test"), *key) for key in grid}
+        lacks = [f"{self.folder(*key)} is to be predicted" for key, stores in found.items() if not stores]
+        recipe = None if lacks else soft_recipe(
+            self.submit_args.weights, self.submit_args.image_id, self.submit_args.coco, self.data["test"],
+            self.data["train"], [self.folder(*key) for key in grid], [s["valid"] for s in found.values()],
+            [s["test"] for s in found.values()])
+        made = read_description(made_file(out), self.hashes)
+        self.judge("submission(s)", out, made, recipe, code_of("submission"), lacks)
+
+    def follow(self, goals):
+        """Judge all that the goals of make need."""
+        a = self.args
+        picks = a.pick_models, a.pick_scales, a.pick_folds
+        for goal in goals:
+            if goal == "train":
+                for key in itertools.product([a.round or 0], *picks):
+                    self.once(self.run, *key)
+            elif goal == "pseudo":
+                for fold in a.pick_folds:
+                    self.once(self.labels, a.round or 1, fold)
+            elif goal == "score":
+                for key in itertools.product([a.rounds if a.round is None else a.round], *picks):
+                    self.once(self.stores, ("valid",), *key)
+            else:
+                self.submission()
+        if (self.todo or self.asked) and not self.data["index"]:
+            self.todo.setdefault(a.exp / "folds.csv", ["the data has changed or hasn't been checked yet"])
+
+    def questions(self):
+        """One line for each kind of artefact that other code made, for the user to decide on."""
+        for kind, found in self.asked.items():
+            names = list(dict.fromkeys(itertools.chain(*found.values())))
+            yield code_question(f"{len(found)} {kind} in {self.args.exp} (the first: {next(iter(found))}) were", names,
+                                "CODE=new", "CODE=keep", "EXP")
+
+    def reasons(self):
+        """A line for each file that isn't up to date."""
+        for kind, found in self.asked.items():
+            for path, names in found.items():
+                yield f"{path}: {kind}, made by other code: {', '.join(names)}; say CODE=new or CODE=keep"
+        for path, reasons in self.todo.items():
+            yield f"{path}: {'; '.join(reasons)}"
+        for change, paths in self.versions.items():
+            yield f"note: {len(paths)} file(s) were made with other versions, the first {paths[0]}: {change}"
+
+
+def images_in(path):
+    """The objects in the list images of a COCO file that nobody has checked yet."""
+    coco = read_json(path)
+    images = coco.get("images") if isinstance(coco, dict) else None
+    return [image for image in images if isinstance(image, dict)] if isinstance(images, list) else []
+
+
+def grid_options():
+    """The options by which make describes an experiment."""
+    grid = argparse.ArgumentParser(add_help=False)
+    grid.add_argument("--exp", type=Path, required=True)
+    grid.add_argument("--paint", default="area")
+    grid.add_argument("--nfolds", type=number(int, 2, 10), default=5)
+    grid.add_argument("--gpus", type=number(int, 1), default=1)
+    grid.add_argument("--rounds", type=number(int, 0, 9), default=0)
+    grid.add_argument("--round", type=number(int, 0, 9))
+    grid.add_argument("--code", choices=("new", "keep"))
+    for name in ("models", "scales", "folds"):
+        grid.add_argument(f"--{name}", type=str.split, required=True, help="with blanks between them")
+        grid.add_argument(f"--pick-{name}", type=str.split, required=True, help="those that this command is about")
+    for name in ("train", "infer", "pseudo", "submit"):
+        grid.add_argument(f"--{name}-args", default="", help="as make passes them to that script")
+    grid.add_argument("--goals", type=str.split, default=["submit"], help="of make")
+    grid.add_argument("--why", action="store_true", help="print why, a line for each file")
+    grid.add_argument("--ready", action="store_true", help="stop if the runs that vote aren't up to date")
+    grid.add_argument("--dry", action="store_true", help="write nothing, not even hashes")
+    return grid
+
+
+def check_encoders(models):
+    """Raise SystemExit if timm or segmentation-models-pytorch don't know the encoder of a model DECODER/ENCODER."""
+    import segmentation_models_pytorch as smp
+    import timm
+    for model in models:
+        encoder = model.partition("/")[2]
+        known = timm.is_model(encoder[3:]) if encoder.startswith("tu-") else encoder in smp.encoders.encoders
+        if not known:
+            raise SystemExit(f"MODELS: {model}: there is no encoder {encoder}; those of timm begin with tu-")
+
+
+def plan(args):
+    """Print the files that are to be made, or why; raises SystemExit when the user has to decide about other code."""
+    gc.disable()  # in half a second of small objects it would take a sixth of the time
+    made = Plan(args)
+    made.follow(args.goals)
+    if args.why:
+        print("\n".join([*made.reasons(), *([] if made.todo or made.asked else [f"{args.exp} is up to date"])]))
+        return
+    if args.ready:
+        made.todo.pop(args.exp / "submission.csv", None)
+        made.asked.pop("submission(s)", None)
+        if lines := list(made.reasons()):
+            raise SystemExit(f"{lines[0]}: changed while make ran, as by another make in this EXP; run it again")
+        return
+    if made.asked:
+        raise SystemExit("\n".join(made.questions()))
+    to_train = {path.parents[2].relative_to(path.parents[4]) for path in made.todo if path.name == "model.pt"}
+    if to_train and not args.dry:  # which takes seconds, but hours would be lost if the last model had no encoder
+        check_encoders(sorted(map(str, to_train)))
+    if not args.dry:
+        made.hashes.save()
+    print("\n".join(map(str, made.todo)))
+
+
 def status(args):
-    """Print which runs are trained and predicted, and how long the others will take by the epochs seen so far."""
+    """Print how far each run is, how long the others will take by the epochs seen so far, and what isn't up to date."""
     import pandas as pd
+    args.why = True
+    made = Plan(args)
+    made.follow(["submit"])
     grid, left, seconds = defaultdict(dict), [], defaultdict(list)
-    for run in args.runs:
+    keys = [*itertools.product(range(args.rounds + 1), args.pick_models, args.pick_scales, args.pick_folds)]
+    for key in keys:
+        made.once(made.run, *key)
+    stale = {*made.todo, *itertools.chain(*made.asked.values())}
+    for round_, model, scale, fold in keys:
+        run = made.folder(round_, model, scale, fold)
         logs = [path for path in (run / "last.csv", run / "log.csv") if path.exists()]  # last.csv: of one that replaces
         log = read_csv(logs[0], ("seconds",)) if logs else []
-        kind, trained = run.parts[-4:-1], (run / "model.pt").exists() and not (run / "last.pt").exists()
+        begun, kind = (run / "last.pt").exists(), (model, scale)
+        trained = (run / "model.pt").exists() and not (begun and run / "model.pt" in stale)
         seconds[kind] += [float(row["seconds"]) for row in log]
-        left.append((kind, 0 if trained else max(0, args.epochs - len(log))))
-        grid["/".join(run.parts[-5:-1])][run.name] = (
+        left.append((kind, 0 if trained else max(0, made.train_args.epochs - len(log))))
+        grid[f"r{round_}/{model}/s{scale}"][f"f{fold}"] = (
             "missing" if not trained and not log else f"epoch {len(log)}" if not trained else
-            "done" if (run / "test.json").exists() else "trained")
+            "stale" if run / "model.pt" in stale else "done" if (run / "test.json").exists() else "trained")
     known = {kind: np.median(found) for kind, found in seconds.items() if found}
     print(pd.DataFrame(grid).T.to_string())
     if known:
         left_seconds = sum(n * known.get(kind, np.mean(list(known.values()))) for kind, n in left)
         hours, minutes = divmod(round(left_seconds / 60), 60)
         print(f"{sum(n for _, n in left)} epochs are left: about {hours} h {minutes} min of training, job after job")
+    for line in made.reasons():
+        print(line)
 
 
 def main(args):
     if "out" in args and args.out.suffix != ".csv":
         raise SystemExit(f"--out {args.out}: must end in .csv; a .png or .json goes beside it")
+    check_outputs(args)
     with lock(args.out.parent, name=f".{args.out.name}.lock") if "out" in args else nullcontext():
-        {"soft": soft, "hard": hard, "score": score, "compare": compare, "status": status}[args.command](args)
+        {"soft": soft, "hard": hard, "score": score, "compare": compare, "plan": plan,
+         "status": status}[args.command](args)
 
 
 if __name__ == "__main__":

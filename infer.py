@@ -5,29 +5,38 @@
 Writes valid.npy + valid.json and test.npy + test.json beside the checkpoint: probabilities as uint8 (0..255 for 0..1)
 of shape [N, C, 256, 256], and what made them; background where a test photo can't be read. A .json is written last:
 where it stands, the .npy is whole. The same line again carries on where it was interrupted, and does nothing when it is
-done. Under torchrun all processes share the work.
+done; what it replaces is kept in the folder replaced/ until the next time. Photos other than those of the competition
+need --out FOLDER. Under torchrun all processes share the work.
 """
 import argparse
-import hashlib
 import math
+import os
+import re
 import shutil
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from textwrap import shorten
 
 import numpy as np
 from tqdm import tqdm
 
-from common import (SUBMIT_SIZE, EvalPhotos, Help, amp, atomic_write, build_model, check_space, claim_device, file_hash,
-                    load_checkpoint, load_data, lock, normalise, number, ranks, read_json, run_script, write_json,
+from common import (DESCRIBED, SUBMIT_SIZE, EvalPhotos, Hashes, Parser, accepted_code, amp, atomic_write, build_model,
+                    check_output, check_space, claim_device, code_hashes, code_of, decide, is_description, keep_code,
+                    load_checkpoint, load_data, lock, move_aside, normalise, number, provenance, ranks,
+                    read_description, read_json, run_script, short_hash, write_description,
                     write_npy_header)
 
 FROM_RECIPE = ("model", "scale", "round", "fold", "folds_csv", "seed", "paint", "contaminated")  # in a store's JSON
-KEYS = ("image_ids", "classes", "split", "tta", "checkpoints", "data", "unreadable", *FROM_RECIPE)  # of a store's JSON
+KEYS = (*DESCRIBED, "image_ids", "classes", "split", "tta", "checkpoints", "data", "unreadable", "run", "files",
+        *FROM_RECIPE)  # of a store's JSON
+BY_FOLD = ("fold", "pseudo", "contaminated")  # in the recipe of a run: what the folds of one member may differ in
+# what decides no result; see BESIDE in common.py
+BESIDE = {"KEYS", "check_unchanged", "difference", "is_run", "make_recipe", "run_of", "store_id",
+          "write_store"}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
+    parser = Parser(prog="infer.py", description=__doc__)
     what = parser.add_argument_group("what to predict")
     what.add_argument("--data", type=Path, required=True, help="the competition's folder")
     what.add_argument("--checkpoint", type=Path, nargs="+", required=True,
@@ -38,7 +47,11 @@ def parse_args(argv=None):
                       f"{', '.join(TTA)}, or a list of {', '.join(VIEWS)}; + does one after another")
     what.add_argument("--tta-scales", type=number(float, 0.1, 10), nargs="+", default=[1.0], metavar="SCALE",
                       help="sizes that every view is predicted at, times the scale that the model was trained at")
+    what.add_argument("--out", type=Path, help="folder to write to, instead of beside the checkpoint: for other photos")
     system = parser.add_argument_group("system: none of these decides the result")
+    system.add_argument("--replace", action="store_true", help="replace predictions for other photos: DATA has changed")
+    system.add_argument("--code", choices=("new", "keep"), help="where other code has predicted: predict anew, or keep "
+                        "what is there")
     system.add_argument("--batch", type=number(int, 1), default=8)
     system.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks, shared by experiments")
     system.add_argument("--device", default="auto", help="auto takes the first idle GPU, or the CPU")
@@ -112,22 +125,65 @@ def resize_probs(probs):
     return interpolate(probs, size=(SUBMIT_SIZE, SUBMIT_SIZE), mode="bilinear", align_corners=False)
 
 
-def open_store(path):
+def open_store(path, hashes):
     """(uint8 memmap [N, C, SUBMIT_SIZE, SUBMIT_SIZE], its JSON) of the store whose JSON is `path`.
 
-    Raises SystemExit when either is missing, they don't agree, or the JSON lacks something.
+    Raises SystemExit when either is missing, they don't agree, the JSON lacks something, or it stands in the folder of
+    another run. hashes: a Hashes, which remembers that the .npy has the checksum in the JSON.
     """
     info = read_json(path)
     try:
         probs = np.load(path.with_suffix(".npy"), mmap_mode="r")
         if lacking := [key for key in KEYS if key not in info]:
             raise ValueError(f"it lacks {', '.join(lacking)}")
+        if not is_description(info) or not is_run(info["run"]):
+            raise ValueError("what made it is not said as it should be")
         expected = (len(info["image_ids"]), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE)
     except (OSError, EOFError, ValueError, TypeError) as e:
         raise SystemExit(f"{path}: not a whole store: {e}; run infer.py again") from None
     if probs.shape != expected or probs.dtype != np.uint8:
-        raise SystemExit(f"{path} is of uint8 {expected}, the .npy of {probs.dtype} {probs.shape}; run infer.py again")
+        raise SystemExit(f"{path} is of uint8 {expected}, its .npy of {probs.dtype} {probs.shape}: run infer.py again")
+    if hashes(path.with_suffix(".npy")) != info["files"].get(f"{path.stem}.npy"):
+        raise SystemExit(f"{path}: the .npy has another checksum, damaged or of another store: run infer.py again")
+    placed = re.search(r"/r(\d)/([^/]+/[^/]+)/s(\d+)/f(\d+)/[^/]+$", os.path.abspath(path))
+    found = tuple(str(info[key]) for key in ("round", "model", "scale", "fold"))
+    if placed and placed.groups() != found:
+        raise SystemExit(f"{path} is of round {found[0]}, {found[1]}, scale {found[2]}, fold {found[3]}: it was moved "
+                         "or copied into the folder of another run")
     return probs, info
+
+
+def store_id(info):
+    """What names a store by what made it, also when its .npy is gone; for its code see store_code."""
+    return short_hash(info["recipe"])
+
+
+def store_code(model, tta):
+    """code_of a store; of the tables only the entries that it uses. tta: of tta_name."""
+    return code_of("store", DECODERS=model.partition("/")[0], TTA=tta.partition(" ")[0])
+
+
+def tta_name(args):
+    """The views and the scales, "flip" or "flip x 1,0.5"."""
+    return args.tta if args.tta_scales == [1] else f"{args.tta} x {','.join(f'{s:g}' for s in args.tta_scales)}"
+
+
+def make_recipe(split, tta, checkpoints, data):
+    """Everything but code that decides a store, as plain values; checkpoints: hashes, data: the split's fingerprint."""
+    return {"split": split, "tta": tta, "checkpoints": checkpoints, "data": data}
+
+
+def is_run(run):
+    """Whether the "run" of a store's JSON has what run_of says."""
+    kinds = {"recipe": dict, "code": dict, "codes": list, "state": str, "commit": str, "kept_under": list}
+    return isinstance(run, dict) and all(isinstance(run.get(key), kind) for key, kind in kinds.items())
+
+
+def check_unchanged(paths, infos):
+    """Raise SystemExit if one of the stores with these JSONs was replaced since `infos` were read from them."""
+    for path, info in zip(paths, infos, strict=True):
+        if not path.exists() or read_json(path).get("files") != info["files"]:
+            raise SystemExit(f"{path} was replaced while it was read, as by another make in this EXP; run it again")
 
 
 def difference(found, wanted):
@@ -153,7 +209,7 @@ def read_probs(store, i):
 def load_model(path):
     """(model in eval mode on the CPU, the checkpoint's other content), from the checkpoint alone."""
     state = load_checkpoint(path)
-    if not isinstance(state, dict) or not {"model", "recipe", "classes", "valid_ids", "v3"} <= state.keys():
+    if not isinstance(state, dict) or not {*DESCRIBED, "model", "classes", "valid_ids", "v3"} <= state.keys():
         raise SystemExit(f"{path}: not a model.pt of train.py")
     import torch
     model = build_model(state["recipe"]["model"], len(state["classes"]))
@@ -165,28 +221,38 @@ def load_model(path):
     return model.to(memory_format=torch.channels_last).eval(), state
 
 
-def load_models(paths):
+def load_models(paths, hashes):
     """(models, content of the first checkpoint besides, what names them all) of checkpoints with one recipe."""
     models, states = zip(*map(load_model, paths), strict=True)
     names = []
     for path, state in zip(paths, states, strict=True):
         if state["recipe"] != states[0]["recipe"]:
             raise SystemExit(f"{path} and {paths[0]} are of different runs: give the epochs of one")
-        names.append({"file": path.name, "hash": file_hash(path), "epoch": state["epoch"]})
+        names.append({"file": path.name, "hash": hashes(path), "epoch": state["epoch"]})
     return models, states[0], names
 
 
-def predict_split(models, recipe, photos, path, info, args, device):
-    """Write the store `path`, a .npy, of an EvalPhotos, and `info` beside it.
+def run_of(folder, state, hashes):
+    """What a store says of the run: its recipe and the code that it counts as; state: the checkpoint's content."""
+    config = read_description(folder / "config.json", hashes)
+    made = config if config and config["recipe"] == state["recipe"] else state
+    return {"recipe": state["recipe"], "code": accepted_code(made), "codes": code_hashes(made),
+            "state": state["state"], "commit": state["commit"],
+            "kept_under": [kept["state"] for kept in made["kept_under"]]}
+
+
+def predict_split(models, recipe, split, indices, path, info, args, device, hashes):
+    """Write the store `path`, a .npy, of photos of a Split, and `info` beside it; what was there is moved aside.
 
     Batch after batch is kept as a file of its own until the store is whole: so nothing is predicted twice after an
     interruption, and several processes can share the work.
     """
     import torch
     from torch.utils.data import DataLoader
+    photos = EvalPhotos(split, indices, recipe["scale"])
     rank, n_ranks = ranks()
     store_bytes = len(photos) * len(info["classes"]) * SUBMIT_SIZE ** 2
-    parts = path.with_name(f".{path.stem}.parts") / hashlib.sha256(repr((info, args.batch)).encode()).hexdigest()[:16]
+    parts = path.with_name(f".{path.stem}.parts") / short_hash(info["recipe"], info["code"], args.batch)
     batches = {parts / f"{start:06}": range(start, min(start + args.batch, len(photos)))
                for start in range(0, len(photos), args.batch)}
     check_space(path.parent, 2 * store_bytes - sum(part.stat().st_size for part in batches if part.exists()))
@@ -204,57 +270,83 @@ def predict_split(models, recipe, photos, path, info, args, device):
     if n_ranks > 1:
         torch.distributed.barrier()
     if rank == 0:
-        with atomic_write(path) as scratch, open(scratch, "wb") as f:
-            write_npy_header(f, (len(photos), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE))
-            for part in batches:
-                f.write(part.read_bytes())
-            f.flush()
-            path.with_suffix(".json").unlink(missing_ok=True)  # from here to its rewriting the .npy has no description
-        write_json(path.with_suffix(".json"), info)
+        with atomic_write(path) as scratch:
+            with open(scratch, "wb") as f:
+                write_npy_header(f, (len(photos), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE))
+                for part in batches:
+                    f.write(part.read_bytes())
+            move_aside(path.parent, [f"{path.stem}.json", path.name])
+        write_store(path.with_suffix(".json"), info | {"files": {path.name: hashes(path)}})
+        hashes.save()
         shutil.rmtree(parts.parent)
 
 
-def is_done(path, info):
-    """Whether the store `path` is whole and made as `info` says; then it becomes newer than what it was made from."""
-    with suppress(SystemExit):
-        if open_store(path.with_suffix(".json"))[1] == info:
-            path.touch()
-            path.with_suffix(".json").touch()
-            shutil.rmtree(path.with_name(f".{path.stem}.parts"), ignore_errors=True)  # left by a kill after the .json
-            return True
-    return False
+def write_store(path, info):
+    """Write the JSON of a store."""
+    write_description(path, info, **{key: info[key] for key in KEYS if key not in DESCRIBED})
+
+
+def stands(path, info, args, hashes, exp):
+    """Whether the store `path` is whole and as `info` says, or kept; raises SystemExit when the user has to say."""
+    description = path.with_suffix(".json")
+    try:
+        _, made = open_store(description, hashes)
+    except SystemExit:  # not there or not whole
+        return False
+    if made["data"] != info["data"] and not args.replace:
+        raise SystemExit(f"{path} is of other photos than {args.data} has: --out FOLDER writes elsewhere, --replace "
+                         "writes over it")
+    todo = decide(path, made, info, args.code)
+    if ranks()[0]:
+        return todo != "make"
+    if todo == "kept":
+        keep_code(exp)
+    if todo == "kept" or todo == "done" and made["run"] != info["run"]:  # the run was kept since
+        write_store(description, made | {"run": info["run"]})
+    if todo != "make":
+        shutil.rmtree(path.with_name(f".{path.stem}.parts"), ignore_errors=True)  # left by a kill after the .json
+    return todo != "make"
 
 
 def main(args):
     if missing := [str(path) for path in args.checkpoint if not path.is_file()]:
         raise SystemExit(f"{', '.join(missing)}: no such checkpoint")
-    tta = args.tta if args.tta_scales == [1] else f"{args.tta} x {','.join(f'{s:g}' for s in args.tta_scales)}"
-    folder = args.checkpoint[0].parent
+    folder, hashes = args.out or args.checkpoint[0].parent, Hashes(args.cache)
+    check_output(args.data, folder)
     with lock(folder) if ranks()[0] == 0 else nullcontext():
-        models, state, names = load_models(args.checkpoint)
+        models, state, names = load_models(args.checkpoint, hashes)
         recipe, classes = state["recipe"], state["classes"]
         train, test = load_data(args.data, args.cache, recipe["paint"])
         if classes != train.classes:
             raise SystemExit(f"{args.checkpoint[0]} knows the classes {classes}, DATA has {train.classes}")
         position = {image_id: i for i, image_id in enumerate(train.ids)}
-        if absent := [i for i in state["valid_ids"] if i not in position]:
+        if "valid" in args.split and (absent := [i for i in state["valid_ids"] if i not in position]):
             raise SystemExit(f"{args.checkpoint[0]} was validated on {len(absent)} images that DATA doesn't have, the "
                              f"first with id {absent[0]}: it was trained on other data")
-        valid = [position[i] for i in state["valid_ids"]]
+        run, exp = run_of(args.checkpoint[0].parent, state, hashes), experiment_of(folder)
         for name in args.split:
-            split, indices = (train, valid) if name == "valid" else (test, range(len(test.ids)))
+            split, indices = ((train, [position[i] for i in state["valid_ids"]]) if name == "valid" else
+                              (test, range(len(test.ids))))
             path = folder / f"{name}.npy"
-            info = {"image_ids": [split.ids[i] for i in indices], "classes": classes, "split": name, "tta": tta,
-                    "unreadable": [split.ids[i] for i in indices if split.faults[i]],
-                    "checkpoints": names, "data": split.fingerprint,
-                    **{k: recipe[k] for k in FROM_RECIPE}}
-            if is_done(path, info):
+            made_of = make_recipe(name, tta_name(args), [checkpoint["hash"] for checkpoint in names], split.fingerprint)
+            info = provenance(made_of, store_code(recipe["model"], tta_name(args))) | {
+                "image_ids": [split.ids[i] for i in indices], "classes": classes, "split": name, "tta": tta_name(args),
+                "unreadable": [split.ids[i] for i in indices if split.faults[i]], "checkpoints": names,
+                "data": split.fingerprint, "run": run, **{k: recipe[k] for k in FROM_RECIPE}}
+            if stands(path, info, args, hashes, exp):
                 print(f"{path} is there and was made like this: nothing to do")
                 continue
+            keep_code(exp)
             device = claim_device(args.device)  # which may wait for a GPU
             models = [model.to(device) for model in models]
-            predict_split(models, recipe, EvalPhotos(split, indices, recipe["scale"]), path, info, args, device)
+            predict_split(models, recipe, split, indices, path, info, args, device, hashes)
             print(f"{path}: {len(indices)} images")
+
+
+def experiment_of(folder):
+    """EXP of EXP/rROUND/DECODER/ENCODER/sSCALE/fFOLD; another folder is an experiment by itself."""
+    placed = re.fullmatch(r"(.*)/r\d/[^/]+/[^/]+/s\d+/f\d+", os.path.abspath(folder))
+    return Path(placed[1]) if placed else folder
 
 
 if __name__ == "__main__":

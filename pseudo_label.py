@@ -4,30 +4,34 @@
 
 Writes EXP/rROUND/pseudo/fFOLD/: labels.npy (class ids, uint8 [N, 256, 256], 255 where there is no label; with --soft
 probabilities, uint8 [N, C, 256, 256]), sheet.png (some photos that were kept, dropped, or nearly the other way),
-manifest.json (what made the labels, what was dropped and why) and, last, index.csv, a row for each photo. Set its
-`keep` to 0 or 1 to overrule the rule; empty it to let the rule decide again. Then train on.
+index.csv, a row for each photo, and, last, manifest.json (what made the labels, what was dropped and why). Set `keep`
+in index.csv to 0 or 1 to overrule the rule; empty it to let the rule decide again. Then train on.
 
 Models that train on labels must hold out the fold that the labels' makers held out, so that no validation image has had
 a part in its own training labels.
 """
-import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common import (BACKGROUND, IGNORE_INDEX, Help, atomic_write, file_hash, foreground_ids, load_data, lock, number,
-                    overlay, read_csv, read_json, run_script, write_csv, write_json, write_npy_header, write_sheet)
-from infer import open_store, read_probs
+from common import (BACKGROUND, IGNORE_INDEX, Hashes, Parser, atomic_write, check_output, code_of, decide,
+                    foreground_ids, keep_code, load_data, lock, move_aside, number, overlay, provenance, read_csv,
+                    read_description, read_json, run_script, short_hash, write_csv, write_description, write_json,
+                    write_npy_header, write_sheet)
+from infer import check_unchanged, open_store, read_probs, store_code, store_id
 
 FILES = ("manifest.json", "labels.npy", "index.csv")
 LINEAGE = ("round", "fold", "folds_csv")  # where these differ, a validation image may have trained a label's maker
 RULES = {"image": 0.8, "pixel": 0.9}  # name -> the top probability that makes a pixel sure
 ROUNDING = 1e-6  # float32 makes 0.8000001 of 204 / 255
+# what decides no result; see BESIDE in common.py
+BESIDE = {"check_labels", "count_reasons", "draw_sheet", "labels_hash", "label_settings", "make_recipe"}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
+    parser = Parser(prog="pseudo_label.py", description=__doc__)
     what = parser.add_argument_group("what to label")
     what.add_argument("stores", type=Path, nargs="+", help="test.json of models of the round before, all of this fold")
     what.add_argument("--data", type=Path, required=True, help="the competition's folder")
@@ -50,6 +54,8 @@ def parse_args(argv=None):
     rule.add_argument("--coco", action="store_true", help="also write the kept labels as COCO JSON, labels.json")
     system = parser.add_argument_group("system: does not decide the result")
     system.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks, shared by experiments")
+    system.add_argument("--code", choices=("new", "keep"), help="where other code has made the labels: make them anew, "
+                        "or keep them as they are")
     args = parser.parse_args(argv)
     args.confident = RULES[args.rule] if args.confident is None else args.confident
     return args
@@ -63,9 +69,9 @@ def pseudo_folder(exp, round_, fold):
 def check_makers(args, infos, test):
     """Whether a maker breaks the lineage, which needs --allow-leak; raises SystemExit for stores that don't fit."""
     expected = {"split": "test", "classes": test.classes, "image_ids": test.ids, "round": args.round - 1,
-                "fold": args.fold, **{key: infos[0][key] for key in ("paint", "data", "folds_csv")}}
-    wrong = [(path, key, info[key]) for path, info in zip(args.stores, infos, strict=True)
-             for key, value in expected.items() if info[key] != value]
+                "fold": args.fold, **{key: infos[0][key] for key in ("paint", "folds_csv")}, "data": test.fingerprint}
+    wrong = [(path, key, info[key]) for key, value in expected.items()
+             for path, info in zip(args.stores, infos, strict=True) if info[key] != value]
     for path, key, found in wrong:
         if not (args.allow_leak and key in LINEAGE):
             differs = "differ" if key == "image_ids" else f"is {found}, not {expected[key]}"
@@ -118,8 +124,31 @@ def hand_decisions(path):
 # ---- what train.py reads --------------------------------------------------------------------------------------------
 
 
-def check_labels(args, classes, folds_csv):
-    """(hashes of the labels that a run of train.py with `args` learns from, whether they break the lineage).
+def labels_hash(folder, hashes):
+    """What names the labels in `folder`: their masks and which photos are kept, by the rule or by hand."""
+    kept = [row["image_id"] for row in read_index(folder) if is_kept(row)]
+    return short_hash(hashes(folder / "labels.npy"), kept)
+
+
+def label_settings(manifest):
+    """What names the settings and the data of labels: what the folds of one member must share."""
+    return short_hash({k: v for k, v in manifest["recipe"].items() if k not in ("fold", "makers", "folds_csv")})
+
+
+def read_index(folder):
+    """The rows of index.csv; raises SystemExit when a `keep` is no decision."""
+    rows = read_csv(folder / "index.csv", ("image_id", "keep", "reason", "classes"))
+    if wrong := sorted({row["keep"] for row in rows} - {"0", "1", ""}):
+        raise SystemExit(f"{folder}/index.csv: keep is {', '.join(wrong)}; it must be 0 or 1, or empty for the rule's")
+    return rows
+
+
+def is_kept(row):
+    return (row["keep"] or by_rule(row)) == "1"
+
+
+def check_labels(args, test, folds_csv, hashes):
+    """labels_hash and label_settings of what a run of train.py with `args` learns from; whether it breaks the lineage.
 
     Raises SystemExit when a file is missing or of other data, and unless --allow-leak when the makers did not hold out
     the fold that the run holds out.
@@ -127,9 +156,15 @@ def check_labels(args, classes, folds_csv):
     folder = pseudo_folder(args.exp, args.round, args.fold)
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise SystemExit(f"{folder} has no {', no '.join(missing)}: make the pseudo labels of this round first")
-    manifest, hashes = read_json(folder / "manifest.json"), [file_hash(folder / name) for name in FILES]
-    expected = {"classes": classes, "paint": args.paint, "labels": hashes[FILES.index("labels.npy")],
-                "round": args.round, "fold": args.fold, "folds_csv": folds_csv, "contaminated": False}
+    manifest = read_description(folder / "manifest.json", hashes)
+    if not manifest:
+        raise SystemExit(f"{folder}/manifest.json doesn't say what made the labels: run make pseudo again")
+    if manifest["touched"]:
+        raise SystemExit(f"{folder}/manifest.json describes another {manifest['touched'][0]}: run make pseudo again")
+    if manifest["recipe"].get("data") != test.fingerprint:
+        raise SystemExit(f"{folder}/manifest.json: the labels are of other test photos: run make pseudo again")
+    expected = {"classes": test.classes, "paint": args.paint, "round": args.round, "fold": args.fold,
+                "folds_csv": folds_csv, "contaminated": False}
     wrong = {key: value for key, value in expected.items() if manifest.get(key) != value}
     for key, value in wrong.items():
         differs = f"{folder}/manifest.json: {key} is {manifest.get(key)}, this run has {value}: run make pseudo again"
@@ -138,19 +173,16 @@ def check_labels(args, classes, folds_csv):
         if not args.allow_leak:
             raise SystemExit(f"{differs}, since validation images may have trained these labels' makers; "
                              "--allow-leak lets that be and marks every later score as contaminated")
-    return hashes, bool(wrong)
+    return labels_hash(folder, hashes), label_settings(manifest), bool(wrong)
 
 
 def load_labels(args, test):
     """(entries of TrainSamples, their class ids) of the kept labels that a run of train.py with `args` learns from."""
     folder = pseudo_folder(args.exp, args.round, args.fold)
-    rows = read_csv(folder / "index.csv", ("image_id", "keep", "reason", "classes"))
-    labels = np.load(folder / "labels.npy", mmap_mode="r")
+    rows, labels = read_index(folder), np.load(folder / "labels.npy", mmap_mode="r")
     if [row["image_id"] for row in rows] != [str(i) for i in test.ids] or len(labels) != len(rows):
         raise SystemExit(f"{folder}/index.csv lists other images than test.json; run make pseudo again")
-    if wrong := sorted({row["keep"] for row in rows} - {"0", "1", ""}):
-        raise SystemExit(f"{folder}/index.csv: keep is {', '.join(wrong)}; it must be 0 or 1, or empty for the rule's")
-    kept = [i for i, row in enumerate(rows) if (row["keep"] or by_rule(row)) == "1" and not test.faults[i]]
+    kept = [i for i, row in enumerate(rows) if is_kept(row) and not test.faults[i]]
     return [(test, i, labels[i]) for i in kept], [[int(c) for c in rows[i]["classes"].split()] for i in kept]
 
 
@@ -232,30 +264,70 @@ def write_labels(path, test, stores, by_hand, args):
     return rows
 
 
+def make_recipe(args, data, folds, paint, makers):
+    """Everything but code that decides the labels, as plain values; makers: store_id of each store."""
+    settings = {name: getattr(args, name) for name in ("round", "fold", "rule", "confident", "max_unsure", "uncertain",
+                                                       "soft", "coco")}
+    return settings | {"paint": paint, "data": data, "folds_csv": folds, "makers": sorted(makers)}
+
+
+def labels_code(makers):
+    """code_of the labels and of the stores that they come from, which may be gone; makers: (model, tta) of each."""
+    code = {}
+    for model, tta in makers:
+        code |= store_code(model, tta)
+    return dict(sorted((code | code_of("labels")).items()))
+
+
 def main(args):
-    import pandas as pd
-    stores, infos = zip(*map(open_store, args.stores), strict=True)
+    folder = pseudo_folder(args.exp, args.round, args.fold)
+    check_output(args.data, folder)
+    hashes = Hashes(args.cache)
+    stores, infos = zip(*(open_store(path, hashes) for path in args.stores), strict=True)
     _, test = load_data(args.data, args.cache, infos[0]["paint"])
     contaminated = check_makers(args, infos, test)
-    folder = pseudo_folder(args.exp, args.round, args.fold)
+    recipe = make_recipe(args, test.fingerprint, infos[0]["folds_csv"], infos[0]["paint"], map(store_id, infos))
+    wanted = provenance(recipe, labels_code((info["model"], info["tta"]) for info in infos))
     with lock(folder):
-        by_hand = hand_decisions(folder / "index.csv")
-        rows = write_labels(folder / "labels.npy", test, stores, by_hand, args)
-        counts = count_reasons(rows, test.classes)
-        draw_sheet(folder / "sheet.png", rows, counts, test, stores, args)
-        write_json(folder / "manifest.json", {
-            "round": args.round, "fold": args.fold, "folds_csv": infos[0]["folds_csv"], "classes": test.classes,
-            "paint": infos[0]["paint"], "contaminated": contaminated, "labels": file_hash(folder / "labels.npy"),
-            **{name: getattr(args, name) for name in ("rule", "confident", "max_unsure", "uncertain", "soft")},
-            "photos": counts,
-            "makers": [{"store": str(path), "hash": file_hash(path), **{k: info[k] for k in ("checkpoints", "tta")}}
-                       for path, info in zip(args.stores, infos, strict=True)]})
-        if args.coco:
-            labels = np.load(folder / "labels.npy", mmap_mode="r")
-            write_coco(folder / "labels.json", args.data / "test.json", test, (
-                (i, labels[i].argmax(0).astype(np.uint8) if args.soft else labels[i])
-                for i, row in enumerate(rows) if row["keep"] == "1"))
-        write_csv(folder / "index.csv", rows)
+        made = read_description(folder / "manifest.json", hashes) if (folder / "index.csv").exists() else None
+        todo = decide(folder, made, wanted, args.code) if made and not made["touched"] else "make"
+        if todo != "done":
+            keep_code(args.exp)
+        if todo == "kept":
+            write_description(folder / "manifest.json", made, **{k: v for k, v in made.items() if k != "touched"})
+        if todo == "make":
+            make_labels(folder, args, test, stores, infos, wanted, contaminated, hashes)
+        else:
+            print(f"{folder} is there and was made like this: nothing to do")
+        hashes.save()
+
+
+def make_labels(folder, args, test, stores, infos, wanted, contaminated, hashes):
+    """Write the labels, what describes them and, last, manifest.json; decisions made by hand in index.csv stay."""
+    import pandas as pd
+    by_hand = hand_decisions(folder / "index.csv")
+    rows = write_labels(folder / "new-labels.npy", test, stores, by_hand, args)
+    check_unchanged(args.stores, infos)
+    counts = count_reasons(rows, test.classes)
+    draw_sheet(folder / "sheet.png", rows, counts, test, stores, args)
+    coco = [folder / "labels.json"] if args.coco else []
+    if coco:
+        labels = np.load(folder / "new-labels.npy", mmap_mode="r")
+        write_coco(folder / "labels.json", args.data / "test.json", test, (
+            (i, labels[i].argmax(0).astype(np.uint8) if args.soft else labels[i])
+            for i, row in enumerate(rows) if row["keep"] == "1"))
+    if (folder / "manifest.json").exists() and (folder / "index.csv").exists():
+        (folder / "replaced").mkdir(exist_ok=True)
+        shutil.copy2(folder / "index.csv", folder / "replaced")  # not moved: it has the decisions made by hand
+    move_aside(folder, ["manifest.json", "labels.npy"])
+    (folder / "new-labels.npy").rename(folder / "labels.npy")
+    write_csv(folder / "index.csv", rows)
+    makers = [{"store": str(path), "id": store_id(info), **{k: info[k] for k in ("checkpoints", "tta", "state")}}
+              for path, info in zip(args.stores, infos, strict=True)]
+    write_description(
+        folder / "manifest.json", wanted, round=args.round, fold=args.fold, folds_csv=infos[0]["folds_csv"],
+        classes=test.classes, paint=infos[0]["paint"], contaminated=contaminated, photos=counts, makers=makers,
+        files={path.name: hashes(path) for path in (folder / "labels.npy", *coco)})
     print(f"{folder}: photos by the classes that the models see in them, {BACKGROUND} is all of them\n"
           + pd.DataFrame(counts).T.fillna(0).astype(int).to_string())
     if by_hand:

@@ -3,8 +3,9 @@
     python train.py --data DATA --exp out/main --model fpn/tu-tf_efficientnet_lite0 --scale 512 --fold 0
 
 Writes EXP/rROUND/MODEL/sSCALE/fFOLD/: batch.png (the first batch), log.csv, curves.png, last.pt after every epoch and,
-when training is done, valid.png (the worst, median and best images), config.json and model.pt. The same line again
-resumes after an interruption and does nothing when model.pt is there. --snapshots K also keeps K epoch-*.pt.
+when training is done, valid.png (the worst, median and best images), model.pt and, last, config.json, which says what
+made it. The same line again resumes after an interruption and does nothing when the run is done. When an edited script
+would make it otherwise, --code says what is to happen. --snapshots K also keeps K epoch-*.pt.
 """
 import argparse
 import math
@@ -19,12 +20,13 @@ from textwrap import shorten
 import numpy as np
 from tqdm import tqdm
 
-from common import (AUGMENTATIONS, COLOURS, DECODERS, IGNORE_INDEX, LOSSES, PAINT_ORDERS, STEP, STRIDE, EpochBatches,
-                    EvalPhotos, Help, TrainSamples, amp, atomic_write, build_model, check_space, claim_device,
-                    confusion, draw_bars, draw_heat, encoder_mean_std, figure_urls, file_hash, image_miou,
-                    load_checkpoint, load_data, load_folds, lock, make_augmentation, make_loss, named, normalise,
-                    number, overlay, ranks, rare_odds, run_script, save_checkpoint, scores, tile_url, write_csv,
-                    write_json, write_page, write_sheet)
+from common import (AUGMENTATIONS, COLOURS, DECODERS, DESCRIBED, IGNORE_INDEX, LOSSES, PAINT_ORDERS, STEP, STRIDE,
+                    EpochBatches, EvalPhotos, Hashes, Parser, TrainSamples, amp, atomic_write, build_model,
+                    check_output, check_space, claim_device, code_of, confusion, decide, draw_bars, draw_heat,
+                    encoder_mean_std, figure_urls, folds_hash, image_miou, keep_code, load_checkpoint, load_data,
+                    load_folds, lock, make_augmentation, make_loss, move_aside, named, normalise, number, overlay,
+                    provenance, ranks, rare_odds, read_description, recipe_changes, run_script, save_checkpoint,
+                    scores, tile_url, write_csv, write_description, write_page, write_sheet)
 from infer import resize_probs
 from pseudo_label import check_labels, load_labels
 
@@ -33,6 +35,10 @@ PLACE = ("epoch", "step", "total", "parts", "log", "best", "kept")  # these of a
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
 LOGGERS = ("tensorboard", "wandb")
+# what decides no result; see BESIDE in common.py
+BESIDE = {"begin", "choose_resume", "check_args", "draw_batch", "draw_curves", "draw_valid", "find_done", "find_last",
+          "images_of", "log_row", "make_recipe", "model_files", "run_code", "start_logger",
+          "write_config"}
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
@@ -66,7 +72,7 @@ RECIPE = {
     "loss_ratio": (number(float, 0, 1), 0.4, "share of iou in iou_ce, of dice in dice_ce; the rest is cross-entropy"),
     "label_smoothing": (number(float, 0, 0.99), 0.0, "of cross-entropy and focal"),
     "class_weights": (("none", "inverse"), "none", "of cross-entropy and focal: inverse to the class's pixels"),
-    "augment": (AUGMENTATIONS, "basic", "see augmentations in common.py"),
+    "augment": (tuple(AUGMENTATIONS), "basic", "see AUGMENTATIONS in common.py"),
     "classmix": (("none", "plain", "weighted"), "none", "paste half an image's classes, or rather rare, on another"),
     "classmix_prob": (number(float, 0, 1), 0.5, "share of the images that are pasted on"),
     "sampler": (("all", "rare"), "all", "every image once an epoch, or drawn: oftener the rarer its rarest class"),
@@ -84,7 +90,7 @@ SEARCH_SPACE = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
+    parser = Parser(prog="train.py", description=__doc__)
     run = parser.add_argument_group("what to train")
     run.add_argument("--data", type=Path, required=True, help="the competition's folder")
     run.add_argument("--exp", type=Path, required=True, help="folder of the experiment, out/EXP")
@@ -105,7 +111,10 @@ def parse_args(argv=None):
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         recipe.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
     system = parser.add_argument_group("system: none of these decides the recipe")
-    system.add_argument("--replace", action="store_true", help="replace a run of another recipe instead of refusing")
+    system.add_argument("--replace", action="store_true", help="replace a run of another recipe, which is kept in "
+                        "its folder replaced/ until the next time, instead of refusing")
+    system.add_argument("--code", choices=("new", "keep"), help="where other code has made a run, or begun it: "
+                        "train it anew, or keep it as it is and carry on")
     system.add_argument("--save-every", type=number(int, 0), default=0, metavar="N",
                         help="write last.pt after every N steps, not only after an epoch")
     system.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks, shared by experiments")
@@ -357,49 +366,65 @@ def draw_valid(path, run, photos, info, device):
 # ---- one run --------------------------------------------------------------------------------------------------------
 
 
-def make_recipe(args, train):
-    """Everything that decides the result, as plain values; a run made with other values is another run."""
+def make_recipe(args, data, folds, hashes, pseudo=None, labels=None, contaminated=False):
+    """Everything but code that decides the result, as plain values; a run made with other values is another run.
+
+    data: fingerprint of the training photos; folds: folds_hash; pseudo, labels: labels_hash and label_settings of the
+    labels learnt from, if any.
+    """
     names = ("model", "scale", "fold", "folds", "round", "paint", "overfit", *RECIPE)
-    recipe = {name: getattr(args, name) for name in names}
+    recipe = {name: getattr(args, name) for name in names} | {"data": data, "folds_csv": folds}
     if args.weights not in ("imagenet", "none"):
-        recipe["weights"] = f"{Path(args.weights).name} {file_hash(args.weights)}"
-    recipe["mean"], recipe["std"] = map(list, encoder_mean_std(args.model))
-    recipe["data"], recipe["folds_csv"] = train.fingerprint, file_hash(args.exp / "folds.csv")
+        recipe["weights"] = hashes(args.weights)
     if args.round and not args.overfit:
-        recipe["pseudo"], recipe["contaminated"] = check_labels(args, train.classes, recipe["folds_csv"])
-        return recipe
+        return recipe | {"pseudo": pseudo, "labels": labels, "contaminated": contaminated}
     return {k: v for k, v in recipe.items() if k not in ("pseudo_ratio", "labelled_only")} | {"contaminated": False}
 
 
-def same_recipe(path, recipe, replace):
-    """Whether the checkpoint `path` was made with `recipe`; when not, say what differs and stop, unless `replace`."""
-    if not path.exists():
-        return False
-    old = load_checkpoint(path)
-    if not isinstance(old, dict) or "recipe" not in old:
-        raise SystemExit(f"{path}: not a checkpoint of train.py: remove it")
-    old = old["recipe"]
-    differ = [f"{k} {old.get(k)} -> {recipe.get(k)}" for k in {**old, **recipe} if old.get(k) != recipe.get(k)]
-    if differ and not replace:
-        raise SystemExit(f"{path} was made with another recipe: {', '.join(differ)}; pass --replace to replace it")
-    if differ:
-        print(f"{path} is replaced: {', '.join(differ)}")
-    return not differ
+def run_code(recipe):
+    """code_of a run; of the tables only the entries that it uses."""
+    return code_of("run", DECODERS=recipe["model"].partition("/")[0], LOSSES=recipe["loss"],
+                   AUGMENTATIONS=recipe["augment"], SCHEDULES=recipe["schedule"], OPTIMIZERS=recipe["optimizer"])
+
+
+def find_done(out, hashes):
+    """What config.json says of the finished run in `out`, or None; if it is missing, what model.pt itself says."""
+    if not (out / "model.pt").exists():
+        return None
+    made = read_description(out / "config.json", hashes)
+    if not made:  # killed before it was written, or damaged
+        made = load_checkpoint(out / "model.pt")
+        if not isinstance(made, dict) or not made.keys() >= set(DESCRIBED):
+            raise SystemExit(f"{out}/model.pt: not a checkpoint of this train.py: take another --exp, or remove it")
+    return made
+
+
+def model_files(epochs):
+    """The checkpoints of a finished run, the one written last at the end."""
+    return [*(f"epoch-{epoch:03}.pt" for epoch in epochs), "model.pt"]
+
+
+def write_config(out, made, epochs, hashes):
+    """Write what made the run and the hashes of its checkpoints; with this file the run is done."""
+    more = {key: made[key] for key in ("classes", "epoch", "v3")}
+    files = {name: hashes(out / name) for name in model_files(epochs)}
+    write_description(out / "config.json", made, **more, files=files)
+    hashes.save()
 
 
 def find_last(out):
-    """The checkpoint that an interrupted run carries on from, if any: last.pt or, when that is damaged, last-1.pt."""
+    """(path, checkpoint) that a run carries on from, if any: last.pt or, when that is damaged, last-1.pt."""
     damaged = ""
     for path in filter(Path.exists, (out / "last.pt", out / "last-1.pt")):
         try:
-            load_checkpoint(path)
+            last = load_checkpoint(path)
         except SystemExit as e:
             damaged += f"{e}; "
         else:
             if damaged and ranks()[0] == 0:
                 print(f"{damaged}going back to {path}")
                 (out / "last.pt").rename(out / "last-damaged.pt")  # else the next last.pt would make it last-1.pt
-            return path
+            return path, last
     if damaged:
         raise SystemExit(f"{damaged}remove {out}/last*.pt to start anew")
     return None
@@ -414,7 +439,7 @@ def set_prior(model, pixels):
 
 
 def start_run(args, classes, pixels, resume, device):
-    """What a run works with, new or as it stands in the checkpoint `resume`; pixels [C] are the training images'."""
+    """What a run works with, new or as it stands in `resume`, of find_last; pixels [C] are the training images'."""
     import torch
     from timm.utils import ModelEmaV3
     torch.manual_seed(args.seed)
@@ -446,23 +471,22 @@ def start_run(args, classes, pixels, resume, device):
     for p in (p for p in model.parameters() if p.requires_grad and args.optimizer == "sgd"):
         run["optimizer"].state[p]["momentum_buffer"] = torch.zeros_like(p)  # undefined after a skipped first step
     if resume:
-        restore(run, resume)
+        restore(run, *resume)
     run["total"] = run["total"].to(device)
     return run
 
 
-def restore(run, resume):
-    """Put what the checkpoint `resume` holds into a new run."""
-    state = load_checkpoint(resume)
+def restore(run, path, state):
+    """Put what the checkpoint `path` holds into a new run."""
     try:
         for name in STATES:
             if state[name]:  # a scaler that is off has no state
                 run[name].load_state_dict(state[name])
         run |= {name: state[name] for name in PLACE}
     except (KeyError, RuntimeError, ValueError) as e:
-        raise SystemExit(f"{resume}: not of these scripts and libraries, remove it to start anew: "
+        raise SystemExit(f"{path}: not of these scripts and libraries, remove it to start anew: "
                          f"{shorten(str(e), 300)}") from None
-    print(f"{resume.parent}: resuming after {run['kept']}")
+    print(f"{path.parent}: resuming after {run['kept']}")
 
 
 def fit(run, loaders, args, info, out, device, report):
@@ -470,7 +494,7 @@ def fit(run, loaders, args, info, out, device, report):
     run says besides.
     """
     (train_loader, valid_loader), recipe = loaders, info["recipe"]
-    finished = (out / "model.pt").exists()  # by a run that this one replaces: its log stays beside it until then
+    finished = (out / "model.pt").exists()  # of a run that this one replaces: its log stays beside it until then
     look = None if ranks()[0] else partial(draw_batch, out / "batch.png", info["classes"])
 
     def save(step, snapshot=None):
@@ -479,7 +503,7 @@ def fit(run, loaders, args, info, out, device, report):
             raise SystemExit(f"{out} was removed: training stops")
         if ranks()[0] == 0:
             if snapshot and snapshot["epoch"] in snapshot_epochs(args):
-                save_checkpoint(out / f"epoch-{snapshot['epoch']:03}.pt", **info, **snapshot)
+                save_checkpoint(out / f"last-epoch-{snapshot['epoch']:03}.pt", **info, **snapshot)
             if snapshot:  # before last.pt: an epoch that counts as done is in it
                 write_csv(out / ("last.csv" if finished else "log.csv"), run["log"])
             save_checkpoint(out / "last.pt", previous=out / "last-1.pt", **info, **{k: run[k] for k in PLACE} | {
@@ -544,36 +568,41 @@ def train_run(args, root, report=None):
 
     report(epoch, v3) is called after each epoch. With --overfit a v3 below OVERFIT_V3 raises SystemExit.
     """
+    check_output(args.data, args.exp)
     train, test = load_data(args.data, args.cache, args.paint, args.cache_images)
     folds = load_folds(args.exp, train, args.folds)
     learn, valid = np.flatnonzero(folds != args.fold), np.flatnonzero(folds == args.fold)
-    pixels = np.array(train.pixels)
+    pixels, hashes, epochs = np.array(train.pixels), Hashes(args.cache), snapshot_epochs(args)
     if args.overfit:  # on the images with the most classes
         learn = valid = learn[np.argsort(-(pixels[learn] > 0).sum(1), kind="stable")][:args.overfit]
     out, first = root / f"r{args.round}" / args.model / f"s{args.scale}" / f"f{args.fold}", ranks()[0] == 0
     with lock(out, wait=report is not None) if first else nullcontext():
-        recipe = make_recipe(args, train)
-        made = [out / "model.pt", *(out / f"epoch-{epoch:03}.pt" for epoch in snapshot_epochs(args))]
-        if all(same_recipe(path, recipe, args.replace) for path in made):
+        folds_csv = folds_hash(train.ids, folds)
+        labels = check_labels(args, test, folds_csv, hashes) if args.round and not args.overfit else ()
+        recipe = make_recipe(args, train.fingerprint, folds_csv, hashes, *labels)
+        recipe["mean"], recipe["std"] = map(list, encoder_mean_std(args.model))
+        info = provenance(recipe, run_code(recipe)) | {
+            "classes": train.classes, "valid_ids": [train.ids[i] for i in valid]}
+        done = find_done(out, hashes)
+        todo = decide(out / "model.pt", done, info, args.code, args.replace) if done else "make"
+        if todo != "make" and all((out / name).exists() for name in model_files(epochs)):
+            if first and (todo == "kept" or not read_description(out / "config.json", hashes)):
+                keep_code(args.exp)
+                write_config(out, done, epochs, hashes)
             print(f"{out}/model.pt is there and has this recipe: nothing to do")
-            (out / "model.pt").touch()  # newer than what it was made from: make has nothing left to do
-            return load_checkpoint(out / "model.pt")["v3"]
-        resume = find_last(out)
-        if resume and not same_recipe(resume, recipe, args.replace):
-            resume = None
+            return done["v3"]
+        resume = choose_resume(out, info, args, hashes)
         device = claim_device(args.device)
-        if first:
-            for old in () if resume else [*out.glob("last*"), *out.glob("epoch-*.pt")]:  # model.pt stays
-                old.unlink()
+        if first:  # other ranks have read what is moved here, as claim_device waits for them
+            begin(out, info, args, resume)
         loaders = make_loaders(args, train, test, learn, valid, device.type == "cuda")
         run = start_run(args, train.classes, pixels[learn].sum(0), resume, device)
-        info = {"recipe": recipe, "classes": train.classes, "valid_ids": [train.ids[i] for i in valid]}
         for name, part in (("training", learn), ("validation", valid)):
             if absent := [c for c, n in zip(train.classes, pixels[part].sum(0), strict=True) if not n]:
                 print(f"warning: no {name} image of fold {args.fold} has {', '.join(absent)}")
         if first:  # three times the weights, their average, the best ones and Adam's two; the rest once
             size = sum(tensor.nbytes for tensor in run["model"].state_dict().values())
-            check_space(out, (3 * 5 + 1 + args.snapshots) * size - sum(p.stat().st_size for p in out.glob("*.pt")))
+            check_space(out, (3 * 5 + 1 + args.snapshots) * size - sum(p.stat().st_size for p in out.glob("last*.pt")))
         try:
             fit(run, loaders, args, info, out, device, report)
         except KeyboardInterrupt:
@@ -585,19 +614,59 @@ def train_run(args, root, report=None):
             raise SystemExit(f"{out}: v3 {v3:.4f} on its own {len(learn)} training images, below {OVERFIT_V3}: more "
                              "--epochs or another --lr, or the model or the loss doesn't learn")
         if first:
-            finish_run(run, info, out, EvalPhotos(train, valid.tolist(), args.scale), device)
+            finish_run(run, info, out, EvalPhotos(train, valid.tolist(), args.scale), device, epochs, hashes)
     return v3
 
 
-def finish_run(run, info, out, photos, device):
-    """Write what stays of a run that is done, model.pt last; photos: the validation images, an EvalPhotos."""
-    write_json(out / "config.json", info["recipe"] | {"classes": info["classes"]})
-    write_csv(out / "log.csv", run["log"])
+def choose_resume(out, info, args, hashes):
+    """What find_last finds if the run carries on from it, or None when it begins; info is what would make it now.
+
+    When the user keeps what other code has begun, info gets to say so.
+    """
+    resume = find_last(out)
+    if not resume:
+        return None
+    path, last = resume
+    if not isinstance(last, dict) or not last.keys() >= set(DESCRIBED):
+        raise SystemExit(f"{path}: not a checkpoint of this train.py: take another --exp, or remove it to start anew")
+    said = read_description(out / "last.json", hashes)
+    if said and not recipe_changes(last, said["recipe"]) and said["code"] == last["code"]:
+        last["kept_under"] = said["kept_under"]  # the user has said so, but no epoch has ended since
+    todo = decide(path, last, info, args.code, args.replace)
+    if todo == "make":
+        return None
+    if last["kept_under"]:
+        info |= {key: last[key] for key in DESCRIBED}
+    return resume
+
+
+def begin(out, info, args, resume):
+    """Move aside what isn't carried on and write last.json, which says what makes this run."""
+    begun = [path.name for path in sorted(out.glob("last*")) if path.suffix != ".json"]
+    if begun and not resume:
+        move_aside(out, ["last.json", *begun])
+    keep_code(args.exp)
+    write_description(out / "last.json", info, files={})
+
+
+def finish_run(run, info, out, photos, device, epochs, hashes):
+    """Write what stays of a run that is done and move aside what it replaces.
+
+    photos: the validation images, an EvalPhotos. A kill at any point leaves last.pt, from which this is done again.
+    """
     draw_valid(out / "valid.png", run, photos, info, device)
     best = {sys.intern(k): v for k, v in run["best"].items()}  # else a resumed run's file has other bytes
-    save_checkpoint(out / "model.pt", **info, **best)
-    for old in out.glob("last*"):
+    save_checkpoint(out / "last-model.pt", **info, **best)
+    if (out / "model.pt").exists():
+        old = {path.name for folder in (out, out / "replaced") for path in folder.glob("epoch-*.pt")}
+        move_aside(out, ["config.json", "log.csv", *sorted(old), "model.pt"])
+    write_csv(out / "log.csv", run["log"])
+    for name in model_files(epochs):
+        if (out / f"last-{name}").exists():
+            os.replace(out / f"last-{name}", out / name)
+    for old in out.glob("last*"):  # before config.json: model.pt alone says what it needs, and none of these is left
         old.unlink()
+    write_config(out, info | best, epochs, hashes)
     print(f"{out}/model.pt: epoch {best['epoch']}, v3 {best['v3']:.4f}")
 
 
@@ -679,14 +748,14 @@ def sample_photos(train, present, n=6):
 # ---- main -----------------------------------------------------------------------------------------------------------
 
 
-def check_args(args):
-    """Stop with one line when the arguments don't fit each other or what is there."""
+def check_args(args, n_ranks):
+    """Stop with one line when the arguments don't fit each other, what is there or the number of processes."""
     if args.fold >= args.folds:
         raise SystemExit(f"--fold {args.fold}: there are the folds 0 to {args.folds - 1}")
     if args.weights not in ("imagenet", "none") and not Path(args.weights).is_file():
         raise SystemExit(f"--weights {args.weights}: no such file, and neither imagenet nor none")
-    if args.batch < 2 * ranks()[1]:
-        raise SystemExit(f"--batch {args.batch}: batch norm needs 2 images a process, of which there are {ranks()[1]}")
+    if args.batch < 2 * n_ranks:
+        raise SystemExit(f"--batch {args.batch}: batch norm needs 2 images a process, of which there are {n_ranks}")
     if len(snapshot_epochs(args)) < args.snapshots:
         raise SystemExit(f"--snapshots {args.snapshots}: this run has only {len(snapshot_epochs(args))} to keep")
 
@@ -695,9 +764,10 @@ def main(args):
     if args.check:
         check(args)
         return
-    check_args(args)
+    check_args(args, ranks()[1])
     if args.overfit:
-        plain = {"augment": "none", "classmix": "none", "sampler": "all", "snapshots": 0}
+        plain = {"augment": "none", "classmix": "none", "sampler": "all", "snapshots": 0,
+                 "code": "new", "replace": True}
         args = argparse.Namespace(**vars(args) | plain)
     train_run(args, args.exp / "overfit" if args.overfit else args.exp)
 

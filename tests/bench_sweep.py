@@ -23,8 +23,8 @@ from optuna.trial import TrialState
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
-from common import (Help, atomic_write, build_model, claim_device, load_data, load_folds, lock, number,  # noqa: E402
-                    run_script)
+from common import (Hashes, Help, atomic_write, build_model, claim_device, code_of, different_keys,  # noqa: E402
+                    folds_hash, load_data, load_folds, lock, number, run_script)
 
 COMPLETE, PRUNED, RUNNING = TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING
 
@@ -45,7 +45,7 @@ def with_values(args, values):
     try:
         with redirect_stderr(said):
             run = train.parse_args([*args.line, *(f"--{name.replace('_', '-')}={v}" for name, v in values.items())])
-        train.check_args(run)
+        train.check_args(run, 1)
         return run
     except SystemExit as e:
         raise SystemExit(f"train.py's SEARCH_SPACE: {said.getvalue().strip().split('error: ')[-1] or e}") from None
@@ -69,8 +69,8 @@ def search_space(args):
     return space
 
 
-def open_study(folder, epochs, fixed):
-    """The study in `folder`, new or begun with the same `fixed` values."""
+def open_study(folder, epochs, fixed, code):
+    """The study in `folder`, new or begun with the same `fixed` values, and code unless the user says "keep"."""
     storage = optuna.storages.RDBStorage(f"sqlite:///{folder}/study.db", {"connect_args": {"timeout": 60}})
     pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=epochs // 3)
     study = optuna.create_study(storage=storage, pruner=pruner, study_name="sweep", direction="maximize",
@@ -79,7 +79,12 @@ def open_study(folder, epochs, fixed):
     if differ := [f"{k} {old.get(k)} -> {fixed.get(k)}" for k in {**old, **fixed} if old.get(k) != fixed.get(k)]:
         raise SystemExit(f"{folder}/study.db was begun with other values: {', '.join(differ)}; take another --exp, or "
                          "remove it to begin anew")
+    made, now = study.user_attrs.get("code"), code_of("run")
+    if code != "keep" and made and (names := sorted(different_keys(made, now))):
+        raise SystemExit(f"{folder}/study.db was begun by other code ({', '.join(names[:6])}): --code keep (CODE=keep) "
+                         "carries on with it, another --exp begins anew")
     study.set_user_attr("fixed", fixed)
+    study.set_user_attr("code", now)
     return study
 
 
@@ -191,14 +196,16 @@ def main(args):
     run, folder = args.run, args.run.exp / "sweep"
     if run.check or run.overfit:
         raise SystemExit("--check and --overfit are other jobs of train.py, not for a sweep")
-    train.check_args(run)
+    train.check_args(run, 1)
     space = search_space(args)
-    data, _ = load_data(run.data, run.cache, run.paint)
-    load_folds(run.exp, data, run.folds)
-    fixed = {k: v for k, v in train.make_recipe(run, data).items() if k not in (*space, "mean", "std")}
+    data, test = load_data(run.data, run.cache, run.paint)
+    folds = folds_hash(data.ids, load_folds(run.exp, data, run.folds))
+    labels = train.check_labels(run, test, folds, Hashes(run.cache)) if run.round else ()
+    recipe = train.make_recipe(run, data.fingerprint, folds, Hashes(run.cache), *labels)
+    fixed = {k: v for k, v in recipe.items() if k not in space}
     fixed |= {f"SEARCH_SPACE {name}": list(train.SEARCH_SPACE[name]) for name in space}
     with lock(folder, wait=True):
-        study = open_study(folder, run.epochs, fixed)
+        study = open_study(folder, run.epochs, fixed, run.code)
     if len(study.get_trials(False, (COMPLETE, PRUNED))) < args.trials:
         claim_device(run.device)
         if "model" not in space:  # what no trial could build ends the sweep, not each of its trials

@@ -122,6 +122,32 @@ def line(tiny_data, cache):
     return parse
 
 
+def write_store(run, split, probs, part, ids=None, **info):
+    """A store by hand in the folder `run`, of probs uint8 [N, C, H, W] for the images `ids` of the Split `part`.
+
+    It says that it was made from `part`; what else it says may be given. After a change of the .npy call `seal`.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    np.save(run / f"{split}.npy", probs)
+    found = {"classes": part.classes, "split": split, "tta": "flip", "data": part.fingerprint, "seed": 0,
+             "model": "unet/a", "scale": 64, "round": 0, "fold": 0, "folds_csv": "f01d", "paint": "area",
+             "image_ids": part.ids if ids is None else ids, "contaminated": False, "unreadable": [], "state": "5ta7e",
+             "checkpoints": [{"file": "model.pt", "hash": "0", "epoch": 1}], "commit": "", "versions": {}, "code": {},
+             "kept_under": []} | info
+    run_recipe = {key: found[key] for key in ("model", "scale", "round", "fold", "seed", "paint")}
+    common.write_json(run / f"{split}.json", {
+        "recipe": {"split": split, "tta": found["tta"], "checkpoints": [f"{run.name} {found['fold']}"]},
+        "run": {"recipe": run_recipe, "code": {}, "codes": [common.short_hash({})], "state": "5ta7e", "commit": "",
+                "kept_under": []},
+        "files": {f"{split}.npy": common.file_hash(run / f"{split}.npy")}} | found)
+
+
+def seal(path):
+    """Let the JSON of a store, `path`, say that its .npy is as it is now."""
+    info = common.read_json(path)
+    common.write_json(path, info | {"files": {f"{path.stem}.npy": common.file_hash(path.with_suffix(".npy"))}})
+
+
 def run_folder(exp, round_, model, scale, fold):
     """EXP/rROUND/DECODER/ENCODER/sSCALE/fFOLD."""
     return Path(exp) / f"r{round_}" / model / f"s{scale}" / f"f{fold}"

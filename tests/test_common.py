@@ -1,9 +1,10 @@
 """Losses, metrics, stores, batches, augmentation, ClassMix and checkpoints of common.py, and the TTA of infer.py."""
-import json
 import math
 import os
 import pickle
+import shutil
 import warnings
+from argparse import Namespace
 from contextlib import contextmanager
 
 import albumentations as A
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from conftest import run_folder, seal, write_store
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -396,46 +398,112 @@ def test_resizing_probs_to_half_averages_four_pixels():
     torch.testing.assert_close(infer.resize_probs(probs), torch.nn.functional.avg_pool2d(probs, 2))
 
 
-STORE = {"image_ids": [5, 3], "classes": ["Background", "a", "b"], "split": "test", "tta": "flip", "checkpoints": [],
-         "data": "d", "unreadable": [], **dict.fromkeys(infer.FROM_RECIPE, 0)}
+@pytest.fixture
+def hashes(tmp_path):
+    return common.Hashes(tmp_path / "cache")
 
 
 @pytest.fixture
 def store(tmp_path):
     """The JSON path of a good store of 2 images and 3 classes."""
-    np.save(tmp_path / "test.npy", np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1).repeat(256, 2).repeat(256, 3))
-    (tmp_path / "test.json").write_text(json.dumps(STORE))
+    part = Namespace(ids=[5, 3], classes=["Background", "a", "b"], fingerprint="d")
+    write_store(tmp_path, "test", np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1).repeat(256, 2).repeat(256, 3), part)
     return tmp_path / "test.json"
 
 
-def test_open_store_maps_the_file_and_returns_its_description(store):
-    probs, info = infer.open_store(store)
+def test_open_store_maps_the_file_and_returns_its_description(store, hashes):
+    probs, info = infer.open_store(store, hashes)
     assert isinstance(probs, np.memmap) and probs[:, :, 0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert info == STORE
+    assert info == common.read_json(store) and info["image_ids"] == [5, 3]
+
+
+def leave_out(path, key):
+    common.write_json(path, {k: value for k, value in common.read_json(path).items() if k != key})
+
+
+def change_json(path, **changes):
+    common.write_json(path, common.read_json(path) | changes)
+
+
+def save_probs(path, probs):
+    """Other probabilities, of which the JSON knows."""
+    np.save(path.with_suffix(".npy"), probs)
+    seal(path)
 
 
 STORE_FAULTS = {
     "no description": lambda path: path.unlink(),
     "description cut off": lambda path: path.write_text(path.read_text()[:-4]),
     "description is a list": lambda path: path.write_text("[]"),
-    "no ids": lambda path: path.write_text(json.dumps({k: v for k, v in STORE.items() if k != "image_ids"})),
-    "no fold": lambda path: path.write_text(json.dumps({k: v for k, v in STORE.items() if k != "fold"})),
+    "no ids": lambda path: leave_out(path, "image_ids"),
+    "no fold": lambda path: leave_out(path, "fold"),
+    "no run": lambda path: leave_out(path, "run"),
+    "no hashes": lambda path: leave_out(path, "files"),
     "no array": lambda path: path.with_suffix(".npy").unlink(),
     "array cut off": lambda path: os.truncate(path.with_suffix(".npy"), 1000),
     "array is text": lambda path: path.with_suffix(".npy").write_text("hello"),
-    "array of objects": lambda path: np.save(path.with_suffix(".npy"), np.array([{}]), allow_pickle=True),
-    "an image too many": lambda path: path.write_text(json.dumps(STORE | {"image_ids": [5, 3, 1]})),
-    "a class too few": lambda path: path.write_text(json.dumps(STORE | {"classes": ["a", "b"]})),
-    "floats": lambda path: np.save(path.with_suffix(".npy"), np.zeros((2, 3, 256, 256), np.float16)),
-    "other size": lambda path: np.save(path.with_suffix(".npy"), np.zeros((2, 3, 128, 128), np.uint8)),
+    "array of objects": lambda path: save_probs(path, np.array([{}])),
+    "an image too many": lambda path: change_json(path, image_ids=[5, 3, 1]),
+    "a class too few": lambda path: change_json(path, classes=["a", "b"]),
+    "floats": lambda path: save_probs(path, np.zeros((2, 3, 256, 256), np.float16)),
+    "other size": lambda path: save_probs(path, np.zeros((2, 3, 128, 128), np.uint8)),
 }
 
 
 @pytest.mark.parametrize("fault", STORE_FAULTS)
-def test_open_store_refuses_a_store_that_is_not_whole(store, fault):
+def test_open_store_refuses_a_store_that_is_not_whole(store, hashes, fault):
     STORE_FAULTS[fault](store)
-    with pytest.raises(SystemExit, match="test.json"):
-        infer.open_store(store)
+    with pytest.raises(SystemExit, match="test.json") as refusal:
+        infer.open_store(store, hashes)
+    assert "checksum" not in str(refusal.value)  # the checksums agree, or nobody has got that far
+
+
+def flip_a_bit(path):
+    with open(path, "r+b") as f:
+        f.seek(-1000, os.SEEK_END)
+        byte, = f.read(1)
+        f.seek(-1000, os.SEEK_END)
+        f.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+def test_open_store_refuses_probabilities_with_another_checksum(store, hashes, remembered):
+    if remembered:
+        infer.open_store(store, hashes)
+    npy, times = store.with_suffix(".npy"), os.stat(store.with_suffix(".npy"))
+    flip_a_bit(npy)
+    os.utime(npy, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(SystemExit, match="test.json: the .npy has another checksum, damaged or of another store"):
+        infer.open_store(store, hashes)
+    flip_a_bit(npy)
+    assert infer.open_store(store, hashes)[1]["image_ids"] == [5, 3]
+
+
+def test_open_store_refuses_the_probabilities_of_another_store_of_the_same_size(store, hashes, tmp_path):
+    part = Namespace(ids=[5, 3], classes=["Background", "a", "b"], fingerprint="d")
+    write_store(tmp_path / "other", "test", np.ones((2, 3, SUBMIT_SIZE, SUBMIT_SIZE), np.uint8), part)
+    for path in (store, tmp_path / "other/test.json"):
+        infer.open_store(path, hashes)
+    shutil.copy2(tmp_path / "other/test.npy", store.with_suffix(".npy"))
+    with pytest.raises(SystemExit, match="another checksum"):
+        infer.open_store(store, hashes)
+
+
+@pytest.mark.parametrize("place", [(0, "unet/a", 64, 0), (1, "unet/b", 64, 0), (1, "unet/a", 96, 0),
+                                   (1, "unet/a", 64, 2)])
+def test_open_store_refuses_a_store_in_the_folder_of_another_run(store, hashes, tmp_path, place):
+    change_json(store, round=1, model="unet/a", scale=64, fold=0)
+    infer.open_store(store, hashes)  # this folder is no run's
+    for exp in ("exp", "renamed/r0"):
+        own, other = run_folder(tmp_path / exp, 1, "unet/a", 64, 0), run_folder(tmp_path / exp, *place)
+        for folder in (own, other):
+            folder.mkdir(parents=True)
+            for path in (store, store.with_suffix(".npy")):
+                shutil.copy(path, folder)
+        infer.open_store(own / "test.json", hashes)
+        with pytest.raises(SystemExit, match=f"{other}/test.json is of round 1, unet/a, scale 64, fold 0: it was moved "
+                                             "or copied into the folder of another run"):
+            infer.open_store(other / "test.json", hashes)
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
@@ -542,7 +610,7 @@ def test_augmentation_moves_image_and_mask_together(name):
 
 def test_flips_and_turns_by_cv2_are_those_of_albumentations():
     image = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-    ours = next(t for t in common.augmentations(A, (32, 32), cv2)["basic"] if type(t).__name__ == "D4")
+    ours = next(t for t in common.AUGMENTATIONS["basic"](A, (32, 32)) if type(t).__name__ == "D4")
     found = {element: ours.apply(image, element) for element in ("e", "r90", "r180", "r270", "v", "hvt", "h", "t")}
     for element, moved in found.items():
         assert np.array_equal(moved, A.D4(p=1).apply(image, element)), element
@@ -575,7 +643,7 @@ def geometry(name, scale):
                 if isinstance(transform, A.CoarseDropout):
                     transform.p = 1
                 yield transform
-    return list(chosen(common.augmentations(A, (scale, scale), cv2)[name]))
+    return list(chosen(common.AUGMENTATIONS[name](A, (scale, scale))))
 
 
 def apply(transforms, image, mask, seed):
@@ -615,7 +683,7 @@ def test_a_mask_is_within_half_a_pixel_of_its_image_and_not_shifted_on_average(n
 @pytest.mark.parametrize("kind", ["GridDistortion", "ElasticTransform"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_distorted_mask_is_the_nearest_pixel_of_its_image(kind, axis):
-    distortions, = (t for t in common.augmentations(A, (160, 160), cv2)["strong"]
+    distortions, = (t for t in common.AUGMENTATIONS["strong"](A, (160, 160))
                     if isinstance(t, A.OneOf) and isinstance(t.transforms[0], A.DualTransform))
     distortion, = (t for t in distortions.transforms if type(t).__name__ == kind)
     distortion.p = 1

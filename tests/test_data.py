@@ -614,7 +614,7 @@ def test_folds_are_written_once_and_may_be_edited(tiny_splits, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "image_id\n", "image_id,group,fold\n", "image_id,group,fold\n1,a,0\n3,b,1\n",
-                                  "image_id,group,fold\n2,b,0\n1,a,1\n", "image_id,group,fold\n1,a,0\n2,b,2\n",
+                                  "image_id,group,fold\n1,a,0\n1,a,1\n", "image_id,group,fold\n1,a,0\n2,b,2\n",
                                   "image_id,group,fold\n1,a,0\n2,b,x\n", "image_id,group,fold\n1,a,0\n2,b\n",
                                   "image_id,group,fold\n1,a,0\n2,b,-1\n", "image_id,group,fold\n1,a,0\n2,b,0\n"])
 def test_folds_of_other_images_or_another_number_are_refused_by_name(tmp_path, text):
@@ -625,12 +625,65 @@ def test_folds_of_other_images_or_another_number_are_refused_by_name(tmp_path, t
     assert (tmp_path / "folds.csv").read_text() == text
 
 
-def test_folds_of_other_images_are_renewed_on_request(tmp_path, capsys):
+def test_folds_of_other_images_are_renewed_on_request_and_each_old_file_is_kept_by_name(tmp_path, capsys):
     train = SimpleNamespace(ids=[1, 2], groups=["a", "b"], pixels=[[3, 1], [4, 0]])
-    (tmp_path / "folds.csv").write_text("image_id,group,fold\n1,a,0\n3,b,1\n")
-    assert sorted(common.load_folds(tmp_path, train, 2, renew=True).tolist()) == [0, 1]
-    assert "folds.csv" in capsys.readouterr().out
+    for number in (1, 2):
+        text = f"image_id,group,fold\n1,a,0\n{number + 2},b,1\n"
+        (tmp_path / "folds.csv").write_text(text)
+        assert sorted(common.load_folds(tmp_path, train, 2, renew=True).tolist()) == [0, 1]
+        assert f"the old one is {tmp_path}/folds-{number}.csv" in capsys.readouterr().out
+        assert (tmp_path / f"folds-{number}.csv").read_text() == text
     assert [r["image_id"] for r in common.read_csv(tmp_path / "folds.csv", ("image_id",))] == ["1", "2"]
+
+
+@pytest.mark.parametrize("text", [
+    "image_id,group,fold\n1 ,a,0 \n 2,b, 1\n", "image_id,group,fold\r\n2,b,1\r\n1,a,0\r\n",
+    "image_id,fold\n2,1\n1,0\n\n",
+    "\ufeffimage_id,group,fold,note\n1,a,0,good\n,,,\n2,b,1,\n\n\n"])
+def test_what_an_editor_does_to_folds_is_harmless_and_makes_no_other_folds_of_them(tmp_path, text):
+    train = SimpleNamespace(ids=[1, 2], groups=["a", "b"], pixels=[[3, 1], [4, 0]])
+    (tmp_path / "folds.csv").write_bytes(text.encode())
+    for renew in (False, True):
+        folds = common.load_folds(tmp_path, train, 2, renew)
+        assert folds.tolist() == [0, 1] and (tmp_path / "folds.csv").read_bytes() == text.encode()
+    assert common.folds_hash([1, 2], folds.tolist()) == common.folds_hash(["1", "2"], [0, 1])
+    assert common.folds_hash([1, 2], [0, 1]) != common.folds_hash([1, 2], [1, 0]) != common.folds_hash([2, 1], [0, 1])
+
+
+@pytest.mark.parametrize(("rows", "told"), [("1,a,0\n2,b,x\n", "line 3: the fold of image 2 is 'x'"),
+                                            ("1,a,0\n2,b,\n", "line 3: the fold of image 2 is ''"),
+                                            ("1,a,0\n2,b,1\n1,a,0\n", "line 4: image 1 is listed twice"),
+                                            ("1,a,0\n2,b,7\n", r"has the folds \[0, 7\]: one number must be wrong")])
+def test_a_slip_in_edited_folds_is_named_by_line_and_never_overwritten(tmp_path, rows, told):
+    train = SimpleNamespace(ids=[1, 2], groups=["a", "b"], pixels=[[3, 1], [4, 0]])
+    (tmp_path / "folds.csv").write_text("image_id,group,fold\n" + rows)
+    with pytest.raises(SystemExit, match=told):
+        common.load_folds(tmp_path, train, 2, renew=True)
+    assert (tmp_path / "folds.csv").read_text() == "image_id,group,fold\n" + rows
+
+
+# ---- without a main module ------------------------------------------------------------------------------------------
+
+
+UNGUARDED = """import sys
+sys.path.insert(0, {root!r})
+import common
+train, test = common.load_data({data!r}, {cache!r})
+print(len(train.ids), "training images")
+"""
+
+
+@pytest.mark.parametrize("how", ["script without a guard", "standard input", "-c", "notebook"])
+def test_data_is_loaded_from_anything_that_is_no_guarded_script(tiny_data, tmp_path, how):
+    text = UNGUARDED.format(root=str(ROOT), data=str(tiny_data), cache=str(tmp_path / "cache"))
+    (tmp_path / "mine.py").write_text(text)
+    cell = f"import code; code.InteractiveInterpreter().runsource({text!r}, '<cell>', 'exec')"
+    argv = {"script without a guard": [tmp_path / "mine.py"], "standard input": ["-"], "-c": ["-c", text],
+            "notebook": ["-c", cell]}[how]
+    given = text if how == "standard input" else None
+    done = subprocess.run([sys.executable, *argv], input=given, cwd=tmp_path, text=True, capture_output=True,
+                          timeout=300)
+    assert done.returncode == 0 and done.stdout.count("14 training images") == 1, done.stdout + done.stderr
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------------

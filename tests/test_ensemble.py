@@ -1,18 +1,20 @@
 """ensemble.py against slow implementations of the same, on small votes by hand and on stores by hand."""
 import csv
+import io
 import json
 import math
 import os
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import redirect_stdout
 from fractions import Fraction
 from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, run_folder, write_coco
+from conftest import ROOT, run_folder, seal, write_coco, write_store
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -20,6 +22,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 
 import common
 import ensemble
+import train
 from common import SUBMIT_SIZE, image_miou
 
 SIDE = 16  # of the images of a FakeOof, in place of SUBMIT_SIZE
@@ -476,15 +479,6 @@ def test_who_adds_what_is_asked_of_images_that_all_have_predicted(three, tmp_pat
 # ---- real stores ----------------------------------------------------------------------------------------------------
 
 
-def write_store(run, split, probs, ids, classes, **info):
-    run.mkdir(parents=True, exist_ok=True)
-    np.save(run / f"{split}.npy", probs)
-    common.write_json(run / f"{split}.json", {
-        "classes": classes, "split": split, "tta": "flip", "data": "d", "seed": 0, "model": "unet/a", "scale": 64,
-        "round": 0, "fold": 0, "folds_csv": "f01d", "paint": "area", "image_ids": ids, "contaminated": False,
-        "unreadable": [], "checkpoints": [{"file": "model.pt", "hash": "0", "epoch": 1}]} | info)
-
-
 def write_run(run, splits, rng, fold, n_folds=2, right=120, **info):
     """Both stores of one fold by a model that is the better the larger `right`."""
     train, test = splits
@@ -492,9 +486,9 @@ def write_run(run, splits, rng, fold, n_folds=2, right=120, **info):
     truths = np.stack([train.truth(train.ids.index(i)) for i in ids])
     noise = rng.integers(0, 130, (len(ids), 12, 16, 16)).repeat(16, 2).repeat(16, 3)
     probs = noise + (truths[:, None] == np.arange(12)[:, None, None]) * right
-    write_store(run, "valid", probs.astype(np.uint8), ids, train.classes, fold=fold, **info)
+    write_store(run, "valid", probs.astype(np.uint8), train, ids, fold=fold, **info)
     noise = rng.integers(0, 256, (len(test.ids), 12, 16, 16), dtype=np.uint8).repeat(16, 2).repeat(16, 3)
-    write_store(run, "test", noise, test.ids, train.classes, fold=fold, **info)
+    write_store(run, "test", noise, test, fold=fold, **info)
     return run
 
 
@@ -563,23 +557,73 @@ def test_only_the_images_that_both_held_out_are_compared(tiny_data, cache, split
         run_ensemble(tiny_data, cache, "compare", half, tmp_path / "nosuch")
 
 
-def test_status_says_which_runs_are_done_and_how_long_the_others_take(tmp_path, capsys):
-    runs = [run_folder(tmp_path, 0, model, 64, fold) for model in ("unet/a", "unet/b") for fold in (0, 1)]
-    for run, files, epochs, seconds in ((runs[0], ["model.pt", "test.json"], 4, 900), (runs[1], ["model.pt"], 4, 1100),
-                                        (runs[2], ["last.pt", "model.pt"], 3, 1800)):
-        run.mkdir(parents=True)
-        common.write_csv(run / "log.csv", [{"epoch": i, "seconds": seconds} for i in range(epochs)])
-        for name in files:
-            (run / name).touch()
-    ensemble.main(ensemble.parse_args(["status", "--epochs", "4", *map(str, runs)]))
-    table, left = capsys.readouterr().out.rsplit("\n", 2)[:2]
-    assert [line.split() for line in table.splitlines()] == [
-        ["f0", "f1"], ["r0/unet/a/s64", "done", "trained"], ["r0/unet/b/s64", "epoch", "3", "missing"]]
-    assert left.startswith("5 epochs are left: about 2 h 30 min of training")
-    ensemble.main(ensemble.parse_args(["status", "--epochs", "2", str(runs[2])]))
-    assert "0 epochs are left: about 0 h 0 min" in capsys.readouterr().out
-    ensemble.main(ensemble.parse_args(["status", str(tmp_path / "r0/unet/c/s64/f0")]))
-    assert capsys.readouterr().out.split() == ["f0", "r0/unet/c/s64", "missing"]
+def status(data, cache, exp, models, rounds=0, pick_folds="0 1", epochs=4):
+    """What status prints of these models on two folds: (the words of each line of its table, the lines below it)."""
+    with redirect_stdout(io.StringIO()) as out:
+        run_ensemble(data, cache, "status", "--exp", exp, "--nfolds", 2, "--rounds", rounds, "--models", models,
+                     "--scales", 64, "--folds", "0 1", "--pick-models", models, "--pick-scales", 64, "--pick-folds",
+                     pick_folds, f"--train-args=--epochs {epochs} --weights none")
+    lines, end = out.getvalue().splitlines(), 1 + (rounds + 1) * len(models.split())
+    return [line.split() for line in lines[:end]], lines[end:]
+
+
+@pytest.fixture
+def exp(tiny_data, cache, tmp_path):
+    """An experiment with folds alone."""
+    train.main(train.parse_args(["--check", "--data", str(tiny_data), "--cache", str(cache), "--folds", "2", "--exp",
+                                 str(tmp_path / "exp")]))
+    return tmp_path / "exp"
+
+
+def write_log(path, epochs, seconds):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    common.write_csv(path, [{"epoch": i, "seconds": seconds} for i in range(epochs)])
+
+
+def write_trained(data, cache, folder, model, fold, epochs, seconds):
+    """A run by hand of an untrained model, as up to date as if train.py had made it."""
+    write_log(folder / "log.csv", epochs, seconds)
+    (folder / "model.pt").write_text("weights")
+    splits, hashes = common.load_data(data, cache), common.Hashes(cache)
+    args = train.parse_args(["--data", str(data), "--exp", str(folder.parents[4]), "--model", model, "--scale", "64",
+                             "--fold", str(fold), "--folds", "2", "--epochs", str(epochs), "--weights", "none"])
+    folds = common.folds_hash(splits[0].ids, common.load_folds(args.exp, splits[0], 2).tolist())
+    recipe = train.make_recipe(args, splits[0].fingerprint, folds, hashes)
+    common.write_json(folder / "config.json", common.provenance(recipe, train.run_code(recipe)) | {
+        "files": {"model.pt": hashes(folder / "model.pt")}})
+
+
+def test_status_says_which_runs_are_done_and_how_long_the_others_take(tiny_data, cache, exp):
+    models = "unet/a", "unet/b"
+    runs = {(model, fold): run_folder(exp, 0, model, 64, fold) for model, fold in product(models, (0, 1))}
+    write_trained(tiny_data, cache, runs["unet/a", 0], "unet/a", 0, 4, 900)
+    (runs["unet/a", 0] / "test.json").touch()
+    write_trained(tiny_data, cache, runs["unet/a", 1], "unet/a", 1, 4, 1100)
+    write_log(runs["unet/b", 0] / "log.csv", 3, 1800)
+    for name in ("last.pt", "model.pt"):
+        (runs["unet/b", 0] / name).touch()
+    table, (left, *why) = status(tiny_data, cache, exp, "unet/a unet/b")
+    assert table == [["f0", "f1"], ["r0/unet/a/s64", "done", "trained"], ["r0/unet/b/s64", "epoch", "3", "missing"]]
+    assert left == "5 epochs are left: about 2 h 30 min of training, job after job"
+    assert not any(f"{exp}/r0/unet/a/s64/f{fold}/model.pt:" in line for fold in (0, 1) for line in why)
+    for fold in (0, 1):
+        assert f"{exp}/r0/unet/b/s64/f{fold}/model.pt: it is missing or not whole" in why
+    table, (left, *why) = status(tiny_data, cache, exp, "unet/a unet/b", epochs=2)
+    assert table[1:] == [["r0/unet/a/s64", "stale", "stale"], ["r0/unet/b/s64", "epoch", "3", "missing"]]
+    assert left.startswith("2 epochs are left: about 1 h 0 min") and any("epochs 4 -> 2" in line for line in why)
+    table, (left, *_) = status(tiny_data, cache, exp, "unet/b", pick_folds="0", epochs=2)
+    assert table == [["f0"], ["r0/unet/b/s64", "epoch", "3"]] and left.startswith("0 epochs are left: about 0 h 0 min")
+
+
+def test_status_of_what_nothing_is_known_of_yet(tiny_data, cache, exp):
+    table, below = status(tiny_data, cache, exp, "unet/c", rounds=1)
+    assert table == [["f0", "f1"], *([f"r{round_}/unet/c/s64", "missing", "missing"] for round_ in (0, 1))]
+    assert not any("epochs are left" in line for line in below)
+    assert f"{exp}/r0/unet/c/s64/f1/model.pt: it is missing or not whole" in below
+    write_log(run_folder(exp, 0, "unet/c", 64, 1) / "last.csv", 1, 60)  # of one that has begun
+    table, (left, *_) = status(tiny_data, cache, exp, "unet/c unet/d", rounds=1)
+    assert table[1] == ["r0/unet/c/s64", "missing", "epoch", "1"]
+    assert left.startswith("31 epochs are left: about 0 h 31 min")  # of others by those that are known
 
 
 def test_score_prints_every_table_and_keeps_it(tiny_data, cache, experiments, tmp_path, capsys):
@@ -616,8 +660,8 @@ def test_one_fold_is_split_into_parts_that_keep_groups_whole(tmp_path):
     splits = common.load_data(tmp_path / "data", tmp_path / "cache")
     probs = np.random.default_rng(0).integers(0, 256, (8, 3, SUBMIT_SIZE, SUBMIT_SIZE), dtype=np.uint8)
     run = tmp_path / "unet/a/s64/f0"
-    write_store(run, "valid", probs, splits[0].ids, splits[0].classes)
-    args = Namespace(data=tmp_path / "data", cache=tmp_path / "cache")
+    write_store(run, "valid", probs, splits[0])
+    args = Namespace(data=tmp_path / "data", cache=tmp_path / "cache", mixed=False)
     parts = ensemble.OutOfFold(args, [run]).parts
     assert sorted(set(parts)) == [0, 1, 2, 3] and all(parts[i] == parts[i + 1] for i in range(0, 8, 2))
 
@@ -755,12 +799,13 @@ def test_memory_stays_the_same_with_more_members(tmp_path):
     runs = [tmp_path / f"{m}/s64/f0" for m in range(4)]
     for run in runs:
         for split, of_split in zip(("valid", "test"), splits, strict=True):
-            write_store(run, split, np.zeros((1, 1), np.uint8), of_split.ids, splits[0].classes)
+            write_store(run, split, np.zeros((1, 1), np.uint8), of_split)
             (run / f"{split}.npy").unlink()
             if run is runs[0]:
                 np.lib.format.open_memmap(run / f"{split}.npy", "w+", np.uint8, (10, 25, SUBMIT_SIZE, SUBMIT_SIZE))
             else:
                 os.link(runs[0] / f"{split}.npy", run / f"{split}.npy")
+            seal(run / f"{split}.json")
     one, four = (peak(tmp_path / "data", tmp_path / "cache", some, tmp_path / "s.csv") for some in (runs[:1], runs))
     assert four - one < 40
 

@@ -233,20 +233,66 @@ def test_two_damaged_ones_are_named_with_the_cure_and_nothing_is_begun_anew(
     assert {path: path.read_bytes() for path in folder.iterdir()}.keys() == before.keys()
 
 
-# os.replace is called for log.csv, for last.pt (from the second one on after last-1.pt), for config.json, ...
-@pytest.mark.parametrize("call", [5, *slow(2, 3, 4, 6, 9)])
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
+
+
+# os.replace is called for last.json, then in each epoch for log.csv, from the second one on for last-1.pt, and for
+# last.pt, then for last-model.pt, log.csv, model.pt and config.json
+BEFORE_CALL = {1: [], 2: ["last.json"], 3: ["last.json"], 4: ["last.json", "last.pt"], 5: ["last.json", "last.pt"],
+               6: ["last-1.pt", "last.json"], 7: ["last-1.pt", "last.json", "last.pt"],
+               8: ["last-1.pt", "last.json", "last.pt"], 9: ["last-1.pt", "last.json"],
+               10: ["last-1.pt", "last.json", "last.pt"], 11: ["last-1.pt", "last-model.pt", "last.json", "last.pt"],
+               12: ["last-1.pt", "last-model.pt", "last.json", "last.pt"], 13: [],
+               14: []}  # which is never made
+
+
+@pytest.mark.parametrize("call", [6, 12, 13, 14, *slow(1, 2, 3, 4, 5, 7, 8, 9, 10, 11)])
 def test_killed_between_any_two_renames_a_run_carries_on_to_the_same_bytes(line, finished, tmp_path, call):
     args = line(tmp_path / "exp")
     folds = tmp_path / "exp/folds.csv"
     folds.parent.mkdir()
     shutil.copy(finished.exp / "folds.csv", folds)
     code, _ = script_in_a_fork(train.main, args, tmp_path / "notes", common.os, "replace", call, kill_me)
-    assert code == -signal.SIGKILL
-    names = {path.name for path in run_of(args).glob("last*.pt")}
-    assert names == {2: set(), 3: {"last.pt"}, 4: {"last.pt"}, 5: {"last-1.pt"}, 6: {"last.pt", "last-1.pt"},
-                     9: {"last.pt", "last-1.pt"}}[call]
+    assert code == (0 if call == 14 else -signal.SIGKILL)
+    assert sorted(path.name for path in run_of(args).glob("last*")) == BEFORE_CALL[call]
+    assert (run_of(args) / "log.csv").exists() == (call > 2) and (run_of(args) / "model.pt").exists() == (call > 12)
+    assert (run_of(args) / "config.json").exists() == (call > 13)
     train.main(args)
     assert model_bytes(args) == model_bytes(finished)
+    left, expected = files_of(run_of(args)), files_of(run_of(finished))
+    assert left.keys() == expected.keys() and left["config.json"] == expected["config.json"]
+
+
+@pytest.fixture(scope="module")
+def replacing(line, tmp_path_factory):
+    """Arguments of a run that has learnt all and is about to replace one with snapshots, which had replaced one too."""
+    exp = tmp_path_factory.mktemp("replacing")
+    for seed in (1, 2):
+        train.main(line(exp, "--epochs", 1 + seed, "--snapshots", 2, "--seed", seed, "--replace"))
+    args = line(exp, "--epochs", 1, "--snapshots", 1, "--replace")
+    with pytest.MonkeyPatch.context() as patch:
+        stop(args, patch, "draw_valid", 1)
+    return args
+
+
+# last.json, last-model.pt, config.json, log.csv, two snapshots and model.pt aside, log.csv, epoch-001.pt, model.pt,
+# config.json; a twelfth call is never made
+@pytest.mark.parametrize("call", [4, 10, *slow(1, 2, 3, 5, 6, 7, 8, 9, 11, 12)])
+def test_killed_between_any_two_renames_a_replacement_loses_neither_the_new_run_nor_the_old(
+        line, replacing, tmp_path, call):
+    args = line(shutil.copytree(replacing.exp, tmp_path / "exp"), "--epochs", 1, "--snapshots", 1, "--replace")
+    folder = run_of(args)
+    old = {name: content for name, content in files_of(folder).items() if not name.startswith("last")}
+    assert sorted(old) == ["config.json", "epoch-002.pt", "epoch-003.pt", "log.csv", "model.pt"]
+    code, _ = script_in_a_fork(train.main, args, tmp_path / "notes", common.os, "replace", call, kill_me)
+    assert code == (0 if call == 12 else -signal.SIGKILL)
+    train.main(args)
+    assert sorted(files_of(folder)) == ["config.json", "epoch-001.pt", "log.csv", "model.pt"]
+    made = common.read_json(folder / "config.json")
+    assert made["recipe"]["seed"] == 0
+    assert made["files"] == {name: common.file_hash(folder / name) for name in ("epoch-001.pt", "model.pt")}
+    assert {name: files_of(folder / "replaced").get(name) for name in old} == old
 
 
 # ---- stopped in the middle of an epoch ------------------------------------------------------------------------------
@@ -325,31 +371,42 @@ def test_a_finished_prediction_claims_no_device(tiny_data, cache, stores, monkey
     assert capsys.readouterr().out.count("nothing to do") == 2
 
 
-@pytest.mark.parametrize("name", ["r0/unet/a/s64/f0/model.pt", "r0/unet/a/s64/f0/test.npy", "submission.csv"])
-def test_make_stopped_after_a_file_is_written_and_before_its_script_ends_keeps_the_file(tmp_path, name):
-    (tmp_path / "data").mkdir()
-    for needed in ("Makefile", "requirements.txt"):
-        shutil.copy(ROOT / needed, tmp_path)
-    for needed in ("data/train.json", "data/test.json"):
-        (tmp_path / needed).touch()
-    run = "r0/unet/a/s64/f0"
-    stores = [f"{run}/{split}.{end}" for split in ("valid", "test") for end in ("json", "npy")]
-    for script, files in (("train.py", [f"{run}/model.pt"]), ("infer.py", stores), ("ensemble.py", ["submission.csv"])):
-        (tmp_path / script).write_text(f"""if 1:
-            import os, signal, sys
-            for path in ["folds.csv"] if "--check" in sys.argv else {files}:
-                os.makedirs(os.path.dirname("out/main/" + path), exist_ok=True)
-                open("out/main/" + path, "w").close()
-                if path == "{name}":
-                    os.kill(os.getsid(0), signal.SIGTERM)  # to make, which leads the session
-                    signal.pause()
-            """)
-    make = subprocess.Popen(["make", "submit", "MODELS=unet/a", "SCALES=64", "FOLDS=0", f"PY={sys.executable} -SE"],
-                            cwd=tmp_path, env={"PATH": os.environ["PATH"]}, start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert make.wait() and (tmp_path / "out/main" / name).exists()
+# a Python that answers make's plan for real; of all else it only writes a file of this name, stops make and waits
+STOPPER = """#!{python} -SE
+import os, signal, sys
+line = " ".join(sys.argv[1:])
+if line.startswith("ensemble.py plan") and "--ready" not in line:
+    os.execv("{python}", ["{python}", *sys.argv[1:]])
+if "{call}" in line:
+    os.makedirs(os.path.dirname("out/main/{name}"), exist_ok=True)
+    open("out/main/{name}", "w").close()
+    signal.signal({number}, signal.SIG_IGN)
+    os.killpg(0, {number})  # make and its shells; their session is their group
+    sys.exit(1)
+"""
+MADE = {"folds.csv": "train.py --check", f"r0/{MODEL}/s64/f0/model.pt": "train.py --data",
+        f"r0/{MODEL}/s64/f0/test.json": "infer.py", "r1/pseudo/f0/manifest.json": "pseudo_label.py",
+        "submission.csv": "ensemble.py soft"}
+
+
+@pytest.mark.parametrize(("name", "number"), [
+    *((name, signal.SIGTERM) for name in MADE), (f"r0/{MODEL}/s64/f0/model.pt", signal.SIGINT),
+    *(pytest.param(name, signal.SIGINT, marks=pytest.mark.slow) for name in MADE if not name.endswith(".pt"))])
+def test_make_stopped_after_a_file_is_written_and_before_its_script_ends_keeps_the_file(
+        tiny_data, tmp_path, name, number):
+    for needed in (*ROOT.glob("*.py"), ROOT / "Makefile", ROOT / "requirements.txt"):
+        shutil.copy(needed, tmp_path)
+    stopper = tmp_path / "stopper"
+    stopper.write_text(STOPPER.format(python=sys.executable, call=MADE[name], name=name, number=int(number)))
+    stopper.chmod(0o755)
+    make = subprocess.Popen(
+        ["make", "submit", f"DATA={tiny_data}", f"MODELS={MODEL}", "SCALES=64", "FOLDS=0", "ROUNDS=1", "EPOCHS=1",
+         "WEIGHTS=none", "PY=./stopper"], cwd=tmp_path, env={"PATH": os.environ["PATH"]}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    said = make.communicate()[1]
     with suppress(ProcessLookupError):
         os.killpg(make.pid, signal.SIGKILL)  # a script of which make didn't see the end
+    assert make.returncode and (tmp_path / "out/main" / name).exists(), said
 
 
 # ---- small losses ---------------------------------------------------------------------------------------------------
@@ -398,9 +455,10 @@ def test_an_abandoned_replacement_leaves_the_config_and_log_of_the_model_that_is
     stop(other, monkeypatch, "backward", STEPS + 1)
     assert {name: (run_of(args) / name).read_bytes() for name in before} == before
     train.main(other)
-    assert common.read_json(run_of(args) / "config.json")["seed"] == 3
+    assert common.read_json(run_of(args) / "config.json")["recipe"]["seed"] == 3
     assert (run_of(args) / "log.csv").read_bytes() != before["log.csv"]
     assert not list(run_of(args).glob("last*"))
+    assert files_of(run_of(args) / "replaced") == before
 
 
 def test_a_class_that_the_fold_lacks_is_one_warning(line, tmp_path, capsys):

@@ -1,195 +1,124 @@
-"""The Makefile as a build graph, driven in a copy of the project whose scripts are stubs.
+"""The Makefile as a build graph with the real scripts: what is made after which change, and nothing else.
 
-A stub takes exactly the flags that the Makefile passes and writes the files that the real script writes. The text of a
-file is a digest of all that it was made from, so two folders with the same texts were made alike.
+An experiment is built once; each test changes a copy of it and mostly asks `make -n` what would be made.
 """
-import importlib
+import json
 import os
 import re
-import select
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from fnmatch import fnmatch
-from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import ROOT
+from demo_data import draw_data
+from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()
 KNOBS = re.findall(r"^([A-Z_]+) +\?=", MAKEFILE, re.M)
-STUBS = {"common.py": '''
-import os, sys, zlib
-class Args(dict): __getattr__ = dict.__getitem__
-def parse(flags, optional="", switches="", inputs=False):
-    """Strict, but not argparse, whose import would take most of the time; what runs is noted in the file "trace"."""
-    with open("trace", "a") as f: print(os.environ.get("OMP_NUM_THREADS"), *sys.argv, file=f)
-    args, words = Args(dict.fromkeys(optional.split() + switches.split()), inputs=[]), iter(sys.argv[1:])
-    for word in words:
-        name = word.removeprefix("--").replace("-", "_")
-        if not word.startswith("--"): args.inputs.append(word)
-        elif word[2:] in switches.split(): args[name] = True
-        elif word[2:] in (flags + " " + optional).split(): args[name] = next(words)
-        else: sys.exit(f"unknown argument {word}")
-    lacking = [flag for flag in flags.split() if flag.replace("-", "_") not in args]
-    if lacking or inputs not in (bool(args.inputs), None): sys.exit(f"{lacking} missing, or inputs: {args.inputs}")
-    return args
-def digest(*made_of): return format(zlib.crc32(repr(made_of).encode()), "08x")
-def read(*paths): return [open(path).read() for path in paths]
-def write(path, text):
-    """FAIL names a file whose writing fails; at the file STOP the stub says "here" and waits for its end."""
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    with open(f"{folder}/.{name}.tmp", "w") as f: f.write(text)
-    if os.environ.get("FAIL") == path: sys.exit("the stub fails")
-    if os.environ.get("STOP") == path:
-        os.write(os.open("here", os.O_WRONLY), b"x")
-        open("never")
-    os.replace(f"{folder}/.{name}.tmp", path)
-''', "train.py": '''
-from common import *
-check = "--check" in sys.argv
-run = " model scale fold round epochs batch lr seed weights snapshots device"
-a = parse("exp cache data folds paint" + (not check) * run, optional="augment", switches="check replace")
-json = a.data + ("/train_all.json" if os.path.exists(a.data + "/train_all.json") else "/train.json")
-folds = digest(a.folds, *read(json, a.data + "/test.json"))
-if check and not (os.path.exists(a.exp + "/folds.csv") and read(a.exp + "/folds.csv") == [folds]):
-    write(a.exp + "/folds.csv", folds)
-if read(a.exp + "/folds.csv") != [folds]: sys.exit("folds.csv is of other data or folds")
-if check: sys.exit()
-folder = f"{a.exp}/r{a.round}/{a.model}/s{a.scale}/f{a.fold}"
-out, epochs = folder + "/model.pt", [f"{folder}/epoch-{epoch:03}.pt" for epoch in range(int(a.snapshots))]
-labels = [f"{a.exp}/r{a.round}/pseudo/f{a.fold}/{n}" for n in ("labels.npy", "manifest.json", "index.csv")]
-recipe = digest(folds, sorted((k, v) for k, v in a.items() if k not in ("data", "exp", "cache", "device", "replace")),
-                read(*labels) if a.round != "0" else "")
-if all(os.path.exists(f) and read(f)[0].split()[0] == recipe for f in [out, *epochs]): os.utime(out); sys.exit()
-if os.path.exists(out) and not a.replace: sys.exit(out + " was made with another recipe")
-for name in os.listdir(folder) if os.path.exists(folder) else ():
-    if name.startswith("epoch-"): os.remove(f"{folder}/{name}")
-for path in [*epochs, out]: write(path, recipe + " code 1")
-''', "infer.py": '''
-from common import *
-a = parse("data cache checkpoint tta device", optional="batch", inputs=None)
-for name in ("valid.npy", "valid.json", "test.npy", "test.json"):
-    path = os.path.dirname(a.checkpoint) + "/" + name
-    if name.endswith(".npy") and os.path.exists(path[:-3] + "json"): os.remove(path[:-3] + "json")
-    write(path, digest(name, a.tta, a.batch, read(a.checkpoint, *a.inputs)))
-''', "pseudo_label.py": '''
-from common import *
-a = parse("data cache exp round fold", optional="confident", inputs=True)
-folder = f"{a.exp}/r{a.round}/pseudo/f{a.fold}"
-made_of = a.confident, read(*a.inputs, *(path.replace(".json", ".npy") for path in a.inputs))
-if os.path.exists(folder + "/index.csv"): os.remove(folder + "/index.csv")
-for name in ("labels.npy", "manifest.json", "index.csv"): write(f"{folder}/{name}", digest(name, made_of))
-''', "ensemble.py": '''
-from common import *
-command = sys.argv.pop(1)
-soft = command == "soft"
-if command == "compare":
-    a = parse("data cache", inputs=True)
-    sys.exit(print("compare", *a.inputs))
-a = parse("data cache batch weights report" + (" image-id out" if soft else " tables"), inputs=True)
-parts = ("valid.json", "valid.npy", "test.json", "test.npy")[:4 if soft else 2]
-text = digest(a.batch, a.weights, soft and a.image_id, [read(f"{run}/{part}") for run in a.inputs for part in parts])
-if not soft: os.makedirs(a.tables, exist_ok=True)
-write(a.out, text) if soft else print("score", text)
-''', "torch/distributed/run.py": '''
-import os, runpy, sys
-if sys.argv[1:3] != ["--standalone", "--nproc-per-node"]: sys.exit(f"not one machine: {sys.argv}")
-with open("ranked", "a") as f: print(*sys.argv[3:], file=f)
-sys.argv[:4] = []
-runpy.run_path(sys.argv[0], run_name="__main__")
-'''}
-LAUNCHER = """#!/bin/bash
-echo "$@" >>launched
-[[ $1 = --tag ]] && shift 2
-exec env -i PATH="$PATH" HOME="$HOME" "$@"
+FILES = ("Makefile", "common.py", "train.py", "infer.py", "pseudo_label.py", "ensemble.py", "report.html.jinja",
+         "requirements.txt")
+PY = sys.executable
+MODEL = "fpn/tu-test_efficientnet"
+GRID = {"MODELS": MODEL, "SCALES": 64, "FOLDS": "0 1", "NFOLDS": 2, "ROUNDS": 1, "EPOCHS": 2, "BATCH": 4, "LR": "3e-3",
+        "WEIGHTS": "none", "PSEUDO_ARGS": "--confident 0.3 --max-unsure 1", "PY": PY}
+ENV = {"PATH": os.environ["PATH"], "LC_ALL": "C", "OMP_NUM_THREADS": "1"}  # no knobs of a make that runs the tests
+RECORDER = f"""#!/bin/bash
+# a Python that asks the plan for real and only notes all else; what FAIL is part of fails
+case " $* " in *" ensemble.py plan "*--ready*) exit;; *" ensemble.py plan "*) exec {PY} "$@";; esac
+echo "${{OMP_NUM_THREADS-none}} $*" >>trace
+[[ -z ${{FAIL-}} || "$*" != *$FAIL* ]]
 """
-PY = f"{sys.executable} -SE"  # the stubs need no site-packages
-GRID = {"MODELS": "fpn/a unet/b", "SCALES": 64, "FOLDS": "0 1", "NFOLDS": 2, "ROUNDS": 1, "PY": PY}
-ENV = {"PATH": os.environ["PATH"], "LC_ALL": "C"}  # no MAKEFLAGS or knobs of a make that runs the tests
-CHANGED = {"NFOLDS": 3, "LR": "4e-3", "TTA": "none", "PSEUDO_ARGS": "--confident 0.9", "IMAGE_ID": "file_name"}
-A0, B1 = "r0/fpn/a/s64/f0", "r1/unet/b/s64/f1"  # a run without and one with pseudo labels
-AFTER_LABELS = ["train r1/*/f0", "infer r1/*/f0", "submit"]
-AFTER_A0 = ["pseudo r1/f0", *AFTER_LABELS]
+A0, B1 = f"r0/{MODEL}/s64/f0", f"r1/{MODEL}/s64/f1"  # a run without and one with pseudo labels
+AFTER_A0 = ["pseudo r1/f0", "train r1/*/f0", "infer r1/*/f0", "submit"]
 FROM_LABELS, FROM_INFER, FROM_TRAIN, EVERYTHING = (
     ["pseudo *", "* r1/*", "submit"], ["infer *", "pseudo *", "train r1/*", "submit"],
     ["train *", "infer *", "pseudo *", "submit"], ["*"])
 
 
-def new_folder(folder):
-    for name, text in STUBS.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    for name in ("Makefile", "requirements.txt"):
+def new_folder(folder, data):
+    """The project as a user has it, without outputs, on a copy of the data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
         shutil.copy(ROOT / name, folder)
-    (folder / "data").mkdir()
-    for name in ("train.json", "test.json"):
-        (folder / "data" / name).write_text(name)
+    shutil.copytree(data, folder / "data")
+    (folder / "recorder").write_text(RECORDER)
+    (folder / "recorder").chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "drawn"
+    draw_data(folder, train=12, test=4, size=64)
     return folder
 
 
 @pytest.fixture
-def fresh(tmp_path):
-    return new_folder(tmp_path)
+def fresh(tmp_path, data):
+    return new_folder(tmp_path / "fresh", data)
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    folder = new_folder(tmp_path_factory.mktemp("template"))
-    make(folder, "-j4", "submit")
+def untouched(tmp_path_factory, data):
+    """A new folder in which tests make nothing."""
+    return new_folder(tmp_path_factory.mktemp("untouched") / "fresh", data)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory, data):
+    folder = new_folder(tmp_path_factory.mktemp("template") / "built", data)
+    make(folder, "-j2", "submit")
     return folder
-
-
-@pytest.fixture(scope="module")
-def changed_texts(tmp_path_factory):
-    """What `make submit` with the knobs CHANGED writes in a new folder."""
-    folder = new_folder(tmp_path_factory.mktemp("changed"))
-    make(folder, "-j4", "submit", **CHANGED)
-    return texts(folder)
 
 
 @pytest.fixture
 def built(template, tmp_path):
     """A folder in which `make submit` has run."""
-    return shutil.copytree(template, tmp_path / "built")
+    return shutil.copytree(template, tmp_path / "built", symlinks=True)
 
 
 def command(*words, **knobs):
-    return ["make", "--warn-undefined-variables", *words, *(f"{k}={v}" for k, v in (GRID | knobs).items())]
+    given = {k: v for k, v in (GRID | knobs).items() if v is not None}
+    return ["make", "--warn-undefined-variables", *words, *(f"{k}={v}" for k, v in given.items())]
 
 
 def make(folder, *words, code=0, env=(), **knobs):
     done = subprocess.run(command(*words, **knobs), cwd=folder, env=ENV | dict(env), text=True, capture_output=True)
     assert done.returncode == code, done.stdout + done.stderr
-    assert "undefined variable" not in done.stderr
+    assert "undefined variable" not in done.stderr and "Traceback" not in done.stderr
     return done
 
 
+def said(done):
+    """The lines of an error without those of make itself."""
+    return [line for line in done.stderr.splitlines() if not re.search(r"\*\*\* (nothing was started|\[)", line)]
+
+
 def step(argv):
-    """A short name for one call of a script: "train r0/fpn/a/s64/f0"."""
+    """A short name for one call of a script: "train r0/fpn/tu-test_efficientnet/s64/f0"."""
     script, flags = argv[0].removesuffix(".py"), dict(zip(argv, argv[1:], strict=False))
     if script == "train":
         run = "train r{--round}/{--model}/s{--scale}/f{--fold}"
         return "check" if "--check" in argv else run.format_map(flags)
     if script == "infer":
-        return re.sub(r"^out/\w+/(.*)/[^/]+\.pt$", r"infer \1", flags["--checkpoint"])
+        return re.sub(r"^out/[^r].*?/(r\d/.*)/[^/]+\.pt$", r"infer \1", flags["--checkpoint"])
     if script == "pseudo_label":
         return "pseudo r{--round}/f{--fold}".format_map(flags)
     return "submit" if "--out" in argv else "score"
 
 
 def calls(folder, *goals, **knobs):
-    """Command lines of the scripts as `make -n` prints them, without the interpreter."""
-    text = make(folder, "-n", *goals, **knobs).stdout.replace("\\\n", " ")
-    return [shlex.split(line.removeprefix(PY)) for line in text.splitlines() if line.startswith(PY)]
-
-
-def commands(folder, *goals, **knobs):
-    """All lines of `make -n` that start Python, as printed."""
-    return [line for line in make(folder, "-n", *goals, **knobs).stdout.replace("\\\n", " ").splitlines() if PY in line]
+    """Command lines of the scripts as `make -n` prints them, without the interpreter and without plan."""
+    text, python = make(folder, "-n", *goals, **knobs).stdout.replace("\\\n", " "), (GRID | knobs)["PY"]
+    lines = [line.partition(python)[2].partition(" || ")[0] for line in text.splitlines() if python in line]
+    lines = [shlex.split(line) for line in lines]
+    return [argv for argv in lines if argv[:2] != ["ensemble.py", "plan"]]
 
 
 def plan(folder, *goals, **knobs):
@@ -197,26 +126,11 @@ def plan(folder, *goals, **knobs):
 
 
 def trace(folder):
-    """[threads, script, argument, ...] of every call so far."""
+    """[threads, script, argument, ...] of every call of the recorder so far."""
     return [line.split() for line in (folder / "trace").read_text().splitlines()] if (folder / "trace").exists() else []
 
 
-def remade(folder, *goals, **knobs):
-    """Names of the steps that ran; they are what was planned, and after them there is nothing left to do."""
-    planned, before = plan(folder, *goals, **knobs), len(trace(folder))
-    make(folder, "-j4", *goals, **knobs)
-    ran = sorted(step(argv) for _, *argv in trace(folder)[before:])
-    assert ran == planned
-    make(folder, "-q", *goals, code=int("score" in goals), **knobs)  # score always prints
-    return ran
-
-
-def texts(folder):
-    """{path: text} of everything under out, stamps and left-overs too."""
-    return {str(p.relative_to(folder)): p.read_text() for p in (folder / "out").rglob("*") if p.is_file()}
-
-
-def steps(*patterns, models=("fpn/a", "unet/b"), scales=(64,), folds=(0, 1), rounds=(0, 1)):
+def steps(*patterns, models=(MODEL,), scales=(64,), folds=(0, 1), rounds=(0, 1)):
     """Those of all steps up to a submission whose names match one of the patterns; every pattern matches something."""
     runs = [f"r{r}/{m}/s{s}/f{f}" for r in rounds for m in models for s in scales for f in folds]
     every = ["check", *(f"{script} {run}" for run in runs for script in ("train", "infer")),
@@ -225,330 +139,551 @@ def steps(*patterns, models=("fpn/a", "unet/b"), scales=(64,), folds=(0, 1), rou
     return sorted(name for name in every if any(fnmatch(name, pattern) for pattern in patterns))
 
 
+def up_to_date(folder, **knobs):
+    """Whether make -n and make why both say so."""
+    planned, told = plan(folder, "submit", **knobs), make(folder, "why", **knobs).stdout
+    assert (planned == []) == told.endswith(" is up to date\n")
+    return planned == []
+
+
+def why(folder, **knobs):
+    return make(folder, "why", **knobs).stdout
+
+
+def contents(folder):
+    """{path: bytes} of models, stores, labels and the submission."""
+    kinds = ("*.pt", "*.npy", "index.csv", "submission.csv", "folds.csv")
+    return {str(p.relative_to(folder)): p.read_bytes() for kind in kinds for p in (folder / "out/main").rglob(kind)
+            if "replaced" not in p.parts}
+
+
+def edit(folder, name, old, new):
+    path = folder / name
+    text = path.read_text()
+    assert text.count(old) == 1, (name, old)
+    path.write_text(text.replace(old, new))
+
+
 # ---- help, the plan, mistakes at the command line -------------------------------------------------------------------
 
 
 def test_help_is_the_default_and_lists_every_command_and_knob_with_its_value(fresh):
-    knobs = {"LR": "7e-7", "TRAIN_ARGS": "--augment 'a b'"}
+    knobs = {"LR": "7e-7", "TRAIN_ARGS": "--augment none"}
     out = make(fresh, "help", **knobs).stdout
     commands = re.search(r"^\.PHONY: (help .*)$", MAKEFILE, re.M)[1].split()
     assert out == make(fresh, **knobs).stdout
     assert len(commands) > 8 and all(re.search(rf"^  {c} +\w", out, re.M) for c in commands)
     assert len(KNOBS) > 20 and all(re.search(rf"\b{k}\b", out) for k in KNOBS)
-    for line in (" LR +7e-7 +peak", " MODELS +fpn/a unet/b +DEC", " TRAIN_ARGS --augment 'a b' +more"):
+    for line in (" LR +7e-7 +peak", f" MODELS +{MODEL} +DEC", " TRAIN_ARGS --augment none +more"):
         assert re.search(f"^ {line}", out, re.M)
 
 
-@pytest.mark.parametrize("rounds, runs, labels", [(0, 8, 0), (1, 16, 2), (2, 24, 4)])
+@pytest.mark.parametrize("rounds, runs, labels", [(0, 4, 0), (1, 8, 2), (2, 12, 4)])
 def test_dry_run_plans_the_whole_grid_without_a_warning_and_writes_nothing(fresh, rounds, runs, labels):
     before = sorted(fresh.rglob("*"))
     scripts = [argv[0] for argv in calls(fresh, "submit", SCALES="64 96", ROUNDS=rounds)]
     assert [scripts.count(f"{script}.py") for script in ("train", "infer", "pseudo_label", "ensemble")] == [
         1 + runs, runs, labels, 1]
     assert make(fresh, "-n", "submit", SCALES="64 96", ROUNDS=rounds).stderr == ""
-    assert sorted(fresh.rglob("*")) == before
+    assert [p for p in sorted(fresh.rglob("*")) if "__pycache__" not in p.parts] == before
+
+
+SHELLS = ("$$(touch pwned)", "`touch pwned`", "; touch pwned", "x & touch pwned", "'; touch pwned #")
 
 
 @pytest.mark.parametrize("knobs, message", [
-    *(({typo: 1}, f"unknown knob: {typo};") for typo in ("FLOD", "lr", "OMP_NUM_THREADS")),
-    *(({knob: ""}, f" {knob} is empty") for knob in KNOBS if knob not in ("ROUND", "STRICT", "LAUNCH", "A", "B")
+    *(({typo: 1}, f"unknown knob: {typo};") for typo in ("FLOD", "lr", "OMP_NUM_THREADS", "STRICT")),
+    *(({knob: ""}, f" {knob} is empty") for knob in KNOBS if knob not in ("ROUND", "CODE", "LAUNCH", "A", "B")
       and "_ARGS" not in knob),
-    *(({knob: value}, f"{knob}={value}: not a whole number") for knob, value in (
+    *(({knob: value}, f"{knob}={value}") for knob, value in (
         ("GPUS", 0), ("GPUS", "x"), ("GPUS", "2 2"), ("GPUS", "1.5"), ("GPUS", "'"), ("TRIALS", -1), ("TRIALS", 0),
-        ("SNAPSHOTS", -1), ("SNAPSHOTS", "two"), ("SNAPSHOTS", "01"))),
-    ({"ROUNDS": 10}, "not 10"), ({"FOLD": 1}, "submit takes FOLDS, not FOLD"),
-    ({"SCALE": 96}, "submit takes SCALES"),
-    ({"ROUND": "x"}, "not x"), ({"DATA": "my data"}, "DATA"), ({"EXP": "my exp"}, "EXP")])
-def test_mistaken_knob_is_an_error_of_one_line_that_names_it_and_writes_nothing(fresh, knobs, message):
-    shutil.copytree(fresh / "data", fresh / "my data")
-    error = make(fresh, "submit", code=2, **knobs).stderr
-    assert message in error and error.count("\n") == 1 and not (fresh / "out").exists()
+        ("SNAPSHOTS", -1), ("SNAPSHOTS", "two"), ("SNAPSHOTS", "01"), ("ROUNDS", 10), ("ROUND", "x"), ("ROUND", 12),
+        ("NFOLDS", 11), ("NFOLDS", 1), ("CODE", "old"), ("EPOCHS", "x"), ("EXP", "my exp"), ("EXP", "*"), ("EXP", "/"),
+        ("EXP", ".."), ("EXP", "a/../b"), ("EXP", "."), ("EXP", "a//b"), ("EXP", ".x"), ("EXP", "cache"))),
+    ({"FOLD": 1}, "submit takes FOLDS, not FOLD"), ({"SCALE": 96}, "submit takes SCALES"),
+    ({"FOLDS": "0 1 0"}, "FOLDS has 0 twice"), ({"MODELS": f"{MODEL} {MODEL}"}, "twice"),
+    ({"SCALES": "64 64"}, "twice"), ({"FOLDS": "00"}, "not 00"), ({"FOLDS": "0 5"}, "not 5"),
+    ({"SCALES": "064"}, "SCALES: 064"), ({"SCALES": "+64"}, "SCALES: +64"),
+    ({"SCALES": 50}, "--scale"), ({"MODELS": "fpn/a/b"}, "fpn/a/b is not DEC"), ({"MODELS": "fpn/.."}, "is not DEC"),
+    ({"MODELS": f"{MODEL} unet/resnet99"}, "no encoder resnet99"), ({"SUBMIT_ARGS": "-h"}, "SUBMIT_ARGS: for its help"),
+    ({"PAINT": "area\ntouch pwned"}, "PAINT has more than one line"), ({"MODELS": "fnp/x"}, "'fnp/x' is not DECODER/"),
+    ({"LR": "fast"}, "--lr"), ({"BATCH": 1}, "--batch"),
+    ({"BATCH": 4, "GPUS": 4}, "needs 2 images"), ({"WEIGHTS": "nosuch.pth"}, "--weights nosuch.pth"),
+    ({"TTA": "flipp"}, "--tta"), ({"VOTE": "1,2"}, "VOTE has 2 weights for 1 member"), ({"VOTE": "best"}, "--weights"),
+    ({"IMAGE_ID": "name"}, "--image-id"), ({"TRAIN_ARGS": "--los ce"}, "--los"), ({"INFER_ARGS": "--bach 3"}, "--bach"),
+    ({"PSEUDO_ARGS": "--rule best"}, "--rule"), ({"SUBMIT_ARGS": "--cocoo"}, "--cocoo"),
+    ({"TRAIN_ARGS": "--fold 1"}, "TRAIN_ARGS sets --fold"), ({"TRAIN_ARGS": "--overfit 2"}, "--overfit"),
+    ({"INFER_ARGS": "--out x"}, "INFER_ARGS sets --out"), ({"SUBMIT_ARGS": "--out x.csv"}, "SUBMIT_ARGS sets --out"),
+    ({"SNAPSHOTS": 3}, "--snapshots 3"), ({"DATA": "nosuch"}, "nosuch: no such folder"), ({"PAINT": "last"}, "--paint"),
+    *(({knob: text}, knob) for knob in ("LR", "TRAIN_ARGS", "LAUNCH", "EXP", "PY", "MODELS") for text in SHELLS)])
+def test_mistaken_knob_is_an_error_of_one_line_that_names_it_and_nothing_is_written(untouched, knobs, message):
+    done = make(untouched, "submit", code=2, **knobs)
+    assert message in done.stderr and len(said(done)) == 1
+    assert not (untouched / "out").exists() and not (untouched / "pwned").exists()
 
 
 @pytest.mark.parametrize("name", ["train.json", "test.json"])
 def test_missing_data_is_told_in_one_line_before_anything_runs(fresh, name):
     (fresh / "data" / name).unlink()
-    error = [x for x in make(fresh, "submit", code=2).stderr.splitlines() if not x.startswith("make: ***")]
-    assert len(error) == 1 and f"no data/{name}" in error[0] and "DATA=data" in error[0] and not trace(fresh)
+    done = make(fresh, "submit", code=2)
+    assert len(said(done)) == 1 and f"no data/{name}" in done.stderr and not (fresh / "out").exists()
 
 
-def test_real_scripts_accept_what_make_passes_and_get_every_knob(fresh, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+@pytest.mark.parametrize("name", ["my data", "a(b)&'c'", "x#y", "with=equals", "50%;touch pwned"])
+def test_data_may_be_in_any_folder(fresh, name):
+    (fresh / "data").rename(fresh / name)
+    make(fresh, "check", DATA=name)
+    assert (fresh / "out/main/folds.csv").exists() and not (fresh / "pwned").exists()
+    assert plan(fresh, "train", DATA=name) == steps("train r0/*")
+
+
+@pytest.mark.parametrize("exp", ["lr=5e-4", "a.b_c+d-e/f", "r0"])
+def test_an_experiment_may_be_named_like_a_setting(fresh, exp):
+    make(fresh, "train", EXP=exp, FOLD=0)
+    assert (fresh / "out" / exp / A0 / "model.pt").exists()
+    assert plan(fresh, "train", EXP=exp, FOLD=0) == []
+    make(fresh, "clean", EXP=exp)
+    assert not (fresh / "out" / exp).exists() and (fresh / "out/cache").exists()
+
+
+def test_every_knob_reaches_the_script_that_reads_it(fresh):
     shutil.copytree(fresh / "data", fresh / "new")
+    (fresh / "w.pth").touch()
     knobs = {"DATA": "new", "EXP": "e", "MODELS": "unet/b", "SCALES": 96, "FOLDS": 3, "NFOLDS": 4, "PAINT": "order",
-             "EPOCHS": 7, "BATCH": 9, "LR": "2e-5", "SEED": 11, "WEIGHTS": "none", "TTA": "none", "DEVICE": "cpu",
+             "EPOCHS": 17, "BATCH": 9, "LR": "2e-5", "SEED": 11, "WEIGHTS": "w.pth", "TTA": "none", "DEVICE": "cpu",
              "IMAGE_ID": "file_name", "TRAIN_ARGS": "--augment none --ema 0.5", "INFER_ARGS": "--batch 13",
-             "PSEUDO_ARGS": "--confident 0.75", "SNAPSHOTS": 6, "VOTE": "3,1"}
-    values = {}  # {script: every value that its arguments ever had}
-    for changed in ({}, knobs):
-        for script, *argv in calls(fresh, "submit", "score", "check", **changed):
-            args = vars(importlib.import_module(script.removesuffix(".py")).parse_args(argv))
-            values.setdefault(script, set()).update(map(str, args.values()))
-    wanted = {"train.py": "new out/e unet/b 96 3 4 order 7 9 2e-05 11 none cpu 0.5 out/cache True 0 1 6",
-              "infer.py": "new none 13 cpu out/cache", "pseudo_label.py": "new out/e 3 0.75 out/cache 1",
-              "ensemble.py": "new file_name 9 out/e/submission.csv out/e/report out/cache soft score fit [3.0, 1.0]"}
+             "PSEUDO_ARGS": "--confident 0.75", "SNAPSHOTS": 6, "VOTE": "3", "CODE": "keep", "LAUNCH": "env A=b"}
+    values = {}
+    for script, *argv in calls(fresh, "submit", "check", **knobs):
+        values.setdefault(script, set()).update(argv)
+    wanted = {"train.py": "new out/e unet/b 96 3 4 order 17 9 2e-5 11 w.pth cpu none 0.5 out/cache 0 1 6 keep",
+              "infer.py": "new none 13 cpu out/cache keep", "pseudo_label.py": "new out/e 3 0.75 out/cache 1 keep",
+              "ensemble.py": "new file_name 9 out/e/submission.csv out/cache soft 3 keep"}
     assert set(values) == set(wanted)
     for script, text in wanted.items():
-        assert set(re.findall(r"\[.*\]|\S+", text)) <= values[script], script
-
-
-def test_bench_measures_the_rows_that_were_asked_for(fresh, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    for knobs, rows in (({}, "all"), ({"ROWS": "vote,step"}, "vote,step")):
-        [[script, *argv]] = calls(fresh, "bench", **knobs)
-        args = importlib.import_module("bench_speed").parse_args(argv)
-        assert (script, args.rows, str(args.out)) == ("tests/bench_speed.py", rows, "out/bench.jsonl")
-
-
-def test_runtimes_measures_what_model_and_scale_pick_every_time(fresh, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    (fresh / "out").mkdir()
-    for name in ("runtimes", "out/runtimes.csv"):
-        (fresh / name).touch()
-    knobs = {"MODEL": "unet/b pan/c", "SCALE": "96 64", "BATCH": 3, "DEVICE": "cpu"}
-    for changed, wanted in (({}, (["fpn/a", "unet/b"], [64], 8, "auto")),
-                            (knobs, (["unet/b", "pan/c"], [96, 64], 3, "cpu"))):
-        [[script, *argv]] = calls(fresh, "runtimes", **changed)
-        args = importlib.import_module("bench_runtimes").parse_args(argv)
-        assert script == "tests/bench_runtimes.py" and str(args.out) == "out/runtimes.csv"
-        assert (args.models, args.scales, args.batch, args.device) == wanted
+        assert set(text.split()) <= values[script], script
 
 
 @pytest.mark.parametrize("goal, knobs, patterns, grid", [
-    ("check", {}, [], {}),
-    ("train", {"FOLD": 1}, ["train r0/*"], {"folds": [1]}),
-    ("train", {"MODEL": "pan/c", "SCALE": 96, "FOLD": 2}, ["train r0/*"],
-     {"models": ["pan/c"], "scales": [96], "folds": [2]}),
-    ("train", {"MODEL": "fpn/a", "FOLD": 0, "ROUND": 1}, ["* r0/*", "pseudo *", "train r1/fpn/*"], {"folds": [0]}),
-    ("train", {"MODEL": "pan/c", "FOLD": 2, "ROUND": 1}, ["* r0/[!p]*", "pseudo *", "train r1/pan/*"],
-     {"models": ["fpn/a", "unet/b", "pan/c"], "folds": [2]}),
-    ("pseudo", {}, ["* r0/*", "pseudo *"], {}),
-    ("pseudo", {"FOLD": 1, "ROUND": 2}, ["* r0/*", "* r1/*", "pseudo r2/*"], {"folds": [1], "rounds": [0, 1, 2]}),
-    ("score", {}, ["train *", "infer *", "pseudo *"], {}),
-    ("score", {"MODEL": "unet/b", "ROUND": 0}, ["* r0/*"], {"models": ["unet/b"]}),
-])
-def test_model_scale_fold_and_round_pick_a_slice_of_the_grid_or_outside_it(fresh, goal, knobs, patterns, grid):
-    assert plan(fresh, goal, **knobs) == sorted(steps("check", *patterns, **grid) + ["score"] * (goal == "score"))
-
-
-def test_compare_gets_both_experiments_and_trains_nothing(built):
-    shutil.copytree(built / "out/main", built / "out/lr5")
-    assert calls(built, "compare", A="main", B="lr5") == [
-        ["ensemble.py", "compare", "--data", "data", "--cache", "out/cache", "out/main", "out/lr5"]]
-    before = texts(built)
-    assert make(built, "compare", A="main", B="lr5").stdout == "compare out/main out/lr5\n"
-    assert make(built, "compare", A="main/r0", B="main/r1").stdout == "compare out/main/r0 out/main/r1\n"
-    assert texts(built) == before
-
-
-def test_status_gets_all_runs_of_all_rounds_once(fresh):
-    *call, = calls(fresh, "status", EPOCHS=7)[0]
-    assert call[:4] == ["ensemble.py", "status", "--epochs", "7"]
-    assert call[4:] == [f"out/main/r{r}/{m}/s64/f{f}" for r in (0, 1) for m in ("fpn/a", "unet/b") for f in (0, 1)]
-
-
-@pytest.mark.parametrize("knobs, wrong", [
-    ({}, "A="), ({"A": "main"}, "B="), ({"B": "main"}, "A="), ({"A": "main", "B": "empty"}, "B=empty"),
-    ({"A": "nosuch", "B": "main"}, "A=nosuch")])
-def test_compare_without_two_experiments_that_were_scored_is_an_error_of_one_line(built, knobs, wrong):
-    (built / "out/empty/r0").mkdir(parents=True)
-    before = len(trace(built))
-    error = make(built, "compare", code=2, **knobs).stderr
-    assert f" {wrong}" in error and "compare takes two experiments, or rounds" in error and error.count("\n") == 1
-    assert len(trace(built)) == before
-
-
-def test_score_leaves_its_tables_in_the_experiments_report(built):
-    make(built, "score", EXP="main")
-    assert (built / "out/main/report").is_dir()
+    ("train", {}, ["train r0/*"], {}), ("train", {"FOLD": 1}, ["train r0/*"], {"folds": [1]}),
+    ("train", {"MODEL": "unet/b", "SCALE": "96 64"}, ["train r0/*"], {"models": ["unet/b"], "scales": [64, 96]}),
+    ("train", {"ROUND": 1, "FOLD": 0}, ["train *", "pseudo *", "infer r0/*"], {"folds": [0]}),
+    ("pseudo", {}, ["train r0/*", "infer r0/*", "pseudo *"], {}),
+    ("pseudo", {"ROUND": 2, "FOLD": 1}, ["train r[01]/*", "infer r[01]/*", "pseudo *"],
+     {"rounds": [0, 1, 2], "folds": [1]}),
+    ("score", {"ROUND": 0, "FOLD": 1}, ["train r0/*", "infer r0/*"], {"folds": [1]}),
+    ("score", {"ROUNDS": 0}, ["train r0/*", "infer r0/*"], {})])
+def test_a_goal_plans_its_part_of_the_grid_and_what_that_needs(untouched, goal, knobs, patterns, grid):
+    assert plan(untouched, goal, **knobs) == sorted(steps("check", *patterns, **grid) + ["score"] * (goal == "score"))
 
 
 # ---- what is remade, and nothing else -------------------------------------------------------------------------------
 
 
 def test_second_submit_has_nothing_to_do_and_neither_has_it_after_a_check(built):
-    assert plan(built, "submit") == [] and make(built, "-q", "submit").stderr == ""
+    assert up_to_date(built) and make(built, "-q", "submit").stdout == ""
     make(built, "check")
-    assert remade(built, "submit") == []
+    assert up_to_date(built) and make(built, "submit").stdout.startswith("make: Nothing to be done")
 
 
-@pytest.mark.parametrize("name, if_deleted, if_touched", [
-    ("folds.csv", EVERYTHING, FROM_TRAIN),
-    (f"{A0}/model.pt", [f"train {A0}", f"infer {A0}", *AFTER_A0], [f"infer {A0}", *AFTER_A0]),
-    (f"{A0}/test.npy", [], AFTER_A0),  # its labels are there
-    (f"{A0}/test.json", [f"infer {A0}", *AFTER_A0], []),
-    (f"{A0}/valid.npy", [], []),
-    (f"{B1}/model.pt", [f"train {B1}", f"infer {B1}", "submit"], [f"infer {B1}", "submit"]),
-    *((f"{B1}/{store}", [f"infer {B1}", "submit"], ["submit"])
-      for store in ("test.npy", "test.json", "valid.npy", "valid.json")),
-    ("r1/pseudo/f0/labels.npy", AFTER_A0, AFTER_LABELS),
-    ("r1/pseudo/f0/manifest.json", AFTER_A0, AFTER_LABELS),
-    ("r1/pseudo/f0/index.csv", AFTER_A0, AFTER_LABELS),
-    ("submission.csv", ["submit"], []),
-])
-def test_deleted_or_touched_file_remakes_what_depends_on_it(built, template, name, if_deleted, if_touched):
-    path, made = built / "out/main" / name, texts(template)
-    made = made if if_deleted else {path: text for path, text in made.items() if path != f"out/main/{name}"}
-    os.utime(path)
-    assert remade(built, "submit") == steps(*if_touched)
-    path.unlink()
-    assert remade(built, "submit") == steps(*if_deleted)
-    assert texts(built) == made
+@pytest.mark.parametrize("name, if_deleted", [
+    ("folds.csv", ["check"]),
+    (f"{A0}/model.pt", [f"train {A0}", f"infer {A0}", *AFTER_A0]),
+    (f"{A0}/test.npy", []), (f"{A0}/test.json", []), (f"{A0}/valid.npy", []),  # its labels are there
+    (f"{B1}/model.pt", [f"train {B1}", f"infer {B1}", "submit"]),
+    (f"{B1}/config.json", [f"train {B1}", f"infer {B1}", "submit"]),
+    *((f"{B1}/{store}", [f"infer {B1}", "submit"]) for store in ("test.npy", "test.json", "valid.npy", "valid.json")),
+    ("r1/pseudo/f0/labels.npy", [f"infer {A0}", *AFTER_A0][1:]), ("r1/pseudo/f0/manifest.json", AFTER_A0),
+    ("r1/pseudo/f0/index.csv", AFTER_A0), ("submission.csv", ["submit"]), ("submission.made.json", ["submit"])])
+def test_a_deleted_file_remakes_what_depends_on_it_and_a_touched_one_nothing(built, name, if_deleted):
+    os.utime(built / "out/main" / name)
+    assert up_to_date(built)
+    (built / "out/main" / name).unlink()
+    assert plan(built, "submit") == (steps(*if_deleted) if if_deleted else [])
+    assert if_deleted == [] or f"out/main/{name.rpartition('/')[0]}" in why(built)
 
 
-def test_deleted_stores_of_an_old_round_are_made_again_only_when_its_labels_are(built, template):
-    made = texts(template)
+def test_deleted_files_are_made_again_as_they_were(built, template):
+    for name in (f"{A0}/model.pt", f"{B1}/valid.npy", "submission.csv", "folds.csv"):
+        (built / "out/main" / name).unlink()
+    make(built, "-j2", "submit")
+    assert contents(built) == contents(template) and up_to_date(built)
+
+
+def test_deleted_stores_of_an_old_round_are_made_again_only_when_its_labels_are(built):
     for path in (built / "out/main/r0").rglob("test.*"):
         path.unlink()
-    assert remade(built, "submit") == remade(built, "pseudo") == remade(built, "submit", MODELS="fpn/a unet/b") == []
-    assert remade(built, "score", ROUND=0) == ["score"]
-    os.utime(built / "out/main/r1/fpn/a/s64/f0/model.pt")
-    assert remade(built, "submit") == ["infer r1/fpn/a/s64/f0", "submit"]
+    assert up_to_date(built) and plan(built, "pseudo") == []
+    assert plan(built, "score", ROUND=0) == ["score"]
     (built / "out/main/r1/pseudo/f1/labels.npy").unlink()
-    assert remade(built, "submit") == steps("infer r0/*/f1", "pseudo r1/f1", "train r1/*/f1", "infer r1/*/f1", "submit")
-    assert remade(built, "submit", PSEUDO_ARGS="--confident 0.9") == steps("infer r0/*/f0", *FROM_LABELS)
-    remade(built, "submit")
-    assert texts(built) == made
+    assert plan(built, "submit") == steps("infer r0/*/f1", "pseudo r1/f1", "train r1/*/f1", "infer r1/*/f1", "submit")
 
 
-@pytest.mark.parametrize("name", ["valid.npy", "valid.json"])
-def test_score_remakes_a_deleted_half_of_a_validation_store(built, name):
-    score = make(built, "score", ROUND=0).stdout
-    (built / "out/main" / A0 / name).unlink()
-    assert remade(built, "score", ROUND=0) == [f"infer {A0}", "score"]
-    assert make(built, "score", ROUND=0).stdout == score
+@pytest.mark.parametrize("knobs, if_changed, grid", [
+    *(({knob: value}, FROM_TRAIN, {}) for knob, value in (
+        ("EPOCHS", 3), ("BATCH", 5), ("LR", "4e-3"), ("SEED", 1), ("TRAIN_ARGS", "--augment none"), ("SNAPSHOTS", 1))),
+    ({"PAINT": "id"}, EVERYTHING, {}), ({"DATA": "./data"}, [], {}), ({"LR": "0.003"}, [], {}),
+    ({"TTA": "none"}, FROM_INFER, {}), ({"INFER_ARGS": "--batch 4"}, [], {}),
+    ({"PSEUDO_ARGS": "--confident 0.9"}, FROM_LABELS, {}),
+    *((knob, ["submit"], {}) for knob in ({"FOLDS": 0}, {"ROUNDS": 0}, {"IMAGE_ID": "file_name"}, {"VOTE": "equal"})),
+    ({"NFOLDS": 3, "FOLDS": "0 1 2"}, EVERYTHING, {"folds": [0, 1, 2]}),
+    ({"MODELS": f"{MODEL} unet/b"}, ["* r0/unet/*", *FROM_LABELS], {"models": [MODEL, "unet/b"]}),
+    ({"SCALES": "64 96"}, ["* r0/*/s96/*", *FROM_LABELS], {"scales": [64, 96]}),
+    ({"ROUNDS": 2}, ["* r2/*", "submit"], {"rounds": [0, 1, 2]}), ({"EXP": "other"}, EVERYTHING, {}),
+    *(({knob: value}, [], {}) for knob, value in (("DEVICE", "cpu"), ("GPUS", 2), ("LAUNCH", "env"), ("TRIALS", 3),
+                                                   ("CODE", "new"), ("CODE", "keep"), ("PY", f"{PY} -B")))],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
+def test_changed_knob_rebuilds_exactly_what_reads_it(template, knobs, if_changed, grid):
+    assert plan(template, "submit", **knobs) == (steps(*if_changed, **grid) if if_changed else [])
 
 
-@pytest.mark.parametrize("knobs, if_changed, if_changed_back, grid", [
-    ({"EPOCHS": 3, "BATCH": 4, "LR": "4e-3", "SEED": 1, "WEIGHTS": "none", "TRAIN_ARGS": "--augment 'none'"},
-     FROM_TRAIN, FROM_TRAIN, {}),
-    ({"SNAPSHOTS": 2}, FROM_TRAIN, FROM_TRAIN, {}),
-    ({"DATA": "./data", "PAINT": "id", "NFOLDS": 3}, EVERYTHING, EVERYTHING, {}),
-    ({"INFER_ARGS": "--batch 4", "TTA": "none"}, FROM_INFER, FROM_INFER, {}),
-    ({"PSEUDO_ARGS": "--confident 0.9"}, FROM_LABELS, FROM_LABELS, {}),
-    ({"FOLDS": 0, "ROUNDS": 0, "IMAGE_ID": "file_name", "VOTE": "equal"}, ["submit"], ["submit"], {}),
-    ({"FOLDS": "0 1 2"}, ["*/f2", "submit"], ["submit"], {"folds": [0, 1, 2]}),
-    ({"MODELS": "fpn/a"}, FROM_LABELS, FROM_LABELS, {"models": ["fpn/a"]}),
-    ({"SCALES": "64 96"}, ["* r0/*/s96/*", *FROM_LABELS], FROM_LABELS, {"scales": [64, 96]}),
-    ({"ROUNDS": 2}, ["* r2/*", "submit"], ["submit"], {"rounds": [0, 1, 2]}),
-    ({"EXP": "other"}, EVERYTHING, [], {}),
-    ({"DEVICE": "cpu", "GPUS": 2, "LAUNCH": "env", "TRIALS": 3, "STRICT": 1, "PY": f"{PY} -B"}, [], [], {}),
-], ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
-def test_changed_knob_rebuilds_exactly_what_reads_it_and_so_does_changing_it_back(
-        built, knobs, if_changed, if_changed_back, grid):
-    for knob, value in knobs.items():
-        assert plan(built, "submit", **{knob: value}) == steps(*if_changed, **grid), knob
-    remade(built, "submit", **{knob: value})
-    assert plan(built, "submit") == steps(*if_changed_back)
+def test_a_knob_changed_for_real_moves_what_was_there_aside_and_changed_back_gives_the_same_again(built, template):
+    run, before = built / "out/main" / A0, contents(template)
+    out = make(built, "train", FOLD=0, LR="4e-3").stdout
+    assert "lr 0.003 -> 0.004" in out and f"out/main/{A0}/replaced: config.json, log.csv, model.pt" in out
+    assert (run / "replaced/model.pt").read_bytes() == before[f"out/main/{A0}/model.pt"]
+    assert f"infer {A0}" in plan(built, "submit", LR="4e-3")
+    assert "lr 0.004 -> 0.003" in why(built)
+    make(built, "train", FOLD=0)
+    assert contents(built) == before and up_to_date(built)
 
 
-def test_knobs_changed_and_changed_back_give_what_a_new_folder_gives(built, template, changed_texts):
-    remade(built, "submit", **CHANGED)
-    assert texts(built) == changed_texts
-    make(built, "check", **CHANGED | {"NFOLDS": 4})  # writes other folds
-    assert plan(built, "submit", **CHANGED) == remade(built, "submit") == steps("*")
-    assert texts(built) == texts(template)
+# ---- what lies in the eyes of a clock -------------------------------------------------------------------------------
 
 
-def test_train_all_json_is_preferred_whatever_its_age(built):
-    path, away = built / "data/train_all.json", built / "away"
-    path.write_text("more")
-    os.utime(path, (1, 1))  # unpacked with the time of its packing
-    assert remade(built, "submit") == steps("*")
-    os.utime(built / "data/train.json")
-    assert plan(built, "submit") == []
-    path.rename(away)
+def other_truth(folder):
+    """train.json with the class of one object changed, of the same size as before."""
+    path = folder / "data/train.json"
+    coco = json.loads(path.read_text())
+    first = coco["annotations"][0]
+    first["category_id"] = next(c["id"] for c in coco["categories"] if c["id"] not in (first["category_id"], 10))
+    return path, json.dumps(coco)
+
+
+def test_an_older_json_copied_in_with_its_time_remakes_everything(built):
+    path, text = other_truth(built)
+    path.write_text(text)
+    os.utime(path, (1, 1))
     assert plan(built, "submit") == steps("*")
-    away.rename(path)
-    assert plan(built, "submit") == []
-    os.utime(path)
-    assert plan(built, "submit") == steps("*")
+    assert re.search(rf"{A0}/model.pt: data \w+", why(built))
 
 
-@pytest.mark.parametrize("name", ["train.json", "test.json"])
-def test_touched_json_remakes_everything(built, name):
-    os.utime(built / "data" / name)
-    assert remade(built, "submit") == steps("*")
+def replace_photo(path, keep=()):
+    """Another photo at `path`, of the same format; in `keep` the times it had."""
+    pixels = np.array(Image.open(path))
+    Image.fromarray(pixels[:, ::-1].copy()).save(path, quality=92)
+    if keep:
+        os.utime(path, ns=keep)
 
 
-def test_edited_script_rebuilds_what_it_made_only_if_strict(built):
-    for name, patterns in {"infer": FROM_INFER, "pseudo_label": FROM_LABELS, "ensemble": ["submit"],
-                           "common": FROM_TRAIN}.items():
-        edited = shutil.copytree(built, built / name)
-        os.utime(edited / f"{name}.py")
-        assert plan(edited, "submit") == [] and plan(edited, "submit", STRICT=1) == steps(*patterns)
-    (built / "train.py").write_text(STUBS["train.py"].replace("code 1", "code 2"))
-    assert plan(built, "submit") == [] and remade(built, "submit", STRICT=1) == steps(*FROM_TRAIN)
-    assert {path.read_text()[-6:] for path in (built / "out/main").rglob("model.pt")} == {"code 2"}
+@pytest.mark.parametrize("split, patterns", [
+    ("train", EVERYTHING), ("test", ["check", "infer *", "pseudo *", "train r1/*", "submit"])])
+def test_a_photo_of_the_same_size_and_time_remakes_what_saw_it(built, split, patterns):
+    name = json.loads((built / f"data/{split}.json").read_text())["images"][0]["file_name"]
+    path = built / "data" / name
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size and path.stat().st_mtime_ns == before.st_mtime_ns
+    assert plan(built, "submit") == steps(*patterns)
 
 
-def test_snapshots_vote_instead_of_the_best_epoch_and_lost_ones_are_made_again(fresh):
-    knobs = {"SNAPSHOTS": 2, "ROUNDS": 0}
-    make(fresh, "-j4", "submit", **knobs)
-    made, run = texts(fresh), fresh / "out/main" / A0
-    passed = [argv[argv.index("--checkpoint") + 1:] for _, *argv in trace(fresh) if argv[0] == "infer.py"]
-    assert sorted(words[:2] for words in passed) == [
-        [f"out/main/{step}/epoch-00{e}.pt" for e in (0, 1)] for step in sorted(
-            name.removeprefix("train ") for name in steps("train r0/*"))]
-    assert plan(fresh, "submit", **knobs) == []
-    for lost in (["epoch-000.pt"], ["epoch-000.pt", "epoch-001.pt"]):
-        for name in lost:
-            (run / name).unlink()
-        assert remade(fresh, "submit", **knobs) == [f"infer {A0}", "submit", f"train {A0}"]
-        assert texts(fresh) == made
-    remade(fresh, "submit", **knobs | {"SNAPSHOTS": 0})
-    assert not list(fresh.rglob("epoch-*"))
+def test_a_link_that_is_switched_is_another_photo(fresh, template):
+    shutil.copytree(template / "out", fresh / "out")
+    path = fresh / "data" / json.loads((fresh / "data/train.json").read_text())["images"][0]["file_name"]
+    first, second = path.with_name("first.jpg"), path.with_name("second.jpg")
+    path.rename(first)
+    shutil.copy(first, second)
+    replace_photo(second)
+    path.symlink_to(first)
+    assert up_to_date(fresh)
+    path.unlink()
+    path.symlink_to(second)
+    assert plan(fresh, "submit") == steps("*")
+
+
+def test_a_weights_file_replaced_by_an_older_one_trains_anew(fresh):
+    import timm
+    import torch
+    weights = fresh / "w.pth"
+    for seed, age in ((0, 100), (1, 1)):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_efficientnet").state_dict(), weights)
+        os.utime(weights, (age, age))
+        assert plan(fresh, "train", FOLD=0, WEIGHTS="w.pth", ROUNDS=0)[-1:] == [f"train {A0}"]
+        if not seed:
+            make(fresh, "train", FOLD=0, WEIGHTS="w.pth", ROUNDS=0)
+            weights = weights.rename(fresh / "renamed.pth")
+            assert plan(fresh, "train", FOLD=0, WEIGHTS="renamed.pth", ROUNDS=0) == []
+            weights = weights.rename(fresh / "w.pth")
+
+
+@pytest.mark.parametrize("how", ["copied", "moved", "restored", "elsewhere"])
+def test_nothing_is_made_again_of_an_experiment_that_was_copied_or_moved(built, template, tmp_path, how):
+    if how == "copied":
+        shutil.rmtree(built / "out")
+        subprocess.run(["cp", "-r", template / "out", built], check=True)  # with other times
+    elif how == "moved":
+        (built / "out").rename(tmp_path / "out")
+        (built / "out").symlink_to(tmp_path / "out")
+    elif how == "restored":
+        subprocess.run(["chmod", "-R", "a-w", built / "out"], check=True)
+        subprocess.run(["cp", "-r", built / "out", tmp_path / "out"], check=True)
+        subprocess.run(["chmod", "-R", "u+w", built / "out"], check=True)
+        shutil.rmtree(built / "out")
+        (tmp_path / "out").rename(built / "out")
+    else:
+        built = built.rename(tmp_path / "somewhere")
+    assert up_to_date(built) and plan(built, "score") == ["score"]
+    (built / "out/main/submission.csv").unlink()
+    make(built, "submit")
+    assert contents(built) == contents(template)
+
+
+def test_the_cache_may_be_deleted(built):
+    shutil.rmtree(built / "out/cache")
+    assert up_to_date(built)
+
+
+# ---- edited scripts -------------------------------------------------------------------------------------------------
+
+EDITS = [  # (file, old, new, name that is said, what CODE=new makes)
+    ("common.py", "((1 - of_iou(iou)) * present)", "((1.01 - of_iou(iou)) * present)", "region_loss", FROM_TRAIN),
+    ("train.py", "0.5 + 0.5 * math.cos(math.pi * t),", "0.55 + 0.45 * math.cos(math.pi * t),", "SCHEDULES[cosine]",
+     FROM_TRAIN),
+    ("common.py", "scale=(0.25, 1)", "scale=(0.5, 1)", "crop_and_turn", FROM_TRAIN),
+    ("common.py", "np.divide(hits, union, out", "1 * np.divide(hits, union, out", "class_iou", FROM_TRAIN),
+    ("common.py", "key=lambda shape: shape[0] if", "key=lambda shape: -shape[0] if", "paint_mask", EVERYTHING),
+    ("infer.py", "+= probs if scale == 1 else", "+= probs ** 2 if scale == 1 else", "predict_probs", FROM_INFER),
+    ("infer.py", '"flip": "identity,hflip,vflip"', '"flip": "identity,hflip"', "TTA[flip]", FROM_INFER),
+    ("pseudo_label.py", "    foreground = label > 0\n", "    foreground = label > 1\n", "judge", FROM_LABELS),
+    ("ensemble.py", "areas = np.bincount(pred", "areas = 2 * np.bincount(pred", "remove_small", ["submit"]),
+    ("ensemble.py", "MAX_PICKS = 30", "MAX_PICKS = 31", "MAX_PICKS", ["submit"])]
+HARMLESS = [
+    ("common.py", "def region_loss(", "# a comment\n\n\ndef region_loss("),
+    ("common.py", "Soft IoU (Rahman and Wang 2016)", "Soft intersection over union"),  # a docstring
+    ("common.py", 'LOSSES = {"iou_ce"', 'LOSSES = {"mine": (dice_loss, 2), "iou_ce"'),
+    ("common.py", "def lovasz_loss(log_probs, log_true, target, labelled):",
+     "def lovasz_loss(log_probs, log_true, target, labelled, more=None):"),  # which this recipe doesn't use
+    ("common.py", '"none": squash,', '"none": squash, "mine": squash,'),
+    ("common.py", "(0.05, 0.2), (0.05", "(0.1, 0.2), (0.05"),  # of another recipe's augmentation
+    ("train.py", "figure.savefig(scratch, format=\"png\", dpi=90)", "figure.savefig(scratch, format=\"png\", dpi=60)"),
+    ("train.py", '"peak; a small FPN', '"the peak; a small FPN'),
+    ("report.html.jinja", "<html", "<html data-mine"),
+    ("ensemble.py", "print(pd.DataFrame(grid).T.to_string())", "print(pd.DataFrame(grid).to_string())"),
+    ("infer.py", '    print(f"{path}: {len(indices)} images")', '    print(f"{path} has {len(indices)} images")'),
+    ("requirements.txt", "tqdm==", "# mine\ntqdm==")]
+
+
+@pytest.mark.parametrize("name, old, new, told, patterns", EDITS, ids=[e[3] for e in EDITS])
+def test_an_edit_that_decides_stops_make_until_the_user_says_what_to_do(built, name, old, new, told, patterns):
+    before = contents(built)
+    edit(built, name, old, new)
+    for goal in (["-n", "submit"], ["submit"]):
+        done = make(built, *goal, code=2)
+        assert all(f"({told})" in line or f" {told}" in line for line in said(done)) and said(done)
+        assert all(f"{choice}" in line for line in said(done) for choice in ("CODE=new", "CODE=keep", "another EXP"))
+    kinds = [re.search(r"\d+ ([a-z() ]+) in out/main", line)[1] for line in said(done)]
+    assert len(kinds) == len(set(kinds))
+    assert told in why(built) and contents(built) == before
+    wanted = steps(*patterns)
+    if patterns == EVERYTHING:
+        wanted.remove("check") if name == "train.py" else None
+    assert plan(built, "submit", CODE="new") == wanted
+    kept = plan(built, "submit", CODE="keep")
+    assert kept and not {"check"} & {*kept} - {*wanted}
+    assert plan(built, "submit", EXP="other") == steps("*")
+
+
+@pytest.mark.parametrize("name, old, new", HARMLESS, ids=range(len(HARMLESS)))
+def test_an_edit_that_decides_nothing_remakes_nothing(built, name, old, new):
+    edit(built, name, old, new)
+    assert up_to_date(built)
+
+
+def by_hand(folder, *argv, code=0):
+    done = subprocess.run([PY, *argv], cwd=folder, env=ENV, text=True, capture_output=True)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done
+
+
+def line_of(folder, name, **knobs):
+    """The command line by which make would make the first file whose step has this name."""
+    path = folder / "away"
+    (folder / "out").rename(path)
+    argv = next(argv for argv in calls(folder, "submit", **knobs) if fnmatch(step(argv), name))
+    path.rename(folder / "out")
+    return argv
+
+
+def test_each_script_asks_by_hand_too_and_keeps_what_is_there_when_told(built, template):
+    lines = [line_of(built, name) for name in (f"train {A0}", f"infer {A0}", "pseudo r1/f0", "submit")]
+    for name, old, new, *_ in (EDITS[0], EDITS[5], EDITS[7], EDITS[8]):
+        edit(built, name, old, new)
+    told = ("region_loss", "predict_probs", "judge", "remove_small")
+    for argv, name in zip(lines, told, strict=True):
+        done = by_hand(built, *argv, code=1)
+        assert name in done.stderr and "--code new makes anew, --code keep keeps" in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert contents(built) == contents(template)
+    for argv, name in zip(lines, told, strict=True):
+        assert f"kept, though other code made it: {name}" in by_hand(built, *argv, "--code", "keep").stdout
+        assert "nothing to do" in by_hand(built, *argv).stdout
+    assert contents(built) == contents(template)
+
+
+def test_code_keep_keeps_everything_and_says_so_and_is_not_asked_again(built, template):
+    edit(built, *EDITS[0][:3])
+    make(built, "-j2", "submit", CODE="keep")
+    assert contents(built) == contents(template) and up_to_date(built)
+    config = json.loads((built / "out/main" / A0 / "config.json").read_text())
+    now = config["kept_under"][-1]["state"]
+    assert config["state"] != now
+    diff = subprocess.run(["diff", "-r", f"out/main/code/{now}", "."], cwd=built, text=True, capture_output=True)
+    assert [line for line in diff.stdout.splitlines() if not line.startswith("Only in .")] == []
+    diff = subprocess.run(["diff", f"out/main/code/{config['state']}/common.py", "common.py"], cwd=built, text=True,
+                          capture_output=True).stdout
+    assert "1.01 - of_iou" in diff and diff.count("\n") == 4
+    edit(built, "common.py", "1.01 - of_iou(iou)", "1.02 - of_iou(iou)")
+    assert "region_loss" in make(built, "submit", code=2).stderr
+    edit(built, "common.py", "1.02 - of_iou(iou)", "1 - of_iou(iou)")  # as it was when the runs were made
+    assert up_to_date(built)
+
+
+def test_code_new_makes_anew_and_keeps_the_old_aside(built, template):
+    edit(built, *EDITS[0][:3])
+    make(built, "train", FOLD=0, CODE="new")
+    before, run = contents(template)[f"out/main/{A0}/model.pt"], built / "out/main" / A0
+    assert (run / "model.pt").read_bytes() != before and (run / "replaced/model.pt").read_bytes() == before
+    assert plan(built, "train", FOLD=0) == []
+    asked = make(built, "submit", code=2).stderr
+    assert "region_loss" in asked and f"the first: out/main/r0/{MODEL}/s64/f1/model.pt" in asked
+
+
+@pytest.mark.parametrize("name, old, new", [EDITS[i][:3] for i in (4, 5, 7)], ids=[EDITS[i][3] for i in (4, 5, 7)])
+def test_code_keep_leaves_nothing_to_do_also_when_models_stores_and_labels_share_the_edit(
+        built, template, name, old, new):
+    edit(built, name, old, new)
+    make(built, "-j2", "submit", CODE="keep")
+    assert contents(built) == contents(template) and up_to_date(built)
+
+
+def test_the_plan_remembers_the_hashes_that_it_read(built):
+    (built / "out/cache/hashes.txt").unlink()
+    plan(built, "submit")
+    assert not (built / "out/cache/hashes.txt").exists()
+    make(built, "submit")
+    assert (built / "out/cache/hashes.txt").exists()
+
+
+def test_make_takes_commands_and_no_files(built):
+    error = make(built, "out/main/submission.csv", code=2).stderr
+    assert "make takes commands" in error and error.count("\n") == 1
+
+
+def test_folds_of_old_and_new_code_are_no_member_unless_the_old_was_kept_or_it_is_asked_for(built):
+    edit(built, *EDITS[0][:3])
+    runs = [f"out/main/r0/{MODEL}/s64/f{fold}" for fold in (0, 1)]
+    make(built, "train", FOLD=0, CODE="new")
+    by_hand(built, *line_of(built, f"infer {A0}"))
+    vote = ["ensemble.py", "soft", "--data", "data", "--out", "out/mixed.csv", *runs]
+    done = by_hand(built, *vote, code=1)
+    assert all(text in done.stderr for text in ("folds of one member", "the code of region_loss", "--mixed"))
+    by_hand(built, *vote, "--mixed")
+    shutil.rmtree(built / "out/replaced", ignore_errors=True)
+    (built / "out/mixed.csv").unlink()
+    by_hand(built, *line_of(built, f"train r0/{MODEL}/s64/f1"), "--code", "keep")
+    by_hand(built, *line_of(built, f"infer r0/{MODEL}/s64/f1"))
+    by_hand(built, *vote)
+
+
+def test_a_model_touched_by_hand_is_seen_and_asked_about(built):
+    import torch
+    path = built / "out/main" / B1 / "model.pt"
+    state = torch.load(path, weights_only=True)
+    state["model"] = {k: v * 0.5 if v.is_floating_point() else v for k, v in state["model"].items()}
+    torch.save(state, path)
+    assert "model.pt touched by hand" in make(built, "submit", code=2).stderr
+    assert plan(built, "submit", CODE="keep") == steps(f"train {B1}", f"infer {B1}", "submit")
+    make(built, "train", ROUND=1, FOLD=1, CODE="keep")
+    assert plan(built, "submit") == steps(f"infer {B1}", "submit")  # of another model now
+
+
+def test_an_interrupted_run_is_not_carried_on_by_other_code_without_asking(fresh):
+    make(fresh, "check")
+    line = [*line_of(fresh, f"train {A0}"), "--epochs", "60"]
+    process = subprocess.Popen([PY, *line], cwd=fresh, env=ENV, stdout=subprocess.DEVNULL)
+    last = fresh / "out/main" / A0 / "last.pt"
+    while not last.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert last.exists()
+    edit(fresh, *EDITS[0][:3])
+    assert "begun run(s)" in make(fresh, "train", FOLD=0, EPOCHS=60, code=2).stderr
+    assert "region_loss" in by_hand(fresh, *line, code=1).stderr
+    out = by_hand(fresh, *line, "--code", "keep").stdout
+    assert "resuming after epoch" in out
+    config = json.loads((fresh / "out/main" / A0 / "config.json").read_text())
+    assert len(config["kept_under"]) == 1 and plan(fresh, "train", FOLD=0, EPOCHS=60) == []
+
+
+@pytest.mark.parametrize("line, code, told", [
+    (["--overfit", "2", "--epochs", "1"], 1, "on its own 2 training images, below 0.9"), (["--check"], 0, "")])
+def test_overfit_and_check_never_ask(built, line, code, told):
+    argv = [word for word in line_of(built, f"train {A0}") if word != "--replace"]
+    for changed in (False, True):
+        if changed:
+            edit(built, *EDITS[0][:3])
+        assert told in by_hand(built, *argv, *line, code=code).stderr
+
+
+def test_what_made_each_file_is_written_in_it_and_in_the_report(built):
+    commit = "git -c user.name=x -c user.email=x@y commit -qm x"
+    subprocess.run(f"git init -q && git add *.py Makefile && {commit}", shell=True, cwd=built, check=True,
+                   env=ENV | {"HOME": str(built)})
+    make(built, "train", FOLD=0, LR="4e-3")
+    names = (f"{A0}/config.json", f"{B1}/test.json", f"{B1}/valid.json", "r1/pseudo/f0/manifest.json",
+             "submission.made.json")
+    found = [json.loads((built / "out/main" / name).read_text()) for name in names]
+    commit = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=built, text=True).strip()
+    assert found[0]["commit"] == commit and {made["commit"] for made in found[1:]} == {""}
+    for made in found:
+        assert (built / "out/main/code" / made["state"] / "common.py").read_bytes() == (ROOT / "common.py").read_bytes()
+        assert set(made["versions"]) == {"torch", "timm", "segmentation-models-pytorch", "albumentations"}
+    assert found[1]["state"] in (built / "out/main/report.html").read_text()
+    edit(built, "train.py", '"""Train one model', '"""Trains one model')
+    make(built, "train", FOLD=0, LR="5e-3")
+    assert json.loads((built / f"out/main/{A0}/config.json").read_text())["commit"] == commit + "+"
+
+
+def test_other_versions_are_shown_and_make_nothing_stale(built):
+    path = built / "out/main" / A0 / "config.json"
+    made = json.loads(path.read_text())
+    made["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(made))
+    assert up_to_date(built)
+    assert "note: out/main" in by_hand(built, *line_of(built, f"train {A0}")).stdout
 
 
 # ---- several processes, other machines ------------------------------------------------------------------------------
 
 
-def test_training_and_prediction_get_their_processes_and_the_rest_one(fresh, template):
-    one = commands(fresh, "check", "submit", "score")
-    three = commands(fresh, "check", "submit", "score", GPUS=3)
-    started = "-m torch.distributed.run --standalone --nproc-per-node 3 "
-    assert all("  train.py" not in line and "  infer.py" not in line for line in one + three)
-    assert three == [re.sub(r"(train.py(?! --check)|infer.py)", started + r"\1", line) for line in one]
-    make(fresh, "-j4", "submit", GPUS=3)
-    assert texts(fresh) == texts(template)
-    ranked = [line.split() for line in (fresh / "ranked").read_text().splitlines()]
-    assert {line[0] for line in ranked} == {"3"}
-    assert sorted(step(line[1:]) for line in ranked) == steps("train *", "infer *")
-
-
-def test_launcher_with_another_environment_starts_every_script_and_makes_the_same_files(fresh, template):
-    (fresh / "launch").write_text(LAUNCHER)
-    (fresh / "launch").chmod(0o755)
-    knobs = {"LAUNCH": "./launch --tag 'a b'", "GPUS": 2}
-    planned = commands(fresh, "check", "submit", "score", **knobs)
-    assert all(line.startswith("./launch --tag 'a b' ") for line in planned)
-    make(fresh, "-j2", "submit", **knobs)
-    make(fresh, "check", **knobs)
-    assert make(fresh, "score", **knobs).stdout.endswith(make(fresh, "score").stdout.splitlines()[-1] + "\n")
-    assert texts(fresh) == texts(template)
-    launched = [shlex.split(line) for line in (fresh / "launched").read_text().splitlines()]
-    scripts = [next(word for word in line if word.endswith(".py")) for line in launched]
-    ran = [argv for _, *argv in trace(fresh)][:-1]  # the last score ran without
-    assert sorted(scripts) == sorted(argv[0] for argv in ran) and set(scripts) == set(STUBS) - {
-        "common.py", "torch/distributed/run.py"}
-    assert {threads for threads, *_ in trace(fresh)[:-1]} == {"None"}
+def test_training_and_prediction_get_their_processes_and_the_rest_one(fresh):
+    def printed(**knobs):
+        text = make(fresh, "-n", "check", "submit", **knobs).stdout.replace("\\\n", " ")
+        return [line for line in text.splitlines() if PY in line and " plan " not in line]
+    started = "-m torch.distributed.run --standalone --nproc-per-node 2 "
+    one, two = printed(), printed(GPUS=2)
+    assert two == [re.sub(r"(train.py(?! --check)|infer.py)", started + r"\1", line) for line in one]
+    assert all(line.startswith("srun -n1 ") for line in printed(LAUNCH="srun -n1"))
 
 
 def test_failure_of_the_launcher_stops_make(fresh):
-    assert "Error 3" in make(fresh, "submit", code=2, LAUNCH="exit 3;").stderr and not trace(fresh)
-
-
-# ---- jobs, failures and interruptions -------------------------------------------------------------------------------
-
-
-def test_one_job_and_a_shell_that_is_given_the_printed_commands_make_what_four_jobs_make(fresh, built, template):
-    printed = make(fresh, "-n", "submit").stdout
-    said = make(fresh, "-j1", "submit").stdout
-    assert texts(fresh) == texts(template)
-    assert [line for line in said.splitlines() if PY in line] == [line for line in printed.splitlines() if PY in line]
-    shutil.rmtree(built / "out")
-    subprocess.run(["bash", "-e"], input=printed, cwd=built, env=ENV | {"OMP_NUM_THREADS": "1"}, text=True, check=True)
-    assert texts(built) == texts(template) and make(built, "-q", "submit")
+    assert "Error 1" in make(fresh, "submit", code=2, LAUNCH="false").stderr
+    assert not list((fresh / "out").rglob("*.pt"))
 
 
 @pytest.mark.parametrize("jobs, gpus, threads", [
@@ -558,53 +693,110 @@ def test_processes_of_all_jobs_share_the_cores(fresh, jobs, gpus, threads):
     (fresh / "bin").mkdir()
     (fresh / "bin/nproc").write_text("#!/bin/sh\necho 8\n")
     (fresh / "bin/nproc").chmod(0o755)
-    make(fresh, jobs, "train", FOLD=0, MODEL="fpn/a", GPUS=gpus, env={"PATH": f"{fresh}/bin:{ENV['PATH']}"})
+    make(fresh, jobs, "train", FOLD=0, GPUS=gpus, BATCH=18, env={"PATH": f"{fresh}/bin:{ENV['PATH']}"}, PY="./recorder")
     assert [line[0] for line in trace(fresh)] == [threads, threads]
 
 
-def test_with_k_a_failing_run_stops_only_what_needs_it(fresh, template):
-    make(fresh, "-k", "-j4", "submit", code=2, env={"FAIL": f"out/main/{A0}/model.pt"})
+def test_with_k_a_failing_run_stops_only_what_needs_it(fresh):
+    make(fresh, "-k", "-j2", "submit", code=2, env={"FAIL": f"--round 0 --model {MODEL} --scale 64 --fold 0"},
+         PY="./recorder")
     ran = {step(argv) for _, *argv in trace(fresh)} - {f"train {A0}"}
     assert sorted(ran) == sorted({*steps("*")} - {*steps(f"* {A0}", *AFTER_A0)})
-    assert remade(fresh, "submit") == steps(f"* {A0}", *AFTER_A0)
-    assert texts(fresh) == texts(template)
 
 
-@pytest.mark.parametrize("name, how", [
-    ("folds.csv", "SIGINT"), (f"{A0}/model.pt", "SIGKILL"), (f"{A0}/test.npy", "SIGKILL"),
-    (f"{A0}/test.json", "SIGINT"), ("r1/pseudo/f0/manifest.json", "SIGKILL"), (f"{B1}/model.pt", "SIGTERM"),
-    ("submission.csv", "SIGINT")])
-def test_interrupted_anywhere_the_same_command_carries_on_to_the_same_result(built, changed_texts, name, how):
-    """Everything is to be remade; at the moment of the signal the new file is written but has not got its name."""
-    os.mkfifo(built / "here")
-    os.mkfifo(built / "never")
-    here, before = os.open(built / "here", os.O_RDONLY | os.O_NONBLOCK), len(trace(built))
-    child = subprocess.Popen(
-        command("submit", **CHANGED), cwd=built, env=ENV | {"STOP": f"out/main/{name}"}, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored if the tests run in the background
-    assert select.select([here], [], [], 60)[0] and os.read(here, 1) == b"x"
-    (os.kill if how == "SIGTERM" else os.killpg)(child.pid, signal.Signals[how])  # SIGTERM goes to make alone
-    assert child.wait(60) != 0
-    assert select.select([here], [], [], 60)[0] and os.read(here, 1) == b""  # the stub has ended
-    os.close(here)
-    done = [step(argv) for _, *argv in trace(built)[before:]][:-1]
-    assert sorted(done + remade(built, "submit", **CHANGED)) == steps("*")
-    assert texts(built) == changed_texts
+def test_what_is_made_from_another_file_waits_for_it(fresh):
+    make(fresh, "-j8", "submit", PY="./recorder")
+    ran = [step(argv) for _, *argv in trace(fresh)]
+    assert sorted(ran) == steps("*")
+    for fold in (0, 1):
+        chain = ["check", f"train r0/{MODEL}/s64/f{fold}", f"infer r0/{MODEL}/s64/f{fold}", f"pseudo r1/f{fold}",
+                 f"train r1/{MODEL}/s64/f{fold}", f"infer r1/{MODEL}/s64/f{fold}", "submit"]
+        assert sorted(chain, key=ran.index) == chain
+
+
+def test_two_makes_with_different_knobs_never_end_in_a_mixture(built):
+    """The second make changes a run after the first has planned, at the moment that the first asks again."""
+    slow = built / "slow"
+    slow.write_text(f"""#!/bin/bash
+case " $* " in *--ready*) {' '.join(shlex.quote(w) for w in command("train", ROUND=1, FOLD=0, LR="4e-3"))} >&2;; esac
+exec {PY} "$@"
+""")
+    slow.chmod(0o755)
+    done = make(built, "submit", VOTE="equal", PY="./slow", code=2)
+    assert "changed while make ran" in done.stderr and "lr 0.004 -> 0.003" in done.stderr
+
+
+# ---- interruptions --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(0, 12, 2))
+def test_killed_between_steps_with_a_knob_changed_make_ends_as_a_new_folder_does(built, fresh, stage):
+    """make is killed after so many new files, then runs with another knob: nothing of either is mixed in."""
+    changed = {"LR": "4e-3", "TTA": "none"}
+    log = open(built / "log", "w")  # noqa: SIM115
+    process = subprocess.Popen(command("submit", SEED=1), cwd=built, env=ENV, start_new_session=True, stdout=log,
+                               stderr=log)
+
+    def n_made():  # os.walk, for which folders may vanish
+        return sum(name.endswith((".pt", ".npy")) for folder, _, names in os.walk(built / "out/main") for name in names
+                   if folder.endswith("/replaced"))
+    while n_made() < stage and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    make(built, "-j2", "submit", **changed)
+    make(fresh, "-j2", "submit", **changed)
+    assert contents(built) == contents(fresh) and up_to_date(built, **changed)
 
 
 # ---- around the graph -----------------------------------------------------------------------------------------------
 
 
-def test_environment_is_made_once_and_rebuilds_nothing(built):
+def test_environment_is_made_first_and_once(built):
     assert make(built, "-n", "submit", PY=".venv/bin/python").stdout.count(" -m pip install ") == 1
-    (built / ".venv").mkdir()
+    assert make(built, "-n", "train", "submit", PY=".venv/bin/python").stdout.count(" -m pip install ") == 1
+    (built / ".venv/bin").mkdir(parents=True)
+    (built / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {PY} "$@"\n')
+    (built / ".venv/bin/python").chmod(0o755)
     (built / ".venv/.installed").touch()
     make(built, "-q", "submit", PY=".venv/bin/python")
 
 
 def test_clean_removes_its_experiment_and_no_other(built):
     for name in ("cache", "other"):
-        shutil.copytree(built / "out/main/r0", built / "out" / name)
+        shutil.copytree(built / "out/main/r0", built / "out" / name, dirs_exist_ok=True)
     make(built, "clean")
     assert sorted(path.name for path in (built / "out").iterdir()) == ["cache", "other"]
+    for exp in ("*", "/", "..", "../..", "other/..", "."):
+        make(built, "clean", EXP=exp, code=2)
+    assert sorted(path.name for path in (built / "out").iterdir()) == ["cache", "other"]
+    assert (built / "train.py").exists()
+
+
+def test_status_tells_what_is_stale_from_what_is_done(built):
+    text = make(built, "status").stdout
+    assert text.count("done") == 4 and "stale" not in text
+    text = make(built, "status", LR="4e-3").stdout
+    assert text.count("stale") == 4 and "lr 0.003 -> 0.004" in text
+    edit(built, *EDITS[0][:3])
+    text = make(built, "status").stdout
+    assert text.count("stale") == 4 and "region_loss" in text
+
+
+@pytest.mark.parametrize("knobs, wrong", [
+    ({}, "A="), ({"A": "main"}, "B="), ({"B": "main"}, "A="), ({"A": "main", "B": "empty"}, "B=empty"),
+    ({"A": "nosuch", "B": "main"}, "A=nosuch")])
+def test_compare_without_two_experiments_that_were_scored_is_an_error_of_one_line(built, knobs, wrong):
+    (built / "out/empty/r0").mkdir(parents=True)
+    error = make(built, "compare", code=2, **knobs).stderr
+    assert f" {wrong}" in error and "compare takes two experiments, or rounds" in error and error.count("\n") == 1
+
+
+def test_compare_and_score_train_nothing(built):
+    before = contents(built)
+    shutil.copytree(built / "out/main", built / "out/lr5")
+    assert "out/lr5 is no more than chance apart" in make(built, "compare", A="main", B="lr5").stdout
+    assert "out/main/r1 is" in make(built, "compare", A="main/r0", B="main/r1").stdout
+    make(built, "score")
+    assert (built / "out/main/report").is_dir() and contents(built) == before

@@ -1,7 +1,10 @@
 """infer.py in-process: what its stores hold, and that a killed prediction carries on to the same bytes."""
 import csv
+import itertools
 import os
 import shutil
+import signal
+from multiprocessing import get_context
 
 import cv2
 import numpy as np
@@ -72,7 +75,7 @@ def test_stores_hold_the_models_probabilities_to_a_255th(tiny_data, cache, split
         infer.main(infer_line(tiny_data, cache, run, "--tta", tta))
     model, state = infer.load_model(run / "model.pt")
     for name, split in zip(("valid", "test"), splits, strict=True):
-        store, info = infer.open_store(run / f"{name}.json")
+        store, info = infer.open_store(run / f"{name}.json", common.Hashes(cache))
         assert info["tta"] == tta
         for stored, image_id in zip(store, info["image_ids"], strict=True):
             expected = slow_probs(model, state["recipe"], split.image(split.ids.index(image_id)), flips)
@@ -94,16 +97,25 @@ def test_images_stand_in_the_order_of_the_jsons_and_validation_is_the_held_out_f
 
 
 def test_a_stores_json_says_what_made_it(trained, splits):
+    state, folds = torch.load(trained / "model.pt"), common.load_folds(trained.parents[4], splits[0], 3)
+    checkpoint = common.file_hash(trained / "model.pt")
     for name, split in zip(("valid", "test"), splits, strict=True):
         info = common.read_json(trained / f"{name}.json")
         del info["image_ids"]
+        code = info.pop("code")
+        assert {"predict_split", "predict_probs", "read_image", "TTA[flip]", "DECODERS[unet]"} <= {*code}
+        assert not {"TTA", "DECODERS", "train_one_epoch", "soft_vote", "train_run"} & code.keys()
+        assert (trained.parents[4] / "code" / info.pop("state") / "infer.py").is_file()
         assert info == {
-            "classes": CLASSES, "split": name, "tta": "flip", "unreadable": [], "checkpoints": [
-                {"file": "model.pt", "hash": common.file_hash(trained / "model.pt"),
-                 "epoch": torch.load(trained / "model.pt")["epoch"]}],
+            "recipe": {"split": name, "tta": "flip", "checkpoints": [checkpoint], "data": split.fingerprint},
+            "run": {key: state[key] for key in ("recipe", "code", "state", "commit", "kept_under")} | {
+                "codes": [common.short_hash(state["code"])]},
+            "commit": common.git_commit(), "versions": common.library_versions(), "kept_under": [],
+            "files": {f"{name}.npy": common.file_hash(trained / f"{name}.npy")},
+            "classes": CLASSES, "split": name, "tta": "flip", "unreadable": [],
+            "checkpoints": [{"file": "model.pt", "hash": checkpoint, "epoch": state["epoch"]}],
             "data": split.fingerprint, "model": MODEL, "scale": SCALE, "round": 0, "fold": 1,
-            "folds_csv": common.file_hash(trained.parents[4] / "folds.csv"), "seed": 0, "paint": "area",
-            "contaminated": False}
+            "folds_csv": common.folds_hash(splits[0].ids, folds), "seed": 0, "paint": "area", "contaminated": False}
 
 
 def test_the_batch_size_changes_the_store_by_rounding_alone(tiny_data, cache, run):
@@ -134,16 +146,17 @@ def test_a_failed_prediction_leaves_no_description_of_a_store_it_did_not_write(
     replace, calls = common.os.replace, []
 
     def stop_at_the_json(source, target):
-        calls.append(str(target))
-        if str(target).endswith(".json"):
+        calls.append(str(target.relative_to(run)))
+        if target == run / "test.json":
             raise KeyboardInterrupt
         replace(source, target)
     monkeypatch.setattr(common.os, "replace", stop_at_the_json)
     with pytest.raises(KeyboardInterrupt):
         infer.main(infer_line(tiny_data, cache, run, "--split", "test", "--tta", "none"))
-    assert [call.rsplit("/")[-1] for call in calls] == ["000000", "000003", "test.npy", "test.json"]
+    assert [call.partition(".parts/")[2][-6:] or call for call in calls] == [
+        "000000", "000003", "replaced/test.json", "replaced/test.npy", "test.npy", "test.json"]
     with pytest.raises(SystemExit, match="test.json"):
-        infer.open_store(run / "test.json")
+        infer.open_store(run / "test.json", common.Hashes(cache))
 
 
 # ---- several epochs of a run ----------------------------------------------------------------------------------------
@@ -237,10 +250,10 @@ def assert_same_stores(folder, expected):
     ("atomic_write", 2, {".valid.parts": ["000000"]}, [2, 3, 1]),  # the second batch was predicted but not written
     ("atomic_write", 3, {".valid.parts": ["000000", "000003"]}, [3, 1]),  # as the store is begun
     ("write_npy_header", 1, {".valid.parts": ["000000", "000003"]}, [3, 1]),
-    ("write_json", 1, {".valid.parts": ["000000", "000003"]}, [3, 1]),  # the .npy stands without its .json
+    ("write_store", 1, {".valid.parts": ["000000", "000003"]}, [3, 1]),  # the .npy stands without its .json
     ("predict_probs", 3, {}, [3, 1]),
     ("predict_probs", 4, {".test.parts": ["000000"]}, [1]),
-    ("write_json", 2, {".test.parts": ["000000", "000003"]}, [])])
+    ("write_store", 2, {".test.parts": ["000000", "000003"]}, [])])
 def test_a_killed_prediction_carries_on_to_the_same_bytes_with_the_missing_batches_alone(
         tiny_data, cache, trained, fresh, predicted, name, call, kept, left):
     args = infer_line(tiny_data, cache, fresh)
@@ -290,14 +303,13 @@ def test_batches_of_other_weights_are_not_used(tiny_data, cache, trained, fresh,
     assert_same_stores(fresh, trained)
 
 
-def test_the_same_line_again_only_touches_the_stores(tiny_data, cache, trained, run, no_prediction, capsys):
+def test_the_same_line_again_does_nothing(tiny_data, cache, trained, run, no_prediction, capsys):
     for name in STORES:
         os.utime(run / name, (1e9, 1e9))
-    before = (run / "model.pt").stat().st_mtime
     infer.main(infer_line(tiny_data, cache, run))
     assert capsys.readouterr().out.count("nothing to do") == 2
-    for name in STORES:  # newer than what they were made from, so that make is content
-        assert (run / name).read_bytes() == (trained / name).read_bytes() and (run / name).stat().st_mtime > before
+    for name in STORES:  # times play no part
+        assert (run / name).read_bytes() == (trained / name).read_bytes() and (run / name).stat().st_mtime == 1e9
 
 
 def cut(path):
@@ -306,7 +318,7 @@ def cut(path):
 
 def edit(path):
     text = path.read_text()
-    assert text.count('"flip"') == 1
+    assert text.count('"flip"') == 2  # in its recipe and beside it
     path.write_text(text.replace('"flip"', '"none"'))
 
 
@@ -315,6 +327,7 @@ DAMAGES = {
     "valid.npy text": ("valid.npy", lambda path: path.write_text("what?")),
     "valid.npy gone": ("valid.npy", lambda path: path.unlink()),
     "valid.npy of fewer images": ("valid.npy", lambda path: np.save(path, np.load(path)[:-1])),
+    "valid.npy of another value": ("valid.npy", lambda path: np.save(path, np.load(path) ^ np.uint8(1))),
     "valid.json changed": ("valid.json", edit), "valid.json cut": ("valid.json", cut),
     "valid.json a list": ("valid.json", lambda path: path.write_text("[]")),
     "valid.json gone": ("valid.json", lambda path: path.unlink())}
@@ -329,6 +342,50 @@ def test_a_damaged_store_is_made_anew_and_the_whole_one_left(tiny_data, cache, t
     infer.main(infer_line(tiny_data, cache, run))
     assert predicted == [3, 2]
     assert_same_stores(run, trained)
+
+
+def test_a_store_that_is_replaced_stands_aside(tiny_data, cache, trained, run, capsys):
+    infer.main(infer_line(tiny_data, cache, run, "--tta", "none", "--split", "test"))
+    said = capsys.readouterr().out
+    assert f"{run}/test.npy is replaced: tta flip -> none\n" in said
+    assert f"{run}/replaced: test.json, test.npy of before\n" in said
+    assert {path.name: path.read_bytes() for path in (run / "replaced").iterdir()} == {
+        name: (trained / name).read_bytes() for name in ("test.json", "test.npy")}
+    assert common.read_json(run / "test.json")["tta"] == "none"
+    assert all((run / name).read_bytes() == (trained / name).read_bytes() for name in ("valid.npy", "valid.json"))
+    other = np.load(run / "test.npy")
+    infer.main(infer_line(tiny_data, cache, run))  # and in turn
+    assert (np.load(run / "replaced/test.npy") == other).all()
+    assert_same_stores(run, trained)
+
+
+def killed_at_rename(args, call):
+    """infer.main(args) in a process that SIGKILL ends at this call of os.replace, from 1 on."""
+    def run(args):
+        replace, calls = common.os.replace, itertools.count(1)
+        common.os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == call \
+            else replace(*paths)
+        infer.main(args)
+    process = get_context("fork").Process(target=run, args=[args])
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("older", [False, True])  # whether stores of a time before stand aside already
+@pytest.mark.parametrize("call", [2, 3, 4, 5])  # of the old .json and .npy, the new .npy and .json
+def test_killed_between_any_two_renames_a_replacement_loses_no_store(
+        tiny_data, cache, trained, run, tmp_path, call, older):
+    if older:
+        infer.main(infer_line(tiny_data, cache, run, "--tta", "none", "--split", "test"))
+        infer.main(infer_line(tiny_data, cache, run, "--split", "test"))
+    args = infer_line(tiny_data, cache, run, "--tta", "d4", "--split", "test", "--batch", "4")
+    killed_at_rename(args, call)
+    infer.main(args)
+    assert common.read_json(run / "test.json")["tta"] == "d4"
+    infer.open_store(run / "test.json", common.Hashes(cache))
+    aside = {path.name: path.read_bytes() for path in (run / "replaced").iterdir()}
+    assert aside == {name: (trained / name).read_bytes() for name in ("test.json", "test.npy")}
 
 
 def test_a_folder_in_which_another_process_predicts_is_refused(tiny_data, cache, run, no_prediction):
@@ -350,19 +407,19 @@ def test_an_unreadable_test_photo_is_background_in_the_store_and_the_others_are_
         tiny_data, photos, cache, trained, run, splits):
     data, paths = photos
     paths[1].write_bytes(paths[1].read_bytes()[:700])
-    infer.main(infer_line(data, cache, run, "--split", "test"))
+    infer.main(infer_line(data, cache, run, "--split", "test", "--replace"))
     info, store, sound = common.read_json(run / "test.json"), np.load(run / "test.npy"), np.load(trained / "test.npy")
     assert info["unreadable"] == [splits[1].ids[1]] and info["image_ids"] == splits[1].ids
     assert (store[1, 0] == 255).all() and not store[1, 1:].any()
     assert np.abs(store[[0, 2, 3]].astype(int) - sound[[0, 2, 3]]).max() <= 1
     shutil.copy(tiny_data / splits[1].file_names[1], paths[1])
-    infer.main(infer_line(data, cache, run, "--split", "test"))
+    infer.main(infer_line(data, cache, run, "--split", "test", "--replace"))
     assert_same_stores(run, trained)
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_photo_that_breaks_while_others_are_predicted_is_one_line_and_the_same_line_again_carries_on(
-        photos, cache, run, splits, monkeypatch, workers):
+        photos, cache, fresh, splits, monkeypatch, workers):
     data, paths = photos
     load = infer.load_data
 
@@ -370,14 +427,84 @@ def test_a_photo_that_breaks_while_others_are_predicted_is_one_line_and_the_same
         sets = load(*args)
         paths[3].unlink()
         return sets
-    line = infer_line(data, cache, run, "--split", "test", "--workers", workers, "--tta", "none")
+    line = infer_line(data, cache, fresh, "--split", "test", "--workers", workers, "--tta", "none")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as refusal:
         patch.setattr(infer, "load_data", load_and_break)
         common.run_script(infer.main, line)
     text = refusal.value.code
     assert splits[1].file_names[3] in text and "is missing" in text and "\n" not in text
     infer.main(line)
-    assert common.read_json(run / "test.json")["unreadable"] == [splits[1].ids[3]]
+    assert common.read_json(fresh / "test.json")["unreadable"] == [splits[1].ids[3]]
+
+
+# ---- other photos -------------------------------------------------------------------------------------------------
+
+
+def test_other_photos_are_refused_without_a_folder_of_their_own_and_predicted_into_it(
+        photos, cache, trained, run, splits, predicted, tmp_path):
+    data, paths = photos
+    cv2.imwrite(str(paths[2]), cv2.imread(str(paths[2]))[::-1])
+    before = {name: (run / name).read_bytes() for name in STORES}
+    with pytest.raises(SystemExit) as refusal:
+        infer.main(infer_line(data, cache, run))
+    said = str(refusal.value)
+    assert said.startswith(f"{run}/test.npy is of other photos than {data} has") and "\n" not in said
+    assert "--out FOLDER" in said and "--replace" in said and predicted == []
+    out = tmp_path / "elsewhere"
+    line = infer_line(data, cache, run, "--out", str(out))
+    infer.main(line)
+    assert predicted == [3, 2, 3, 1]
+    assert {name: (run / name).read_bytes() for name in STORES} == before and not (run / "replaced").exists()
+    assert (out / "valid.npy").read_bytes() == before["valid.npy"]  # the training photos are the same
+    store, info = infer.open_store(out / "test.json", common.Hashes(cache))
+    assert info["image_ids"] == splits[1].ids and info["data"] != splits[1].fingerprint
+    differ = np.abs(store.astype(int) - np.load(run / "test.npy")).max((1, 2, 3))
+    assert differ[2] > 1 and (differ[[0, 1, 3]] <= 1).all()
+    infer.main(line)
+    assert predicted == [3, 2, 3, 1]  # it is done
+
+
+def test_other_photos_replace_the_stores_when_asked_and_these_stand_aside(photos, cache, trained, run, splits):
+    data, paths = photos
+    cv2.imwrite(str(paths[2]), cv2.imread(str(paths[2]))[::-1])
+    infer.main(infer_line(data, cache, run, "--replace"))
+    assert common.read_json(run / "test.json")["data"] != splits[1].fingerprint
+    assert {path.name: path.read_bytes() for path in (run / "replaced").iterdir()} == {
+        name: (trained / name).read_bytes() for name in ("test.json", "test.npy")}
+
+
+def test_nothing_is_written_into_the_folder_of_the_photos(photos, cache, run, no_prediction):
+    data, _ = photos
+    before = sorted(data.rglob("*"))
+    with pytest.raises(SystemExit, match="lies in DATA"):
+        infer.main(infer_line(data, cache, run, "--out", str(data / "probs")))
+    assert sorted(data.rglob("*")) == before
+
+
+# ---- what a store may not be ----------------------------------------------------------------------------------------
+
+
+def test_a_store_in_the_folder_of_another_run_is_refused_by_name(cache, trained, tmp_path):
+    for fold in (1, 2):
+        folder = run_folder(tmp_path, 0, MODEL, SCALE, fold)
+        folder.mkdir(parents=True)
+        for name in ("test.json", "test.npy"):
+            shutil.copy(trained / name, folder)
+    infer.open_store(run_folder(tmp_path, 0, MODEL, SCALE, 1) / "test.json", common.Hashes(cache))
+    with pytest.raises(SystemExit, match="f2/test.json is of round 0, .*, fold 1: it was moved or copied"):
+        infer.open_store(run_folder(tmp_path, 0, MODEL, SCALE, 2) / "test.json", common.Hashes(cache))
+
+
+def test_a_store_whose_checksum_is_another_is_refused_also_when_size_and_time_are_the_same(cache, run):
+    path, hashes = run / "test.npy", common.Hashes(cache)
+    infer.open_store(run / "test.json", hashes)
+    times = path.stat()
+    np.save(path, np.load(path) ^ np.uint8(1))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size
+    for known in (hashes, common.Hashes(cache)):
+        with pytest.raises(SystemExit, match="test.json: the .npy has another checksum"):
+            infer.open_store(run / "test.json", known)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------

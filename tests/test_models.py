@@ -217,7 +217,8 @@ def test_a_model_is_rebuilt_from_its_checkpoint_alone(tmp_path):
     model = common.build_model("unet/tu-test_efficientnet", 3)
     model.load_state_dict(random_state(model))
     common.save_checkpoint(tmp_path / "model.pt", model=model.state_dict(), classes=["Background", "a", "b"], epoch=4,
-                           v3=0.5, recipe={"model": "unet/tu-test_efficientnet", "scale": 64}, valid_ids=[7])
+                           v3=0.5, valid_ids=[7], **dict.fromkeys(common.DESCRIBED) | {
+                               "recipe": {"model": "unet/tu-test_efficientnet", "scale": 64}})
     rebuilt, state = infer.load_model(tmp_path / "model.pt")
     assert not rebuilt.training and state["epoch"] == 4 and state["recipe"]["scale"] == 64
     expected = model.state_dict()
@@ -225,7 +226,8 @@ def test_a_model_is_rebuilt_from_its_checkpoint_alone(tmp_path):
 
 
 def test_a_checkpoint_of_something_else_is_no_model(tmp_path):
-    last = {"model": {}, "recipe": {}, "classes": [], "valid_ids": [], "epoch": 1}  # its weights are no average
+    last = dict.fromkeys(common.DESCRIBED, {}) | {  # its weights are no average
+        "model": {}, "classes": [], "valid_ids": [], "epoch": 1}
     for value in ({"model": {}}, [1, 2], last):
         torch.save(value, tmp_path / "x.pt")
         with pytest.raises(SystemExit, match="x.pt: not a model.pt"):

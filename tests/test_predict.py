@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import seal, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -30,16 +31,6 @@ CLASSES = ["Background", "UNKNOWN", "General trash", "Paper", "Paper pack", "Met
 
 MAKERS = [{"file": "epoch-002.pt", "hash": "c0ffee", "epoch": 2},
           {"file": "epoch-004.pt", "hash": "0ff1ce", "epoch": 4}]
-
-
-def write_store(run, split, probs, **info):
-    """A store as infer.py leaves it; `info` replaces or adds to a plain description."""
-    run.mkdir(parents=True, exist_ok=True)
-    np.save(run / f"{split}.npy", probs)
-    common.write_json(run / f"{split}.json", {
-        "classes": CLASSES, "split": split, "tta": "flip", "checkpoints": MAKERS, "data": "d", "seed": 0,
-        "model": "unet/a", "scale": 64, "round": 0, "fold": 0, "folds_csv": "f01d", "paint": "area",
-        "contaminated": False, "unreadable": []} | info)
 
 
 def random_stores(rng, n_images, n_classes=12):
@@ -241,12 +232,12 @@ def voters(tmp_path_factory, splits):
     runs = {}
     for recipe, fold in (("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)):
         run = runs[recipe, fold] = root / recipe / f"f{fold}"
-        info = {"model": f"unet/{recipe}", "fold": fold}
-        write_store(run, "test", random_stores(rng, 4), image_ids=splits[1].ids, **info)
+        info = {"model": f"unet/{recipe}", "fold": fold, "checkpoints": MAKERS}
+        write_store(run, "test", random_stores(rng, 4), splits[1], **info)
         ids = splits[0].ids[fold::3][::-1]  # in another order than train.json's
         noise, truths = random_stores(rng, len(ids)), [splits[0].truth(splits[0].ids.index(i)) for i in ids]
         right = (np.arange(12)[:, None, None] == np.stack(truths)[:, None]) * rng.integers(60, 200)
-        write_store(run, "valid", (noise // 2 + right // 2).astype(np.uint8), image_ids=ids, **info)
+        write_store(run, "valid", (noise // 2 + right // 2).astype(np.uint8), splits[0], ids, **info)
     return runs
 
 
@@ -357,12 +348,15 @@ def test_runs_that_disagree_are_refused_by_name(tiny_data, cache, changeable, tm
 @pytest.mark.parametrize("split", ["test", "valid"])
 def test_stores_of_the_same_images_in_another_order_are_aligned(tiny_data, cache, changeable, tmp_path, capsys, split):
     runs = list(changeable.values())
-    expected = soft(tmp_path, tiny_data, cache, runs), capsys.readouterr().out
+    names, masks = soft(tmp_path / "before", tiny_data, cache, runs)
+    said = capsys.readouterr().out
     path, store = changeable["b", 0] / f"{split}.json", np.load(changeable["b", 0] / f"{split}.npy")
     change_json(path, image_ids=common.read_json(path)["image_ids"][::-1])
     np.save(path.with_suffix(".npy"), store[::-1])
-    found = soft(tmp_path, tiny_data, cache, runs), capsys.readouterr().out
-    assert found[0][0] == expected[0][0] and (found[0][1] == expected[0][1]).all() and found[1] == expected[1]
+    seal(path)
+    found = soft(tmp_path / "after", tiny_data, cache, runs)
+    assert found[0] == names and (found[1] == masks).all()
+    assert capsys.readouterr().out == said.replace("/before/", "/after/")
 
 
 def test_test_stores_of_other_images_than_the_datas_are_refused_with_the_difference(
@@ -381,6 +375,82 @@ def test_stores_of_other_classes_than_the_datas_are_refused(tiny_data, cache, ch
     out = ["--out", str(tmp_path / "s.csv")] if command == "soft" else []
     with pytest.raises(SystemExit, match="b/f0 has other classes than .*: it lacks 1: Clothing; also has 1: Clothes"):
         ensemble.main(ensemble_line(command, tiny_data, cache, [changeable["b", 0]], *out))
+
+
+@pytest.mark.parametrize(("command", "split"), [("soft", "test"), ("soft", "valid"), ("score", "valid"),
+                                                ("hard", "test")])
+def test_stores_of_other_photos_than_are_there_now_are_refused(
+        tiny_data, cache, changeable, tmp_path, command, split):
+    for run in changeable.values():
+        change_json(run / f"{split}.json", data="0f-before")
+    out = [] if command == "score" else ["--out", str(tmp_path / "s.csv")]
+    with pytest.raises(SystemExit, match=f"a/f0/{split}.json was made on other data than is in "):
+        ensemble.main(ensemble_line(command, tiny_data, cache, changeable.values(), *out))
+    assert not (tmp_path / "s.csv").exists()
+
+
+def change_run(run, key="recipe", **changes):
+    """Let both stores of a run say that another recipe or, with key="code", other code has trained it."""
+    for path in (run / "valid.json", run / "test.json"):
+        of_run = common.read_json(path)["run"]
+        of_run[key] |= changes
+        change_json(path, run=of_run | {"codes": [common.short_hash(of_run["code"])]})
+
+
+OTHER_RUNS = {  # what is done to fold 1: what is said of it
+    "a setting": (lambda run: change_run(run, lr=0.002), "lr"),
+    "two settings": (lambda run: change_run(run, seed=1, batch=8), "seed, batch"),
+    "code of the run": (lambda run: change_run(run, "code", train_one_epoch="0dd"), "the code of train_one_epoch"),
+    "code of the stores": (lambda run: [change_json(run / f"{split}.json", code={"predict_probs": "0dd"})
+                                        for split in ("valid", "test")], "the code of predict_probs")}
+
+
+@pytest.mark.parametrize("command", ["soft", "score", "compare"])
+@pytest.mark.parametrize("change", OTHER_RUNS)
+def test_folds_that_were_made_otherwise_are_no_member_unless_it_is_asked_for(
+        tiny_data, cache, changeable, tmp_path, capsys, command, change):
+    spoil, told = OTHER_RUNS[change]
+    spoil(changeable["a", 1])
+    runs, out = changeable.values(), []
+    if command == "compare":
+        for round_ in (0, 1):
+            shutil.copytree(changeable["a", 0].parent, tmp_path / f"exp/r{round_}/some/member/s64")
+        for path in (tmp_path / "exp").glob("r*/*/*/s*/f*/*.json"):
+            change_json(path, round=int(path.parts[-6][1]), model="some/member")
+        runs = [tmp_path / "exp/r0", tmp_path / "exp/r1"]
+    elif command == "soft":
+        out = ["--out", str(tmp_path / "s.csv")]
+    with pytest.raises(SystemExit, match=r"f1/\w+.json and .*f0/\w+.npy are folds of one member, but differ in "
+                                         f"{told}: .*--mixed"):
+        ensemble.main(ensemble_line(command, tiny_data, cache, runs, *out))
+    assert not (tmp_path / "s.csv").exists()
+    ensemble.main(ensemble_line(command, tiny_data, cache, runs, "--mixed", *out))
+    assert ("14 images" if command == "compare" else "14 of 14 training images") in capsys.readouterr().out
+
+
+def test_folds_of_one_member_may_differ_in_what_follows_from_the_fold_and_members_in_anything(
+        tiny_data, cache, changeable, capsys):
+    for number, run in enumerate(changeable.values()):
+        change_run(run, fold=number, pseudo=f"1abe1{number}", contaminated=bool(number), mean=[number] * 3,
+                   std=[number] * 3)
+    for fold in (0, 1):
+        change_run(changeable["b", fold], lr=0.002)
+        change_run(changeable["b", fold], "code", train_one_epoch="0dd")
+    ensemble.main(ensemble_line("score", tiny_data, cache, changeable.values()))
+    assert "14 of 14 training images" in capsys.readouterr().out
+
+
+def test_stores_of_older_code_that_were_kept_count_as_those_of_the_code_they_were_kept_under(
+        tiny_data, cache, changeable, capsys):
+    new = {"code": {"predict_probs": "0dd"}, "state": "0dd57", "commit": "", "versions": {}}
+    for key, run in changeable.items():
+        if key != ("a", 0):
+            change_json(run / "valid.json", **new)
+    with pytest.raises(SystemExit, match="differ in the code of predict_probs"):
+        ensemble.main(ensemble_line("score", tiny_data, cache, changeable.values()))
+    change_json(changeable["a", 0] / "valid.json", kept_under=[new | {"code": {"0lder": "c0de"}}, new])
+    ensemble.main(ensemble_line("score", tiny_data, cache, changeable.values()))
+    assert "14 of 14 training images" in capsys.readouterr().out
 
 
 def test_the_same_fold_of_a_recipe_twice_is_refused(tiny_data, cache, voters):
@@ -439,6 +509,146 @@ def test_a_submission_is_exported_as_coco_when_asked(tiny_data, cache, voters, s
     for image_id, (_, mask) in zip(splits[1].ids, ensemble.read_submission(out, names, 12), strict=True):
         found = {a["category_id"] for a in coco["annotations"] if a["image_id"] == image_id}
         assert found == {ids[c - 1] for c in np.unique(mask[2::4, 2::4]) if c} != set()
+
+
+# ---- what is written, and what made it ------------------------------------------------------------------------------
+
+
+def everything_in(folder):
+    """{path: content, None of a folder} of all but what locks leave."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
+            if not path.name.endswith(".lock")}
+
+
+@pytest.fixture
+def project(tiny_data, voters, tmp_path):
+    """A copy of DATA, two runs, two submissions and links to one of each, to write over."""
+    folder = shutil.copytree(tiny_data, tmp_path / "data")
+    for fold in (0, 1):
+        shutil.copytree(voters["a", fold], tmp_path / f"a/f{fold}")
+    names = [str(image["id"]) for image in json.loads((folder / "test.json").read_text())["images"]]
+    for seed, name in enumerate(("mine", "theirs")):
+        ensemble.write_submission(tmp_path / f"{name}.csv", names, masks(len(names), seed), 12)
+    (tmp_path / "link.csv").symlink_to(tmp_path / "theirs.csv")
+    (tmp_path / "linked").symlink_to(tmp_path / "a/f0")
+    (tmp_path / "data-link").symlink_to(folder)
+    return tmp_path
+
+
+READ, IN_DATA = "would be written over .*, which is read: choose", "lies in DATA, .*, where nothing is ever written"
+
+
+@pytest.mark.parametrize(("line", "told"), [
+    ("hard --out mine.csv mine.csv theirs.csv", READ), ("hard --out link.csv mine.csv theirs.csv", READ),
+    ("hard --out theirs.csv mine.csv link.csv", READ), ("hard --out a/../mine.csv a/f0 mine.csv", READ),
+    ("hard --coco --out a/f0/test.csv a/f0 mine.csv", READ), ("soft --coco --out a/f0/test.csv a/f0 a/f1", READ),
+    ("soft --coco --out a/f1/valid.csv a/f0 a/f1", READ), ("soft --coco --out linked/test.csv a/f0 a/f1", READ),
+    ("soft --coco --out a/f0/test.csv linked a/f1", READ),
+    ("soft --out s.csv --report a/f1/valid.json a/f0 a/f1", READ),
+    ("soft --out s.csv --report a/f0/test.npy a/f0 a/f1", READ),
+    ("score --report a/f1/valid.json a/f0 a/f1", READ),
+    ("soft --out data/s.csv a/f0 a/f1", IN_DATA), ("hard --out data/s.csv mine.csv theirs.csv", IN_DATA),
+    ("soft --out data-link/batch_01/s.csv a/f0 a/f1", IN_DATA), ("soft --out data/new/s.csv a/f0 a/f1", IN_DATA),
+    ("soft --out s.csv --report data/report.html a/f0 a/f1", IN_DATA),
+    ("score --report data/train.json a/f0 a/f1", IN_DATA), ("score --tables data a/f0 a/f1", IN_DATA),
+    ("soft --out s.csv --tables data a/f0 a/f1", IN_DATA)])
+def test_nothing_is_written_over_what_is_read_or_into_the_data(cache, project, monkeypatch, line, told):
+    monkeypatch.chdir(project)
+    before = everything_in(project)
+    command, *rest = line.split()
+    with pytest.raises(SystemExit, match=told):
+        ensemble.main(ensemble.parse_args([command, "--data", "data", "--cache", str(cache), *rest]))
+    assert everything_in(project) == before
+
+
+def test_a_run_may_get_a_submission_of_its_own(cache, project, monkeypatch):
+    monkeypatch.chdir(project)
+    before = everything_in(project)
+    ensemble.main(ensemble.parse_args(["soft", "--data", "data", "--cache", str(cache), "--coco", "--out",
+                                       "a/f0/alone.csv", "a/f0"]))
+    after = everything_in(project)
+    assert {path: after[path] for path in before} == before
+    assert {path.name for path in after.keys() - before.keys() if path.parent.name == "f0"} == {
+        "alone.csv", "alone.png", "alone.json", "alone.made.json", "code"}
+
+
+@pytest.fixture(params=["soft", "hard"])
+def again(request, tiny_data, cache, changeable, tmp_path):
+    """Function (more arguments) that makes tmp_path/out/s.csv of recipe a, by either command."""
+    def make(*more):
+        runs = [run for (recipe, _), run in changeable.items() if recipe == "a"]
+        ensemble.main(ensemble_line(request.param, tiny_data, cache, runs, "--out", str(tmp_path / "out/s.csv"), *more))
+        return everything_in(tmp_path / "out")
+    return make
+
+
+def test_a_submission_that_is_there_is_left_alone(again, changeable, splits, tmp_path, capsys):
+    first = again("--coco")
+    places = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in first}
+    assert {path.name for path in first} >= {"s.csv", "s.json", "s.made.json"}
+    capsys.readouterr()
+    assert again("--coco") == first
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in first} == places
+    assert capsys.readouterr().out == f"{tmp_path}/out/s.csv is there and was made like this: nothing to do\n"
+    change_json(changeable["a", 1] / "test.json", unreadable=[splits[1].ids[2]])
+    with pytest.raises(SystemExit) as stop:  # of a photo that couldn't be read it is told each time
+        again("--coco")
+    assert stop.value.code == 3 and everything_in(tmp_path / "out") == first
+
+
+def test_another_submission_moves_the_one_of_before_aside(again, changeable, tmp_path, capsys):
+    out = tmp_path / "out"
+    first = again()
+    capsys.readouterr()
+    second, said = again("--image-id", "file_name"), capsys.readouterr().out
+    assert f"{out}/s.csv is replaced: image_id id -> file_name\n" in said
+    assert f"{out}/replaced: s.made.json, s.csv of before\n" in said
+    for name in ("s.csv", "s.made.json"):
+        assert second[out / "replaced" / name] == first[out / name] != second[out / name]
+    third = again()
+    assert third[out / "s.csv"] == first[out / "s.csv"] and third[out / "replaced/s.csv"] == second[out / "s.csv"]
+    np.save(changeable["a", 1] / "test.npy", np.load(changeable["a", 1] / "test.npy")[:, ::-1])
+    seal(changeable["a", 1] / "test.json")
+    fourth = again()
+    assert fourth[out / "replaced/s.csv"] == third[out / "s.csv"] != fourth[out / "s.csv"]
+    assert again() == fourth
+
+
+def edit_submission(out):
+    (out / "s.csv").write_text((out / "s.csv").read_text() + "and more\n")
+
+
+def edit_code(out):
+    made = common.read_json(out / "s.made.json")
+    change_json(out / "s.made.json", code=made["code"] | {"encode_mask": "0dd"}, kept_under=[])
+
+
+@pytest.mark.parametrize(("edit", "told"), [(edit_submission, "s.csv touched by hand"), (edit_code, "encode_mask")])
+def test_a_submission_of_other_code_or_touched_by_hand_is_asked_about(again, tmp_path, capsys, edit, told):
+    first, out = again(), tmp_path / "out"
+    edit(out)
+    edited = everything_in(out)
+    with pytest.raises(SystemExit, match=rf"s.csv was made by other code \({told}\): --code new .*--code keep"):
+        again()
+    assert everything_in(out) == edited
+    capsys.readouterr()
+    kept = again("--code", "keep")
+    assert kept[out / "s.csv"] == edited[out / "s.csv"] and f"is kept, though other code made it: {told}\n" in (
+        capsys.readouterr().out)
+    assert again() == kept  # and not asked again
+    edit(out)
+    edited = everything_in(out)
+    new = again("--code", "new")
+    assert new[out / "s.csv"] == first[out / "s.csv"] and new[out / "replaced/s.csv"] == edited[out / "s.csv"]
+    assert again() == new
+
+
+def test_a_submission_that_nothing_describes_is_made_anew_and_kept_aside(again, tmp_path):
+    first, out = again(), tmp_path / "out"
+    (out / "s.made.json").unlink()
+    (out / "s.csv").write_text("theirs")
+    second = again()
+    assert second[out / "replaced/s.csv"] == b"theirs" and second[out / "s.csv"] == first[out / "s.csv"]
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------

@@ -1,18 +1,21 @@
 """pseudo_label.py on stores made by hand: rules, hand decisions, lineage, what training draws from the labels."""
-import json
+import itertools
 from argparse import Namespace
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
+from conftest import write_store
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from test_predict import CLASSES, MAKERS, change_json, random_stores, write_store
+from test_predict import CLASSES, change_json, random_stores
 
 import common
+import infer
 import pseudo_label
 from common import IGNORE_INDEX, SUBMIT_SIZE
 
@@ -206,7 +209,7 @@ def makers(tmp_path, splits, tiny_data, cache):
         probs = random_stores(rng, 4)
         probs[1] = np.where(np.arange(12)[:, None, None] == 0, 255, 0)  # no foreground
         probs[2] = np.where(np.arange(12)[:, None, None] == 5, 250, 0)  # all of it surely metal
-        write_store(tmp_path / name, "test", probs, image_ids=splits[1].ids, model=f"unet/{name}")
+        write_store(tmp_path / name, "test", probs, splits[1], model=f"unet/{name}")
         paths.append(tmp_path / name / "test.json")
 
     def args(*more):
@@ -226,6 +229,14 @@ def votes_of(makers):
 def test_makers_of_another_lineage_are_refused_by_name(makers, key, value, store):
     change_json(makers.paths[store], **{key: value})
     with pytest.raises(SystemExit, match=f"test.json: {key} (is|differ)"):
+        pseudo_label.main(makers.args())
+    assert not (makers.folder / "index.csv").exists()
+
+
+def test_stores_of_other_photos_than_the_data_has_are_refused(makers):
+    for path in makers.paths:
+        change_json(path, data="0ther")
+    with pytest.raises(SystemExit, match="test.json: data is 0ther, not"):
         pseudo_label.main(makers.args())
     assert not (makers.folder / "index.csv").exists()
 
@@ -289,20 +300,27 @@ def test_soft_labels_are_the_probabilities_of_the_vote(makers):
     assert labels.shape == votes.shape and labels.dtype == np.uint8
     sure = (votes.max(1) >= 0.5 - 1e-6)[:, None]
     assert abs(labels - votes * 255 * sure).max() <= 0.51
-    assert common.read_json(makers.folder / "manifest.json")["soft"] is True
+    assert common.read_json(makers.folder / "manifest.json")["recipe"]["soft"] is True
 
 
-def test_the_manifest_says_what_made_the_labels_and_how_many_photos_each_reason_removed_per_class(makers, capsys):
+def test_the_manifest_says_what_made_the_labels_and_how_many_photos_each_reason_removed_per_class(
+        makers, splits, capsys):
     pseudo_label.main(makers.args())
     manifest, seen = common.read_json(makers.folder / "manifest.json"), votes_of(makers).argmax(1)
+    stores = [common.read_json(path) for path in makers.paths]
     assert manifest.pop("makers") == [
-        {"store": str(path), "hash": common.file_hash(path), "checkpoints": MAKERS, "tta": "flip"}
-        for path in makers.paths]
-    photos = manifest.pop("photos")
+        {"store": str(path), "id": infer.store_id(info), "checkpoints": info["checkpoints"], "tta": "flip",
+         "state": "5ta7e"} for path, info in zip(makers.paths, stores, strict=True)]
+    assert manifest.pop("recipe") == {
+        "round": 1, "fold": 0, "rule": "image", "confident": 0.8, "max_unsure": 0.1, "uncertain": "ignore",
+        "soft": False, "coco": False, "paint": "area", "data": splits[1].fingerprint, "folds_csv": "f01d",
+        "makers": sorted(map(infer.store_id, stores))}
+    photos, code = manifest.pop("photos"), manifest.pop("code")
+    assert {"write_labels", "judge", "soft_vote", "predict_probs", "TTA[flip]", "DECODERS[unet]"} <= code.keys()
+    assert (makers.folder.parents[2] / "code" / manifest.pop("state") / "pseudo_label.py").is_file()
     assert manifest == {"round": 1, "fold": 0, "folds_csv": "f01d", "classes": CLASSES, "paint": "area",
-                        "contaminated": False, "rule": "image", "confident": 0.8, "max_unsure": 0.1,
-                        "uncertain": "ignore", "soft": False,
-                        "labels": common.file_hash(makers.folder / "labels.npy")}
+                        "contaminated": False, "commit": common.git_commit(), "versions": common.library_versions(),
+                        "kept_under": [], "files": {"labels.npy": common.file_hash(makers.folder / "labels.npy")}}
     assert list(photos) == CLASSES
     assert photos["Background"] == {"unsure": 2, "no foreground": 1, "kept": 1}  # all photos
     for class_id, name in enumerate(CLASSES[1:], 1):
@@ -321,13 +339,16 @@ def test_the_kept_labels_are_exported_as_coco_when_asked(makers, splits):
         (splits[1].ids[2], metal, height * width)]
 
 
-def test_the_index_of_pseudo_labels_is_written_last(makers, monkeypatch):
-    written, replace = [], common.os.replace
+def test_what_describes_pseudo_labels_is_written_last(makers, monkeypatch):
+    written, replace, rename = [], common.os.replace, common.os.rename
     monkeypatch.setattr(common.os, "replace", lambda source, target: (
         written.append(target.name), replace(source, target)))
+    monkeypatch.setattr(common.os, "rename", lambda source, target: (
+        written.append(target.name), rename(source, target)))
     pseudo_label.main(makers.args())
-    assert written == ["labels.npy", "sheet.png", "manifest.json", "index.csv"]
-    assert {path.name for path in makers.folder.iterdir()} == {*written, ".lock"}
+    assert written[1:] == ["new-labels.npy", "sheet.png", "labels.npy", "index.csv", "manifest.json"]
+    assert {path.name for path in makers.folder.iterdir()} == {*written[2:], ".lock"}
+    assert written[0] == common.read_json(makers.folder / "manifest.json")["state"]  # the folder with the code
 
 
 def test_the_sheet_shows_photos_of_every_reason_and_the_unsure_pixels(makers):
@@ -355,7 +376,7 @@ def test_decisions_made_by_hand_outlive_labels_made_anew_and_the_others_do_not(m
     assert keeps(makers) == ["0", "0", "1", "0"]
     edit_keep(makers, 0, "1")
     edit_keep(makers, 2, "0")
-    pseudo_label.main(makers.args())
+    pseudo_label.main(makers.args("--coco"))
     assert keeps(makers) == ["1", "0", "0", "0"] and "2 decision(s) made by hand" in capsys.readouterr().out
     assert common.read_json(makers.folder / "manifest.json")["photos"]["Background"] == {
         "kept": 1, "by hand": 1, "no foreground": 1, "unsure": 1}
@@ -366,7 +387,7 @@ def test_decisions_made_by_hand_outlive_labels_made_anew_and_the_others_do_not(m
 def test_the_sheet_too_says_what_was_dropped_by_hand(makers, monkeypatch):
     pseudo_label.main(makers.args())
     edit_keep(makers, 0, "1")
-    pseudo_label.main(makers.args())
+    pseudo_label.main(makers.args("--coco"))
     edit_keep(makers, 0, "0")  # which the rule says too
     captions = []
     monkeypatch.setattr(pseudo_label, "write_sheet", lambda path, rows, *_, **__: captions.extend(
@@ -385,7 +406,7 @@ def test_a_decision_made_by_hand_is_not_lost_when_the_rule_agrees_for_a_while(ma
     pseudo_label.main(makers.args("--max-unsure", "1"))
     assert keeps(makers)[0] == "0"
     edit_keep(makers, 0, "")  # none any more
-    pseudo_label.main(makers.args("--max-unsure", "1"))
+    pseudo_label.main(makers.args("--max-unsure", "1", "--coco"))
     pseudo_label.main(makers.args())
     assert keeps(makers)[0] == "0"
     assert all(row["by_hand"] == "" for row in common.read_csv(makers.folder / "index.csv", ("by_hand",)))
@@ -415,9 +436,71 @@ def test_a_warning_says_when_nothing_is_kept(makers, capsys):
     assert set(keeps(makers)) == {"0"} and "warning: no photo is kept" in capsys.readouterr().out
 
 
-def test_labels_made_anew_from_the_same_stores_have_the_same_bytes(makers):
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
+
+
+def test_the_same_line_again_does_nothing_and_labels_made_anew_from_the_same_stores_have_the_same_bytes(
+        makers, capsys, monkeypatch):
     pseudo_label.main(makers.args())
-    before = {path.name: path.read_bytes() for path in makers.folder.iterdir() if path.name != ".lock"}
+    before = files_of(makers.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(pseudo_label, "write_labels", lambda *_: pytest.fail("labels were begun"))
+        pseudo_label.main(makers.args())
+    assert files_of(makers.folder) == before and "nothing to do" in capsys.readouterr().out
+    (makers.folder / "manifest.json").unlink()
     pseudo_label.main(makers.args())
-    assert before == {path.name: path.read_bytes() for path in makers.folder.iterdir() if path.name != ".lock"}
-    assert json.loads(before["manifest.json"])["fold"] == 0
+    assert files_of(makers.folder) == before and common.read_json(makers.folder / "manifest.json")["fold"] == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "of other bytes", "gone"])
+def test_damaged_labels_are_made_anew(makers, damage):
+    pseudo_label.main(makers.args())
+    before, path = files_of(makers.folder), makers.folder / "labels.npy"
+    content = before["labels.npy"]
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content[:-1] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    pseudo_label.main(makers.args())
+    assert files_of(makers.folder) == before
+
+
+def test_labels_that_are_replaced_stand_aside_with_the_decisions_made_by_hand(makers, capsys):
+    pseudo_label.main(makers.args())
+    edit_keep(makers, 0, "1")
+    before, names = files_of(makers.folder), ("manifest.json", "labels.npy", "index.csv")
+    pseudo_label.main(makers.args("--confident", "0.9"))
+    said = capsys.readouterr().out
+    assert f"{makers.folder} is replaced: confident 0.8 -> 0.9\n" in said and f"{makers.folder}/replaced: " in said
+    assert files_of(makers.folder / "replaced") == {name: before[name] for name in names}
+    assert common.read_json(makers.folder / "manifest.json")["recipe"]["confident"] == 0.9
+    assert keeps(makers)[0] == "1"
+
+
+# of new-labels.npy and sheet.png, of the old manifest.json and labels.npy, of the new labels.npy, index.csv and
+# manifest.json; an eighth call is never made
+@pytest.mark.parametrize("call", range(1, 9))
+def test_stopped_between_any_two_renames_a_replacement_loses_neither_labels_nor_decisions(makers, monkeypatch, call):
+    pseudo_label.main(makers.args("--max-unsure", "1"))
+    pseudo_label.main(makers.args())  # from now on older ones stand aside
+    edit_keep(makers, 0, "1")
+    before, calls, other = files_of(makers.folder), itertools.count(1), makers.args("--confident", "0.9")
+
+    def stopping(move):
+        def moving(source, target):
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            move(source, target)
+        return moving
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) if call < 8 else nullcontext():
+        for name in ("replace", "rename"):
+            patch.setattr(common.os, name, stopping(getattr(common.os, name)))
+        pseudo_label.main(other)
+    pseudo_label.main(other)
+    assert keeps(makers) == ["1", "0", "1", "0"]
+    assert files_of(makers.folder).keys() == before.keys()
+    manifest = common.read_json(makers.folder / "manifest.json")
+    assert manifest["recipe"]["confident"] == 0.9 and manifest["photos"]["Background"]["kept"] == 2
+    assert manifest["files"] == {"labels.npy": common.file_hash(makers.folder / "labels.npy")}
+    assert files_of(makers.folder / "replaced") == {
+        name: before[name] for name in ("manifest.json", "labels.npy", "index.csv")}

@@ -12,10 +12,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_folder, write_coco
+from conftest import ROOT, run_folder, write_coco, write_store
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
-from test_ensemble import run_ensemble, write_store
+from test_ensemble import run_ensemble
 
 import common
 import ensemble
@@ -24,6 +24,7 @@ import train
 from common import SUBMIT_SIZE
 
 CLASSES = ["Background", "<script>alert(1)</script>", "$\\bad$ & \"quoted\"", "Never seen"]
+RUN = {"recipe": {}, "code": {}, "codes": ["0"], "state": "7ra1n", "commit": "c0331t", "kept_under": ["0ld", "n3w"]}
 PHOTO = "batch_01/<img src=x onerror=alert(2)>.png"
 VOID = {"meta", "link", "img", "br", "source"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -169,14 +170,16 @@ def made(tmp_path_factory):
     for model in "ab":
         for fold in (0, 1):
             run = run_folder(exp, 1, f"unet/{model}", 64, fold)
-            for split, ids in (("valid", splits[0].ids[fold::2]), ("test", splits[1].ids)):
+            for split, part, ids in (("valid", splits[0], splits[0].ids[fold::2]), ("test", splits[1], splits[1].ids)):
                 probs = rng.integers(0, 120, (len(ids), 4, 16, 16)).repeat(16, 2).repeat(16, 3)
                 probs[:, 3] = 0
                 if split == "valid":
                     truths = np.stack([splits[0].truth(splits[0].ids.index(i)) for i in ids])
                     probs += (truths[:, None] == np.arange(4)[:, None, None]) * 80
-                write_store(run, split, probs.astype(np.uint8), ids, CLASSES, fold=fold, round=1, model=f"unet/{model}",
-                            contaminated=True)
+                write_store(run, split, probs.astype(np.uint8), part, ids, fold=fold, round=1, model=f"unet/{model}",
+                            contaminated=True, commit="5t0re")
+                path = run / f"{split}.json"
+                common.write_json(path, common.read_json(path) | {"run": RUN})
             counts = {CLASSES[0]: {"kept": 1 + fold, "unsure": 3}, **dict.fromkeys(CLASSES[1:], {"unsure": 1})}
             common.write_json(exp / f"r1/pseudo/f{fold}/manifest.json", {
                 "round": 1, "fold": fold, "photos": counts | {CLASSES[1]: {"kept": 1}}})
@@ -226,9 +229,9 @@ def test_names_from_the_data_are_escaped(page):
 
 def test_the_confusion_matrix_and_the_bars_are_those_of_scikit_learn(made):
     exp, (data, _), drawn = made
-    truths, preds = {0: [], 1: []}, {0: [], 1: []}
+    truths, preds, hashes = {0: [], 1: []}, {0: [], 1: []}, common.Hashes(exp / "cache")
     for fold in truths:
-        stores = [infer.open_store(exp / f"r1/unet/{model}/s64/f{fold}/valid.json") for model in "ab"]
+        stores = [infer.open_store(exp / f"r1/unet/{model}/s64/f{fold}/valid.json", hashes) for model in "ab"]
         preds[fold] = (stores[0][0].astype(int) + stores[1][0]).argmax(1).ravel()
         truths[fold] = np.concatenate([data.truth(data.ids.index(i)).ravel() for i in stores[0][1]["image_ids"]])
     everything = [np.concatenate([*some.values()]) for some in (truths, preds)]
@@ -251,6 +254,10 @@ def test_the_report_says_what_was_scored_labelled_and_made(made):
     stores = [rows for rows in report.tables if "checkpoints" in rows[0]][0]
     assert len(stores) == 9 and {row[0] for row in stores[1:]} == {"valid", "test"}
     assert all("model.pt 0 epoch 1" in row and "f01d" in row and "flip" in row for row in stores[1:])
+    for row in stores[1:]:
+        of_code = {name: text for name, text in zip(stores[0], row, strict=True) if re.match("code|kept", name)}
+        assert of_code == {"code of the run": "7ra1n c0331t", "code of the store": "5ta7e 5t0re",
+                           "kept under": "0ld, n3w"}
     pseudo = [rows for rows in report.tables if "unsure" in rows[0]][0]
     assert [dict(zip(pseudo[0], row, strict=True)) for row in pseudo[1:]] == [
         {"round": "1", "fold": str(fold), "kept": str(1 + fold), "unsure": "3",

@@ -34,6 +34,7 @@ from common import SUBMIT_SIZE
 
 torch.set_num_threads(1)  # for nets this small a second thread would only wait for the first
 SPEED = ("images_per_s", "waiting", "seconds")  # what a log has that is never the same twice
+FINISHED = ("config.json", "log.csv", "epoch-002.pt", "epoch-003.pt", "model.pt")  # of a run with two snapshots
 STEPS = 2  # of an epoch of the runs below: their 9 training images in batches of 4 are two steps, the last one of 5
 
 
@@ -170,6 +171,18 @@ def test_the_same_line_again_does_nothing(line, exp, no_training, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_the_file_that_says_what_made_a_run_lists_its_checkpoints_and_is_written_again_when_it_is_gone(
+        line, exp, no_training):
+    path = run_of(line(exp)) / "config.json"
+    before, state = path.read_bytes(), torch.load(path.with_name("model.pt"))
+    assert json.loads(before) == {
+        **{key: state[key] for key in (*common.DESCRIBED, "classes", "epoch", "v3")},
+        "files": {"model.pt": common.file_hash(path.with_name("model.pt"))}}
+    path.unlink()
+    train.main(line(exp))
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_the_number_of_workers_changes_nothing(line, finished_exp, tmp_path, monkeypatch, interrupt, interrupted):
     args = line(tmp_path, "--workers", 2)
@@ -223,7 +236,7 @@ def test_settings_that_do_not_decide_the_result_are_not_in_the_recipe(line, fini
     recipe = torch.load(run_of(line(finished_exp)) / "model.pt")["recipe"]
     assert not {"data_folder", "exp", "cache", "workers", "device", "replace", "check"} & recipe.keys()
     assert all(isinstance(v, (str, int, float, list)) for v in recipe.values())
-    assert json.loads((run_of(line(finished_exp)) / "config.json").read_text()).items() >= recipe.items()
+    assert common.read_json(run_of(line(finished_exp)) / "config.json")["recipe"] == recipe
 
 
 def test_a_run_that_another_process_has_is_refused(line, tmp_path, no_training):
@@ -250,9 +263,15 @@ def test_a_weights_file_with_other_content_is_another_recipe(line, tmp_path, mon
     args = line(tmp_path / "exp", "--weights", path)
     torch.save(timm.create_model("test_efficientnet").state_dict(), path)
     start_and_stop(args, monkeypatch, interrupt, "backward", STEPS + 1)
+    before = common.file_hash(path)
     torch.save(timm.create_model("test_efficientnet").state_dict(), path)
-    with pytest.raises(SystemExit, match="weights encoder.pth .* -> encoder.pth"):
+    after = common.file_hash(path)
+    with pytest.raises(SystemExit, match=f"weights {before} -> {after};"):
         train.main(args)
+    path.rename(tmp_path / "renamed.pth")
+    assert before != after
+    train.main(line(args.exp, "--weights", tmp_path / "renamed.pth", "--replace"))
+    train.main(line(args.exp, "--weights", shutil.copy(tmp_path / "renamed.pth", path)))  # the name alone differs
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
@@ -837,28 +856,45 @@ def test_snapshots_are_the_averaged_weights_after_their_epochs_whether_resumed_o
         assert all(torch.equal(v, weights[k]) for k, v in seen[epoch - 1].items())
     assert not all(torch.equal(v, seen[2][k]) for k, v in seen[1].items())
     start_and_stop(resumed, monkeypatch, interrupt, "backward", STEPS * 2 + 1)
-    assert [path.name for path in run_of(resumed).glob("epoch-*.pt")] == ["epoch-002.pt"]
+    assert [path.name for path in run_of(resumed).glob("*epoch-*.pt")] == ["last-epoch-002.pt"]
     train.main(resumed)
+    assert {path.name for path in run_of(resumed).glob("*.pt")} == {"epoch-002.pt", "epoch-003.pt", "model.pt"}
     for path in snapshots:
         assert (run_of(resumed) / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_run_in_place_of_another_removes_its_snapshots_and_keeps_its_model_until_the_new_one_is_there(
+def test_a_run_in_place_of_another_leaves_all_of_it_until_the_new_one_is_there_and_then_keeps_it_aside(
         line, tmp_path, monkeypatch, interrupt):
     first, second = line(tmp_path, "--snapshots", 2), line(tmp_path, "--snapshots", 1, "--seed", 3, "--replace")
     train.main(first)
-    assert len(list(run_of(first).glob("epoch-*.pt"))) == 2
-    model = (run_of(first) / "model.pt").read_bytes()
+    folder = run_of(first)
+    before = {name: (folder / name).read_bytes() for name in FINISHED}
     start_and_stop(second, monkeypatch, interrupt, "backward", STEPS + 1)
-    assert {path.name for path in run_of(first).glob("*.pt")} == {"model.pt", "last.pt"}
-    assert (run_of(first) / "model.pt").read_bytes() == model
-    back = shutil.copytree(tmp_path, tmp_path / "back")
-    train.main(line(back, "--snapshots", 2, "--replace"))  # its model is there, but not its snapshots
-    assert {path.name for path in run_of(line(back)).glob("*.pt")} == {"model.pt", "epoch-002.pt", "epoch-003.pt"}
-    assert (run_of(line(back)) / "model.pt").read_bytes() == model
+    assert {path.name for path in folder.iterdir()} == {*FINISHED, ".lock", "last.pt", "last.csv", "last.json"}
+    assert {name: (folder / name).read_bytes() for name in FINISHED} == before
+    back = line(shutil.copytree(tmp_path, tmp_path / "back"), "--snapshots", 2, "--replace")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_one_epoch", lambda *_: pytest.fail("training began"))
+        train.main(back)  # it is all there
+    assert {name: (run_of(back) / name).read_bytes() for name in FINISHED} == before
     train.main(second)
-    assert {path.name for path in run_of(second).glob("*.pt")} == {"model.pt", "epoch-003.pt"}
-    assert torch.load(run_of(second) / "epoch-003.pt")["recipe"]["seed"] == 3
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "log.csv", "epoch-003.pt", "model.pt", "replaced", ".lock"}
+    assert torch.load(folder / "epoch-003.pt")["recipe"]["seed"] == 3
+    assert {path.name: path.read_bytes() for path in (folder / "replaced").iterdir()} == before
+
+
+def test_a_run_that_was_begun_and_is_replaced_stands_aside_with_its_snapshots(line, tmp_path, monkeypatch, interrupt):
+    args = line(tmp_path, "--snapshots", 2, "--seed", 3)
+    start_and_stop(args, monkeypatch, interrupt, "backward", STEPS * 2 + 1)
+    begun = ("last.json", "last.pt", "last-1.pt", "last-epoch-002.pt")
+    before = {name: (run_of(args) / name).read_bytes() for name in begun}
+    train.main(line(tmp_path, "--replace"))
+    assert {path.name for path in run_of(args).iterdir()} == {"config.json", "log.csv", "model.pt", "replaced", ".lock"}
+    aside = run_of(args) / "replaced"
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    assert torch.load(aside / "last.pt")["recipe"]["seed"] == common.read_json(aside / "last.json")["recipe"]["seed"] \
+        == 3
 
 
 # ---- options that change a run and keep it reproducible -------------------------------------------------------------
@@ -1198,14 +1234,26 @@ def pseudo(line, exp, splits):
     common.write_csv(folder / "index.csv", [
         {"image_id": i, "keep": int(n != 2), "reason": "unsure" * (n == 2), "classes": 3 + n}
         for n, i in enumerate(test.ids)])
-    common.write_json(folder / "manifest.json", {
-        "round": 1, "fold": FOLD, "folds_csv": common.file_hash(exp / "folds.csv"), "classes": test.classes,
-        "paint": "area", "contaminated": False, "labels": common.file_hash(folder / "labels.npy")})
-    return Namespace(args=args, folder=folder, test=test)
+    common.write_description(
+        folder / "manifest.json", common.provenance({"data": test.fingerprint, "rule": "image"}, {}), round=1,
+        fold=FOLD, folds_csv=folds_of(args, splits), classes=test.classes, paint="area", contaminated=False,
+        files={"labels.npy": common.file_hash(folder / "labels.npy")})
+    return Namespace(args=args, folder=folder, test=test, splits=splits)
+
+
+def folds_of(args, splits):
+    """What a recipe says of the folds in EXP/folds.csv."""
+    return common.folds_hash(splits[0].ids, common.load_folds(args.exp, splits[0], args.folds))
+
+
+def check_labels(pseudo):
+    """(what names the labels, whether they break the lineage) as a run asks for them."""
+    return train.check_labels(pseudo.args, pseudo.test, folds_of(pseudo.args, pseudo.splits),
+                              common.Hashes(pseudo.args.cache))
 
 
 def check_and_load(pseudo):
-    train.check_labels(pseudo.args, pseudo.test.classes, common.file_hash(pseudo.args.exp / "folds.csv"))
+    check_labels(pseudo)
     return train.load_labels(pseudo.args, pseudo.test)
 
 
@@ -1252,17 +1300,28 @@ def test_pseudo_labels_of_another_lineage_are_refused_by_name(pseudo, no_trainin
 
 @pytest.mark.parametrize(("key", "value", "leak"), [
     ("fold", 0, True), ("round", 2, True), ("folds_csv", "0123456789abcdef", True), ("contaminated", True, True),
-    ("paint", "id", False), ("classes", ["Background", "Paper"], False), ("labels", "0123", False)])
+    ("paint", "id", False), ("classes", ["Background", "Paper"], False)])
 def test_a_leak_must_be_allowed_and_nothing_else_can_be(pseudo, key, value, leak):
-    path, folds_csv = pseudo.folder / "manifest.json", common.file_hash(pseudo.args.exp / "folds.csv")
+    path = pseudo.folder / "manifest.json"
     pseudo.args.allow_leak = True
-    assert train.check_labels(pseudo.args, pseudo.test.classes, folds_csv)[1] is False
+    assert check_labels(pseudo)[-1] is False
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     if leak:
-        assert train.check_labels(pseudo.args, pseudo.test.classes, folds_csv)[1] is True
+        assert check_labels(pseudo)[-1] is True
     else:
         with pytest.raises(SystemExit, match=f"manifest.json: {key} is"):
-            train.check_labels(pseudo.args, pseudo.test.classes, folds_csv)
+            check_labels(pseudo)
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"files": {"labels.npy": "0123"}}, "describes another labels.npy"),
+    ({"recipe": {"data": "0ther"}}, ".*of other test photos"), ({"recipe": []}, "doesn't say what made")])
+def test_labels_that_are_not_those_described_or_of_other_photos_are_refused(pseudo, changes, told):
+    path = pseudo.folder / "manifest.json"
+    pseudo.args.allow_leak = True
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(SystemExit, match=f"manifest.json.* {told}"):
+        check_labels(pseudo)
 
 
 def test_every_score_after_an_allowed_leak_is_marked(pseudo, capsys, tmp_path):
@@ -1290,8 +1349,10 @@ def test_pseudo_labels_made_before_the_folds_were_edited_are_refused(pseudo):
     path = pseudo.args.exp / "folds.csv"
     with open(path, newline="") as f:
         rows = list(csv.DictReader(f))
-    rows[0]["fold"] = "1" if rows[0]["fold"] == "2" else "2"
-    common.write_csv(path, rows)
+    common.write_csv(path, [row | {"fold": f" {row['fold']}"} for row in rows[::-1]])
+    check_and_load(pseudo)  # the same folds, written in another way
+    other = "1" if rows[0]["fold"] == "2" else "2"
+    common.write_csv(path, [row | {"fold": other if row["group"] == rows[0]["group"] else row["fold"]} for row in rows])
     with pytest.raises(SystemExit, match="manifest.json: folds_csv is"):
         check_and_load(pseudo)
 
@@ -1304,7 +1365,7 @@ def test_pseudo_labels_of_other_images_are_refused(pseudo, fault):
     else:
         lines = [lines[0], lines[2], lines[1], *lines[3:]] if fault == "order" else lines[:-1]
         (pseudo.folder / "index.csv").write_text("\n".join(lines) + "\n")
-    with pytest.raises(SystemExit, match="other images|labels is"):
+    with pytest.raises(SystemExit, match="other images|another labels.npy"):
         check_and_load(pseudo)
 
 
