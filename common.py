@@ -1606,19 +1606,22 @@ def normalise(images, mean, std):
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
 
-def region_loss(of_iou, log_probs, log_true, target, labelled):
-    """1 - of_iou(soft IoU), mean over the classes in the batch's truth.
+def region_loss(index):
+    """Return a loss term over regions: the mean of 1 - index(overlap, missed, invented) over the classes in the truth.
 
-    Soft IoU (Rahman and Wang 2016): the overlap of truth and probabilities by their union, both summed over the batch.
+    The index gets three float32 [C], summed over the batch: the probability of each class on its own pixels, what is
+    lacking to all of them, and its probability on pixels of other classes. Soft IoU: Rahman and Wang 2016.
     """
-    rows = target.flatten(0, 1)  # [B x H, W]: a float32 that millions of pixels are added to one by one loses them
-    per_row = log_probs.new_zeros(len(rows), log_probs.shape[1])
-    overlap = per_row.scatter_add(1, rows, (log_true.exp() * labelled).flatten(0, 1)).sum(0)
-    truth = per_row.scatter_add(1, rows, labelled.flatten(0, 1).float()).sum(0)
-    predicted = (log_probs.exp() * labelled[:, None]).sum((0, 2, 3))
-    present = truth > 0  # no branch and no boolean index: either would make a GPU wait for the answer
-    iou = overlap / (truth + predicted - overlap).where(present, 1)
-    return ((1 - of_iou(iou)) * present).sum() / present.sum().clamp(min=1)
+    def term(log_probs, log_true, target, labelled):
+        rows = target.flatten(0, 1)  # [B x H, W]: a float32 that millions of pixels are added to one by one loses them
+        per_row = log_probs.new_zeros(len(rows), log_probs.shape[1])
+        overlap = per_row.scatter_add(1, rows, (log_true.exp() * labelled).flatten(0, 1)).sum(0)
+        truth = per_row.scatter_add(1, rows, labelled.flatten(0, 1).float()).sum(0)
+        predicted = (log_probs.exp() * labelled[:, None]).sum((0, 2, 3))
+        present = truth > 0  # no branch and no boolean index: either would make a GPU wait for the answer
+        found = index(overlap, (truth - overlap).where(present, 1), predicted - overlap)
+        return ((1 - found) * present).sum() / present.sum().clamp(min=1)
+    return term
 
 
 def lovasz_loss(log_probs, log_true, target, labelled):
@@ -1628,7 +1631,7 @@ def lovasz_loss(log_probs, log_true, target, labelled):
     return LovaszLoss("multiclass", ignore_index=IGNORE_INDEX)(log_probs, mask).sum()  # of no pixel: empty, sum 0
 
 
-def pixel_loss(log_probs, log_true, target, labelled, gamma, smoothing, weights):
+def pixel_loss(log_probs, log_true, target, labelled, smoothing, weights, gamma):
     """Cross-entropy, mean over labelled pixels weighted by class, as torch defines smoothing and weights.
 
     gamma > 0 turns down pixels that are right already by (1 - probability) ** gamma: focal loss (Lin et al. 2017).
@@ -1641,11 +1644,19 @@ def pixel_loss(log_probs, log_true, target, labelled, gamma, smoothing, weights)
     return loss.sum() / weight.sum().clamp(min=1e-6)
 
 
-iou_loss = partial(region_loss, lambda iou: iou)
-dice_loss = partial(region_loss, lambda iou: 2 * iou / (1 + iou))  # is 2 x overlap / (truth + probabilities)
-# name -> (term over regions, gamma of the term over pixels); None: it has no such term
-LOSSES = {"iou_ce": (iou_loss, 0), "ce": (None, 0), "iou": (iou_loss, None), "dice_ce": (dice_loss, 0),
-          "focal": (None, 2), "lovasz": (lovasz_loss, None)}
+def iou(overlap, missed, invented):
+    return overlap / (overlap + missed + invented)
+
+
+def dice(overlap, missed, invented):
+    return 2 * overlap / (2 * overlap + missed + invented)
+
+
+cross_entropy = partial(pixel_loss, gamma=0)
+focal = partial(pixel_loss, gamma=2)
+# name -> (term over regions or None, term over pixels or None)
+LOSSES = {"iou_ce": (region_loss(iou), cross_entropy), "ce": (None, cross_entropy), "iou": (region_loss(iou), None),
+          "dice_ce": (region_loss(dice), cross_entropy), "focal": (None, focal), "lovasz": (lovasz_loss, None)}
 
 
 def make_loss(name, ratio=0.4, smoothing=0.0, weights=None):
@@ -1654,8 +1665,8 @@ def make_loss(name, ratio=0.4, smoothing=0.0, weights=None):
     ratio: share of the region term where a loss has both; weights: float [C] of the pixel term, or None. A batch
     without a labelled pixel gives 0.
     """
-    region, gamma = LOSSES[name]
-    ratio = 0 if region is None else 1 if gamma is None else ratio
+    region, pixel = LOSSES[name]
+    ratio = 0 if region is None else 1 if pixel is None else ratio
 
     def loss(logits, mask):
         labelled = mask != IGNORE_INDEX
@@ -1663,7 +1674,7 @@ def make_loss(name, ratio=0.4, smoothing=0.0, weights=None):
         log_probs = logits.float().log_softmax(dim=1)
         parts = log_probs, log_probs.gather(1, target[:, None]).squeeze(1), target, labelled
         total = ratio * region(*parts) if ratio else 0
-        return total + (1 - ratio) * pixel_loss(*parts, gamma, smoothing, weights) if ratio < 1 else total
+        return total + (1 - ratio) * pixel(*parts, smoothing, weights) if ratio < 1 else total
     return loss
 
 

@@ -450,7 +450,7 @@ def test_the_cache_may_be_deleted(built):
 # ---- edited scripts -------------------------------------------------------------------------------------------------
 
 EDITS = [  # (file, old, new, name that is said, what CODE=new makes)
-    ("common.py", "((1 - of_iou(iou)) * present)", "((1.01 - of_iou(iou)) * present)", "region_loss", FROM_TRAIN),
+    ("common.py", "((1 - found) * present)", "((1.01 - found) * present)", "region_loss", FROM_TRAIN),
     ("train.py", "0.5 + 0.5 * math.cos(math.pi * t),", "0.55 + 0.45 * math.cos(math.pi * t),", "SCHEDULES[cosine]",
      FROM_TRAIN),
     ("common.py", "scale=(0.25, 1)", "scale=(0.5, 1)", "crop_and_turn", FROM_TRAIN),
@@ -463,8 +463,8 @@ EDITS = [  # (file, old, new, name that is said, what CODE=new makes)
     ("ensemble.py", "MAX_PICKS = 30", "MAX_PICKS = 31", "MAX_PICKS", ["submit"])]
 HARMLESS = [
     ("common.py", "def region_loss(", "# a comment\n\n\ndef region_loss("),
-    ("common.py", "Soft IoU (Rahman and Wang 2016)", "Soft intersection over union"),  # a docstring
-    ("common.py", 'LOSSES = {"iou_ce"', 'LOSSES = {"mine": (dice_loss, 2), "iou_ce"'),
+    ("common.py", "Soft IoU: Rahman and Wang 2016", "Soft intersection over union"),  # a docstring
+    ("common.py", 'LOSSES = {"iou_ce"', 'LOSSES = {"mine": (region_loss(dice), focal), "iou_ce"'),
     ("common.py", "def lovasz_loss(log_probs, log_true, target, labelled):",
      "def lovasz_loss(log_probs, log_true, target, labelled, more=None):"),  # which this recipe doesn't use
     ("common.py", '"none": squash,', '"none": squash, "mine": squash,'),
