@@ -1,4 +1,5 @@
-# data -> models -> pseudo labels -> models -> out/EXP/submission.csv; `make` alone prints the commands and knobs.
+# data -> models -> pseudo labels -> models -> out/EXP/submission.csv
+# `make` alone prints the commands and knobs.
 #   make -j2 submit               whatever is missing, two jobs at once
 #   make train FOLD=0 SCALE=512   one slice of the grid
 #   make submit EXP=lr5 LR=5e-4   the same graph again, kept apart in out/lr5
@@ -49,7 +50,7 @@ about.EXP         := name of the experiment; everything lands in out/EXP
 about.MODELS      := DECODER/ENCODER, one or more; MODEL= picks some for train, score and runtimes
 about.SCALES      := sides of the training image, multiples of 32; SCALE= picks
 about.FOLDS       := folds to train, of NFOLDS; FOLD= picks
-about.ROUNDS      := rounds of pseudo labels before the submission; worth it once the models are good
+about.ROUNDS      := rounds of pseudo labels before the submission: once the models are good
 about.ROUND       := the one round of train (default 0), pseudo (1) or score (ROUNDS)
 about.NFOLDS      := folds that the training images are split into
 about.PAINT       := which object wins where they overlap: area (the smaller), id, order
@@ -58,12 +59,12 @@ about.BATCH       := images in a training step
 about.LR          := peak learning rate
 about.SEED        := of everything random
 about.WEIGHTS     := of the encoder: imagenet (downloaded), none, or a file
-about.TTA         := views averaged in prediction: none, flip, flip_rot, d4, or a list: identity,hflip,rot180
+about.TTA         := views averaged in prediction: none, flip, flip_rot, d4, or identity,hflip,...
 about.VOTE        := weights of the members that vote: fit (if that gains), equal, or given, 2,1
 about.A           := experiment, or a round of one, that compare starts from
 about.B           := what is compared with it
 about.IMAGE_ID    := what names an image in the submission: id, file_name
-about.TRAIN_ARGS  := more arguments for train.py, INFER_ARGS, PSEUDO_ARGS, SUBMIT_ARGS likewise: see python train.py --help
+about.TRAIN_ARGS  := more for train.py, see its --help; INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS likewise
 about.SNAPSHOTS   := epochs of a run that vote together; 0: its best one alone
 about.TRIALS      := recipes that sweep tries
 about.ROWS        := what bench measures: all, or some with commas between them
@@ -71,23 +72,29 @@ about.GPUS        := processes, each with a GPU, of one run; on a CPU as many pr
 about.LAUNCH      := goes before every command that computes, such as srun --gpus=1
 about.DEVICE      := auto takes an idle GPU, or the CPU
 about.PY          := python to use; PY=python takes the current environment
-about.CODE        := what was made by a script before it was edited: new makes it anew, keep keeps it as it is
-KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT EPOCHS BATCH LR SEED WEIGHTS TTA VOTE A B \
-         IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH DEVICE PY CODE
+about.CODE        := after an edit of a script: new makes anew what it made, keep keeps it
+KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT EPOCHS BATCH LR \
+    SEED WEIGHTS TTA VOTE A B IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS SNAPSHOTS \
+    TRIALS ROWS GPUS LAUNCH DEVICE PY CODE
 
-# ---- knobs are checked first, all of them; what only the scripts know, the plan below checks --------
-typos := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(filter-out $(KNOBS),$v)))
-$(if $(strip $(typos)),$(error unknown knob: $(strip $(typos)); there are $(KNOBS)))
+# ---- knobs are checked first, all of them; the plan below checks what only scripts know ----------
+given := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
+typos := $(strip $(filter-out $(KNOBS),$(given)))
+$(if $(typos),$(error unknown knob: $(typos); there are $(KNOBS)))
 define newline
 
 
 endef
-$(foreach v,$(KNOBS),$(if $(filter file,$(origin $v)),,$(if $(findstring $$,$(value $v)),$(error $v has a $$ in it)) \
-    $(if $(findstring $(newline),$(value $v)),$(error $v has more than one line))))
-$(if $(filter out/%,$(value MAKECMDGOALS)),$(error make takes commands, such as submit, not files: $(MAKECMDGOALS)))
-$(foreach v,$(filter-out ROUND A B %_ARGS LAUNCH CODE,$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
+set_by_user := $(foreach v,$(KNOBS),$(if $(filter file,$(origin $v)),,$v))
+$(foreach v,$(set_by_user),$(if $(findstring $$,$(value $v)),$(error $v has a $$ in it)) \
+    $(if $(findstring $(newline),$(value $v)),$(error $v has more than one line)))
+wanted := $(value MAKECMDGOALS)
+$(if $(filter out/%,$(wanted)),$(error make takes commands, such as submit, not files: $(wanted)))
+may_be_empty := ROUND A B %_ARGS LAUNCH CODE
+$(foreach v,$(filter-out $(may_be_empty),$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
 quote  = '$(subst ','\'',$1)'
-# only DATA, which may be any path, is quoted where a shell reads it; in other knobs nothing means anything to a shell
+# only DATA, which may be any path, is quoted where a shell reads it; other knobs have nothing that
+# means anything to a shell
 text         := [A-Za-z0-9 ._=+,:/@-]*
 piece        := [A-Za-z0-9_=+-][A-Za-z0-9._=+-]*
 legal.DATA   := .*
@@ -101,18 +108,22 @@ legal.ROUND  := [0-9]?
 legal.SNAPSHOTS := 0|[1-9][0-9]*
 $(foreach v,GPUS TRIALS EPOCHS BATCH,$(eval legal.$v := [1-9][0-9]*))
 legal   = $(if $(filter legal.$1,$(.VARIABLES)),$(legal.$1),$(text))
-wrong  := $(shell $(foreach v,$(KNOBS),p='$(call legal,$v)'; [[ $(call quote,$($v)) =~ ^($$p)$$ ]] || echo $(call quote,$v=$($v));))
-$(if $(strip $(wrong)),$(error $(strip $(wrong)) can not be: numbers are whole, CODE is new or keep, no part of EXP begins \
-    with a dot, and quotes and other signs that a shell knows have no place in a knob but DATA))
+matches = p='$(call legal,$1)'; [[ $(call quote,$($1)) =~ ^($$p)$$ ]]
+wrong  := $(strip $(shell $(foreach v,$(KNOBS),$(call matches,$v) || echo $(call quote,$v=$($v));)))
+$(if $(wrong),$(error $(wrong) can not be: numbers are whole, CODE is new or keep, no part of EXP \
+    begins with a dot, and quotes and other signs that a shell knows have no place in a knob but \
+    DATA))
 $(if $(filter cache cache/%,$(EXP)),$(error EXP=$(EXP): out/cache belongs to all experiments))
-$(if $(and $(filter pseudo,$(value MAKECMDGOALS)),$(filter 0,$(ROUND))),$(error ROUND=0 learns from no pseudo labels))
-$(if $(filter submit,$(value MAKECMDGOALS)),$(foreach v,MODEL SCALE FOLD ROUND,$(if $(filter command,$(word \
-    1,$(origin $v))),$(error submit takes $vS, not $v))))
-$(if $(filter compare,$(value MAKECMDGOALS)),$(foreach v,A B,$(if $(wildcard out/$($v)/r[0-9]/*/*/s*/f*/valid.json \
-    out/$($v)/*/*/s*/f*/valid.json),,$(error $v=$($v): compare takes two experiments, or rounds, that have been scored: \
-    A=main B=lr5, A=main/r0 B=main/r1; there is no out/$($v)/r*/*/*/s*/f*/valid.json))))
+$(if $(filter pseudo,$(wanted)),\
+    $(if $(filter 0,$(ROUND)),$(error ROUND=0 learns from no pseudo labels)))
+$(if $(filter submit,$(wanted)),$(foreach v,$(filter MODEL SCALE FOLD ROUND,$(given)),\
+    $(error submit takes $vS, not $v)))
+scored  = $(wildcard out/$1/r[0-9]/*/*/s*/f*/valid.json out/$1/*/*/s*/f*/valid.json)
+$(if $(filter compare,$(wanted)),$(foreach v,A B,$(if $(call scored,$($v)),,$(error $v=$($v): \
+    compare takes two experiments, or rounds, that have been scored: A=main B=lr5, A=main/r0 \
+    B=main/r1; there is no out/$($v)/r*/*/*/s*/f*/valid.json))))
 
-# ---- what the scripts are given ---------------------------------------------------------------------
+# ---- what the scripts are given ------------------------------------------------------------------
 OUT    := out/$(EXP)
 data   := --data $(call quote,$(DATA)) --cache out/cache
 split  := --exp $(OUT) --folds $(NFOLDS) --paint $(PAINT)
@@ -122,7 +133,8 @@ infer  := --tta $(TTA) $(INFER_ARGS)
 submit := --weights $(VOTE) --image-id $(IMAGE_ID) --batch $(BATCH) $(SUBMIT_ARGS)
 code   := $(if $(CODE),--code $(CODE))
 run    := $(strip $(LAUNCH) $(PY))
-ranked := $(run)$(if $(filter-out 1,$(GPUS)), -m torch.distributed.run --standalone --nproc-per-node $(GPUS))
+torchrun := -m torch.distributed.run --standalone --nproc-per-node $(GPUS)
+ranked := $(run)$(if $(filter-out 1,$(GPUS)), $(torchrun))
 # a run is rROUND/DECODER/ENCODER/sSCALE/fFOLD
 runs    = $(foreach m,$2,$(foreach s,$3,$(foreach f,$4,$(OUT)/r$1/$m/s$s/f$f)))
 # as many threads as each process of the -j jobs has cores: more would only wait for each other
@@ -130,17 +142,22 @@ cores  := $(shell nproc)
 jobs    = $(or $(patsubst -j%,%,$(patsubst -j,-j$(cores),$(filter -j%,$(MAKEFLAGS)))),1)
 export OMP_NUM_THREADS = $(shell n=$$(( $(cores) / $(jobs) / $(GPUS) )); echo $$(( n > 0 ? n : 1 )))
 
-# ---- the plan: a quick process compares what made each file with what would make it now ------------
-# TODO is what it names; that is made and nothing else, and times play no part. A file waits for what it is made from.
+# ---- the plan: a quick process compares what made each file with what would make it now ----------
+# TODO is what it names; that is made and nothing else, and times play no part. A file waits for
+# what it is made from.
 SETUP := $(filter .venv/.installed,$(PY:.venv/bin/python=.venv/.installed))
 first := $(if $(SETUP),$(shell [ .venv/.installed -nt requirements.txt ] || echo yes))
-grid  := $(data) --exp $(OUT) --paint $(PAINT) --nfolds $(NFOLDS) --rounds $(ROUNDS) $(ROUND:%=--round %) \
+grid  := $(data) --exp $(OUT) --paint $(PAINT) --nfolds $(NFOLDS) --rounds $(ROUNDS) \
+    $(ROUND:%=--round %) --gpus $(GPUS) $(code) \
     --models '$(MODELS)' --scales '$(SCALES)' --folds '$(FOLDS)' \
-    --pick-models '$(MODEL)' --pick-scales '$(SCALE)' --pick-folds '$(FOLD)' --gpus $(GPUS) $(code) \
-    --train-args='$(train)' --infer-args='$(infer)' --pseudo-args='$(PSEUDO_ARGS)' --submit-args='$(submit)'
+    --pick-models '$(MODEL)' --pick-scales '$(SCALE)' --pick-folds '$(FOLD)' \
+    --train-args='$(train)' --infer-args='$(infer)' --pseudo-args='$(PSEUDO_ARGS)' \
+    --submit-args='$(submit)'
 dry   := $(if $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS)))),--dry)
-goals := $(filter train pseudo submit score,$(value MAKECMDGOALS))
-TODO  := $(if $(and $(goals),$(if $(first),,yes)),$(shell $(PY) ensemble.py plan $(grid) $(dry) --goals '$(goals)' || echo stop))
+goals := $(filter train pseudo submit score,$(wanted))
+plan  := $(PY) ensemble.py plan $(grid)
+ready := $(if $(first),,$(goals))
+TODO  := $(if $(ready),$(shell $(plan) $(dry) --goals '$(goals)' || echo stop))
 $(if $(filter stop,$(TODO)),$(error nothing was started))
 .PHONY: $(TODO)
 .SECONDEXPANSION:
@@ -149,45 +166,50 @@ part   = $(word $1,$(subst /, ,$(patsubst $(OUT)/%,%,$@)))
 $(filter %/folds.csv,$(TODO)):
 	$(run) train.py --check $(data) $(split)
 
-$(filter %/model.pt,$(TODO)): | $$(filter %/folds.csv $(OUT)/$$(call part,1)/pseudo/$$(call part,5)/manifest.json,$(TODO))
-	$(ranked) train.py $(data) $(split) --round $(patsubst r%,%,$(call part,1)) --model $(call part,2)/$(call part,3) \
-	    --scale $(patsubst s%,%,$(call part,4)) --fold $(patsubst f%,%,$(call part,5)) $(train) --device $(DEVICE) \
-	    --replace $(code)
+labels = $(OUT)/$(call part,1)/pseudo/$(call part,5)/manifest.json
+$(filter %/model.pt,$(TODO)): | $$(filter %/folds.csv $$(labels),$(TODO))
+	$(ranked) train.py $(data) $(split) --round $(patsubst r%,%,$(call part,1)) \
+	    --model $(call part,2)/$(call part,3) --scale $(patsubst s%,%,$(call part,4)) \
+	    --fold $(patsubst f%,%,$(call part,5)) $(train) --device $(DEVICE) --replace $(code)
 
 $(filter %/test.json,$(TODO)): | $$(filter $$(@D)/model.pt,$(TODO))
-	$(ranked) infer.py $(data) $(infer) --checkpoint $(@D)/$(if $(filter 0,$(SNAPSHOTS)),model.pt,epoch-*.pt) \
-	    --device $(DEVICE) --replace $(code)
+	$(ranked) infer.py $(data) $(infer) --device $(DEVICE) --replace $(code) \
+	    --checkpoint $(@D)/$(if $(filter 0,$(SNAPSHOTS)),model.pt,epoch-*.pt)
 
 # the labels that a round learns from are by the models of the round before and the same fold
-makers = $(call runs,$(word $(patsubst r%,%,$(call part,1)),0 1 2 3 4 5 6 7 8),$(MODELS),$(SCALES),$(patsubst f%,%,$(call part,3)))
+before = $(word $(patsubst r%,%,$(call part,1)),0 1 2 3 4 5 6 7 8)
+makers = $(call runs,$(before),$(MODELS),$(SCALES),$(patsubst f%,%,$(call part,3)))
 $(filter %/manifest.json,$(TODO)): | $$(filter $$(addsuffix /test.json,$$(makers)),$(TODO))
 	$(run) pseudo_label.py $(data) --exp $(OUT) --round $(patsubst r%,%,$(call part,1)) \
 	    --fold $(patsubst f%,%,$(call part,3)) $(PSEUDO_ARGS) $(code) $(makers:=/test.json)
 
 # asked again whether its runs are up to date: another make may have changed them since
-# exit code 3: the submission stands, but there are test photos that can't be read, of which the lines above tell
+# exit code 3: the submission stands, but some test photos can't be read, as the lines above tell
 $(filter %/submission.csv,$(TODO)): | $(filter-out %/submission.csv,$(TODO))
-	@$(PY) ensemble.py plan $(grid) --ready
+	@$(plan) --ready
 	$(run) ensemble.py soft $(data) --out $@ --report $(OUT)/report.html $(submit) $(code) \
 	    $(call runs,$(ROUNDS),$(MODELS),$(SCALES),$(FOLDS)) || [ $$? = 3 ]
 
 # two makes at once: the second waits for the first
 .venv/.installed: requirements.txt
-	@mkdir -p .venv; exec 9>.venv/.lock; flock -n 9 || { echo 'another make installs into .venv: waiting'; flock 9; }; \
+	@mkdir -p .venv; exec 9>.venv/.lock; \
+	    flock -n 9 || { echo 'another make installs into .venv: waiting'; flock 9; }; \
 	    if [ $@ -nt $< ]; then exit; fi; echo 'installing requirements.txt into .venv'; \
 	    for p in python3 python3.11 python3.12 python3.13; do \
-	    if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$p; break; fi; done; \
+	    if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	    then python=$$p; break; fi; done; \
 	    $${python:?no Python 3.11 or newer found} -m venv .venv; \
 	    .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt; touch $@
 
 # ---- commands ---------------------------------------------------------------
-.PHONY: help setup check train pseudo submit score why status compare runtimes bench sweep demo test chaos test-all lint clean
+.PHONY: help setup check train pseudo submit score why status compare runtimes bench sweep demo \
+    test chaos test-all lint clean
 help: ## show this text
 	@echo 'usage: make COMMAND [KNOB=VALUE ...]'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo 'knobs, with their values now:'
-	@printf '  %-10s %-30s %s\n' $(foreach k,$(filter-out MODEL SCALE FOLD INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS,$(KNOBS)),\
-	    $k $(call quote,$($k)) '$(about.$k)')
+	@printf '  %-10s %-30s %s\n' $(foreach k,$(KNOBS),$(if $(filter about.$k,$(.VARIABLES)),\
+	    $k $(call quote,$($k)) '$(about.$k)'))
 setup: .venv/.installed ## make .venv from requirements.txt, once; every command that needs it does
 check: | $(SETUP) ## check the data and list all faults at once; out/EXP/data.html
 	$(run) train.py --check $(data) $(split)
@@ -199,29 +221,32 @@ else
 train: $(TODO) ## the models; narrow with MODEL= SCALE= FOLD= ROUND=
 pseudo: $(TODO) ## pseudo labels for the test photos
 submit: $(TODO) ## everything up to out/EXP/submission.csv and report.html
-score: $(TODO) ## out-of-fold scores of members and vote, who adds what; out/EXP/report, report.html
-	@$(run) ensemble.py score $(data) --batch $(BATCH) --weights $(VOTE) --tables $(OUT)/report --report \
-	    $(OUT)/report.html $(filter --mixed,$(SUBMIT_ARGS)) $(call runs,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))
+score: $(TODO) ## out-of-fold scores of members and vote, who adds what; out/EXP/report.html
+	@$(run) ensemble.py score $(data) --batch $(BATCH) --weights $(VOTE) --tables $(OUT)/report \
+	    --report $(OUT)/report.html $(filter --mixed,$(SUBMIT_ARGS)) \
+	    $(call runs,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))
 endif
 why: | $(SETUP) ## why submit would make what it would make: for each file what differs or lacks
-	@$(PY) ensemble.py plan $(grid) --dry --why
-status: | $(SETUP) ## which runs are done, how far the others are, how long they will take, and what isn't up to date
+	@$(plan) --dry --why
+status: | $(SETUP) ## which runs are done, how long the others will take, what isn't up to date
 	@$(PY) ensemble.py status $(grid) --dry
-compare: | $(SETUP) ## whether B beats A on the images that both held out: A=main B=lr5, A=main/r0 B=main/r1
+compare: | $(SETUP) ## whether B beats A on images that both held out: A=main B=lr5, A=main/r0 ...
 	@$(run) ensemble.py compare $(data) $(filter --mixed,$(SUBMIT_ARGS)) out/$A out/$B
-runtimes: | $(SETUP) ## speed, size and memory of every model and scale, in out/runtimes.csv; MODEL= SCALE= BATCH= DEVICE=
-	$(run) tests/bench_runtimes.py --models $(MODEL) --scales $(SCALE) --batch $(BATCH) --device $(DEVICE) \
-	    --out out/runtimes.csv
-bench: | $(SETUP) ## time the public baselines' ways and ours in turn, on this machine; ROWS=; out/bench.jsonl keeps all
+runtimes: | $(SETUP) ## speed, size and memory of models and scales, in out/runtimes.csv and .png
+	@$(foreach m,$(MODEL),$(foreach s,$(SCALE),$(run) train.py $(data) --exp $(OUT) --model $m \
+	    --scale $s --batch $(BATCH) --device $(DEVICE) --runtimes out/runtimes.csv;))
+bench: | $(SETUP) ## time public baselines' ways and ours in turn, here; ROWS=; out/bench.jsonl
 	$(run) tests/bench_speed.py --rows $(ROWS)
-sweep: | $(SETUP) ## try TRIALS recipes from train.py's SEARCH_SPACE on the first MODEL, SCALE and FOLD
-	$(run) tests/bench_sweep.py --trials $(TRIALS) -- $(data) $(split) --model $(firstword $(MODEL)) \
-	    --scale $(firstword $(SCALE)) --fold $(firstword $(FOLD)) --round $(or $(ROUND),0) $(train) --device $(DEVICE) $(code)
+sweep: | $(SETUP) ## try TRIALS recipes of train.py's SEARCH_SPACE on the first MODEL, SCALE, FOLD
+	$(run) train.py --sweep $(TRIALS) $(data) $(split) --model $(firstword $(MODEL)) \
+	    --scale $(firstword $(SCALE)) --fold $(firstword $(FOLD)) --round $(or $(ROUND),0) $(train) \
+	    --device $(DEVICE) $(code)
 demo: | $(SETUP) ## draw a small dataset and run the whole graph on it, in out/demo
 	$(PY) tests/demo_data.py out/demo/data
-	$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j2) submit DATA=out/demo/data EXP=demo PY=$(PY) \
-	    WEIGHTS=none SCALES=128 MODELS='fpn/tu-tf_efficientnet_lite0 unet/tu-mobilenetv3_small_100' FOLDS='0 1' NFOLDS=2 \
-	    ROUNDS=1 EPOCHS=6 BATCH=4 LR=3e-3 PSEUDO_ARGS='--confident 0.5 --max-unsure 0.5'
+	$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j2) submit DATA=out/demo/data \
+	    EXP=demo PY=$(PY) MODELS='fpn/tu-tf_efficientnet_lite0 unet/tu-mobilenetv3_small_100' \
+	    SCALES=128 FOLDS='0 1' NFOLDS=2 ROUNDS=1 WEIGHTS=none EPOCHS=6 BATCH=4 LR=3e-3 \
+	    PSEUDO_ARGS='--confident 0.5 --max-unsure 0.5'
 test: | $(SETUP) ## quick tests: unit, property and end to end
 	$(PY) -m pytest -q -m 'not slow'
 chaos: | $(SETUP) ## kill the whole graph at 30 random moments and compare what it ends in

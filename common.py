@@ -1,4 +1,7 @@
-"""What the scripts are built from: files, data, augmentation, models, losses, metrics, pictures, pages.
+"""Data, models, losses, metrics, prediction and files: what the scripts share.
+
+In this order: data, augmentation, ClassMix, models, losses, metrics, TTA and prediction, stores,
+pseudo labels; what made an artefact; files, processes and devices; pictures and pages.
 
 Shapes are fixed here and nowhere else:
     image   uint8   [H, W, 3]      RGB as read from the file; [B, H, W, 3] in a batch
@@ -6,7 +9,8 @@ Shapes are fixed here and nowhere else:
     logits  float32 [B, C, H, W]   before softmax
     probs   float32 [B, C, H, W]   after softmax: 0..1, sums to 1 over C
     store   uint8   [N, C, SUBMIT_SIZE, SUBMIT_SIZE]   probs x 255 on disk
-Importing this file does nothing and is quick: libraries that take seconds to import are imported where they are used.
+Importing this file does nothing and is quick: libraries that take seconds to import are imported in
+the functions that use them. It raises UserError for all that a user has to mend.
 """
 import argparse
 import ast
@@ -52,804 +56,676 @@ SUBMIT_SIZE = 256  # side of a submitted mask, pixels: the competition's
 MAX_CLASSES = 200  # with the background; a submission is written with a byte for each id
 MAX_PIXELS = 89_000_000  # of one photo: 267 MB decoded; from 89.5 million on Pillow warns of a bomb
 MAX_FAULTS = 1000  # of one JSON file: reading it ends there
-ORDER, SAMPLE, STEP, MIX = range(1, 5)  # lead a seed each, so no two uses draw the same: numpy pads with zeros
-
-# ---- files and devices ----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def atomic_write(path):
-    """Yield a scratch path beside `path`; flush it and rename it into place only if the block succeeds."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    try:
-        yield scratch
-        with open(scratch, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(scratch, path)
-    except OSError as e:  # of a full disk it doesn't say which file
-        if e.strerror:
-            e.filename = e.filename or str(path)
-        raise
-    finally:
-        scratch.unlink(missing_ok=True)
+# each use of random numbers leads its seed with one of these, so that no two draw the same
+ORDER, SAMPLE, STEP, MIX, HOOK = range(1, 6)  # from 1: numpy pads seeds with zeros
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help that shows the docstring as it stands and every default."""
+class UserError(Exception):
+    """What the user has to mend, in one line that says what is wrong, where, and what to do.
 
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that takes no abbreviations and whose errors are one line."""
-
-    def __init__(self, **options):
-        super().__init__(**{"allow_abbrev": False, "formatter_class": Help} | options)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def number(kind, low, high=math.inf, step=None):
-    """An argparse type: `kind`, int or float, from `low` to `high`, a multiple of `step`; no NaN and no infinity."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= min(high, sys.float_info.max) or step and value % step:
-            steps = f" in steps of {step}" if step else ""
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}{steps}")
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def check_space(folder, needed):
-    """Raise SystemExit when fewer than `needed` bytes are free in `folder`."""
-    if needed > (free := shutil.disk_usage(folder).free):
-        raise SystemExit(f"{folder}: {needed:,} bytes are needed there, {free:,} are free")
-
-
-def run_script(main, args):
-    """main(args), with one line instead of a traceback for files that can't be used, lost loaders, Ctrl-C and SIGTERM.
-
-    SIGTERM ends it as Ctrl-C does, by a KeyboardInterrupt in the main thread. The process is tuned first, so torch must
-    not be imported yet.
-    """
-    tune_process()
-    project_files()  # as they are now: what is edited later has no part in it
-    rank, n_ranks = ranks()
-    if n_ranks > 1:  # in a session of its own, where a signal that kills torchrun and its group doesn't reach it
-        kill_me_with_parent = 1  # PR_SET_PDEATHSIG in prctl.h
-        ctypes.CDLL(None).prctl(kill_me_with_parent, signal.SIGKILL)
-    if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
-
-    def terminate(number, _):
-        signal.signal(number, signal.SIG_IGN)  # a second one would break off the cleaning up
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        main(args)
-    except (KeyboardInterrupt, Exception) as e:
-        said = str(e).strip().splitlines() or ["interrupted"]
-        terminated = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-        if isinstance(e, KeyboardInterrupt) or terminated:  # then a loader or another rank may have ended before
-            if not rank:
-                print(f"{said[0]}; the same command carries on", file=sys.stderr)
-            raise SystemExit(143 if terminated else 130) from None
-        # torch notices a dead loader process, or by chance first that its end of a pipe is gone
-        if said[0].startswith("DataLoader worker") or isinstance(e, ConnectionResetError):
-            raise SystemExit(f"a loader process died: {said[0]}; too little memory? Lower --workers; the same command "
-                             "carries on") from None
-        if not isinstance(e, OSError):
-            raise
-        if e.filename and e.strerror:
-            raise SystemExit(f"{e.filename}: {e.strerror}") from None
-        raise SystemExit(said[-1].removeprefix("OSError: ")) from None  # of a loader process: its own line comes last
-
-
-def write_json(path, value):
-    with atomic_write(path) as scratch:
-        scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def read_json(path):
-    """The parsed file; raises SystemExit with one line when it is missing, no JSON or too large for the memory."""
-    try:
-        size, memory = os.path.getsize(path), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if size * 40 > memory:  # what is parsed takes up to 35 times as much
-            raise SystemExit(f"{path}: {size} bytes of JSON are too many for {memory} bytes of memory")
-        return json.loads(Path(path).read_bytes())
-    except OSError as e:
-        raise SystemExit(f"{path}: {e.strerror}") from None
-    except (ValueError, RecursionError, MemoryError) as e:
-        raise SystemExit(f"{path}: not JSON: {str(e) or 'out of memory'}") from None
-
-
-def write_csv(path, rows):
-    """Write `rows`, a non-empty list of dicts with the same keys."""
-    with atomic_write(path) as scratch, open(scratch, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path, columns):
-    """Rows as dicts of strings; raises SystemExit when the file is missing or lacks one of `columns`."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f, restval="")
-            rows, names = list(reader), reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise SystemExit(f"{path}: {e}") from None
-    if lacking := [c for c in columns if c not in names]:
-        raise SystemExit(f"{path}: no column {', '.join(lacking)} in its first line")
-    return rows
-
-
-def short_hash(*values):
-    """The first 16 hex digits of the SHA-256 of plain values, written as JSON."""
-    return hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def file_hash(path):
-    """The first 16 hex digits of the file's SHA-256."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
-
-
-class Hashes:
-    """Content hashes of files, remembered in CACHE/hashes.txt while device, inode, size and both times stay the same.
-
-    Times alone lie: a file may come from elsewhere with any time of change, but not with any ctime and inode.
+    run_script prints it and ends the process with `code`; a notebook shows it like any exception.
     """
 
-    def __init__(self, cache):
-        self.path, self.known, self.new = Path(cache) / "hashes.txt", {}, []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
-        for line in lines:  # a later line of the same file wins; one that a kill has cut short counts for nothing
-            digest, _, key = line.partition(" ")
-            if re.fullmatch("[0-9a-f]{16}", digest):
-                self.known[key] = digest
+    def __init__(self, text, code=1):
+        super().__init__(text)
+        self.code = code
 
-    @staticmethod
-    def key(path):
-        """What must stay the same of a file, as text; raises OSError when there is no such file or it is a pipe."""
-        s = os.stat(path)
-        if not stat.S_ISREG(s.st_mode):
-            raise OSError(f"{path} is no file")
-        return f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {str(path)!a}"
 
-    def remember(self, key, digest):
-        self.known[key] = digest
-        self.new.append(f"{digest} {key}\n")
+# ---- data: photos and masks ----------------------------------------------------------------------
 
-    def __call__(self, path):
-        """The hash of the file's content, "" of one that is not there or can't be read; see file_hash."""
+
+@dataclass(frozen=True)
+class Split:
+    """The photos of train or test in the order of the JSON, with their painted masks.
+
+    A list has one value for each photo unless its comment says otherwise.
+    """
+    root: Path
+    classes: list  # names by class id
+    ids: list
+    file_names: list
+    sizes: list  # (height, width)
+    groups: list  # a label; photos with the same label stay on one side of every fold
+    pixels: list  # pixel counts by class id; the list is empty for test
+    objects: list  # {"sizes": ..., "covered": ...} as paint_mask returns them; empty for test
+    digests: list  # hash of the photo's content, "" if it can't be read
+    masks: np.ndarray | None  # uint8, all masks one after another, flat; None for test
+    photos: np.ndarray | None  # the decoded photos likewise, 3 bytes a pixel; None if not cached
+    faults: list  # what is wrong with the photo, or None; only test photos may have a fault
+    odd: list  # ids of the annotations with a polygon that leaves the photo or has no area
+    fingerprint: str  # a line that names the JSON, the paint order and the photos' content
+
+    def image(self, index):
+        """Return the photo, uint8 RGB [H, W, 3]; a black one if it has a fault.
+
+        Raises OSError if the photo can't be read any more.
+        """
+        if self.faults[index]:
+            return np.zeros((*self.sizes[index], 3), np.uint8)
+        if self.photos is not None:
+            start, end = 3 * self.starts[index], 3 * self.starts[index + 1]
+            return np.asarray(self.photos[start:end]).reshape(*self.sizes[index], 3)
         try:
-            key = self.key(path)
-            if key not in self.known:
-                self.remember(key, file_hash(path))
-            return self.known[key]
-        except (OSError, ValueError):  # ValueError: a name with a zero byte
-            return ""
+            return read_image(self.root / self.file_names[index], *self.sizes[index])
+        except OSError as e:
+            name = f"image {self.ids[index]} ({self.file_names[index]})"
+            raise OSError(f"{name} has changed: {e.strerror}; run the same again") from None
 
-    def remembered(self, path):
-        """The hash if the file need not be read for it, else None."""
-        with suppress(OSError, ValueError):
-            return self.known.get(self.key(path))
+    @cached_property
+    def starts(self):
+        """Return pixel_starts of the photos."""
+        return pixel_starts(self.sizes)
 
-    def of_all(self, paths):
-        """The hashes of many files; those that aren't remembered are read by several threads."""
-        found = [self.remembered(path) for path in paths]
-        if None not in found:
-            return found
-        with ThreadPoolExecutor(8) as pool:
-            read = pool.map(self, [path for path, digest in zip(paths, found, strict=True) if digest is None])
-            return [next(read) if digest is None else digest for digest in found]
+    def mask(self, index):
+        """Return the mask of a training photo, uint8 [H, W]."""
+        if self.masks is None:
+            raise UserError("test photos have no mask")
+        start, end = self.starts[index], self.starts[index + 1]
+        return self.masks[start:end].reshape(self.sizes[index])
 
-    def save(self):
-        """Append what is new; several processes may do so at once. A cache that can't be written is no error."""
-        with suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.new:
-                with open(self.path, "a", encoding="utf-8") as f:
-                    f.write("\n" + "".join(self.new))  # the line before may have been cut short
-            self.new = []
+    def truth(self, index):
+        """Return the mask at the submission's size, as the leaderboard sees it.
+
+        A mask of 512 x 512 becomes the competition's mask[::2, ::2]. For test it is IGNORE_INDEX.
+        """
+        import cv2
+        side = (SUBMIT_SIZE, SUBMIT_SIZE)
+        if self.masks is None:
+            return np.full(side, IGNORE_INDEX, np.uint8)
+        return cv2.resize(self.mask(index), side, interpolation=cv2.INTER_NEAREST)
 
 
-def move_aside(folder, names):
-    """Move files of `folder` that are about to be replaced into folder/replaced, over those of the time before.
+def pixel_starts(sizes):
+    """Return [N + 1] positions: where each photo's pixels begin if all are put one after another.
 
-    The first of `names` describes the others. From here until it is written anew by write_description a mark tells a
-    later call that this one was killed in between: then what is there already stays. Says what it has moved.
+    The last position is where the pixels of the last photo end. sizes: N pairs (height, width).
     """
-    aside, mark = folder / "replaced", move_mark(folder / names[0])
-    if not mark.exists():
-        if not any((folder / name).exists() for name in names):
-            return
-        aside.mkdir(exist_ok=True)
-        for name in names:
-            (aside / name).unlink(missing_ok=True)
-        mark.touch()
-    names = [name for name in names if (folder / name).exists() and not (aside / name).exists()]
-    for name in names:
-        os.replace(folder / name, aside / name)
-    if names:
-        print(f"{aside}: {', '.join(names)} of before", flush=True)
+    return [0, *accumulate(map(math.prod, sizes))]
 
 
-def move_mark(path):
-    """The file that is there while files are moved aside that the JSON `path` describes."""
-    return path.parent / "replaced" / f".{path.name}.moving"
+def load_data(data, cache, paint="area", decoded=False):
+    """Check the folder `data` in one pass and return its (train, test) Splits.
 
+    Raises UserError that lists all faults at once. A test photo that can't be read only brings a
+    warning, unless none can be read: a submission needs all its rows.
 
-def check_output(data, *outputs, inputs=()):
-    """Raise SystemExit if an output is an input or another output, or lies in `data`, where nothing is written."""
-    root, taken = os.path.realpath(data), {os.path.realpath(path): f"{path}, which is read" for path in inputs}
-    for path in outputs:
-        real = os.path.realpath(path)
-        if real in taken:
-            raise SystemExit(f"{path} would be written over {taken[real]}: choose another name")
-        taken[real] = f"{path}, which is written too"
-        if Path(real).is_relative_to(root):
-            raise SystemExit(f"{path} lies in DATA, {data}, where nothing is ever written: choose another place")
-
-
-@contextmanager
-def lock(folder, wait=False, name=".lock"):
-    """Hold `folder`, or with `name` .FILE.lock that file in it; when the process dies the kernel drops the lock.
-
-    Raises SystemExit naming the holder when another process has it, unless `wait`.
+    Masks are painted once, into a folder of `cache` that is named by the JSON files, the settings
+    and the code, so a stale cache is never read; when a photo has changed, everything is checked
+    again. With `decoded` the training photos are cached too; later calls read them from there even
+    without it. Nothing is written under `data`.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            f.seek(0)
-            held = folder / name.removesuffix(".lock").lstrip(".")
-            raise SystemExit(f"{held} is in use by {f.read().strip() or 'another process'}: "
-                             "wait for it or stop it") from None
-        f.truncate(0)
-        f.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        f.flush()
-        os.register_at_fork(after_in_child=f.close)  # else the loader processes of a killed run keep it for seconds
-        yield
+    data, hashes = Path(data), Hashes(cache)
+    check_output(data, cache)
+    paths = data_files(data)
+    folder = cache_folder(cache, paths, paint, hashes)
+    splits = open_cache(folder, data, hashes)
+    if splits is None or (decoded and splits[0].photos is None):
+        with lock(folder, wait=True):  # the first process builds, the others wait for it
+            splits = open_cache(folder, data, hashes) or build_cache(folder, paths, paint, hashes)
+            if decoded and splits and splits[0].photos is None:
+                write_photos(folder / "photos.npy", splits[0])
+                splits = open_cache(folder, data, hashes)
+    hashes.save()
+    if splits is None:
+        raise UserError(f"photos in {data} changed while they were read: run it again")
+    for fault in filter(None, splits[1].faults):
+        print(f"warning: test.json: {fault}: it counts as background", flush=True)
+    return splits
 
 
-def save_checkpoint(path, previous=None, **state):
-    """Write tensors and plain values, so that loading needs no pickle; the file that was there becomes `previous`."""
-    import torch
-    with atomic_write(path) as scratch:
-        try:
-            torch.save(state, scratch)
-        except RuntimeError as e:  # torch's own for a write that failed
-            raise OSError(None, f"can't be written, is the disk full? ({str(e).splitlines()[0]})", str(path)) from None
-        if previous and path.exists():
-            os.replace(path, previous)
+def data_files(data):
+    """Return the paths of the training and the test JSON in the folder `data`.
 
-
-def load_checkpoint(path):
-    """The dict that save_checkpoint wrote, on the CPU; raises SystemExit when the file is not one."""
-    import torch
-    try:
-        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch doesn't look at checksums
-            raise ValueError(f"the checksum of {part} in it is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise SystemExit(f"{path}: no such checkpoint") from None
-    except Exception as e:  # torch raises many types on a damaged or foreign file
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise SystemExit(f"{path}: not a checkpoint that can be loaded safely: {reason}") from None
-
-
-def tune_process():
-    """Settings of this process that cost nothing and save time; call before torch is imported.
-
-    Waiting OpenMP threads sleep: two jobs on the same cores otherwise slow each other down 8 times. glibc keeps large
-    blocks instead of handing them back to the kernel after every step: 1.3 to 1.5 times as many images/s on a CPU.
+    train_all.json is preferred to train.json. Raises UserError if a file or the folder is missing.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")  # its own threads, one a core, don't know of OMP_NUM_THREADS
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network on import
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, top_pad, mmap_max = -1, -2, -4  # names in malloc.h
-        for option, value in ((mmap_max, 0), (trim_threshold, 2 ** 31 - 1), (top_pad, 2 ** 26)):
-            ctypes.CDLL("libc.so.6").mallopt(option, value)
+    data = Path(data)
+    if not data.is_dir():
+        raise UserError(f"{data}: no such folder; DATA is the competition's folder with train.json "
+                        "and test.json")
+    train_json = data / "train_all.json"
+    if not train_json.exists():
+        train_json = data / "train.json"
+    paths = (train_json, data / "test.json")
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"no {' and no '.join(missing)}; DATA is the competition's folder")
+    return paths
 
 
-def ranks():
-    """(rank of this process, number of processes) under torchrun, (0, 1) without; only rank 0 is to print and write."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# ---- data: samples and batches -------------------------------------------------------------------
 
 
-@cache  # a second claim of the same process would wait for the first
-def claim_device(name="auto"):
-    """The torch device of this process: "auto" is an idle GPU, which is held until it exits, or the CPU.
+class EvalPhotos:
+    """The photos `indices` of a Split for a DataLoader, squashed to the square of the network.
 
-    Under torchrun each process gets a GPU of its own, or the CPU, and meets the others.
+    An item is (image uint8 [scale, scale, 3], truth uint8 [SUBMIT_SIZE, SUBMIT_SIZE]).
     """
-    import torch
-    cuda, n_ranks = torch.cuda.is_available() and name != "cpu", ranks()[1]
-    if cuda and n_ranks == 1 and name == "auto":
-        return idle_gpu()
-    asked = f"cuda:{os.environ['LOCAL_RANK']}" if cuda and n_ranks > 1 else "cpu" if name == "auto" else name
-    try:
-        device = torch.empty(0, device=asked).device
-    except (RuntimeError, AssertionError) as e:
-        raise SystemExit(f"--device {asked}: {str(e).splitlines()[0]}") from None
-    if n_ranks > 1:
-        if cuda:
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    return device
 
+    def __init__(self, split, indices, scale):
+        self.split, self.indices, self.scale = split, indices, scale
 
-def idle_gpu():
-    """The first GPU that no other process of this user holds; it is this one's until it exits."""
-    import torch
-    waiting = False
-    while True:
-        for index in range(torch.cuda.device_count()):
-            uuid = torch.cuda.get_device_properties(index).uuid
-            idle_gpu.lock = lock(Path(tempfile.gettempdir()) / f"gpu-{uuid}-{os.getuid()}")
-            try:
-                idle_gpu.lock.__enter__()  # without an exit: held until the process ends
-            except SystemExit:
-                continue
-            torch.cuda.set_device(index)
-            return torch.device("cuda", index)
-        if not waiting:
-            print("all GPUs are taken: waiting for one", flush=True)
-        waiting = True
-        time.sleep(5)
+    def __len__(self):
+        return len(self.indices)
 
+    def __getitem__(self, item):
+        index = self.indices[item]
+        return resize_image(self.split.image(index), self.scale), self.split.truth(index)
 
-def amp(device):
-    """Mixed precision on a GPU: a context for the forward pass; it does nothing on a CPU, where it would be slower.
 
-    bfloat16, which needs no loss scaling, where the GPU computes in it (Ampere and later), else float16.
-    """
-    import torch
-    cuda = device.type == "cuda"
-    old = cuda and torch.cuda.get_device_capability(device)[0] < 8
-    return torch.autocast(device.type, torch.float16 if old else torch.bfloat16, enabled=cuda)
+def as_photo(image):
+    """Return a photo as numpy; raise UserError if it isn't uint8 [H, W, 3], or empty."""
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise UserError(f"an image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+    return image
 
 
-# ---- what made it ---------------------------------------------------------------------------------------------------
-# An artefact is up to date when its recipe (settings, data, parents) and its code are those that would make it now.
-
-# what is made -> (module, function) where the code that decides it begins
-STEPS = {"masks": [("common", "build_cache")],
-         "run": [("train", "train_run")],
-         "store": [("common", "load_data"), ("common", "EvalPhotos"), ("infer", "load_models"),
-                   ("infer", "predict_split")],
-         "labels": [("pseudo_label", "make_labels")],
-         "submission": [("ensemble", "soft")],
-         "voted": [("ensemble", "hard")]}
-
-# What shows, keeps and guards results without deciding them: in each file the search for code ends at the names in its
-# BESIDE, so that edits of these, and of what only they use, make nothing stale.
-BESIDE = {"DESCRIBED", "Hashes", "Help", "Parser", "accepted_code", "atomic_write", "cache_folder", "check_files",
-          "check_output", "check_space", "clean", "code_changes", "code_hashes", "code_of", "code_question",
-          "code_state", "data_files", "decide", "different_keys", "file_hash", "fingerprint", "folds_hash",
-          "git_commit", "is_description", "keep_code", "library_versions", "load_folds", "lock", "move_aside",
-          "move_mark", "name_fault", "named", "number", "overlay", "project_files", "provenance", "read_csv",
-          "read_description", "read_folds", "read_json", "recipe_changes", "run_script", "short_hash",
-          "tune_process", "version_changes", "write_csv", "write_description", "write_json", "write_page",
-          "write_sheet"}
-DERIVED = ("mean", "std")  # what a recipe says besides, as it follows from the rest
-DESCRIBED = ("recipe", "code", "state", "commit", "versions", "kept_under")  # of provenance
-VERSIONS = ("torch", "timm", "segmentation-models-pytorch", "albumentations")  # shown when they differ, no more
-
-
-@cache
-def project_files():
-    """{name: content} of the Python files beside this one, as they were when this process first asked.
-
-    run_script asks at once, so edits made while it runs are not taken for what made its results.
-    """
-    return {path.name: path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))}
-
-
-def check_files():
-    """Raise SystemExit if the project's Python files were edited since this process read them, as in a notebook."""
-    for name, content in project_files().items():
-        path = Path(__file__).parent / name
-        if not path.exists() or path.read_bytes() != content:
-            raise SystemExit(f"{name} was edited since this process has read it: start the process anew")
-
-
-@cache
-def definitions(module):
-    """{name: syntax trees that define it} of the top level of a project's file.
-
-    Under "" stands what the file does on import besides defining names. What is imported is defined by its import.
-    """
-    defined = defaultdict(list)
-    for node in ast.parse(project_files()[f"{module}.py"]).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names = [node.name]
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [alias.asname or alias.name.partition(".")[0] for alias in node.names]
-        elif isinstance(node, ast.If) and "__name__" in ast.dump(node.test):
-            continue  # what a script does when it is run, after main's arguments are read
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue  # a docstring
-        else:
-            places = getattr(node, "targets", [getattr(node, "target", node)])
-            names = [n.id for place in places for n in ast.walk(place) if isinstance(n, ast.Name) and (
-                isinstance(n.ctx, ast.Store) or isinstance(place, (ast.Subscript, ast.Attribute)))] or [""]
-        for name in names:
-            defined[name].append(node)
-    return defined
-
-
-def imports_of(node):
-    """{name: (module, name there or None for all of it)} of an import statement, as far as it is of project's files."""
-    if isinstance(node, ast.ImportFrom):
-        return {a.asname or a.name: (node.module, a.name if a.name != "*" else None) for a in node.names
-                if f"{node.module}.py" in project_files()}
-    return {a.asname or a.name: (a.name, None) for a in node.names if f"{a.name}.py" in project_files()}
-
-
-def remove_docstrings(node):
-    """Remove the docstrings of a function or class and of those defined in it from its syntax tree."""
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        if ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-        for part in node.body:
-            remove_docstrings(part)
-
-
-@cache
-def read_definition(module, name, entry):
-    """(hash, [(module, name) used]) of what defines a name; with `entry` only that entry of a table.
-
-    The hash has no docstrings; in it are the imports of other libraries that it needs.
-    """
-    trees, loaded, places, defined = [], set(), {}, definitions(module)
-    for node in defined[name]:
-        if entry is not None:
-            node = dict(zip(map(ast.literal_eval, node.value.keys), node.value.values, strict=True))[entry]
-        remove_docstrings(node)
-        text = ast.dump(node)
-        trees.append(text)
-        loaded |= set(re.findall(r"Name\(id='(\w+)', ctx=Load\(\)\)", text))  # 2 ms of all files, a walk 30 ms
-        for part in ast.walk(node) if "Import" in text else ():
-            places |= imports_of(part) if isinstance(part, (ast.Import, ast.ImportFrom)) else {}
-    for other in sorted(loaded & defined.keys()):
-        for node in defined[other]:
-            if not isinstance(node, (ast.Import, ast.ImportFrom)):
-                places.setdefault(other, (module, other))
-            elif found := imports_of(node):
-                places |= {other: found[other]}
-            else:
-                alias = next(a for a in node.names if (a.asname or a.name.partition(".")[0]) == other)
-                trees.append(f"{getattr(node, 'module', '')} {ast.dump(alias)}")
-    return short_hash(*trees), list(places.values())
-
-
-@cache
-def code_of(step, **entries):
-    """{name: hash} of every top-level function, class and constant that a step of STEPS can reach by name.
-
-    The hash is of the syntax tree, so comments, docstrings and layout don't count. entries: {table: entry}; of such a
-    dict the entry alone is reached, or nothing if it has none of that name: a new entry changes nothing that is there.
-    """
-    todo, seen, found = list(STEPS[step]), set(), defaultdict(list)
-    while todo:
-        module, name = place = todo.pop()
-        defined = definitions(module)
-        if name is None:  # of a module that is imported whole
-            todo += [(module, each) for each in defined]
-        if place in seen or name not in defined or name in names_beside(module):
-            continue
-        seen.add(place)
-        entry, label, keys = None, name or f"{module}.py", table_keys(module, name) if name in entries else None
-        if keys is not None:
-            if entries[name] not in keys:
-                continue
-            entry, label = entries[name], f"{name}[{entries[name]}]"
-        digest, used = read_definition(module, name, entry)
-        found[label].append(digest)
-        todo += [*used, (module, ""), (module, "*")]
-    return {name: short_hash(*sorted(found[name])) for name in sorted(found)}
-
-
-@cache
-def names_beside(module):
-    """The set BESIDE of a project's file; see there."""
-    statements = definitions(module).get("BESIDE")
-    return ast.literal_eval(statements[0].value) if statements else set()
-
-
-def table_keys(module, name):
-    """The keys of a table, or None if it isn't a dict that is written out in one statement: then it counts whole."""
-    node, *others = definitions(module)[name]
-    table = getattr(node, "value", None)
-    if others or not isinstance(table, ast.Dict) or not all(isinstance(key, ast.Constant) for key in table.keys):
-        return None
-    return [key.value for key in table.keys]
-
-
-def code_state():
-    """What names the project's Python files as they are."""
-    return short_hash(*(f"{name} {content!r}" for name, content in project_files().items()))
-
-
-def keep_code(exp):
-    """Keep the project's Python files as EXP/code/STATE/, once for each state of them."""
-    folder = Path(exp) / "code" / code_state()
-    if folder.is_dir():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="."))
-    for name, content in project_files().items():
-        (scratch / name).write_bytes(content)
-    scratch.chmod(0o755)
-    try:
-        scratch.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(scratch)
-
-
-@cache
-def git_commit():
-    """The commit that the project's folder is at, with "+" when its Python files differ from it; "" without git."""
-    ask = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
-    with suppress(OSError):
-        commit = ask(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        changed = ask(["git", "--no-optional-locks", "status", "--porcelain", "--", ":(glob)*.py"]).stdout.strip()
-        return commit + "+" * bool(commit and changed)
-    return ""
-
-
-def library_versions():
-    """{package: version, "" if it isn't installed} of VERSIONS."""
-    from importlib.metadata import PackageNotFoundError, version
-    found = dict.fromkeys(VERSIONS, "")
-    for package in VERSIONS:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def provenance(recipe, code):
-    """What every artefact says of what made it, as plain values.
-
-    recipe: settings, data and parents; code: of code_of; state: of keep_code, which whoever makes it calls; kept_under:
-    later provenances that it stood under when the user said to keep it.
-    """
-    return dict(zip(DESCRIBED, (recipe, code, code_state(), git_commit(), library_versions(), []), strict=True))
-
-
-def is_description(made):
-    """Whether a parsed JSON has what provenance says, and files."""
-    kinds = dict.fromkeys(("recipe", "code", "versions", "files"), dict) | {"kept_under": list, "state": str,
-                                                                            "commit": str}
-    return isinstance(made, dict) and all(isinstance(made.get(key), kind) for key, kind in kinds.items())
-
-
-def read_description(path, hashes):
-    """The JSON that describes an artefact, or None if it or a file that it names is missing or it is of an old version.
-
-    Its "touched" lists the files that aren't those which it describes; "files" has the hashes of what is there.
-    """
-    try:
-        made = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not is_description(made):
-        return None
-    found = {name: hashes(path.parent / name) for name in made["files"]}
-    touched = different_keys(found, made["files"])
-    return made | {"files": found, "touched": touched} if all(found.values()) else None
-
-
-def write_description(path, made, **more):
-    """Write the JSON that describes an artefact: of `made` what provenance says, and `more`, its files among it."""
-    write_json(path, {key: made[key] for key in DESCRIBED} | more)
-    move_mark(path).unlink(missing_ok=True)
-
-
-def accepted_code(made):
-    """The code that an artefact counts as: that which made it or, if the user kept it since, that of then."""
-    return (made["kept_under"] or [made])[-1]["code"]
-
-
-def code_hashes(made):
-    """A hash of each state of the code that made an artefact or that it was kept under."""
-    return sorted({short_hash(state["code"]) for state in (made, *made["kept_under"])})
-
-
-def different_keys(old, new):
-    """The keys that two dicts don't share, or under which they have different values."""
-    return [key for key in {**old, **new} if key not in old or key not in new or old[key] != new[key]]
-
-
-def recipe_changes(made, recipe):
-    """["lr 0.001 -> 0.002"]: where the recipe of what is there differs from `recipe`."""
-    old = made["recipe"]
-    return [f"{key} {shorten(str(old.get(key)), 60)} -> {shorten(str(recipe.get(key)), 60)}"
-            for key in different_keys(old, recipe) if key not in DERIVED]
-
-
-def code_changes(made, code):
-    """The names of what differs between `code` and that which made an artefact, or which it was kept under."""
-    touched = [f"{name} touched by hand" for name in made.get("touched", ())]
-    return touched + ([] if made["code"] == code else sorted(different_keys(accepted_code(made), code)))
-
-
-def version_changes(made, versions):
-    """["torch 2.11.0 -> 2.14.1"]: where the libraries that made an artefact differ; that makes nothing stale."""
-    return [f"{name} {made['versions'].get(name)} -> {version}" for name, version in versions.items()
-            if made["versions"].get(name) != version]
-
-
-def code_question(what, names, new="--code new", keep="--code keep", exp="--exp"):
-    """The line that asks what is to become of artefacts which other code has made."""
-    some = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return f"{what} made by other code ({some}): {new} makes anew, {keep} keeps what is there, another {exp} keeps both"
-
-
-def decide(path, made, wanted, code=None, replace=True):
-    """What is to happen with the artefact `path`: "done", "kept" or "make"; made: what made it, wanted: what would now.
-
-    code: None, "new" or "keep", as the user says for the case that only the code differs, or a file was touched by
-    hand. "kept": made["kept_under"] has got the new provenance, to be written. Raises SystemExit when the user has to
-    say.
-    """
-    if changes := recipe_changes(made, wanted["recipe"]):
-        if not replace:
-            raise SystemExit(f"{path} was made with another recipe: {', '.join(changes)}; pass --replace to replace it")
-        print(f"{path} is replaced: {', '.join(changes)}", flush=True)
-        return "make"
-    names = code_changes(made, wanted["code"])
-    if names and code is None:
-        raise SystemExit(code_question(f"{path} was", names))
-    if names and code == "new":
-        print(f"{path} is replaced: other code, {', '.join(names)}", flush=True)
-        return "make"
-    if other := version_changes(made, wanted["versions"]):
-        print(f"note: {path} was made with other versions: {', '.join(other)}", flush=True)
-    if names:
-        made["kept_under"].append({k: wanted[k] for k in ("code", "state", "commit", "versions")})
-        print(f"{path} is kept, though other code made it: {', '.join(names)}", flush=True)
-    return "kept" if names else "done"
-
-
-# ---- data: reading and checking -------------------------------------------------------------------------------------
-
-PAINT_ORDERS = ("area", "id", "order")
-PHOTO_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")  # Pillow starts programs for some others
-# what a terminal obeys and some files can't hold: control characters, ends of lines, turned direction, lone surrogates
-UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-RLE_DIGITS = {ord("0") + i: "0123456789abcdefghijklmnopqrstuv"[i % 32] for i in range(64)}  # COCO's to Python's
-
-
-def rle_counts(counts):
-    """Run lengths from the counts of an RLE, a list or COCO's compressed string; None when they are damaged.
-
-    The string holds signed numbers in base 32, the lowest digit first: "0" to "O" end a number, "P" to "o" are the same
-    digits when more follow. From the fourth run on the number is the difference to the run two before.
-    """
-    if isinstance(counts, str) and re.fullmatch("([P-o]{0,6}[0-O])*", counts):
-        numbers, counts = re.findall("[P-o]*[0-O]", counts), []
-        for digits in numbers:
-            value = int(digits[::-1].translate(RLE_DIGITS), 32)
-            value -= 32 ** len(digits) if digits[-1] >= "@" else 0  # the highest bit is the sign
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-    return counts if isinstance(counts, list) and all(type(c) is int and 0 <= c < 2 ** 32 for c in counts) else None
-
-
-def segmentation_fault(segmentation, height, width):
-    """What is wrong with one COCO segmentation, or None. pycocotools crashes the process on what this refuses."""
-    if isinstance(segmentation, dict):
-        size, counts = segmentation.get("size"), rle_counts(segmentation.get("counts"))
-        if size != [height, width]:
-            return f"RLE of size {clean(size)}, the image is {[height, width]}"
-        if counts is None:
-            return "RLE counts that are damaged or cut off: not whole numbers from 0"
-        return None if sum(counts) == height * width else f"RLE of {sum(counts)} pixels, not {height * width}"
-    if not isinstance(segmentation, list) or not segmentation:
-        return "no polygon and no RLE"
-    limit = 10 * max(height, width)
-    for polygon in segmentation:
-        if not isinstance(polygon, list) or not all(isinstance(v, (int, float)) for v in polygon):
-            return "a polygon that is not a list of numbers"
-        if len(polygon) < 6 or len(polygon) % 2:
-            return f"a polygon of {len(polygon)} numbers: at least three points, two numbers each"
-        if not all(abs(v) <= limit for v in polygon):  # false for NaN and infinity too
-            return "a polygon with NaN, infinite or absurdly large coordinates"
-        steps = np.diff(np.reshape([*polygon, *polygon[:2]], (-1, 2)), axis=0)
-        if np.abs(steps).sum() > min(100 * limit, 2_000_000):  # pycocotools needs 80 bytes for each pixel of it
-            return "a polygon with an absurdly long outline"
-    return None
-
-
-def is_odd(polygon, height, width):
-    """Whether a polygon leaves the photo, where it is clipped, or has no area in it."""
-    points = np.reshape([*polygon, *polygon[:2]], (-1, 2)).T
-    x, y = inside = points.clip(0, [[width], [height]])
-    return (inside != points).any() or abs(x[1:] @ y[:-1] - y[1:] @ x[:-1]) < 1e-6
-
-
-def paint_mask(objects, height, width, paint, n_classes):
-    """(uint8 [height, width], [class_id] pixel counts, sizes, covered) from (class_id, segmentation) pairs.
-
-    The segmentations are those that segmentation_fault has passed. Where they overlap the later wins. `paint`: "area"
-    the largest first, "id" by class id, "order" as listed. sizes: [class_id, pixels] of each object; covered:
-    [class_id, class_id painted over it, pixels], for classes that differ.
-    """
+def resize_image(image, scale):
+    """Return an image uint8 [H, W, 3] squashed to the square that the network sees."""
     import cv2
-    from pycocotools import mask as coco_mask
-    shapes = []
-    for class_id, segmentation in objects:
-        if isinstance(segmentation, dict):
-            segmentation = [{"size": [height, width], "counts": rle_counts(segmentation["counts"])}]
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-        shapes.append((class_id, int(coco_mask.area(rle)), rle))
-    if paint != "order":
-        shapes.sort(key=lambda shape: shape[0] if paint == "id" else -shape[1])
-    columns, covered = np.zeros((width, height), np.uint8), []  # as decoded RLEs lie in memory
-    pixels = np.array([height * width] + [0] * (n_classes - 1))
-    for class_id, _, rle in shapes:
-        x, y, w, h = coco_mask.toBbox(rle).astype(int)
-        box = np.s_[x:x + w, y:y + h]
-        part, shape = columns[box], coco_mask.decode(rle).T[box].view(bool)
-        below = np.bincount(part[shape], minlength=n_classes)
-        covered += [[c, class_id, int(below[c])] for c in np.flatnonzero(below).tolist() if c not in (0, class_id)]
-        part[shape] = class_id
-        pixels -= below
-        pixels[class_id] += below.sum()
-    return cv2.transpose(columns), pixels.tolist(), [[class_id, area] for class_id, area, _ in shapes], covered
+    # INTER_AREA averages when it shrinks, but repeats pixels when it enlarges
+    shrinks = scale < min(image.shape[:2])
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(image, (scale, scale), interpolation=interpolation)
 
 
-def read_image(path, height, width, check=False):
-    """The photo as uint8 RGB [height, width, 3]; grey, palette and CMYK are converted, alpha is dropped.
+class TrainSamples:
+    """Augmented samples by key (epoch, index) and, for a DataLoader, batches by lists of keys.
 
-    The size in the JSON decides: pixels are turned by the EXIF orientation only if they don't have that size as stored.
-    Of 16 bits the upper 8 are kept, of several pages or frames the first. The content decides, not the name's ending.
-    Raises OSError that says what is wrong with the photo; only its header is read if the size is. With `check` None is
-    returned and a JPEG decoded at an eighth of its size, which finds what a full decode does. Without, cv2 decodes a
-    whole RGB JPEG, to the same pixels as Pillow in two thirds of the time, and damage inside it is no error.
+    A sample is (image uint8 [scale, scale, 3], mask uint8 [scale, scale]). Everything random in it
+    is drawn from (seed, epoch, index): neither resuming nor the number of workers changes it.
+
+    entries: (Split, index in it, label) for each index of a key. The label is None for the mask of
+    the Split, or a pseudo label: uint8 class ids [H, W] or probabilities [C, H, W].
+    augment: a function (image, mask, rng) that returns both at the scale.
+    mix: (probability, weights [C]) for ClassMix, or None.
     """
-    from PIL import Image, ImageOps
+
+    def __init__(self, entries, augment, seed, mix=None):
+        self.entries, self.augment, self.seed, self.mix = entries, augment, seed, mix
+
+    def __getitem__(self, key):
+        import cv2
+        epoch, index = key
+        split, photo_index, label = self.entries[index]
+        image = split.image(photo_index)
+        rng = np.random.default_rng([SAMPLE, self.seed, epoch, index])
+        if label is None:
+            mask = np.asarray(split.mask(photo_index))
+        else:
+            if label.ndim == 3:
+                label = draw_label(label, rng.random())
+            size = image.shape[1::-1]  # (width, height)
+            mask = cv2.resize(label, size, interpolation=cv2.INTER_NEAREST_EXACT)
+        return self.augment(image, mask, rng)
+
+    def __getitems__(self, keys):
+        """Return a batch of tensors, images [B, scale, scale, 3] and masks [B, scale, scale]."""
+        import torch
+        images, masks = zip(*[self[key] for key in keys], strict=True)
+        images, masks = np.stack(images), np.stack(masks)
+        if self.mix and len(keys) > 1:
+            rng = np.random.default_rng([MIX, self.seed, *np.ravel(keys).tolist()])
+            images, masks = classmix(images, masks, *self.mix, rng)
+        return torch.from_numpy(images), torch.from_numpy(masks)
+
+
+def draw_label(probs, u):
+    """Draw class ids uint8 [H, W] from probs uint8 [C, H, W], with one u in [0, 1) for all pixels.
+
+    Each pixel has a class as often as it is likely, so over the epochs the loss is that of soft
+    targets; since neighbours share u, every draw has objects and no noise. Where no class has a
+    probability the label is IGNORE_INDEX.
+    """
+    cumulative = probs.cumsum(0, dtype=np.uint16)
+    total = cumulative[-1]
+    label = (cumulative <= total * u).sum(0, dtype=np.uint8)
+    return np.where(total > 0, label, np.uint8(IGNORE_INDEX))
+
+
+class EpochBatches:
+    """Batches of keys (epoch, index) for a DataLoader, in an order drawn from (seed, epoch).
+
+    Set `epoch` before each pass. With `odds` [N] images are drawn by them, else each comes once.
+
+    The last `n_pseudo` of the images have pseudo labels. With a `ratio` every batch has that many
+    of them for each labelled image, and an epoch goes once through the labelled ones; from the
+    epoch `labelled_from` on only labelled images come.
+
+    Each rank gets its share of every batch. A last batch that would leave a rank fewer than two
+    images, which batch norm needs, joins the batch before it.
+    """
+    first = 0  # the number of the batch to begin at
+
+    def __init__(self, n_images, batch_size, seed, odds=None, n_pseudo=0, ratio=0,
+                 labelled_from=math.inf):
+        self.n_images, self.batch_size = n_images, batch_size
+        self.seed, self.epoch, self.odds = seed, 0, odds
+        self.n_pseudo, self.ratio, self.labelled_from = n_pseudo, ratio, labelled_from
+        self.rank, self.n_ranks = ranks()
+
+    def sources(self):
+        """Return [(image numbers, how many of them a batch has)] of this epoch.
+
+        The epoch is over when the first source is.
+        """
+        images = np.arange(self.n_images)
+        labelled, pseudo = np.split(images, [self.n_images - self.n_pseudo])
+        if self.epoch >= self.labelled_from:
+            return [(labelled, self.batch_size)]
+        if not self.ratio or not self.n_pseudo:
+            return [(images, self.batch_size)]
+        n_labelled = round(self.batch_size / (1 + self.ratio))
+        n_labelled = int(np.clip(n_labelled, 1, self.batch_size - 1))
+        return [(labelled, n_labelled), (pseudo, self.batch_size - n_labelled)]
+
+    def __len__(self):
+        (images, share), *others = self.sources()
+        n_batches, left = divmod(len(images), share)
+        last_batch = left + sum(other_share for _, other_share in others)
+        if left and last_batch >= 2 * self.n_ranks:
+            n_batches += 1
+        return max(1, n_batches)
+
+    def __iter__(self):
+        rng = np.random.default_rng([ORDER, self.seed, self.epoch])
+        n_batches = len(self)
+        parts = []  # of each source its share of every batch
+        for images, share in self.sources():
+            n_drawn = share * n_batches if parts else len(images)
+            order = self.draw_order(images, n_drawn, rng)
+            parts.append(np.split(order, share * np.arange(1, n_batches)))
+        batches = [np.concatenate(shares) for shares in zip(*parts, strict=True)]
+        for batch in batches[self.first:]:
+            own = batch[self.rank::self.n_ranks].tolist()
+            yield [(self.epoch, index) for index in own]
+
+    def draw_order(self, images, n_drawn, rng):
+        """Return `n_drawn` of `images`: by the odds, or all of them as often as it takes."""
+        if self.odds is not None:
+            odds = self.odds[images]
+            return rng.choice(images, n_drawn, p=odds / odds.sum())
+        n_rounds = math.ceil(n_drawn / len(images))
+        return np.concatenate([rng.permutation(images) for _ in range(n_rounds)])[:n_drawn]
+
+
+def rare_odds(present):
+    """Return the odds [N] to draw each image, which sum to 1; present: bool [N, C].
+
+    They are inverse to the number of images that have the image's rarest class.
+    """
+    odds = (present / present.sum(0).clip(1)).max(1)
+    return odds / odds.sum()
+
+
+# ---- data: the cache -----------------------------------------------------------------------------
+
+# field of a Split in index.json -> key of a photo's dict, as read_coco and check_photo fill it
+PHOTO_KEYS = {
+    "ids": "id", "file_names": "file_name", "sizes": "size", "pixels": "pixels",
+    "objects": "painted", "digests": "digest", "faults": "fault", "odd": "odd"}
+
+
+def cache_folder(cache, paths, paint, hashes):
+    """Return the folder in `cache` for two JSON files and a paint order, named also by the code."""
+    json_hashes = [hashes(path) for path in paths]
+    return Path(cache) / short_hash(json_hashes, paint, code_of("masks"))
+
+
+def fingerprint(json_hash, paint, digests):
+    """Return a line that names the content of a split.
+
+    digests: hashes of its photos, "" where one is missing.
+    """
+    return f"{json_hash} {paint} {short_hash(*digests)}"
+
+
+def open_cache(folder, data, hashes):
+    """Return the (train, test) Splits that `folder` holds, with their arrays mapped into memory.
+
+    Return None if the cache isn't whole or if a photo was changed or removed since.
+    """
+    photos = None
     try:
-        if not os.path.isfile(path):
-            raise ValueError("is missing")
-        with Image.open(path, formats=PHOTO_FORMATS) as image:
-            image.info.pop("transparency", None)  # Pillow warns that it is dropped
-            stored = image.size
-            if not check and (image.format, image.mode, stored) == ("JPEG", "RGB", (width, height)):
-                import cv2
-                content = np.fromfile(path, np.uint8)
-                pixels = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-                if pixels is not None and content[-2:].tobytes() == b"\xff\xd9":  # the mark of the end: not cut off
-                    return pixels
-            if stored != (width, height) and stored == (height, width):
-                image = ImageOps.exif_transpose(image)
-            if image.size != (width, height):
-                raise ValueError(f"is {stored[0]}x{stored[1]}, the JSON says {width}x{height}")
-            if image.mode == "F":
-                raise ValueError("has fractions as pixels, of which nobody knows what is white")
-            if image.mode.startswith("I"):  # 16 bits a pixel
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            if check:
-                image.draft(None, (1, 1))  # a JPEG at an eighth of its size: all of its data in half the time
-                image.load()
-                return None
-            return np.array(image.convert("RGB"))
-    except Exception as e:  # decoders raise many types on damaged files
-        raise OSError(None, clean(str(e) or type(e).__name__), str(path)) from None
+        index = json.loads((folder / "index.json").read_bytes())
+        masks = np.load(folder / "masks.npy", mmap_mode="r")
+        if (folder / "photos.npy").exists():
+            photos = np.load(folder / "photos.npy", mmap_mode="r")
+    except (OSError, ValueError, EOFError):  # EOFError: an empty .npy
+        return None
+    for entry in index.values():
+        paths = [f"{data}/{name}" for name in entry["file_names"]]
+        if hashes.of_all(paths) != entry["digests"]:
+            return None
+    train = Split(root=data, masks=masks, photos=photos, **index["train"])
+    test = Split(root=data, masks=None, photos=None, **index["test"])
+    return train, test
 
 
-def entries(coco, key, faults):
-    """Yield (object, what is wrong with its id or None) for each JSON object in a list of the file.
+def build_cache(folder, paths, paint, hashes):
+    """Check the data, fill `folder` and return open_cache of it.
 
-    `faults` gets a line for everything in the list that is no object, and for an empty list; many faults end it.
+    masks.npy is written first and index.json last. Raises UserError that lists all faults.
+    """
+    check_files()  # else the workers would paint with other code than the folder is named for
+    root = paths[0].parent
+    train, categories, faults = read_coco(paths[0], labelled=True)
+    test, test_categories, test_faults = read_coco(paths[1], labelled=False)
+    faults += test_faults
+    if categories != test_categories and categories and test_categories:
+        faults.append(f"{paths[0].name} and {paths[1].name} have different categories")
+    (folder / "photos.npy").unlink(missing_ok=True)  # its photos may have changed
+    with atomic_write(folder / "masks.npy") as scratch:
+        if not faults:
+            begin_masks(scratch, train)
+        check = partial(check_photo, root, paint, len(categories) + 1, scratch)
+        check_photos(train + test, check, hashes)
+        raise_faults(faults, train, test)
+    classes = [BACKGROUND, *categories.values()]
+    index = {"train": index_entry(train, classes, hashes(paths[0]), paint),
+             "test": index_entry(test, classes, hashes(paths[1]), paint)}
+    write_json(folder / "index.json", index)
+    return open_cache(folder, root, hashes)
+
+
+def begin_masks(path, photos):
+    """Begin the .npy of all masks and note with each photo the byte where its mask goes."""
+    starts = pixel_starts(photo["size"] for photo in photos)
+    with open(path, "wb") as f:
+        write_npy_header(f, (starts[-1],))
+        for photo, start in zip(photos, starts[:-1], strict=True):
+            photo["offset"] = f.tell() + start
+
+
+def check_photos(photos, check, hashes):
+    """Add to each photo's dict what `check`, a partial check_photo, returns for it.
+
+    The photos are shared out to one process for each core.
+    """
+    pool_options = {"mp_context": get_context("forkserver"), "initializer": tune_process}
+    try:
+        with without_main(), ProcessPoolExecutor(**pool_options) as pool:
+            results = pool.map(check, photos, chunksize=8)
+            results = tqdm(results, "checking photos", len(photos), disable=None)
+            for photo, facts in zip(photos, results, strict=True):
+                key = facts.pop("key")
+                if key:
+                    hashes.remember(key, facts["digest"])
+                photo.update(facts)
+    except BrokenExecutor:
+        message = "a process died while it checked the photos: out of memory, or killed"
+        raise UserError(message) from None
+
+
+def check_photo(root, paint, n_classes, masks, photo):
+    """Check a photo and paint its mask; return what there is to know about it, as a dict.
+
+    "fault" is what is wrong with it or None, "digest" the hash of its content, "" if it can't be
+    read, "key" that of Hashes before it was read. The mask of a faultless photo with an "offset"
+    is written there in the file `masks`; "pixels" and "painted" are then from paint_mask.
+    """
+    path = root / photo["file_name"]
+    facts = {"fault": None, "digest": "", "key": None}
+    with suppress(OSError):  # check_image says what is wrong with the file
+        facts |= {"key": Hashes.key(path), "digest": file_hash(path)}
+    try:
+        check_image(path, *photo["size"])
+    except OSError as e:
+        facts["fault"] = f"image {photo['id']} ({photo['file_name']}) {e.strerror}"
+        return facts
+    if "offset" not in photo:
+        return facts
+    mask, pixels, sizes, covered = paint_mask(photo["objects"], *photo["size"], paint, n_classes)
+    with open(masks, "rb+") as f:  # here, as sending a mask to another process copies it four times
+        f.seek(photo["offset"])
+        f.write(mask)
+    return facts | {"pixels": pixels, "painted": {"sizes": sizes, "covered": covered}}
+
+
+def raise_faults(faults, train, test):
+    """Raise UserError with all faults, of the JSON files and of photos, if they stop the work.
+
+    A fault of a test photo doesn't, as long as another test photo can be read.
+    """
+    photo_faults = [photo["fault"] for photo in train + test if photo["fault"]]
+    train_fault = any(photo["fault"] for photo in train)
+    no_test_photo = all(photo["fault"] for photo in test)
+    if faults or train_fault or no_test_photo:
+        lines = [*faults, *photo_faults]
+        count_line = f"{len(lines)} fault(s) in the data: mend or remove what is listed"
+        raise UserError("\n".join([*lines, count_line]))
+
+
+def index_entry(photos, classes, json_hash, paint):
+    """Return the part of index.json for train or test: the fields of a Split but its arrays."""
+    entry = {}
+    for field, key in PHOTO_KEYS.items():
+        entry[field] = [photo[key] for photo in photos if key in photo]
+    entry["groups"] = merge_groups(photos, entry["digests"])
+    entry["classes"] = classes
+    entry["fingerprint"] = fingerprint(json_hash, paint, entry["digests"])
+    return entry
+
+
+def merge_groups(photos, digests):
+    """Return a label for each photo, the same for photos that belong together.
+
+    They do when they have the same group or the same content, or are linked by others that do.
+    """
+    parents = {}  # a forest of contents and groups: all that belong together lead to one root
+
+    def find_root(key):
+        while (parent := parents.get(key, key)) != key:
+            key = parent
+        return key
+
+    for photo, digest in zip(photos, digests, strict=True):
+        if photo["group"]:
+            parents[find_root(f"content {digest}")] = find_root(f"group {photo['group']}")
+    return [find_root(f"content {digest}") for digest in digests]
+
+
+def write_photos(path, split):
+    """Write the .npy of all decoded photos of a split, one after another."""
+    with atomic_write(path) as scratch, open(scratch, "wb") as f:
+        write_npy_header(f, (3 * split.starts[-1],))
+        for index in tqdm(range(len(split.ids)), "decoding photos", disable=None):
+            f.write(split.image(index))
+
+
+# ---- data: folds ---------------------------------------------------------------------------------
+
+
+def make_folds(present, groups, n_folds):
+    """Return the fold of every image, int [N]: stratified by classes, with groups kept whole.
+
+    present: bool [N, K], which classes an image has; groups: N labels. This is the iterative
+    stratification of Sechidis et al. 2011 for groups: the largest group with the rarest class goes
+    to the fold that still wants most of that class, until no group is left. Nothing is random, so
+    folds don't depend on the seed. Raises UserError if there are fewer groups than folds.
+    """
+    names, group_of_image = np.unique(groups, return_inverse=True)
+    n_groups = len(names)
+    if n_folds > n_groups:
+        raise UserError(f"{n_folds} folds of {n_groups} group(s) of images: ask for fewer folds")
+    # by group the number of images with each class, in the last column of all images
+    waiting = np.zeros((n_groups, present.shape[1] + 1), int)
+    np.add.at(waiting, group_of_image, np.column_stack([present, np.ones(len(present), int)]))
+    wanted = np.tile(waiting.sum(0) / n_folds, (n_folds, 1))
+    fold_of_group = np.empty(n_groups, int)
+    for _ in range(n_groups):
+        totals = waiting.sum(0)
+        rarest = np.where(totals > 0, totals, totals.max() + 1).argmin()
+        group = waiting[:, rarest].argmax()
+        # of folds that want as much of the class the one that wants most images
+        fold = np.lexsort((-wanted[:, -1], -wanted[:, rarest]))[0]
+        fold_of_group[group] = fold
+        wanted[fold] -= waiting[group]
+        waiting[group] = 0
+    return fold_of_group[group_of_image]
+
+
+def load_folds(exp, train, n_folds, renew=False):
+    """Return the fold of every training image, int [N], from EXP/folds.csv.
+
+    The file is written if it isn't there. If it is of other images or of another number of folds,
+    UserError is raised; with `renew` it is replaced instead, and a copy of it kept.
+    """
+    path = Path(exp) / "folds.csv"
+    with lock(exp, wait=True):
+        if path.exists():
+            folds, wrong = read_folds(path, train.ids, n_folds)
+            if not wrong and is_group_split(train.groups, folds):
+                wrong = "has a group of images in two folds"
+            if not wrong:
+                return folds
+            if not renew:
+                raise UserError(f"{path} {wrong}: choose another EXP, or run train.py --check to "
+                                "make it anew")
+            copy = copy_aside(path)
+            print(f"{path} {wrong}: made anew, the old one is {copy}")
+        folds = make_folds(np.array(train.pixels)[:, 1:] > 0, train.groups, n_folds)
+        columns = zip(train.ids, train.groups, folds.tolist(), strict=True)
+        write_csv(path, [{"image_id": image_id, "group": group, "fold": fold}
+                         for image_id, group, fold in columns])
+    return folds
+
+
+def read_folds(path, ids, n_folds):
+    """Read a folds.csv; return (folds, None), where folds, int [N], are those of the images `ids`.
+
+    Return (None, what is wrong) if the file is of other images or of another number of folds. It
+    may have been edited by hand: blanks, empty lines, the order of lines and columns besides
+    image_id and fold don't matter. Raises UserError if a fold is no number, if an image is listed
+    twice or if the numbers of the folds leave one out.
+    """
+    fold_of_image = {}
+    for line, row in enumerate(read_csv(path, ("image_id", "fold")), 2):
+        image_id, text = row["image_id"].strip(), row["fold"].strip()
+        if not image_id and not text:
+            continue
+        if image_id in fold_of_image:
+            raise UserError(f"{path} line {line}: image {clean(image_id)} is listed twice")
+        if not text.isdecimal():
+            raise UserError(f"{path} line {line}: the fold of image {clean(image_id)} is "
+                            f"{clean(text)!r}, no number")
+        fold_of_image[image_id] = int(text)
+    if fold_of_image.keys() != {str(image_id) for image_id in ids}:
+        return None, "lists other images than DATA"
+    numbers = sorted(set(fold_of_image.values()))
+    if numbers != list(range(len(numbers))):
+        raise UserError(f"{path} has the folds {numbers}: one number must be wrong")
+    if len(numbers) != n_folds:
+        return None, f"has the folds {numbers}, not 0 to {n_folds - 1}"
+    return np.array([fold_of_image[str(image_id)] for image_id in ids]), None
+
+
+def is_group_split(groups, folds):
+    """Return whether a group of images lies in more than one fold."""
+    pairs = set(zip(groups, folds.tolist(), strict=True))
+    return len(pairs) > len(set(groups))
+
+
+def copy_aside(path):
+    """Copy a file to the first free name of NAME-1, NAME-2, ... beside it and return that path."""
+    copies = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1))
+    free = next(copy for copy in copies if not copy.exists())
+    return shutil.copy2(path, free)
+
+
+def folds_hash(ids, folds):
+    """Return a hash of the folds of images, which is the same however their file is written."""
+    lines = [f"{image_id} {fold}" for image_id, fold in zip(ids, folds, strict=True)]
+    return short_hash(*lines)
+
+
+# ---- data: COCO files ----------------------------------------------------------------------------
+# Nothing in them is trusted: what they hold is checked before anything else is done with it.
+
+# control characters, ends of lines, changes of direction and lone surrogates: a terminal obeys some
+# of them, and some files can't hold others
+UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# COCO's 64 characters to Python's digits in base 32; the second half are the same digits again
+RLE_DIGITS = {ord("0") + i: "0123456789abcdefghijklmnopqrstuv"[i % 32] for i in range(64)}
+
+
+def read_coco(path, labelled):
+    """Read and check one COCO file; return (photos, categories, faults).
+
+    photos: a dict for each photo, with id, file_name, size (height, width), group, objects,
+    (class_id, segmentation) pairs, odd, the ids of annotations with odd polygons, and faulty.
+    Class ids count the categories by id, from 1. categories: {id: name} by id. faults: lines; if
+    there are any, the rest is not to be used. Raises UserError if the file is no JSON.
+    """
+    coco = read_json(path)
+    lists = ["images", "categories"]
+    if labelled:
+        lists.append("annotations")
+    if not isinstance(coco, dict) or not all(isinstance(coco.get(key), list) for key in lists):
+        return [], {}, [f"{path.name}: not a COCO file: it needs the lists {', '.join(lists)}"]
+    faults = []
+    photos = read_images(coco, path.parent, faults)
+    categories = read_categories(coco, faults)
+    if labelled:
+        class_ids = {category: class_id for class_id, category in enumerate(categories, 1)}
+        add_objects(coco, photos, class_ids, faults)
+    sound = [photo for photo in photos.values() if not photo["faulty"]]
+    return sound, categories, [f"{path.name}: {fault}"[:500] for fault in faults]
+
+
+def read_images(coco, root, faults):
+    """Return {image id: photo} as read_coco has them, without objects; add to `faults`."""
+    photos = {}
+    for image, id_fault in checked_entries(coco, "images", faults):
+        name = clean(image.get("file_name"))
+        size = (image.get("height"), image.get("width"))
+        group = image.get("group")
+        checks = (name_fault(image.get("file_name"), root), id_fault, size_fault(*size))
+        image_faults = [fault for fault in checks if fault]
+        faults += [f"image {clean(image.get('id'))} ({name}) {fault}" for fault in image_faults]
+        if not id_fault:
+            photos[image["id"]] = {
+                "id": image["id"], "file_name": name, "size": size, "objects": [], "odd": [],
+                "group": "" if group is None else clean(group), "faulty": bool(image_faults)}
+    return photos
+
+
+def read_categories(coco, faults):
+    """Return {category id: name}, sorted by id; add to `faults`."""
+    names = {}
+    for category in coco["categories"]:
+        if isinstance(category, dict):
+            category_id, name = category.get("id"), category.get("name")
+            if type(category_id) is int and isinstance(name, str):
+                names[category_id] = clean(name)[:100]
+    if len(set(names.values())) < len(coco["categories"]):
+        faults.append("every category needs a whole number as id and a name, all different")
+    if BACKGROUND in names.values():
+        faults.append(f"category {BACKGROUND}: it is class 0 without being listed; remove it")
+    if not 0 < len(names) < MAX_CLASSES:
+        faults.append(f"{len(names)} categories; 1 to {MAX_CLASSES - 1} can be told apart")
+    return dict(sorted(names.items()))
+
+
+def add_objects(coco, photos, class_ids, faults):
+    """Add each annotation to the objects of its photo, or what is wrong with it to `faults`."""
+    for annotation, id_fault in checked_entries(coco, "annotations", faults):
+        fault = id_fault or object_fault(annotation, photos, class_ids)
+        if fault:
+            faults.append(f"annotation {clean(annotation.get('id'))} {fault}")
+            continue
+        photo, segmentation = photos[annotation["image_id"]], annotation.get("segmentation")
+        photo["objects"].append((class_ids[annotation["category_id"]], segmentation))
+        if isinstance(segmentation, dict) or photo["faulty"]:  # no polygons, or unchecked ones
+            continue
+        if any(is_odd(polygon, *photo["size"]) for polygon in segmentation):
+            photo["odd"].append(annotation["id"])
+
+
+def checked_entries(coco, key, faults):
+    """Yield (entry, what is wrong with its id or None) for each JSON object in coco[key].
+
+    Add to `faults` whatever in the list is no object, and an empty list. End at MAX_FAULTS faults.
     """
     ids = set()
     if not coco[key]:
@@ -869,13 +745,16 @@ def entries(coco, key, faults):
 
 
 def clean(value):
-    """A value of the data as text that any file can hold and any terminal shows: what is UNSAFE is escaped."""
-    text = value if isinstance(value, str) else reprlib.repr(value)  # which bounds length and depth
-    return UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+    """Return a value of the data as text that any file can hold and any terminal can show.
+
+    Characters of UNSAFE are escaped; a value that is no text is shortened.
+    """
+    text = value if isinstance(value, str) else reprlib.repr(value)  # limits length and depth
+    return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def name_fault(name, root):
-    """What is wrong with a file_name, or None."""
+    """Return what is wrong with a file_name, or None."""
     if not isinstance(name, str) or not name:
         return "has no file_name"
     if UNSAFE.search(name) or len(name) > 500:
@@ -885,479 +764,256 @@ def name_fault(name, root):
 
 
 def size_fault(height, width):
-    """What is wrong with the size of a photo in the JSON, or None."""
-    if all(type(side) is int and 0 < side < 2 ** 16 for side in (height, width)) and height * width <= MAX_PIXELS:
+    """Return what is wrong with the size of a photo in the JSON, or None."""
+    possible = all(type(side) is int and 0 < side < 2 ** 16 for side in (height, width))
+    if possible and height * width <= MAX_PIXELS:
         return None
-    return f"of height and width {clean((height, width))}: not from 1 to 65535, or over {MAX_PIXELS} pixels of memory"
-
-
-def read_categories(coco, faults):
-    """{category id: name} by id."""
-    valid = {c["id"]: clean(c["name"])[:100] for c in coco["categories"]
-             if isinstance(c, dict) and type(c.get("id")) is int and isinstance(c.get("name"), str)}
-    if len(set(valid.values())) < len(coco["categories"]):
-        faults.append("every category needs a whole number as id and a name, all different")
-    if BACKGROUND in valid.values():
-        faults.append(f"category {BACKGROUND}: it is class 0 without being listed; remove it")
-    if not 0 < len(valid) < MAX_CLASSES:
-        faults.append(f"{len(valid)} categories; 1 to {MAX_CLASSES - 1} can be told apart")
-    return dict(sorted(valid.items()))
+    return (f"of height and width {clean((height, width))}: not from 1 to 65535, "
+            f"or over {MAX_PIXELS} pixels of memory")
 
 
 def object_fault(annotation, photos, class_ids):
-    """What is wrong with an annotation apart from its id, or None."""
+    """Return what is wrong with an annotation apart from its id, or None."""
     image_id, category = annotation.get("image_id"), annotation.get("category_id")
     if type(image_id) is not int or image_id not in photos:
         return f"is of image {clean(image_id)}, which is not in images"
     if type(category) is not int or category not in class_ids:
         return f"of image {image_id} has the unknown category {clean(category)}"
     name, size = photos[image_id]["file_name"], photos[image_id]["size"]
-    fault = None if size_fault(*size) else segmentation_fault(annotation.get("segmentation"), *size)
+    if size_fault(*size):  # listed with the image; the segmentation can't be checked
+        return None
+    fault = segmentation_fault(annotation.get("segmentation"), *size)
     return f"of image {image_id} ({name}) has {fault}" if fault else None
 
 
-def read_coco(path, labelled):
-    """(photos, categories, faults) of one COCO file, which is not trusted in anything.
+def segmentation_fault(segmentation, height, width):
+    """Return what is wrong with one COCO segmentation, or None.
 
-    photos: dicts with id, file_name, size (height, width), group, objects, a list of (class_id, segmentation), where
-    class ids count the categories from 1 by id, odd, the ids of annotations with odd polygons, and faulty. faults: one
-    line each; when there are any, the rest is not to be used.
+    pycocotools crashes the process on what this refuses.
     """
-    coco, faults, photos = read_json(path), [], {}
-    lists = ("images", "categories", "annotations") if labelled else ("images", "categories")
-    if not isinstance(coco, dict) or not all(isinstance(coco.get(k), list) for k in lists):
-        return [], {}, [f"{path.name}: not a COCO file: it needs the lists {', '.join(lists)}"]
-    for image, id_fault in entries(coco, "images", faults):
-        size, group = (image.get("height"), image.get("width")), image.get("group")
-        name, name_wrong = clean(image.get("file_name")), name_fault(image.get("file_name"), path.parent)
-        wrong = [fault for fault in (name_wrong, id_fault, size_fault(*size)) if fault]
-        faults += [f"image {clean(image.get('id'))} ({name}) {fault}" for fault in wrong]
-        if not id_fault:
-            photos[image["id"]] = {"id": image["id"], "file_name": name, "size": size, "objects": [], "odd": [],
-                                   "group": "" if group is None else clean(group), "faulty": bool(wrong)}
-    categories = read_categories(coco, faults)
-    class_ids = {category: class_id for class_id, category in enumerate(categories, 1)}
-    for annotation, id_fault in entries(coco, "annotations", faults) if labelled else ():
-        if fault := id_fault or object_fault(annotation, photos, class_ids):
-            faults.append(f"annotation {clean(annotation.get('id'))} {fault}")
-        else:
-            photo, segmentation = photos[annotation["image_id"]], annotation.get("segmentation")
-            photo["objects"].append((class_ids[annotation["category_id"]], segmentation))
-            polygons = segmentation if isinstance(segmentation, list) and not photo["faulty"] else ()
-            photo["odd"] += [annotation["id"]] if any(is_odd(p, *photo["size"]) for p in polygons) else []
-    sound = [photo for photo in photos.values() if not photo["faulty"]]
-    return sound, categories, [f"{path.name}: {fault}"[:500] for fault in faults]
+    if isinstance(segmentation, dict):
+        return rle_fault(segmentation, height, width)
+    if not isinstance(segmentation, list) or not segmentation:
+        return "no polygon and no RLE"
+    faults = (polygon_fault(polygon, height, width) for polygon in segmentation)
+    return next(filter(None, faults), None)
 
 
-# ---- data: masks, folds, samples ------------------------------------------------------------------------------------
+def rle_fault(rle, height, width):
+    """Return what is wrong with an RLE, {"size": ..., "counts": ...}, or None."""
+    size, counts = rle.get("size"), rle_counts(rle.get("counts"))
+    if size != [height, width]:
+        return f"RLE of size {clean(size)}, the image is {[height, width]}"
+    if counts is None:
+        return "RLE counts that are damaged or cut off: not whole numbers from 0"
+    if sum(counts) != height * width:
+        return f"RLE of {sum(counts)} pixels, not {height * width}"
+    return None
 
 
-@dataclass(frozen=True)
-class Split:
-    """The photos of train or test in the JSON's order, with their painted masks."""
-    root: Path
-    classes: list  # names by class id
-    ids: list
-    file_names: list
-    sizes: list  # (height, width)
-    groups: list  # a label each; photos that must stay on one side of a fold share it
-    pixels: list  # [class_id] pixel counts each; empty for test
-    objects: list  # {"sizes": ..., "covered": ...} of paint_mask each; empty for test
-    digests: list  # hash of each photo's content, "" of one that can't be read
-    masks: np.ndarray | None  # the masks one after another, flat; None for test
-    photos: np.ndarray | None  # likewise the decoded photos, three bytes a pixel; None unless they are cached
-    faults: list  # what is wrong with each photo, or None; only a test photo may have one
-    odd: list  # [annotation id] of each, those with a polygon that leaves the photo or has no area
-    fingerprint: str  # of the JSON, the paint order and the photos' content
-
-    def image(self, index):
-        """The photo; black if it can't be read."""
-        if self.faults[index]:
-            return np.zeros((*self.sizes[index], 3), np.uint8)
-        if self.photos is not None:
-            first, end = 3 * self.starts[index], 3 * self.starts[index + 1]
-            return np.asarray(self.photos[first:end]).reshape(*self.sizes[index], 3)
-        try:
-            return read_image(self.root / self.file_names[index], *self.sizes[index])
-        except OSError as e:
-            name = f"image {self.ids[index]} ({self.file_names[index]})"
-            raise OSError(f"{name} has changed: {e.strerror}; run the same again") from None
-
-    @cached_property
-    def starts(self):
-        return pixel_starts(self.sizes)
-
-    def mask(self, index):
-        return self.masks[self.starts[index]:self.starts[index + 1]].reshape(self.sizes[index])
-
-    def truth(self, index):
-        """The mask as the leaderboard sees it: of 512 x 512 the competition's mask[::2, ::2]; IGNORE_INDEX for test."""
-        import cv2
-        if self.masks is None:
-            return np.full((SUBMIT_SIZE, SUBMIT_SIZE), IGNORE_INDEX, np.uint8)
-        return cv2.resize(self.mask(index), (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_NEAREST)
+def polygon_fault(polygon, height, width):
+    """Return what is wrong with one polygon, [x, y, x, y, ...], or None."""
+    limit = 10 * max(height, width)
+    if not isinstance(polygon, list) or not all(isinstance(v, (int, float)) for v in polygon):
+        return "a polygon that is not a list of numbers"
+    if len(polygon) < 6 or len(polygon) % 2:
+        return f"a polygon of {len(polygon)} numbers: at least three points, two numbers each"
+    if not all(abs(v) <= limit for v in polygon):  # false for NaN and infinity too
+        return "a polygon with NaN, infinite or absurdly large coordinates"
+    steps = np.diff(closed_outline(polygon), axis=0)
+    if np.abs(steps).sum() > min(100 * limit, 2_000_000):  # pycocotools needs 80 bytes for each
+        return "a polygon with an absurdly long outline"
+    return None
 
 
-def pixel_starts(sizes):
-    """Where the pixels of each photo begin when all stand one after another, and where the last end."""
-    return [0, *accumulate(map(math.prod, sizes))]
+def is_odd(polygon, height, width):
+    """Return whether a polygon leaves the photo, at whose edge it is clipped, or has no area."""
+    points = closed_outline(polygon).T
+    clipped = points.clip(0, [[width], [height]])
+    x, y = clipped
+    twice_area = abs(x[1:] @ y[:-1] - y[1:] @ x[:-1])
+    return (clipped != points).any() or twice_area < 1e-6
 
 
-def load_data(data, cache, paint="area", decoded=False):
-    """(train, test) Splits of the folder `data`, checked in one pass; raises SystemExit that lists all faults at once.
+def closed_outline(polygon):
+    """Return the points (x, y) of a polygon as an array [N + 1, 2]; the last is the first again."""
+    return np.reshape([*polygon, *polygon[:2]], (-1, 2))
 
-    Test photos that can't be read only bring a warning each, while there are others: a submission needs all its rows.
-    Masks are painted once into `cache` under a hash of the JSON files, the settings and the code, so a stale cache is
-    never read; photos whose content changed since are checked again. Nothing is written under `data`. With `decoded`
-    the training photos are cached too, and whoever comes later reads them there.
+
+def rle_counts(counts):
+    """Return the run lengths of an RLE from its counts, a list or COCO's compressed string.
+
+    Return None if they are damaged.
     """
-    data, hashes = Path(data), Hashes(cache)
-    check_output(data, cache)
-    paths = data_files(data)
-    folder = cache_folder(cache, paths, paint, hashes)
-    splits = open_cache(folder, data, hashes)
-    if splits is None or decoded and splits[0].photos is None:
-        with lock(folder, wait=True):  # the first to come builds
-            splits = open_cache(folder, data, hashes) or build_cache(folder, paths, paint, hashes)
-            if decoded and splits and splits[0].photos is None:
-                with atomic_write(folder / "photos.npy") as scratch, open(scratch, "wb") as f:
-                    write_npy_header(f, (3 * splits[0].starts[-1],))
-                    for index in tqdm(range(len(splits[0].ids)), "decoding photos", disable=None):
-                        f.write(splits[0].image(index))
-                splits = open_cache(folder, data, hashes)
-    hashes.save()
-    if splits is None:
-        raise SystemExit(f"photos in {data} changed while they were read: run it again")
-    for fault in filter(None, splits[1].faults):
-        print(f"warning: test.json: {fault}: it counts as background", flush=True)
-    return splits
-
-
-def data_files(data):
-    """The two JSON files of the folder `data`, of train and of test; raises SystemExit when one is missing."""
-    data = Path(data)
-    if not data.is_dir():
-        raise SystemExit(f"{data}: no such folder; DATA is the competition's folder with train.json and test.json")
-    train_json = data / "train_all.json"
-    paths = (train_json if train_json.exists() else data / "train.json", data / "test.json")
-    if missing := [str(p) for p in paths if not p.is_file()]:
-        raise SystemExit(f"no {' and no '.join(missing)}; DATA is the competition's folder")
-    return paths
-
-
-def cache_folder(cache, paths, paint, hashes):
-    return Path(cache) / short_hash([hashes(path) for path in paths], paint, code_of("masks"))
-
-
-def fingerprint(json_hash, paint, digests):
-    """What names a split's content: its JSON, the paint order and the hashes of its photos, "" where one is missing."""
-    return f"{json_hash} {paint} {short_hash(*digests)}"
-
-
-def open_cache(folder, data, hashes):
-    """The Splits in `folder`, or None when it isn't whole or a photo has changed or gone since."""
-    try:
-        index = json.loads((folder / "index.json").read_bytes())
-        masks = {"train": np.load(folder / "masks.npy", mmap_mode="r")}
-        photos = {"train": np.load(folder / "photos.npy", mmap_mode="r")} if (folder / "photos.npy").exists() else {}
-    except (OSError, ValueError, EOFError):  # EOFError: an empty .npy
+    if isinstance(counts, str):
+        counts = decompress_counts(counts)
+    if not isinstance(counts, list):
         return None
-    for entry in index.values():
-        if hashes.of_all([f"{data}/{name}" for name in entry["file_names"]]) != entry["digests"]:
-            return None
-    return tuple(Split(root=data, masks=masks.get(name), photos=photos.get(name), **entry)
-                 for name, entry in index.items())
+    valid = all(type(length) is int and 0 <= length < 2 ** 32 for length in counts)
+    return counts if valid else None
 
 
-def build_cache(folder, paths, paint, hashes):
-    """Check everything, write masks.npy and, last, index.json into `folder`, and return open_cache of it."""
-    check_files()  # else the workers would paint with other code than the folder is named for
-    root = paths[0].parent
-    train, categories, faults = read_coco(paths[0], labelled=True)
-    test, test_categories, test_faults = read_coco(paths[1], labelled=False)
-    faults += test_faults
-    if categories != test_categories and categories and test_categories:
-        faults.append(f"{paths[0].name} and {paths[1].name} have different categories")
-    photos = train + test
-    starts = pixel_starts(photo["size"] for photo in train)
-    (folder / "photos.npy").unlink(missing_ok=True)  # of photos that have changed
-    with atomic_write(folder / "masks.npy") as scratch:
-        with open(scratch, "wb") as f:
-            write_npy_header(f, (starts[-1],))
-            places = [None if faults else f.tell() + start for start in starts[:-1]] + [None] * len(test)
-        check = partial(check_photo, root, paint, len(categories) + 1, scratch)
-        try:
-            with without_main(), ProcessPoolExecutor(mp_context=get_context("forkserver"),
-                                                     initializer=tune_process) as pool:
-                found = pool.map(check, photos, places, chunksize=8)
-                for photo, facts in zip(photos, tqdm(found, "checking photos", len(photos), disable=None), strict=True):
-                    if key := facts.pop("key"):
-                        hashes.remember(key, facts["digest"])
-                    photo |= facts
-        except BrokenExecutor:
-            raise SystemExit("a process died while it checked the photos: out of memory, or killed") from None
-        if faults or any(photo["fault"] for photo in train) or all(photo["fault"] for photo in test):
-            faults += filter(None, (photo["fault"] for photo in photos))
-            raise SystemExit("\n".join([*faults, f"{len(faults)} fault(s) in the data: mend or remove what is listed"]))
-    lists = {"ids": "id", "file_names": "file_name", "sizes": "size", "pixels": "pixels", "objects": "painted",
-             "digests": "digest", "faults": "fault", "odd": "odd"}
-    index = {name: {key: [photo[of_one] for photo in part if of_one in photo] for key, of_one in lists.items()}
-             for name, part in (("train", train), ("test", test))}
-    for path, part, entry in zip(paths, (train, test), index.values(), strict=True):
-        entry.update({"groups": merge_groups(part, entry["digests"]), "classes": [BACKGROUND, *categories.values()],
-                      "fingerprint": fingerprint(hashes(path), paint, entry["digests"])})
-    write_json(folder / "index.json", index)
-    return open_cache(folder, root, hashes)
+def decompress_counts(text):
+    """Return the numbers in COCO's compressed string, or None if it isn't one.
+
+    It holds signed numbers in base 32, the lowest digit first: "0" to "O" end a number, "P" to "o"
+    are the same digits when more follow. From the fourth number on each is the difference to the
+    run two before.
+    """
+    if not re.fullmatch("([P-o]{0,6}[0-O])*", text):
+        return None
+    counts = []
+    for digits in re.findall("[P-o]*[0-O]", text):
+        value = int(digits[::-1].translate(RLE_DIGITS), 32)
+        if digits[-1] >= "@":  # the highest bit is the sign
+            value -= 32 ** len(digits)
+        if len(counts) > 2:
+            value += counts[-2]
+        counts.append(value)
+    return counts
+
+
+# ---- data: painting masks, reading photos --------------------------------------------------------
+
+PAINT_ORDERS = ("area", "id", "order")
+PHOTO_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")  # Pillow starts programs for others
+
+
+def paint_mask(objects, height, width, paint, n_classes):
+    """Paint the mask of one photo; return (mask, pixels, sizes, covered).
+
+    objects: (class_id, segmentation) pairs; segmentation_fault must have found nothing. Where
+    objects overlap the later one wins. paint: "area" paints the largest first, "id" by class id,
+    "order" as listed. mask: uint8 [height, width]; pixels: counts by class id; sizes: [class_id,
+    pixels] of each object; covered: [class_id, class_id painted over it, pixels] for each object
+    and each other class that it covers.
+    """
+    import cv2
+    shapes = []
+    for class_id, segmentation in objects:
+        rle, area = encode_object(segmentation, height, width)
+        shapes.append((class_id, area, rle))
+    if paint == "id":
+        shapes.sort(key=lambda shape: shape[0])
+    elif paint == "area":
+        shapes.sort(key=lambda shape: -shape[1])
+    columns = np.zeros((width, height), np.uint8)
+    pixels = np.array([height * width] + [0] * (n_classes - 1))
+    covered = []
+    for class_id, _, rle in shapes:
+        below = paint_object(columns, rle, class_id, n_classes)
+        pixels -= below
+        pixels[class_id] += below.sum()
+        for other in np.flatnonzero(below).tolist():
+            if other not in (0, class_id):
+                covered.append([other, class_id, int(below[other])])
+    sizes = [[class_id, area] for class_id, area, _ in shapes]
+    return cv2.transpose(columns), pixels.tolist(), sizes, covered
+
+
+def encode_object(segmentation, height, width):
+    """Return (RLE of pycocotools, its pixels) of a segmentation."""
+    from pycocotools import mask as coco_mask
+    if isinstance(segmentation, dict):
+        counts = rle_counts(segmentation["counts"])
+        segmentation = [{"size": [height, width], "counts": counts}]
+    rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    return rle, int(coco_mask.area(rle))
+
+
+def paint_object(columns, rle, class_id, n_classes):
+    """Paint an object onto `columns`, uint8 [width, height]; return the counts of classes below.
+
+    The mask is transposed, as a decoded RLE lies in memory, and only the object's box is touched;
+    with whole masks as rows a photo takes twice the time.
+    """
+    from pycocotools import mask as coco_mask
+    x, y, w, h = coco_mask.toBbox(rle).astype(int)
+    box = np.s_[x:x + w, y:y + h]
+    part = columns[box]
+    shape = coco_mask.decode(rle).T[box].view(bool)
+    below = np.bincount(part[shape], minlength=n_classes)
+    part[shape] = class_id
+    return below
+
+
+def read_image(path, height, width):
+    """Return the photo as uint8 RGB [height, width, 3].
+
+    Grey, palette and CMYK are converted, alpha is dropped; of 16 bits the upper 8 are kept, of
+    several pages or frames the first. The content decides on the format, not the name's ending.
+    Raises OSError that says what is wrong with the photo; damage inside a JPEG is no error here.
+    """
+    with open_photo(path) as photo:
+        if (photo.format, photo.mode, photo.size) == ("JPEG", "RGB", (width, height)):
+            pixels = decode_jpeg(path)
+            if pixels is not None:
+                return pixels
+        return np.array(fit_photo(photo, height, width).convert("RGB"))
+
+
+def check_image(path, height, width):
+    """Raise OSError that says what is wrong with a photo, as read_image does, and in damaged data.
+
+    If the size is wrong only the header is read. A JPEG is decoded at an eighth of its size: that
+    goes through all of its data, finds what a full decode does and takes half the time.
+    """
+    with open_photo(path) as photo:
+        photo = fit_photo(photo, height, width)
+        photo.draft(None, (1, 1))
+        photo.load()
 
 
 @contextmanager
-def without_main():
-    """Let worker processes start without the main module: a script without a guard would begin anew in each of them,
-    and a notebook's or a shell's can't be imported.
-    """
-    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+def open_photo(path):
+    """Yield the photo opened by Pillow; any error in the block becomes an OSError that says why."""
+    from PIL import Image
     try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+        if not os.path.isfile(path):
+            raise ValueError("is missing")
+        with Image.open(path, formats=PHOTO_FORMATS) as photo:
+            photo.info.pop("transparency", None)  # Pillow warns that it is dropped
+            yield photo
+    except Exception as e:  # decoders raise many types on damaged files
+        raise OSError(None, clean(str(e) or type(e).__name__), str(path)) from None
 
 
-def write_npy_header(f, shape):
-    """Begin a .npy of uint8 in an open file; the bytes that follow are written in order, so a full disk is an error."""
-    np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
+def fit_photo(photo, height, width):
+    """Return a photo of Pillow with the size that the JSON says and at most 8 bits a channel.
 
-
-def check_photo(root, paint, n_classes, masks, photo, place):
-    """{"fault", "digest", "key"} of a photo; of one with a `place`, whose mask goes there in the file `masks`, also
-    "pixels" and "painted". key: of Hashes, from before it was read.
+    It is turned by its EXIF orientation only if it doesn't have that size as stored. Raises
+    ValueError if it can't be used.
     """
-    path = root / photo["file_name"]
-    found = {"fault": None, "digest": "", "key": None}
-    with suppress(OSError):  # what is wrong with the file is said by reading it
-        found |= {"key": Hashes.key(path), "digest": file_hash(path)}
-    try:
-        read_image(path, *photo["size"], check=True)
-    except OSError as e:
-        return found | {"fault": f"image {photo['id']} ({photo['file_name']}) {e.strerror}"}
-    if place is None:
-        return found
-    mask, pixels, sizes, covered = paint_mask(photo["objects"], *photo["size"], paint, n_classes)
-    with open(masks, "rb+") as f:  # written here: on its way to another process a mask is copied four times
-        f.seek(place)
-        f.write(mask)
-    return found | {"pixels": pixels, "painted": {"sizes": sizes, "covered": covered}}
+    from PIL import Image, ImageOps
+    stored = photo.size
+    if stored != (width, height) and stored == (height, width):
+        photo = ImageOps.exif_transpose(photo)
+    if photo.size != (width, height):
+        raise ValueError(f"is {stored[0]}x{stored[1]}, the JSON says {width}x{height}")
+    if photo.mode == "F":
+        raise ValueError("has fractions as pixels, of which nobody knows what is white")
+    if photo.mode.startswith("I"):  # 16 bits a pixel
+        photo = Image.fromarray((np.asarray(photo) >> 8).clip(0, 255).astype(np.uint8))
+    return photo
 
 
-def merge_groups(photos, digests):
-    """A label for each photo: equal for those linked, over any number of steps, by group or by identical content."""
-    parents = {}  # a forest over contents and groups: whatever is linked has one root
+def decode_jpeg(path):
+    """Return the pixels of an RGB JPEG as stored, or None if it is cut off or cv2 can't decode it.
 
-    def find(key):
-        while (parent := parents.get(key, key)) != key:
-            key = parent
-        return key
-
-    for photo, digest in zip(photos, digests, strict=True):
-        if photo["group"]:
-            parents[find(f"content {digest}")] = find(f"group {photo['group']}")
-    return [find(f"content {digest}") for digest in digests]
-
-
-def make_folds(present, groups, n_folds):
-    """Fold of every image: multilabel-stratified (Sechidis et al. 2011, iterative stratification), groups kept whole.
-
-    present: bool [N, K], which classes an image has; groups: N labels. Rarest class first, its largest group goes to
-    the fold that still wants most of that class. No randomness, so folds don't depend on the seed.
+    The pixels are those of Pillow, in two thirds of its time.
     """
-    names, group_of = np.unique(groups, return_inverse=True)
-    if n_folds > len(names):
-        raise SystemExit(f"{n_folds} folds of {len(names)} group(s) of images: ask for fewer folds")
-    left = np.zeros((len(names), present.shape[1] + 1), int)  # images with the class; in the last column all images
-    np.add.at(left, group_of, np.column_stack([present, np.ones(len(present), int)]))
-    wanted = np.tile(left.sum(0) / n_folds, (n_folds, 1))
-    fold_of = np.empty(len(names), int)
-    for _ in names:
-        totals = left.sum(0)
-        rarest = np.where(totals > 0, totals, totals.max() + 1).argmin()
-        group = left[:, rarest].argmax()
-        fold_of[group] = fold = np.lexsort((-wanted[:, -1], -wanted[:, rarest]))[0]
-        wanted[fold] -= left[group]
-        left[group] = 0  # done
-    return fold_of[group_of]
+    import cv2
+    content = np.fromfile(path, np.uint8)
+    if content[-2:].tobytes() != b"\xff\xd9":  # the mark of the end
+        return None
+    return cv2.imdecode(content, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
-def read_folds(path, ids, n_folds):
-    """([N] fold of each image of `ids`, None) from a folds.csv, or (None, what is wrong with it as a whole).
-
-    It may have been edited by hand: blanks, empty lines, the order of lines and columns besides image_id and fold don't
-    matter. Raises SystemExit for a fold that is no number and for an image that is listed twice.
-    """
-    fold_of = {}
-    for line, row in enumerate(read_csv(path, ("image_id", "fold")), 2):
-        image_id, text = row["image_id"].strip(), row["fold"].strip()
-        if not image_id and not text:
-            continue
-        if image_id in fold_of:
-            raise SystemExit(f"{path} line {line}: image {clean(image_id)} is listed twice")
-        if not text.isdecimal():
-            raise SystemExit(f"{path} line {line}: the fold of image {clean(image_id)} is {clean(text)!r}, no number")
-        fold_of[image_id] = int(text)
-    if fold_of.keys() != {str(i) for i in ids}:
-        return None, "lists other images than DATA"
-    if (found := set(fold_of.values())) != set(range(len(found))):
-        raise SystemExit(f"{path} has the folds {sorted(found)}: one number must be wrong")
-    if found != set(range(n_folds)):
-        return None, f"has the folds {sorted(found)}, not 0 to {n_folds - 1}"
-    return np.array([fold_of[str(i)] for i in ids]), None
-
-
-def load_folds(exp, train, n_folds, renew=False):
-    """Fold of every training image, from EXP/folds.csv, which is written when it isn't there.
-
-    One that is of other images or another number of folds is an error, or with `renew` replaced, keeping a copy.
-    """
-    path = Path(exp) / "folds.csv"
-    with lock(exp, wait=True):
-        if path.exists():
-            folds, wrong = read_folds(path, train.ids, n_folds)
-            if not wrong and len(set(zip(train.groups, folds.tolist(), strict=True))) > len(set(train.groups)):
-                wrong = "has a group of images in two folds"
-            if not wrong:
-                return folds
-            if not renew:
-                raise SystemExit(f"{path} {wrong}: choose another EXP, or run train.py --check to make it anew")
-            free = (path.with_name(f"folds-{number}.csv") for number in count(1))
-            copy = shutil.copy2(path, next(copy for copy in free if not copy.exists()))
-            print(f"{path} {wrong}: made anew, the old one is {copy}")
-        folds = make_folds(np.array(train.pixels)[:, 1:] > 0, train.groups, n_folds)
-        write_csv(path, [{"image_id": i, "group": g, "fold": f}
-                         for i, g, f in zip(train.ids, train.groups, folds.tolist(), strict=True)])
-    return folds
-
-
-def folds_hash(ids, folds):
-    """What names the folds of images, however their file is written."""
-    return short_hash(*(f"{image_id} {fold}" for image_id, fold in zip(ids, folds, strict=True)))
-
-
-class EvalPhotos:
-    """Items for a DataLoader: (image uint8 [scale, scale, 3], truth uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) of `indices`.
-
-    Photos are squashed to the square that the network sees.
-    """
-
-    def __init__(self, split, indices, scale):
-        self.split, self.indices, self.scale = split, indices, scale
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, item):
-        import cv2
-        index = self.indices[item]
-        image = self.split.image(index)
-        # INTER_AREA averages when it shrinks but repeats pixels when it enlarges
-        how = cv2.INTER_AREA if self.scale < min(image.shape[:2]) else cv2.INTER_LINEAR
-        return cv2.resize(image, (self.scale, self.scale), interpolation=how), self.split.truth(index)
-
-
-class TrainSamples:
-    """Augmented (image uint8 [scale, scale, 3], mask uint8 [scale, scale]) by key (epoch, index); batches by such keys.
-
-    Everything random is drawn from (seed, epoch, index): neither resuming nor the number of workers changes a sample.
-    entries: (Split, index, None or a pseudo label, uint8 class ids [H, W] or probabilities [C, H, W]) each.
-    mix: probability and weights [C] for ClassMix, or None.
-    """
-
-    def __init__(self, entries, augment, seed, mix=None):
-        self.entries, self.augment, self.seed, self.mix = entries, augment, seed, mix
-
-    def __getitem__(self, key):
-        import cv2
-        epoch, index = key
-        split, i, label = self.entries[index]
-        image, rng = split.image(i), np.random.default_rng([SAMPLE, self.seed, epoch, index])
-        if label is not None and label.ndim == 3:
-            label = draw_label(label, rng.random())
-        mask = (np.asarray(split.mask(i)) if label is None
-                else cv2.resize(label, image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT))
-        return self.augment(image, mask, rng)
-
-    def __getitems__(self, keys):  # what a DataLoader asks for
-        import torch
-        images, masks = map(np.stack, zip(*(self[key] for key in keys), strict=True))
-        if self.mix and len(keys) > 1:
-            rng = np.random.default_rng([MIX, self.seed, *np.ravel(keys).tolist()])
-            images, masks = classmix(images, masks, *self.mix, rng)
-        return torch.from_numpy(images), torch.from_numpy(masks)
-
-
-def draw_label(probs, u):
-    """Class ids uint8 [H, W] drawn from probs uint8 [C, H, W] with one u in [0, 1) for all pixels.
-
-    Each pixel has a class as often as it is likely, so over the epochs the loss is that of soft targets; since
-    neighbours share u, every draw has objects and no noise. IGNORE_INDEX where no class has a probability.
-    """
-    upto = probs.cumsum(0, dtype=np.uint16)
-    label = (upto <= upto[-1] * u).sum(0, dtype=np.uint8)
-    return np.where(upto[-1] > 0, label, np.uint8(IGNORE_INDEX))
-
-
-class EpochBatches:
-    """Batches of keys (epoch, index), in an order drawn from (seed, epoch); set `epoch` before each pass.
-
-    Each rank gets its share of every batch. A last batch that would leave a rank fewer than two images, which batch
-    norm needs, joins the batch before it. With `odds` [N] images are drawn by them, else each comes once.
-    The last `n_pseudo` of the images have pseudo labels. With a `ratio` every batch has that many of them to each
-    labelled image, and an epoch is once through the labelled ones; from `labelled_from` on epochs have only those.
-    """
-    first = 0  # set it to begin at a later batch
-
-    def __init__(self, n_images, batch_size, seed, odds=None, n_pseudo=0, ratio=0, labelled_from=math.inf):
-        self.n_images, self.batch_size, self.seed, self.odds, self.epoch = n_images, batch_size, seed, odds, 0
-        self.n_pseudo, self.ratio, self.labelled_from = n_pseudo, ratio, labelled_from
-        self.rank, self.n_ranks = ranks()
-
-    def sources(self):
-        """[(image numbers, how many of them a batch has)] of this epoch; it is over when the first source is."""
-        images = np.arange(self.n_images)
-        labelled, pseudo = np.split(images, [self.n_images - self.n_pseudo])
-        if self.epoch >= self.labelled_from:
-            return [(labelled, self.batch_size)]
-        if not self.ratio or not self.n_pseudo:
-            return [(images, self.batch_size)]
-        share = int(np.clip(round(self.batch_size / (1 + self.ratio)), 1, self.batch_size - 1))
-        return [(labelled, share), (pseudo, self.batch_size - share)]
-
-    def __len__(self):
-        (images, share), *others = self.sources()
-        full, left = divmod(len(images), share)
-        return max(1, full + (left > 0 and left + sum(n for _, n in others) >= 2 * self.n_ranks))
-
-    def __iter__(self):
-        rng, parts = np.random.default_rng([ORDER, self.seed, self.epoch]), []
-        for images, share in self.sources():
-            n = share * len(self) if parts else len(images)
-            if self.odds is not None:
-                order = rng.choice(images, n, p=self.odds[images] / self.odds[images].sum())
-            else:
-                order = np.concatenate([rng.permutation(images) for _ in range(math.ceil(n / len(images)))])[:n]
-            parts.append(np.split(order, share * np.arange(1, len(self))))
-        for batch in list(map(np.concatenate, zip(*parts, strict=True)))[self.first:]:
-            yield [(self.epoch, index) for index in batch[self.rank::self.n_ranks].tolist()]
-
-
-def rare_odds(present):
-    """[N] chances to draw each image: inverse to the number of images with its rarest class; present bool [N, C]."""
-    odds = (present / present.sum(0).clip(1)).max(1)
-    return odds / odds.sum()
-
-
-# ---- augmentation and ClassMix --------------------------------------------------------------------------------------
+# ---- augmentation --------------------------------------------------------------------------------
 
 
 def resampling():
-    """How an image and its mask are resampled: bilinear and exact nearest."""
+    """Return how images and masks are resampled: bilinear, and exact nearest for class ids."""
     import cv2
     return {"interpolation": cv2.INTER_LINEAR, "mask_interpolation": cv2.INTER_NEAREST_EXACT}
 
@@ -1367,13 +1023,17 @@ def squash(A, size):
 
 
 def crop_and_turn(A, size):
-    """A crop of a quarter to all of the photo, in one of the 8 combinations of flips and quarter turns."""
+    """Crop a quarter to all of the photo, then flip and turn it into one of its 8 orientations."""
     import cv2
 
-    class D4(A.D4):  # the same by cv2, in a tenth of the time that numpy takes to transpose an RGB image
+    class D4(A.D4):
+        """Do what albumentations' D4 does, by cv2 in a tenth of numpy's time to transpose."""
+
         def apply(self, img, group_element, **_):
-            img = cv2.transpose(img) if group_element in ("t", "r90", "r270", "hvt") else img
-            axis = {"v": 0, "r90": 0, "h": 1, "r270": 1, "r180": -1, "hvt": -1}.get(group_element)
+            if group_element in ("t", "r90", "r270", "hvt"):
+                img = cv2.transpose(img)
+            axes = {"v": 0, "r90": 0, "h": 1, "r270": 1, "r180": -1, "hvt": -1}
+            axis = axes.get(group_element)
             return img if axis is None else cv2.flip(img, axis)
     return [A.RandomResizedCrop(size, scale=(0.25, 1), **resampling()), D4(p=1)]
 
@@ -1383,20 +1043,24 @@ def colours(A):
 
 
 def damages(A):
-    """Blur or noise, distortion, cutout.
+    """Blur the image or add noise, distort it, cut holes into it.
 
-    Where a distortion brings in pixels from outside, and where a cutout hides the image, the mask is IGNORE_INDEX.
+    The mask becomes IGNORE_INDEX where a distortion brings in pixels from outside and where a hole
+    hides the image.
     """
     import cv2
     warp = {"interpolation": cv2.INTER_LINEAR, "mask_interpolation": cv2.INTER_NEAREST,
             "border_mode": cv2.BORDER_CONSTANT, "fill_mask": IGNORE_INDEX}
-    return [A.OneOf([A.GaussianBlur((3, 7)), A.GaussNoise((0.02, 0.1)), A.ImageCompression(quality_range=(40, 90))],
-                    p=0.3),
-            A.OneOf([A.GridDistortion(**warp), A.ElasticTransform(60, 8, **warp)], p=0.3),
-            A.CoarseDropout((1, 6), (0.05, 0.2), (0.05, 0.2), fill_mask=IGNORE_INDEX, p=0.3)]
+    noise = [A.GaussianBlur((3, 7)), A.GaussNoise((0.02, 0.1)),
+             A.ImageCompression(quality_range=(40, 90))]
+    distortion = [A.GridDistortion(**warp), A.ElasticTransform(60, 8, **warp)]
+    holes = A.CoarseDropout((1, 6), (0.05, 0.2), (0.05, 0.2), fill_mask=IGNORE_INDEX, p=0.3)
+    return [A.OneOf(noise, p=0.3), A.OneOf(distortion, p=0.3), holes]
 
 
-# recipe -> function (albumentations, size) -> what happens to a training image and its mask together, ending at `size`
+# recipe -> function (albumentations, size) -> the list of what is done to a training image and its
+# mask; they must end at `size`, (height, width). What brings in pixels from outside, or hides some,
+# needs fill_mask=IGNORE_INDEX, as in `damages`; resampling() is for Resize and crops only.
 AUGMENTATIONS = {
     "none": squash,
     "flip": lambda A, size: [*squash(A, size), A.HorizontalFlip(p=0.5)],
@@ -1406,7 +1070,10 @@ AUGMENTATIONS = {
 
 
 def make_augmentation(name, scale):
-    """A function (image, mask, rng) -> (image, mask) of SCALE x SCALE; all randomness comes from the two generators."""
+    """Return a function (image, mask, rng) -> (image, mask) of scale x scale pixels.
+
+    All its randomness comes from `rng`, a numpy Generator.
+    """
     import random
 
     import albumentations as A
@@ -1414,105 +1081,111 @@ def make_augmentation(name, scale):
 
     def augment(image, mask, rng):
         transform.set_random_state(rng, random.Random(int(rng.integers(2 ** 32))))
-        out = transform(image=image, mask=mask)
-        return out["image"], out["mask"]
+        augmented = transform(image=image, mask=mask)
+        return augmented["image"], augmented["mask"]
     return augment
 
 
-def classmix(images, masks, prob, weights, rng):
-    """ClassMix (arXiv 2007.07936): onto each image of a batch half the classes of another, with probability `prob`.
+# ---- ClassMix ------------------------------------------------------------------------------------
 
-    images uint8 [B, H, W, 3], masks uint8 [B, H, W]; the classes are drawn in proportion to `weights` [C], without
-    replacement. Pixels of IGNORE_INDEX are never pasted. Returns a new batch.
+
+def classmix(images, masks, prob, weights, rng):
+    """Paste half the classes of another image of the batch onto each image (arXiv 2007.07936).
+
+    images uint8 [B, H, W, 3], masks uint8 [B, H, W]. An image is pasted on with probability `prob`.
+    The classes are drawn in proportion to `weights` [C], without replacement. Pixels of
+    IGNORE_INDEX are never pasted. Returns a new batch.
     """
     import cv2
-    mixed, labels, n = images.copy(), masks.copy(), len(images)
-    shift = int(rng.integers(1, n))
-    times = rng.exponential(size=(n, len(weights))) / weights  # with these rates the k earliest are k draws
-    for i in np.flatnonzero(rng.random(n) < prob):
+    n_images, n_classes = len(images), len(weights)
+    mixed_images, mixed_masks = images.copy(), masks.copy()
+    shift = int(rng.integers(1, n_images))  # the image that is pasted comes so many places earlier
+    # with these rates of arrival the k classes that come first are k draws without replacement
+    arrival = rng.exponential(size=(n_images, n_classes)) / weights
+    for i in np.flatnonzero(rng.random(n_images) < prob):
         image, mask = images[i - shift], masks[i - shift]
-        present = np.flatnonzero(cv2.calcHist([mask], [0], None, [len(weights)], [0, len(weights)]))
-        chosen = np.zeros(256, np.uint8)
-        chosen[present[times[i, present].argsort()[:(len(present) + 1) // 2]]] = 1
-        paste = cv2.LUT(mask, chosen)
-        cv2.copyTo(image, paste, mixed[i])
-        cv2.copyTo(mask, paste, labels[i])
-    return mixed, labels
+        histogram = cv2.calcHist([mask], [0], None, [n_classes], [0, n_classes])
+        present = np.flatnonzero(histogram)
+        first = arrival[i, present].argsort()[:(len(present) + 1) // 2]
+        is_pasted = np.zeros(256, np.uint8)  # by class id
+        is_pasted[present[first]] = 1
+        paste = cv2.LUT(mask, is_pasted)
+        cv2.copyTo(image, paste, mixed_images[i])
+        cv2.copyTo(mask, paste, mixed_masks[i])
+    return mixed_images, mixed_masks
 
 
-# ---- models ---------------------------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
 
-# name -> options of segmentation-models-pytorch's decoder; 64 and 32 channels of fpn train three times as many images/s
-# on a CPU as its own 256 and 128, which are fpn-wide
-DECODERS = {"unet": {}, "unetplusplus": {}, "manet": {}, "linknet": {}, "pspnet": {}, "deeplabv3": {},
-            "deeplabv3plus": {}, "pan": {}, "upernet": {}, "segformer": {}, "dpt": {}, "fpn-wide": {},
-            "efficientdet": {}, "fpn": {"decoder_pyramid_channels": 64, "decoder_segmentation_channels": 32}}
-STRIDE = 32  # of the deepest encoder map: what the sides of an input must be a multiple of
+STRIDE = 32  # of the deepest encoder map: the sides of an input must be multiples of it
 
 
-def build_model(name, n_classes, weights="none"):
-    """A segmentation model DECODER/ENCODER that turns float [B, 3, H, W] into logits [B, n_classes, H, W].
+def smp_decoder(name, **settings):
+    """Return a builder for DECODERS of a decoder of segmentation-models-pytorch."""
+    def build(encoder, n_classes, **options):
+        import segmentation_models_pytorch as smp
+        return smp.create_model(name, encoder, classes=n_classes, **settings, **options)
+    return build
 
-    weights: "none", "imagenet" (downloaded), or a file with a plain timm or torchvision state dict of the encoder.
-    Raises SystemExit when the name, the pair or the weights don't work, with the reason.
+
+def assemble(encoder, n_classes, make_decoder, width, upsampling, encoder_weights, **options):
+    """Return a model of an encoder, a decoder of one's own and a segmentation head.
+
+    make_decoder(channels) returns the decoder, an nn.Module from the list of the encoder's maps at
+    strides 1, 2, 4, 8, 16 and 32, `channels` deep, to one map [B, width, h, w]; `upsampling` is its
+    stride. encoder_weights and options go to smp.encoders.get_encoder.
     """
-    from urllib.request import getproxies
-
-    import huggingface_hub
     import segmentation_models_pytorch as smp
-    import timm
-    import torch
-    decoder, encoder = name.split("/", 1)
-    options = DECODERS[decoder] | {"encoder_weights": None}
-    of_timm, from_file = encoder.startswith("tu-"), weights not in ("none", "imagenet")
-    state = load_checkpoint(weights) if from_file else {}
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise SystemExit(f"{weights}: not a plain state dict, which is a dict of tensors")
-    logging.getLogger("timm.models").setLevel(logging.ERROR)  # it warns of the classifier's keys, which aren't needed
-    try:
-        if weights == "imagenet":
-            try:
-                socket.create_connection(("huggingface.co", 443), timeout=5).close()
-            except OSError:  # without a proxy or mirror: the hub would try for a minute; what it has kept will do
-                huggingface_hub.constants.HF_HUB_OFFLINE |= not getproxies() and "HF_ENDPOINT" not in os.environ
-            options["encoder_weights"] = True if of_timm else weights
-        elif from_file and of_timm:
-            with torch.device("meta"):  # a trial without memory: given a file, timm itself lets keys be missing
-                timm.create_model(encoder.removeprefix("tu-")).load_state_dict(state, assign=True)
-            options |= {"encoder_weights": True, "pretrained_cfg_overlay": {"file": str(weights)}}
-        model = (build_efficientdet(encoder, n_classes, **options) if decoder == "efficientdet" else
-                 smp.create_model(decoder.removesuffix("-wide"), encoder, classes=n_classes, **options))
-        if from_file and not of_timm:
-            model.encoder.load_state_dict(state)
-    except Exception as e:  # smp, timm and the hub raise many types; the reason is in the message
-        cure = "; to work without the network bring the weights as --weights FILE, or take --weights none"
-        raise SystemExit(f"{name} with weights {weights}: {shorten(str(e), 2000)}"
-                         f"{cure if weights == 'imagenet' else ''}") from None
-    return padded(model)
+    model = smp.base.SegmentationModel()
+    model.encoder = smp.encoders.get_encoder(encoder, weights=encoder_weights, **options)
+    model.decoder = make_decoder(model.encoder.out_channels)
+    model.segmentation_head = smp.base.SegmentationHead(width, n_classes, 1, upsampling=upsampling)
+    model.classification_head = None
+    model.initialize()
+    return model
 
 
-# (width, layers) of the BiFPN in EfficientDet-D0 to D7 (table 1 of arXiv 1911.09070), by the size in the encoder's
-# name, b0 to b7 or lite0 to lite4; D0's if it has none
+# (width, layers) of the BiFPN in EfficientDet-D0 to D7 (table 1 of arXiv 1911.09070), by the size
+# in the encoder's name, b0 to b7 or lite0 to lite4; D0's if it has none
 BIFPN_SIZES = ((64, 3), (88, 4), (112, 5), (160, 6), (224, 7), (288, 7), (384, 8), (384, 8))
 
 
-def bifpn_modules():
-    """The modules (Node, BiFPNLayer, BiFPN): the fusion of some maps, eight of them, and the whole decoder."""
+def efficientdet(encoder, n_classes, **options):
+    """Build EfficientDet (arXiv 1911.09070) with a segmentation head for its detection heads."""
+    size = re.search(r"(?<![a-z])(?:b|lite)([0-7])(?!\d)", encoder)
+    width, n_layers = BIFPN_SIZES[int(size[1]) if size else 0]
+
+    def make_decoder(channels):
+        return bifpn_class()(channels, width, n_layers)
+    return assemble(encoder, n_classes, make_decoder, width, upsampling=4, **options)
+
+
+def node_class():
+    """Return the module that fuses maps in a BiFPN."""
     from torch import nn, ones
-    from torch.nn.functional import interpolate, silu
-    down = nn.MaxPool2d(3, stride=2, padding=1)  # of n pixels ceil(n / 2)
 
     class Node(nn.Module):
         def __init__(self, width, n_inputs):
             super().__init__()
             self.weights = nn.Parameter(ones(n_inputs))
-            self.conv = nn.Sequential(nn.SiLU(), nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
-                                      nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width))
+            self.conv = nn.Sequential(
+                nn.SiLU(), nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
+                nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width))
 
         def forward(self, *maps):
-            """[B, width, h, w] from n such maps: fast normalised fusion (section 3.3), swish, separable convolution."""
+            """Fuse maps [B, width, h, w] into one: fast normalised fusion (section 3.3)."""
             weights = self.weights.relu()
-            return self.conv(sum(w * x for w, x in zip(weights / (1e-4 + weights.sum()), maps, strict=True)))
+            weights = weights / (1e-4 + weights.sum())
+            return self.conv(sum(w * x for w, x in zip(weights, maps, strict=True)))
+    return Node
+
+
+def bifpn_layer_class():
+    """Return the module of one BiFPN layer."""
+    from torch import nn
+    from torch.nn.functional import interpolate
+    Node = node_class()
+    down = nn.MaxPool2d(3, stride=2, padding=1)  # of n pixels ceil(n / 2)
 
     class BiFPNLayer(nn.Module):
         def __init__(self, width):
@@ -1521,8 +1194,12 @@ def bifpn_modules():
             self.o4, self.o5, self.o6, self.o7 = (Node(width, n) for n in (3, 3, 3, 2))
 
         def forward(self, p3, p4, p5, p6, p7, q4, q5):
-            """P3..P7, each [B, width, h, w], from P3..P7; q4 and q5 stand for P4 and P5 on the way up. Figure 2d."""
-            m6 = self.m6(p6, interpolate(p7, p6.shape[2:]))  # to a size, not by 2: a level of 3 lies above one of 5
+            """Return P3..P7 from P3..P7, each [B, width, h, w] (figure 2d).
+
+            q4 and q5 stand for P4 and P5 on the way from P3 to P7.
+            """
+            # to a size, not by 2: a level of 3 pixels lies above one of 5
+            m6 = self.m6(p6, interpolate(p7, p6.shape[2:]))
             m5 = self.m5(p5, interpolate(m6, p5.shape[2:]))
             m4 = self.m4(p4, interpolate(m5, p4.shape[2:]))
             o3 = self.o3(p3, interpolate(m4, p3.shape[2:]))
@@ -1530,48 +1207,160 @@ def bifpn_modules():
             o5 = self.o5(q5, m5, down(o4))
             o6 = self.o6(p6, m6, down(o5))
             return o3, o4, o5, o6, self.o7(p7, down(o6))
+    return BiFPNLayer
+
+
+def bifpn_class():
+    """Return the decoder of EfficientDet, as a class: torch is imported only when it is built."""
+    from torch import nn
+    from torch.nn.functional import interpolate, silu
+    down = nn.MaxPool2d(3, stride=2, padding=1)  # of n pixels ceil(n / 2)
+    Node, BiFPNLayer = node_class(), bifpn_layer_class()
 
     class BiFPN(nn.Module):
         def __init__(self, channels, width, n_layers):
             super().__init__()
-            # as in google/automl: P6 too starts from the encoder's last map, and the first way up projects anew (q)
-            self.p2, self.p3, self.p4, self.p5, self.p6, self.q4, self.q5 = (
-                nn.Sequential(nn.Conv2d(int(channels[i]), width, 1, bias=False), nn.BatchNorm2d(width))
-                for i in (-4, -3, -2, -1, -1, -2, -1))  # int: Conv2d refuses floats
+
+            def project(index):
+                channels_in = int(channels[index])  # Conv2d refuses numpy's numbers
+                return nn.Sequential(nn.Conv2d(channels_in, width, 1, bias=False),
+                                     nn.BatchNorm2d(width))
+            # as in google/automl: P6 too starts from the encoder's last map, and the first way from
+            # P3 to P7 has projections of its own, q4 and q5
+            self.p2, self.p3, self.p4, self.p5 = (project(index) for index in (-4, -3, -2, -1))
+            self.p6, self.q4, self.q5 = (project(index) for index in (-1, -2, -1))
             self.layers = nn.ModuleList(BiFPNLayer(width) for _ in range(n_layers))
             self.join = Node(width, 6)
 
         def forward(self, features):
-            """[B, width, H/4, W/4] from an encoder's maps, the last four at strides 4 to 32 and `channels` deep."""
+            """Return [B, width, H/4, W/4] from the last four of an encoder's maps."""
             x2, x3, x4, x5 = features[-4:]
             p2, p6, q4, q5 = self.p2(x2), down(self.p6(x5)), self.q4(x4), self.q5(x5)
             levels = self.p3(x3), self.p4(x4), self.p5(x5), p6, down(p6)
             for layer in self.layers:
-                _, q4, q5, *_ = levels = layer(*levels, q4, q5)
-            # P3 alone would leave half of the last layer untrained; nearest would show P7's squares, 128 px wide
-            return silu(self.join(p2, *(interpolate(p, p2.shape[2:], mode="bilinear") for p in levels)))
-    return Node, BiFPNLayer, BiFPN
+                levels = layer(*levels, q4, q5)
+                _, q4, q5, *_ = levels
+            # P3 alone would leave half of the last layer untrained; enlarged by nearest P7 would
+            # show as squares of 128 pixels
+            size = p2.shape[2:]
+            enlarged = [interpolate(level, size, mode="bilinear") for level in levels]
+            return silu(self.join(p2, *enlarged))
+    return BiFPN
 
 
-def build_efficientdet(encoder_name, n_classes, encoder_weights, **options):
-    """EfficientDet (arXiv 1911.09070) from float [B, 3, H, W] to logits [B, n_classes, H, W]: a segmentation head in
-    place of its detection heads. The options go to smp.encoders.get_encoder.
+# name -> function (encoder, n_classes, **options) -> model from float [B, 3, H, W] to logits [B,
+# n_classes, H, W], such as `assemble` returns. fpn's 64 and 32 channels train three times as many
+# images/s on a CPU as smp's own 256 and 128, which are fpn-wide.
+DECODERS = {
+    "unet": smp_decoder("unet"),
+    "unetplusplus": smp_decoder("unetplusplus"),
+    "manet": smp_decoder("manet"),
+    "linknet": smp_decoder("linknet"),
+    "pspnet": smp_decoder("pspnet"),
+    "deeplabv3": smp_decoder("deeplabv3"),
+    "deeplabv3plus": smp_decoder("deeplabv3plus"),
+    "pan": smp_decoder("pan"),
+    "upernet": smp_decoder("upernet"),
+    "segformer": smp_decoder("segformer"),
+    "dpt": smp_decoder("dpt"),
+    "fpn": smp_decoder("fpn", decoder_pyramid_channels=64, decoder_segmentation_channels=32),
+    "fpn-wide": smp_decoder("fpn"),
+    "efficientdet": efficientdet}
+
+
+def build_model(name, n_classes, weights="none"):
+    """Return a model DECODER/ENCODER from float [B, 3, H, W] to logits [B, n_classes, H, W].
+
+    weights: "none", "imagenet" (downloaded), or a file with a plain timm or torchvision state dict
+    of the encoder. Raises UserError when the name, the pair or the weights don't work, with the
+    reason.
     """
-    import segmentation_models_pytorch as smp
-    size = re.search(r"(?<![a-z])(?:b|lite)([0-7])(?!\d)", encoder_name)
-    width, n_layers = BIFPN_SIZES[int(size[1]) if size else 0]
-    *_, BiFPN = bifpn_modules()
-    model = smp.base.SegmentationModel()
-    model.encoder = smp.encoders.get_encoder(encoder_name, weights=encoder_weights, **options)
-    model.decoder = BiFPN(model.encoder.out_channels, width, n_layers)
-    model.segmentation_head = smp.base.SegmentationHead(width, n_classes, kernel_size=1, upsampling=4)
-    model.classification_head = None
-    model.initialize()
-    return model
+    decoder, encoder = split_model(name)
+    # timm warns of the classifier's weights, which an encoder doesn't need
+    logging.getLogger("timm.models").setLevel(logging.ERROR)
+    try:
+        options, state = encoder_weights_options(encoder, weights)
+        model = DECODERS[decoder](encoder, n_classes, **options)
+        if state is not None:
+            model.encoder.load_state_dict(state)
+    except UserError:
+        raise
+    except Exception as e:  # smp, timm and the hub raise many types; the reason is in the message
+        cure = ""
+        if weights == "imagenet":
+            cure = ("; to work without the network bring the weights as --weights FILE, or take "
+                    "--weights none")
+        raise UserError(f"{name} with weights {weights}: {shorten(str(e), 2000)}{cure}") from None
+    check_parts(model, name)
+    return padded(model)
+
+
+def split_model(name):
+    """Return (decoder, encoder) of DECODER/ENCODER; raise UserError if there is no such decoder."""
+    decoder, _, encoder = name.partition("/")
+    if decoder not in DECODERS or not encoder:
+        raise UserError(f"{name!r} is not DECODER/ENCODER with a decoder of {', '.join(DECODERS)}")
+    return decoder, encoder
+
+
+def check_parts(model, name):
+    """Raise UserError if a model lacks the parts that training and weights files need."""
+    from torch.nn import Conv2d, Module
+    head = getattr(model, "segmentation_head", Module())
+    convolutions = [module for module in head.modules() if isinstance(module, Conv2d)]
+    if not hasattr(model, "encoder") or not convolutions or convolutions[-1].bias is None:
+        raise UserError(f"{name}: the builder's model must have .encoder and .segmentation_head, "
+                        "whose last convolution has a bias, as those of `assemble` have")
+
+
+def encoder_weights_options(encoder, weights):
+    """Return (options of the builder for these weights, state dict to load afterwards or None)."""
+    of_timm = encoder.startswith("tu-")
+    if weights == "none":
+        return {"encoder_weights": None}, None
+    if weights == "imagenet":
+        go_offline_without_network()
+        return {"encoder_weights": True if of_timm else weights}, None
+    state = read_state_dict(weights)
+    if not of_timm:
+        return {"encoder_weights": None}, state
+    import timm
+    import torch
+    with torch.device("meta"):  # a trial without memory: given a file, timm lets keys be missing
+        timm.create_model(encoder.removeprefix("tu-")).load_state_dict(state, assign=True)
+    return {"encoder_weights": True, "pretrained_cfg_overlay": {"file": str(weights)}}, None
+
+
+def read_state_dict(path):
+    """Return the tensors by name in a weights file; raise UserError if it holds anything else."""
+    import torch
+    state = load_checkpoint(path)
+    values = state.values() if isinstance(state, dict) else [None]
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        raise UserError(f"{path}: not a plain state dict, which is a dict of tensors")
+    return state
+
+
+def go_offline_without_network():
+    """Let the Hugging Face hub use only what it has kept when it can't be reached.
+
+    It would try for a minute. With a proxy or a mirror nobody can know, and it tries.
+    """
+    from urllib.request import getproxies
+
+    import huggingface_hub
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=5).close()
+    except OSError:
+        if not getproxies() and "HF_ENDPOINT" not in os.environ:
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def padded(model):
-    """The same model, which now pads images whose sides are no multiples of STRIDE and crops its logits back."""
+    """Return the same model, which now takes sides that are no multiples of STRIDE.
+
+    It pads the images and crops its logits back.
+    """
     from torch.nn.functional import pad
 
     class Padded(type(model)):
@@ -1585,63 +1374,56 @@ def padded(model):
 
 
 def encoder_mean_std(name):
-    """(mean, std) per RGB channel, of values 0..1, that the encoder's pretrained weights were made with."""
+    """Return the (mean, std) by RGB channel, of values 0..1, that an encoder was pretrained with.
+
+    name: DECODER/ENCODER. Of an encoder that timm doesn't know they are ImageNet's.
+    """
     from timm.models import PretrainedCfg, get_pretrained_cfg
-    encoder = name.split("/", 1)[1].replace("timm-mobilenetv3", "tf_mobilenetv3")  # smp does so too
+    encoder = name.split("/", 1)[1]
+    encoder = encoder.replace("timm-mobilenetv3", "tf_mobilenetv3")  # as smp does
     encoder = encoder.removeprefix("tu-").removeprefix("timm-")
-    # smp's own that timm calls otherwise; of what timm doesn't know ImageNet's
-    timms = {"inceptionv4": "inception_v4", "inceptionresnetv2": "inception_resnet_v2", "xception": "legacy_xception"}
-    known = get_pretrained_cfg(timms.get(encoder, encoder)) or PretrainedCfg()
-    return tuple(known.mean), tuple(known.std)
+    names_in_timm = {"inceptionv4": "inception_v4", "inceptionresnetv2": "inception_resnet_v2",
+                     "xception": "legacy_xception"}
+    config = get_pretrained_cfg(names_in_timm.get(encoder, encoder)) or PretrainedCfg()
+    return tuple(config.mean), tuple(config.std)
 
 
 def normalise(images, mean, std):
-    """float32 [B, 3, H, W] in channels_last memory from uint8 [B, H, W, 3], on the images' device."""
+    """Return float32 [B, 3, H, W] in channels_last memory from uint8 [B, H, W, 3]."""
     import torch
-    # [W, 3]: a row at a time is several times faster than a pixel
-    mean, std = (torch.tensor(v, device=images.device).mul(255).repeat(images.shape[2], 1) for v in (mean, std))
-    return images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
+    width = images.shape[2]
+
+    def as_row(values):  # [W, 3]: a row at a time is several times faster than a pixel at a time
+        return torch.tensor(values, device=images.device).mul(255).repeat(width, 1)
+    return images.float().sub_(as_row(mean)).div_(as_row(std)).permute(0, 3, 1, 2)
 
 
-# ---- losses ---------------------------------------------------------------------------------------------------------
+# ---- losses --------------------------------------------------------------------------------------
+# A term of a loss gets log_probs float32 [B, C, H, W], log_true float32 [B, H, W] (those of the
+# true class), target int64 [B, H, W] (class ids, 0 where there is no label) and labelled bool [B,
+# H, W].
 
 
 def region_loss(index):
-    """Return a loss term over regions: the mean of 1 - index(overlap, missed, invented) over the classes in the truth.
+    """Return a term over regions: the mean of 1 - index(overlap, missed, invented) over classes.
 
-    The index gets three float32 [C], summed over the batch: the probability of each class on its own pixels, what is
-    lacking to all of them, and its probability on pixels of other classes. Soft IoU: Rahman and Wang 2016.
+    The index gets three float32 [C], summed over the batch: the probability of each class on its
+    own pixels, what is lacking to all of them, and its probability on pixels of other classes. Only
+    classes in the truth count. It must have a finite slope where nothing is missed or invented.
+    Soft IoU: Rahman and Wang 2016; Tversky: Salehi et al. 2017.
     """
     def term(log_probs, log_true, target, labelled):
-        rows = target.flatten(0, 1)  # [B x H, W]: a float32 that millions of pixels are added to one by one loses them
+        # summed by row first: a float32 that millions of pixels are added to one by one loses them
+        rows = target.flatten(0, 1)  # [B x H, W]
         per_row = log_probs.new_zeros(len(rows), log_probs.shape[1])
         overlap = per_row.scatter_add(1, rows, (log_true.exp() * labelled).flatten(0, 1)).sum(0)
         truth = per_row.scatter_add(1, rows, labelled.flatten(0, 1).float()).sum(0)
         predicted = (log_probs.exp() * labelled[:, None]).sum((0, 2, 3))
-        present = truth > 0  # no branch and no boolean index: either would make a GPU wait for the answer
-        found = index(overlap, (truth - overlap).where(present, 1), predicted - overlap)
-        return ((1 - found) * present).sum() / present.sum().clamp(min=1)
+        # no branch and no boolean index: either would make a GPU wait for the answer
+        present = truth > 0
+        value = index(overlap, (truth - overlap).where(present, 1), predicted - overlap)
+        return ((1 - value) * present).sum() / present.sum().clamp(min=1)
     return term
-
-
-def lovasz_loss(log_probs, log_true, target, labelled):
-    """Lovasz-softmax (Berman et al. 2018), mean over the classes in the batch's truth."""
-    from segmentation_models_pytorch.losses import LovaszLoss
-    mask = target.where(labelled, IGNORE_INDEX)
-    return LovaszLoss("multiclass", ignore_index=IGNORE_INDEX)(log_probs, mask).sum()  # of no pixel: empty, sum 0
-
-
-def pixel_loss(log_probs, log_true, target, labelled, smoothing, weights, gamma):
-    """Cross-entropy, mean over labelled pixels weighted by class, as torch defines smoothing and weights.
-
-    gamma > 0 turns down pixels that are right already by (1 - probability) ** gamma: focal loss (Lin et al. 2017).
-    """
-    weight = labelled if weights is None else weights[target] * labelled
-    loss = -log_true * weight * ((1 - log_true.exp()) ** gamma if gamma else 1)
-    if smoothing:
-        even = -(log_probs if weights is None else log_probs * weights[:, None, None]).mean(1) * labelled
-        loss = (1 - smoothing) * loss + smoothing * even
-    return loss.sum() / weight.sum().clamp(min=1e-6)
 
 
 def iou(overlap, missed, invented):
@@ -1652,135 +1434,1593 @@ def dice(overlap, missed, invented):
     return 2 * overlap / (2 * overlap + missed + invented)
 
 
+def lovasz_loss(log_probs, log_true, target, labelled):
+    """Return the Lovasz-softmax loss (Berman et al. 2018), the mean over classes in the truth."""
+    from segmentation_models_pytorch.losses import LovaszLoss
+    mask = target.where(labelled, IGNORE_INDEX)
+    loss = LovaszLoss("multiclass", ignore_index=IGNORE_INDEX)
+    return loss(log_probs, mask).sum()  # of no labelled pixel it is empty, and its sum 0
+
+
+def pixel_loss(log_probs, log_true, target, labelled, smoothing, weights, gamma):
+    """Return the cross-entropy, the mean over labelled pixels weighted by class.
+
+    Smoothing and weights are torch's. gamma > 0 turns down pixels that are right already by
+    (1 - probability) ** gamma: focal loss (Lin et al. 2017).
+    """
+    weight = labelled if weights is None else weights[target] * labelled
+    loss = -log_true * weight
+    if gamma:
+        loss = loss * (1 - log_true.exp()) ** gamma
+    if smoothing:
+        by_class = log_probs if weights is None else log_probs * weights[:, None, None]
+        loss = (1 - smoothing) * loss + smoothing * -by_class.mean(1) * labelled
+    return loss.sum() / weight.sum().clamp(min=1e-6)
+
+
 cross_entropy = partial(pixel_loss, gamma=0)
 focal = partial(pixel_loss, gamma=2)
+
 # name -> (term over regions or None, term over pixels or None)
-LOSSES = {"iou_ce": (region_loss(iou), cross_entropy), "ce": (None, cross_entropy), "iou": (region_loss(iou), None),
-          "dice_ce": (region_loss(dice), cross_entropy), "focal": (None, focal), "lovasz": (lovasz_loss, None)}
+LOSSES = {
+    "iou_ce": (region_loss(iou), cross_entropy),
+    "ce": (None, cross_entropy),
+    "iou": (region_loss(iou), None),
+    "dice_ce": (region_loss(dice), cross_entropy),
+    "focal": (None, focal),
+    "lovasz": (lovasz_loss, None)}
 
 
 def make_loss(name, ratio=0.4, smoothing=0.0, weights=None):
-    """A function (logits [B, C, H, W], mask int64 [B, H, W]) -> float32 scalar over the labelled pixels.
+    """Return a function (logits [B, C, H, W], mask int64 [B, H, W]) -> float32 scalar.
 
-    ratio: share of the region term where a loss has both; weights: float [C] of the pixel term, or None. A batch
-    without a labelled pixel gives 0.
+    It averages over the labelled pixels, and a batch without one gives 0. ratio: share of the term
+    over regions where a loss has both terms; smoothing and weights, float [C] or None, are of the
+    term over pixels.
     """
-    region, pixel = LOSSES[name]
-    ratio = 0 if region is None else 1 if pixel is None else ratio
+    region_term, pixel_term = LOSSES[name]
+    if region_term is None:
+        ratio = 0
+    elif pixel_term is None:
+        ratio = 1
 
     def loss(logits, mask):
         labelled = mask != IGNORE_INDEX
         target = mask.where(labelled, 0)
         log_probs = logits.float().log_softmax(dim=1)
-        parts = log_probs, log_probs.gather(1, target[:, None]).squeeze(1), target, labelled
-        total = ratio * region(*parts) if ratio else 0
-        return total + (1 - ratio) * pixel(*parts, smoothing, weights) if ratio < 1 else total
+        log_true = log_probs.gather(1, target[:, None]).squeeze(1)
+        inputs = log_probs, log_true, target, labelled
+        total = ratio * region_term(*inputs) if ratio else 0
+        if ratio < 1:
+            total = total + (1 - ratio) * pixel_term(*inputs, smoothing, weights)
+        return total
     return loss
 
 
-# ---- metrics --------------------------------------------------------------------------------------------------------
+# ---- metrics -------------------------------------------------------------------------------------
 
 
 def confusion(pred, mask, n_classes):
-    """int64 [C, C] pixel counts of one image, rows the truth; pred, mask uint8 [H, W], IGNORE_INDEX left out."""
+    """Return the pixel counts of one image, int64 [C, C], rows the truth.
+
+    pred, mask: uint8 [H, W]; pixels of IGNORE_INDEX in the mask are left out.
+    """
     import cv2
     codes = mask.astype(np.uint16) * n_classes + pred
-    counts = cv2.calcHist([codes], [0], None, [n_classes ** 2], [0, n_classes ** 2])  # IGNORE_INDEX lies beyond
-    return counts.astype(np.int64).reshape(n_classes, n_classes)  # from float32, exact up to 16 million pixels
+    n_codes = n_classes ** 2  # those of IGNORE_INDEX lie beyond
+    counts = cv2.calcHist([codes], [0], None, [n_codes], [0, n_codes])
+    # from float32, which is exact up to 16 million pixels
+    return counts.astype(np.int64).reshape(n_classes, n_classes)
 
 
 def class_iou(confusion):
-    """IoU by class from [..., C, C] pixel counts; NaN for a class in neither truth nor prediction."""
+    """Return the IoU by class of pixel counts [..., C, C].
+
+    It is NaN for a class in neither truth nor prediction, and 0 for one only in the prediction.
+    """
     hits = np.einsum("...ii->...i", confusion).astype(float)
     union = confusion.sum(-1) + confusion.sum(-2) - hits
     return np.divide(hits, union, out=np.full(hits.shape, np.nan), where=union > 0)
 
 
 def image_miou(confusions):
-    """[N] mIoU of each of the [N, C, C] counts: a class only in the prediction counts 0, one in neither is skipped."""
+    """Return the mIoU [N] of pixel counts [N, C, C]: the mean over the classes that have an IoU."""
     return np.nanmean(class_iou(confusions), axis=-1)
 
 
 def scores(confusions, batch_size):
-    """v1, v2, v3 mIoU and the per-class IoU of v2, from the counts [N, C, C] of each image in order.
+    """Return {"v1", "v2", "v3": mIoU, "iou": IoU by class of v2} from pixel counts [N, C, C].
 
-    v1: mean over batches (the official baseline's), v2: of the summed counts, v3: mean over images (the leaderboard's).
+    v1: mean over batches of images in this order (the official baseline's), v2: of the summed
+    counts, v3: mean over images (the leaderboard's).
     """
     batches = np.add.reduceat(confusions, np.arange(0, len(confusions), batch_size))
     iou = class_iou(confusions.sum(0))
-    return {"v1": image_miou(batches).mean(), "v2": np.nanmean(iou), "v3": image_miou(confusions).mean(), "iou": iou}
+    return {"v1": image_miou(batches).mean(), "v2": np.nanmean(iou),
+            "v3": image_miou(confusions).mean(), "iou": iou}
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# ---- TTA and prediction --------------------------------------------------------------------------
 
-# Okabe and Ito's colours for the colour-blind, three of Tol's, white; class 1 has the first, after the last they repeat
-PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
-           (136, 34, 85), (51, 34, 136), (187, 187, 187), (255, 255, 255))
-COLOURS = np.array([(0, 0, 0), *(PALETTE[i % len(PALETTE)] for i in range(254)), (255, 0, 255)], np.uint8)
+# name -> (whether transposed, dims flipped after that): these 8 are all that flips and quarter
+# turns make
+VIEWS = {"identity": (False, ()), "hflip": (False, (-1,)), "vflip": (False, (-2,)),
+         "rot90ccw": (True, (-2,)), "rot180": (False, (-2, -1)), "rot90cw": (True, (-1,)),
+         "transpose": (True, ()), "antitranspose": (True, (-2, -1))}
+# name -> the views whose probabilities are averaged
+TTA = {
+    "none": "identity",
+    "flip": "identity,hflip,vflip",
+    "flip_rot": "identity,hflip,vflip,rot90cw,rot90ccw,rot180",
+    "d4": "identity,hflip,vflip,rot90ccw,rot180,rot90cw,transpose,antitranspose"}
+
+
+def tta_views(text):
+    """Return the different views of a set in TTA, or of a list such as "identity,hflip+rot90cw".
+
+    + does one view after another. Raises UserError for a name that is neither.
+    """
+    views = []
+    for item in TTA.get(text, text).split(","):
+        transposed, flipped = False, set()
+        for name in item.split("+"):
+            if name not in VIEWS:
+                raise UserError(f"{name!r} is none of {', '.join(TTA)} and none of "
+                                f"{', '.join(VIEWS)}")
+            transpose, flips = VIEWS[name]
+            transposed ^= transpose
+            if transpose:
+                flipped = {-3 - dim for dim in flipped}  # -1 becomes -2
+            flipped ^= set(flips)
+        views.append((transposed, tuple(sorted(flipped))))
+    return list(dict.fromkeys(views))
+
+
+def tta_name(args):
+    """Return the views and scales of infer.py's arguments as text: "flip" or "flip x 1,0.5"."""
+    if args.tta_scales == [1]:
+        return args.tta
+    return f"{args.tta} x {','.join(f'{scale:g}' for scale in args.tta_scales)}"
+
+
+def apply_view(x, view):
+    """Return [..., H, W] as a view shows it, [..., W, H] if that is transposed.
+
+    Flipping the result again and transposing it back undoes the view.
+    """
+    transposed, flipped = view
+    return (x.transpose(-2, -1) if transposed else x).flip(flipped)
+
+
+def predict_probs(models, images, views, scales=(1.0,)):
+    """Return probs [B, C, H, W], the mean over models, views and scales.
+
+    images: normalised float32 [B, 3, H, W]. Probabilities are averaged, not logits, in float32.
+    """
+    import torch
+    from torch.nn.functional import interpolate
+    total, size = 0, images.shape[2:]
+    with torch.inference_mode(), amp(images.device):
+        for scale in scales:
+            scaled = images
+            if scale != 1:
+                scaled_size = [round(side * scale) for side in size]
+                scaled = interpolate(images, scaled_size, mode="bilinear", antialias=True)
+            probs = sum_of_views(models, scaled, views)
+            total += probs if scale == 1 else interpolate(probs, size, mode="bilinear")
+    return total / (len(models) * len(views) * len(scales))
+
+
+def sum_of_views(models, images, views):
+    """Return the probs [B, C, H, W] of all models and views, added up.
+
+    Transposing back costs more than a flip, so views of one kind are added up first.
+    """
+    import torch
+    by_kind = dict.fromkeys((transposed for transposed, _ in views), 0)
+    for transposed, flipped in views:
+        view = apply_view(images, (transposed, flipped))
+        view = view.contiguous(memory_format=torch.channels_last)
+        for model in models:
+            by_kind[transposed] += model(view).float().softmax(dim=1).flip(flipped)
+    return sum(probs.transpose(-2, -1) if transposed else probs
+               for transposed, probs in by_kind.items())
+
+
+def resize_probs(probs):
+    """Return probs at the submission's size, [B, C, SUBMIT_SIZE, SUBMIT_SIZE]."""
+    from torch.nn.functional import interpolate
+    size = (SUBMIT_SIZE, SUBMIT_SIZE)
+    return interpolate(probs, size=size, mode="bilinear", align_corners=False)
+
+
+@dataclass
+class TrainedModel:
+    """What a model.pt or epoch-*.pt of train.py holds."""
+    model: object  # the torch module, in eval mode, on the CPU
+    recipe: dict  # the settings that made it: model, scale, fold, mean, std, ...
+    classes: list  # names by class id
+    checkpoint: dict  # all else in the file: epoch, v3, valid_ids, code, ...
+
+
+def load_model(path):
+    """Return the TrainedModel in a checkpoint, which needs nothing but this file.
+
+    Raises UserError when it is no checkpoint of train.py, or damaged, or of other libraries.
+    """
+    import torch
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder: give its model.pt, or an epoch-*.pt")
+    checkpoint = load_checkpoint(path)
+    expected = {*DESCRIBED, "model", "classes", "valid_ids", "v3"}
+    if not isinstance(checkpoint, dict) or not expected <= checkpoint.keys():
+        raise UserError(f"{path}: not a model.pt of train.py")
+    name, classes = checkpoint["recipe"]["model"], checkpoint["classes"]
+    model = build_model(name, len(classes))
+    try:
+        model.load_state_dict(checkpoint.pop("model"))
+    except RuntimeError as e:
+        raise UserError(f"{path}: its weights are not those of {name} as it is built here: "
+                        f"{shorten(str(e), 300)}") from None
+    model = model.to(memory_format=torch.channels_last).eval()
+    return TrainedModel(model, checkpoint["recipe"], classes, checkpoint)
+
+
+def predict_photo(trained, image, tta="flip", tta_scales=(1.0,)):
+    """Return probs float32 [C, H, W] of one RGB photo uint8 [H, W, 3] of any size, as numpy.
+
+    trained: of load_model; move trained.model to a GPU to predict there. tta: as in infer.py.
+    """
+    import torch
+    from torch.nn.functional import interpolate
+    image = as_photo(image)
+    if not isinstance(trained, TrainedModel):
+        raise UserError(f"a model must be what load_model returns, not {type(trained).__name__}")
+    recipe, device = trained.recipe, next(trained.model.parameters()).device
+    resized = resize_image(image, recipe["scale"])
+    images = normalise(torch.from_numpy(resized)[None].to(device), recipe["mean"], recipe["std"])
+    probs = predict_probs([trained.model], images, tta_views(tta), tta_scales)
+    return interpolate(probs, image.shape[:2], mode="bilinear")[0].cpu().numpy()
+
+
+# ---- stores of probabilities ---------------------------------------------------------------------
+# A store is NAME.npy, uint8 [N, C, SUBMIT_SIZE, SUBMIT_SIZE], probs x 255, with NAME.json, written
+# last, which says what made it.
+
+# where a run and its stores lie: EXP, round, model, scale, fold
+RUN_PLACE = re.compile(r"(.*)/r(\d)/([^/]+/[^/]+)/s(\d+)/f(\d+)")
+# what a store's JSON says of its run's recipe, and what it says besides DESCRIBED
+FROM_RECIPE = ("model", "scale", "round", "fold", "folds_csv", "seed", "paint", "contaminated")
+STORE_KEYS = ("image_ids", "classes", "split", "tta", "checkpoints", "data", "unreadable", "run",
+              "files", *FROM_RECIPE)
+
+
+def run_folder(exp, round_, model, scale, fold):
+    """Return the folder of a run and its stores."""
+    return Path(exp) / f"r{round_}" / model / f"s{scale}" / f"f{fold}"
+
+
+def open_store(path, hashes):
+    """Return (memmap of the .npy, content of the JSON) of the store whose JSON is `path`.
+
+    Raises UserError when either is missing, they don't agree, the JSON lacks something, or the
+    store stands in the folder of another run. hashes: a Hashes, which remembers that the .npy has
+    the checksum in the JSON.
+    """
+    info, npy = read_json(path), path.with_suffix(".npy")
+    try:
+        probs = np.load(npy, mmap_mode="r")
+        if missing := [key for key in (*DESCRIBED, *STORE_KEYS) if key not in info]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        if not is_description(info) or not is_run(info["run"]):
+            raise ValueError("what made it is not said as it should be")
+        shape = (len(info["image_ids"]), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE)
+    except (OSError, EOFError, ValueError, TypeError) as e:
+        raise UserError(f"{path}: not a whole store: {e}; run infer.py again") from None
+    if probs.shape != shape or probs.dtype != np.uint8:
+        raise UserError(f"{path} is of uint8 {shape}, its .npy of {probs.dtype} {probs.shape}: run "
+                        "infer.py again")
+    if hashes(npy) != info["files"].get(npy.name):
+        raise UserError(f"{path}: the .npy has another checksum, damaged or of another store: run "
+                        "infer.py again")
+    check_place(path, info)
+    return probs, info
+
+
+def check_place(path, info):
+    """Raise UserError if a store lies in the folder of another run than its JSON says."""
+    place = RUN_PLACE.fullmatch(os.path.dirname(os.path.abspath(path)))
+    run = tuple(str(info[key]) for key in ("round", "model", "scale", "fold"))
+    if place and place.groups()[1:] != run:
+        raise UserError(f"{path} is of round {run[0]}, {run[1]}, scale {run[2]}, fold {run[3]}: "
+                        "it was moved or copied into the folder of another run")
+
+
+def is_run(run):
+    """Return whether the "run" of a store's JSON has all that infer.py's run_of writes."""
+    kinds = {"recipe": dict, "code": dict, "codes": list, "state": str, "commit": str,
+             "kept_under": list}
+    return has_kinds(run, kinds)
+
+
+def store_id(info):
+    """Return a hash of the recipe of a store, which names it also when its .npy is gone."""
+    return short_hash(info["recipe"])
+
+
+def check_unchanged(paths, infos):
+    """Raise UserError if a store with one of these JSONs was replaced since `infos` were read."""
+    for path, info in zip(paths, infos, strict=True):
+        if not path.exists() or read_json(path).get("files") != info["files"]:
+            raise UserError(f"{path} was replaced while it was read, as by another make in this "
+                            "EXP; run it again")
+
+
+def read_probs(store, i):
+    """Return image i of a store's memmap, uint8 [C, SUBMIT_SIZE, SUBMIT_SIZE].
+
+    It is read from the file, because pages of a memmap that were touched count as memory.
+    """
+    shape = store.shape[1:]
+    size = math.prod(shape)
+    values = np.fromfile(store.filename, np.uint8, size, offset=store.offset + i * size)
+    return values.reshape(shape)
+
+
+# ---- pseudo labels -------------------------------------------------------------------------------
+# EXP/rROUND/pseudo/fFOLD holds the labels that runs of this round and fold learn from: labels.npy,
+# index.csv, whose column keep a user may edit, and manifest.json, which is written last.
+
+LABEL_FILES = ("manifest.json", "labels.npy", "index.csv")
+# where these differ, a validation image may have trained a model that made the labels
+LINEAGE = ("round", "fold", "folds_csv")
+
+
+def pseudo_folder(exp, round_, fold):
+    """Return the folder of the pseudo labels that runs of this round and fold learn from."""
+    return Path(exp) / f"r{round_}" / "pseudo" / f"f{fold}"
+
+
+def read_index(folder):
+    """Return the rows of index.csv; raises UserError when a `keep` is no decision."""
+    rows = read_csv(folder / "index.csv", ("image_id", "keep", "reason", "classes"))
+    if wrong := sorted({row["keep"] for row in rows} - {"0", "1", ""}):
+        raise UserError(f"{folder}/index.csv: keep is {', '.join(wrong)}; it must be 0 or 1, or "
+                        "empty for the rule's")
+    return rows
+
+
+def by_rule(row):
+    """Return what the rule says to the `keep` of a row of index.csv, whatever stands there now."""
+    return str(int(not row["reason"]))
+
+
+def is_kept(row):
+    return (row["keep"] or by_rule(row)) == "1"
+
+
+def labels_hash(folder, hashes):
+    """Return a hash of the masks in `folder` and of which photos are kept, by rule or by hand."""
+    kept_ids = [row["image_id"] for row in read_index(folder) if is_kept(row)]
+    return short_hash(hashes(folder / "labels.npy"), kept_ids)
+
+
+def label_settings(manifest):
+    """Return a hash of what the labels of all folds of one member must share: settings and data."""
+    by_fold = ("fold", "makers", "folds_csv")
+    recipe = manifest["recipe"]
+    return short_hash({key: value for key, value in recipe.items() if key not in by_fold})
+
+
+def check_labels(args, test, folds_csv, hashes):
+    """Return labels_hash and label_settings of a run's labels, and whether they break the lineage.
+
+    args: of train.py. Raises UserError when a file is missing or of other data, and unless
+    --allow-leak when the models that made the labels did not hold out the run's fold.
+    """
+    folder = pseudo_folder(args.exp, args.round, args.fold)
+    manifest = read_manifest(folder, test, hashes)
+    expected = {"classes": test.classes, "paint": args.paint, "round": args.round,
+                "fold": args.fold, "folds_csv": folds_csv, "contaminated": False}
+    contaminated = False
+    for key, value in expected.items():
+        if manifest.get(key) == value:
+            continue
+        contaminated = True
+        text = (f"{folder}/manifest.json: {key} is {manifest.get(key)}, this run has {value}: run "
+                "make pseudo again")
+        if key not in (*LINEAGE, "contaminated"):
+            raise UserError(text)
+        if not args.allow_leak:
+            raise UserError(f"{text}, since validation images may have trained these labels' "
+                            "makers; --allow-leak lets that be and marks every later score as "
+                            "contaminated")
+    return labels_hash(folder, hashes), label_settings(manifest), contaminated
+
+
+def read_manifest(folder, test, hashes):
+    """Return the manifest of pseudo labels; raise UserError if they aren't whole or of `test`."""
+    if missing := [name for name in LABEL_FILES if not (folder / name).is_file()]:
+        raise UserError(f"{folder} has no {', no '.join(missing)}: make the pseudo labels of this "
+                        "round first")
+    manifest = read_description(folder / "manifest.json", hashes)
+    again = "run make pseudo again"
+    if not manifest:
+        raise UserError(f"{folder}/manifest.json doesn't say what made the labels: {again}")
+    if manifest["touched"]:
+        touched = manifest["touched"][0]
+        raise UserError(f"{folder}/manifest.json describes another {touched}: {again}")
+    if manifest["recipe"].get("data") != test.fingerprint:
+        raise UserError(f"{folder}/manifest.json: the labels are of other test photos: {again}")
+    return manifest
+
+
+def whole_manifest(folder, hashes):
+    """Return the manifest of pseudo labels, or None if they aren't whole."""
+    if not (folder / "index.csv").exists():
+        return None
+    manifest = read_description(folder / "manifest.json", hashes)
+    is_whole = manifest and not manifest["touched"] and "contaminated" in manifest
+    return manifest if is_whole else None
+
+
+def load_labels(args, test):
+    """Return the kept pseudo labels of a run: entries of TrainSamples, and the class ids of each.
+
+    args: of train.py.
+    """
+    folder = pseudo_folder(args.exp, args.round, args.fold)
+    rows, labels = read_index(folder), np.load(folder / "labels.npy", mmap_mode="r")
+    listed_ids = [row["image_id"] for row in rows]
+    if listed_ids != [str(i) for i in test.ids] or len(labels) != len(rows):
+        raise UserError(f"{folder}/index.csv lists other images than test.json; run make pseudo "
+                        "again")
+    entries, class_ids = [], []
+    for i, row in enumerate(rows):
+        if is_kept(row) and not test.faults[i]:
+            entries.append((test, i, labels[i]))
+            class_ids.append([int(class_id) for class_id in row["classes"].split()])
+    return entries, class_ids
+
+
+def write_coco(path, test_json, split, masks):
+    """Write masks as COCO JSON: pairs (position in `split`, uint8 [SUBMIT_SIZE, SUBMIT_SIZE]).
+
+    Each class in a photo becomes one object, an RLE of the photo's size; images and categories are
+    those of `test_json`.
+    """
+    import cv2
+    from pycocotools import mask as coco_mask
+    coco, objects = read_json(test_json), []
+    category_ids = sorted(category["id"] for category in coco["categories"])
+    for i, mask in masks:
+        height, width = split.sizes[i]
+        large = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+        for class_id in foreground_ids(large):
+            rle = coco_mask.encode(np.asfortranarray(large == class_id))
+            objects.append({
+                "id": len(objects) + 1, "image_id": split.ids[i],
+                "category_id": category_ids[class_id - 1],
+                "segmentation": rle | {"counts": rle["counts"].decode()}, "iscrowd": 1,
+                "area": int(coco_mask.area(rle)), "bbox": coco_mask.toBbox(rle).tolist()})
+    write_json(path, {"images": coco["images"], "categories": coco["categories"],
+                      "annotations": objects})
+
+
+# ---- what made it --------------------------------------------------------------------------------
+# An artefact is up to date when two things are the same as those that would make it now: its recipe
+# (settings, data, the artefacts that it was made from) and its code. `changes` compares them.
+#
+# The code of a step is a hash for every function, class and constant that decides its result.
+# code_of finds them by name: it begins at the functions in STEPS, looks up the top-level names that
+# their syntax trees mention, also those imported from other files of the project, then the names
+# that these mention, and so on. Example: with
+#
+#     SIDE = 8
+#     def square(x):
+#         return x * x
+#     def area():
+#         return square(SIDE)
+#     def unused():
+#         return 0
+#
+# and STEPS = {"measure": [("common", "area")]}, code_of("measure") is
+# {"SIDE": "5f0c...", "area": "91d2...", "square": "c07a..."}. An edit of square's formula changes
+# its hash, and the user is told "made by other code (square)". An edit of unused, of a comment or
+# of a docstring changes nothing.
+
+# what is made -> (module, function) where the code that decides it begins
+STEPS = {
+    "masks": [("common", "build_cache")],
+    "run": [("train", "train_run")],
+    "store": [("common", "load_data"), ("common", "EvalPhotos"), ("infer", "load_models"),
+              ("infer", "predict_split")],
+    "labels": [("pseudo_label", "make_labels")],
+    "submission": [("ensemble", "soft")],
+    "voted": [("ensemble", "hard")]}
+
+# These names show, keep and guard results and decide none. The search for code stops at the names
+# in a file's BESIDE, so an edit of them, or of what only they use, makes nothing stale.
+BESIDE = {
+    "DESCRIBED", "LABEL_FILES", "LINEAGE", "RUN_PLACE", "STORE_KEYS", "Hashes", "Help", "Parser",
+    "UserError", "accepted_code", "atomic_write", "cache_folder", "changes", "check_files",
+    "check_labels", "check_output", "check_place", "check_space", "check_unchanged", "claim_device",
+    "clean", "code_changes", "code_hashes", "code_of", "code_question", "code_state", "data_files",
+    "decide", "different_keys", "file_hash", "fingerprint", "folds_hash", "git_commit", "has_kinds",
+    "idle_gpu", "is_description", "is_run", "keep_code", "label_settings", "labels_code",
+    "labels_hash", "labels_recipe", "library_versions", "load_folds", "lock", "move_aside",
+    "move_mark", "name_fault", "named", "number", "overlay", "project_files", "provenance",
+    "raise_faults", "read_csv", "read_description", "read_folds", "read_json", "recipe_changes",
+    "run_code", "run_folder", "run_recipe", "run_script", "short_hash", "store_code", "store_id",
+    "store_recipe", "tune_process", "version_changes", "whole_manifest", "write_csv",
+    "write_description", "write_json", "write_page", "write_sheet"}
+DERIVED = ("mean", "std")  # keys of a recipe that follow from its other keys
+VERSIONS = ("torch", "timm", "segmentation-models-pytorch", "albumentations")  # only shown
+
+# the keys that provenance returns, in its order
+DESCRIBED = ("recipe", "code", "state", "commit", "versions", "kept_under")
+# what the JSON holds that describes an artefact, as write_description writes it
+DESCRIPTION_KINDS = {"recipe": dict, "code": dict, "state": str, "commit": str, "versions": dict,
+                     "kept_under": list, "files": dict}
+
+
+@cache
+def project_files():
+    """Return {name: content} of the Python files beside this one, as they were at the first call.
+
+    run_script calls it at once, so an edit made while a script runs is not taken for the code that
+    made its results.
+    """
+    return {path.name: path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))}
+
+
+def check_files():
+    """Raise UserError if a Python file of the project was edited since this process has read it.
+
+    That happens in a notebook, which lives on while its user edits.
+    """
+    for name, content in project_files().items():
+        path = Path(__file__).parent / name
+        if not path.exists() or path.read_bytes() != content:
+            raise UserError(f"{name} was edited since this process has read it: "
+                            "start the process anew")
+
+
+# ---- what made it: the code that a step can reach ------------------------------------------------
+
+
+@cache
+def code_of(step, **entries):
+    """Return {name: hash} of the code of a step of STEPS; the section's comment says how it works.
+
+    entries: {table: key} for tables such as LOSSES={"ce": ..., "iou": ...}, written as one dict.
+    code_of("run", LOSSES="ce") follows this one entry, under the name "LOSSES[ce]", and nothing of
+    the table if it lacks the key: so a new loss leaves the runs with other losses up to date.
+    """
+    to_visit, visited, digests = list(STEPS[step]), set(), defaultdict(list)
+    while to_visit:
+        module, name = place = to_visit.pop()
+        if name is None:  # the module is imported whole: all its names can be reached
+            to_visit += [(module, each) for each in definitions(module)]
+        if place in visited or name not in definitions(module) or name in names_beside(module):
+            continue
+        visited.add(place)
+        label, key = name or f"{module}.py", None
+        if name in entries and table_keys(module, name) is not None:
+            key = entries[name]
+            if key not in table_keys(module, name):
+                continue
+            label = f"{name}[{key}]"
+        digest, used = read_definition(module, name, key)
+        digests[label].append(digest)
+        # what the file does on import and takes by `from x import *` may decide too
+        to_visit += [*used, (module, ""), (module, "*")]
+    return {label: short_hash(*sorted(digests[label])) for label in sorted(digests)}
+
+
+@cache
+def definitions(module):
+    """Return {name: [syntax trees]} of the top-level statements that define or change each name.
+
+    Docstrings are left out, and what a script does under `if __name__ == "__main__"`. Statements
+    that define no name, such as a call, stand under "": importing the file runs them.
+    """
+    statements = defaultdict(list)
+    for statement in ast.parse(project_files()[f"{module}.py"]).body:
+        is_docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+        is_guard = isinstance(statement, ast.If) and "__name__" in ast.dump(statement.test)
+        if is_docstring or is_guard:
+            continue
+        remove_docstrings(statement)
+        for name in defined_names(statement):
+            statements[name].append(statement)
+    return statements
+
+
+def defined_names(statement):
+    """Return the names that a top-level statement defines or changes, [""] if there are none.
+
+    An import defines the names that it brings in, "*" in `from x import *`.
+    """
+    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+        return [statement.name]
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return [imported_name(alias) for alias in statement.names]
+    names = []
+    for target in getattr(statement, "targets", [getattr(statement, "target", statement)]):
+        changes_part = isinstance(target, (ast.Subscript, ast.Attribute))  # as in TABLE["c"] = 1
+        for node in ast.walk(target):
+            if isinstance(node, ast.Name) and (changes_part or isinstance(node.ctx, ast.Store)):
+                names.append(node.id)
+    return names or [""]
+
+
+def remove_docstrings(node):
+    """Remove the docstrings of a function or class, and of those defined in it, from its tree."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+        for part in node.body:
+            remove_docstrings(part)
+
+
+@cache
+def read_definition(module, name, key):
+    """Return (hash of what defines a name, [(module, name) that it uses of the project]).
+
+    With `key`, unless it is None, only that entry of a table counts. An import of another library
+    that the definition uses is part of its hash: `from math import floor as down` and `from math
+    import ceil as down` make different code.
+    """
+    texts, names_read, used = [], set(), {}
+    for node in definitions(module)[name]:
+        if key is not None:
+            node = table_entry(node, key)
+        text = ast.dump(node)
+        texts.append(text)
+        names_read |= names_in(text)
+        if "Import" in text:
+            used |= imports_inside(node)
+    for other in sorted(names_read & definitions(module).keys()):
+        for node in definitions(module)[other]:
+            if not isinstance(node, (ast.Import, ast.ImportFrom)):
+                used.setdefault(other, (module, other))
+            elif other in imports_of(node):
+                used[other] = imports_of(node)[other]
+            else:
+                alias = next(alias for alias in node.names if imported_name(alias) == other)
+                texts.append(f"{getattr(node, 'module', '')} {ast.dump(alias)}")
+    return short_hash(*texts), list(used.values())
+
+
+def names_in(text):
+    """Return the names that a dumped syntax tree reads.
+
+    A search of the text takes 5 ms for all files of the project, ast.walk 50 ms: make waits for it.
+    """
+    return set(re.findall(r"Name\(id='(\w+)', ctx=Load\(\)\)", text))
+
+
+def imports_inside(node):
+    """Return imports_of for all imports anywhere in a syntax tree, as in a function's body."""
+    places = {}
+    for part in ast.walk(node):
+        if isinstance(part, (ast.Import, ast.ImportFrom)):
+            places |= imports_of(part)
+    return places
+
+
+def imports_of(node):
+    """Return {name: (module, name there)} of what an import takes from the project's own files.
+
+    "name there" is None where the whole module is imported, as in `import x` and `from x import *`.
+    """
+    places = {}
+    for alias in node.names:
+        if isinstance(node, ast.ImportFrom):
+            place = (node.module, None if alias.name == "*" else alias.name)
+        else:
+            place = (alias.name, None)
+        if f"{place[0]}.py" in project_files():
+            places[alias.asname or alias.name] = place
+    return places
+
+
+def imported_name(alias):
+    """Return the name under which a part of an import statement is known: "os" for `os.path`."""
+    return alias.asname or alias.name.partition(".")[0]
+
+
+@cache
+def names_beside(module):
+    """Return the set BESIDE of a file of the project, where the search for code stops."""
+    statements = definitions(module).get("BESIDE")
+    return ast.literal_eval(statements[0].value) if statements else set()
+
+
+def table_keys(module, name):
+    """Return the keys of a table; None if it isn't a single dict written out: it counts whole."""
+    first, *others = definitions(module)[name]
+    table = getattr(first, "value", None)
+    if others or not isinstance(table, ast.Dict):
+        return None
+    if not all(isinstance(key, ast.Constant) for key in table.keys):
+        return None
+    return [key.value for key in table.keys]
+
+
+def table_entry(statement, key):
+    """Return the syntax tree of an entry of the table that a statement assigns; see table_keys."""
+    pairs = zip(statement.value.keys, statement.value.values, strict=True)
+    return {node.value: entry for node, entry in pairs}[key]
+
+
+# ---- what made it: the project's state, kept beside the results ----------------------------------
+
+
+def code_state():
+    """Return a hash of the project's Python files with all their content."""
+    return short_hash(*(f"{name} {content!r}" for name, content in project_files().items()))
+
+
+def keep_code(exp):
+    """Copy the project's Python files to EXP/code/STATE/, once for each state of them."""
+    folder = Path(exp) / "code" / code_state()
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="."))
+    for name, content in project_files().items():
+        (scratch / name).write_bytes(content)
+    scratch.chmod(0o755)
+    try:
+        scratch.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(scratch)
+
+
+@cache
+def git_commit():
+    """Return the commit of the project's folder, "" without git.
+
+    A "+" behind it says that the Python files differ from that commit.
+    """
+    def git(*arguments):
+        folder = Path(__file__).parent
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+        return done.stdout.strip()
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changed = git("--no-optional-locks", "status", "--porcelain", "--", ":(glob)*.py")
+    except OSError:  # git isn't installed
+        return ""
+    return f"{commit}+" if commit and changed else commit
+
+
+def library_versions():
+    """Return {package: version} of the packages in VERSIONS, "" for one that isn't installed."""
+    from importlib.metadata import PackageNotFoundError, version
+    versions = dict.fromkeys(VERSIONS, "")
+    for package in VERSIONS:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+# ---- what made it: recipes and code of each kind of artefact -------------------------------------
+
+
+def run_recipe(args, data, folds, hashes, pseudo=None, labels=None, contaminated=False):
+    """Return everything but code that decides the result of a run, as plain values.
+
+    A run made with other values is another run. data: fingerprint of the training photos; folds:
+    folds_hash; hashes: a Hashes; pseudo, labels, contaminated: what check_labels says of the pseudo
+    labels that the run learns from, if it learns from any.
+    """
+    recipe = {name: getattr(args, name) for name in args.decides}
+    recipe |= {"data": data, "folds_csv": folds}
+    if args.weights not in ("imagenet", "none"):
+        recipe["weights"] = hashes(args.weights)  # the content of the file counts, not its name
+    if args.round and not args.overfit:
+        return recipe | {"pseudo": pseudo, "labels": labels, "contaminated": contaminated}
+    for name in ("pseudo_ratio", "labelled_only"):  # they decide nothing without pseudo labels
+        recipe.pop(name, None)
+    return recipe | {"contaminated": False}
+
+
+def run_code(recipe):
+    """Return code_of a run, with only those entries of the tables that its recipe uses."""
+    return code_of("run", DECODERS=recipe["model"].partition("/")[0], LOSSES=recipe["loss"],
+                   AUGMENTATIONS=recipe["augment"], SCHEDULES=recipe["schedule"],
+                   OPTIMIZERS=recipe["optimizer"], BATCH_HOOKS=recipe["batch_hook"])
+
+
+def store_recipe(args, split, checkpoints, data):
+    """Return everything but code that decides a store, as plain values.
+
+    args: of infer.py; checkpoints: the hashes of their files; data: fingerprint of the split.
+    """
+    settings = {name: getattr(args, name) for name in args.decides}
+    return settings | {"split": split, "checkpoints": checkpoints, "data": data}
+
+
+def store_code(model, tta):
+    """Return code_of a store, with only those entries of the tables that it uses.
+
+    tta: of tta_name, which begins with a key of TTA or a list of views.
+    """
+    return code_of("store", DECODERS=model.partition("/")[0], TTA=tta.partition(" ")[0])
+
+
+def labels_recipe(args, data, folds, paint, makers):
+    """Return everything but code that decides pseudo labels, as plain values.
+
+    data: fingerprint of the test photos; folds: folds_hash; makers: the store_id of each store.
+    """
+    settings = {name: getattr(args, name) for name in args.decides}
+    return settings | {"paint": paint, "data": data, "folds_csv": folds, "makers": sorted(makers)}
+
+
+def labels_code(makers, rule):
+    """Return code_of pseudo labels and of the stores that they are made from, which may be gone.
+
+    makers: the (model, tta) of each store; rule: the entry of RULES that is used.
+    """
+    code = {}
+    for model, tta in makers:
+        code |= store_code(model, tta)
+    return dict(sorted((code | code_of("labels", RULES=rule)).items()))
+
+
+# ---- what made it: the description of an artefact ------------------------------------------------
+
+
+def provenance(recipe, code):
+    """Return what every artefact says of what made it, as plain values under the keys DESCRIBED.
+
+    recipe: settings, data and parents; code: of code_of; state: names the copy of all code, which
+    whoever makes the artefact keeps by keep_code; kept_under: code, state, commit and versions that
+    would have made it otherwise when the user said to keep it, the last one at the end.
+    """
+    return {"recipe": recipe, "code": code, "state": code_state(), "commit": git_commit(),
+            "versions": library_versions(), "kept_under": []}
+
+
+def has_kinds(value, kinds):
+    """Return whether `value`, of a parsed JSON, is a dict with such values; kinds: {key: type}."""
+    return isinstance(value, dict) and all(isinstance(value.get(key), kinds[key]) for key in kinds)
+
+
+def is_description(value):
+    """Return whether a parsed JSON holds what provenance returns, and the hashes of its files."""
+    return has_kinds(value, DESCRIPTION_KINDS)
+
+
+def read_description(path, hashes):
+    """Return the JSON that describes an artefact, with "files" and "touched" as they are now.
+
+    "files" gets the hashes of the files that are there, "touched" the names of those that are not
+    the ones described, as after an edit by hand. Returns None if the JSON or a file that it names
+    is missing, or if an older version of the project wrote it.
+    """
+    try:
+        description = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not is_description(description):
+        return None
+    files = {name: hashes(path.parent / name) for name in description["files"]}
+    if not all(files.values()):
+        return None
+    touched = different_keys(files, description["files"])
+    return description | {"files": files, "touched": touched}
+
+
+def write_description(path, description, **more):
+    """Write the JSON that describes an artefact: the keys DESCRIBED of `description`, and `more`.
+
+    `more` has the hashes of the artefact's files as "files". The mark of move_aside is removed.
+    """
+    write_json(path, {key: description[key] for key in DESCRIBED} | more)
+    move_mark(path).unlink(missing_ok=True)
+
+
+# ---- what made it: is it up to date? -------------------------------------------------------------
+
+
+def changes(description, recipe, code):
+    """Return (recipe changes, code changes) from what made an artefact to what would make it now.
+
+    The artefact is up to date if both lists are empty. The first has lines such as "lr 0.001 ->
+    0.002", the second names such as "square". If the recipe has changed the second is empty: the
+    artefact is then made anew whatever its code is, so the code is no question to the user.
+    """
+    recipe_lines = recipe_changes(description, recipe)
+    return recipe_lines, [] if recipe_lines else code_changes(description, code)
+
+
+def recipe_changes(description, recipe):
+    """Return a line such as "lr 0.001 -> 0.002" for each value that differs from `recipe`."""
+    old, lines = description["recipe"], []
+    for key in different_keys(old, recipe):
+        if key not in DERIVED:
+            before, after = (shorten(str(values.get(key)), 60) for values in (old, recipe))
+            lines.append(f"{key} {before} -> {after}")
+    return lines
+
+
+def code_changes(description, code):
+    """Return the names whose code in `code`, of code_of, is not what an artefact counts as.
+
+    Files of the artefact that were touched by hand are among them.
+    """
+    touched = [f"{name} touched by hand" for name in description.get("touched", ())]
+    if description["code"] == code:  # also when later edits were taken back
+        return touched
+    return touched + sorted(different_keys(accepted_code(description), code))
+
+
+def version_changes(description, versions):
+    """Return a line such as "torch 2.11.0 -> 2.14.1" for each library that has another version.
+
+    Versions are shown only: other versions make nothing stale.
+    """
+    old = description["versions"]
+    return [f"{name} {old.get(name)} -> {version}" for name, version in versions.items()
+            if old.get(name) != version]
+
+
+def accepted_code(description):
+    """Return the code that an artefact counts as, {name: hash}.
+
+    That is the code which made it or, if the user has kept it since, the code at that time.
+    """
+    states = [description, *description["kept_under"]]
+    return states[-1]["code"]
+
+
+def code_hashes(description):
+    """Return the sorted hashes of the code that made an artefact and of all it was kept under."""
+    states = [description, *description["kept_under"]]
+    return sorted({short_hash(state["code"]) for state in states})
+
+
+def different_keys(old, new):
+    """Return the keys that only one of two dicts has, or that have different values in them."""
+    missing = object()
+    return [key for key in old | new if old.get(key, missing) != new.get(key, missing)]
+
+
+def code_question(what, names, new="--code new", keep="--code keep", exp="--exp"):
+    """Return the line that asks the user what to do with artefacts that other code has made."""
+    listed = ", ".join(names[:6])
+    if len(names) > 6:
+        listed += f" and {len(names) - 6} more"
+    return (f"{what} made by other code ({listed}): {new} makes anew, {keep} keeps what is there, "
+            f"another {exp} keeps both")
+
+
+def decide(path, description, wanted, code=None, replace=True):
+    """Return what is to be done with the artefact `path`: "done", "kept" or "make".
+
+    description: of what is there, as read_description returns it; wanted: provenance of what would
+    be made now. code: the user's answer where only the code differs or a file was touched by hand:
+    "new", "keep" or None. After "kept" the caller writes the description again, which has got the
+    code that it is kept under. Raises UserError if the user has to answer, or if the recipe differs
+    and `replace` is False.
+    """
+    recipe_lines, names = changes(description, wanted["recipe"], wanted["code"])
+    if recipe_lines and not replace:
+        raise UserError(f"{path} was made with another recipe: {', '.join(recipe_lines)}; pass "
+                        "--replace to replace it")
+    if recipe_lines:
+        print(f"{path} is replaced: {', '.join(recipe_lines)}", flush=True)
+        return "make"
+    if names and code is None:
+        raise UserError(code_question(f"{path} was", names))
+    if names and code == "new":
+        print(f"{path} is replaced: other code, {', '.join(names)}", flush=True)
+        return "make"
+    if other := version_changes(description, wanted["versions"]):
+        print(f"note: {path} was made with other versions: {', '.join(other)}", flush=True)
+    if not names:
+        return "done"
+    kept = {key: wanted[key] for key in ("code", "state", "commit", "versions")}
+    description["kept_under"].append(kept)
+    print(f"{path} is kept, though other code made it: {', '.join(names)}", flush=True)
+    return "kept"
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_write(path):
+    """Yield a scratch path beside `path`; when the block succeeds, flush and rename it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        yield scratch
+        with open(scratch, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(scratch, path)
+    except OSError as e:
+        if e.strerror:
+            e.filename = e.filename or str(path)  # the error of a full disk names no file
+        raise
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write plain values as JSON, atomically; NaN and infinity raise ValueError."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    with atomic_write(path) as scratch:
+        scratch.write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_json(path):
+    """Return the parsed file.
+
+    Raises UserError if the file is missing, no JSON or too large for the memory.
+    """
+    try:
+        size = os.path.getsize(path)
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if size * 40 > memory:  # the parsed values take up to 35 times as much as the text
+            raise UserError(f"{path}: {size} bytes of JSON are too many for {memory} bytes of "
+                            "memory")
+        return json.loads(Path(path).read_bytes())
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    except (ValueError, RecursionError, MemoryError) as e:
+        raise UserError(f"{path}: not JSON: {str(e) or 'out of memory'}") from None
+
+
+def write_csv(path, rows):
+    """Write a non-empty list of dicts with the same keys as a CSV, atomically."""
+    with atomic_write(path) as scratch, open(scratch, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path, columns):
+    """Return the rows of a CSV as dicts of strings, "" for a cell that is missing.
+
+    Raises UserError if the file is missing, no CSV or without one of `columns`.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f, restval="")
+            rows, names = list(reader), reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path}: {e}") from None
+    missing = [column for column in columns if column not in names]
+    if missing:
+        raise UserError(f"{path}: no column {', '.join(missing)} in its first line")
+    return rows
+
+
+def write_npy_header(f, shape):
+    """Write the header of a .npy of uint8 to an open file.
+
+    The array's bytes follow in order, so a full disk is an error and not, as with a memmap, a
+    signal that kills the process.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(f, header)
+
+
+def save_checkpoint(path, previous=None, **state):
+    """Write tensors and plain values to `path`.
+
+    The file that was there is renamed to `previous`, if that is given.
+    """
+    import torch
+    with atomic_write(path) as scratch:
+        try:
+            torch.save(state, scratch)
+        except RuntimeError as e:  # torch's own for a write that failed
+            reason = str(e).splitlines()[0]
+            text = f"can't be written, is the disk full? ({reason})"
+            raise OSError(None, text, str(path)) from None
+        if previous and path.exists():
+            os.replace(path, previous)
+
+
+def load_checkpoint(path):
+    """Return the dict that save_checkpoint wrote, with its tensors on the CPU.
+
+    No code in the file is run. Raises UserError if the file is missing, damaged or no checkpoint.
+    """
+    import torch
+    try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"the checksum of {part} in it is wrong")  # torch checks none
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as e:  # torch raises many types on a damaged or foreign file
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        text = f"{path}: not a checkpoint that can be loaded safely: {reason}"
+        raise UserError(text) from None
+
+
+def short_hash(*values):
+    """Return the first 16 hex digits of the SHA-256 of plain values, written as JSON."""
+    text = json.dumps(values, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path):
+    """Return the first 16 hex digits of the file's SHA-256."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+class Hashes:
+    """Content hashes of files, remembered in CACHE/hashes.txt.
+
+    A hash counts as long as the file's device, inode, size and both times are the same. The time of
+    the last change alone is no proof: a copied file can bring any, but not any ctime and inode.
+    """
+
+    def __init__(self, cache):
+        self.path, self.known, self.new = Path(cache) / "hashes.txt", {}, []
+        if not self.path.exists():
+            return
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            digest, _, key = line.partition(" ")
+            if re.fullmatch("[0-9a-f]{16}", digest):  # a kill may have cut a line short
+                self.known[key] = digest  # of several lines for a file the last one counts
+
+    @staticmethod
+    def key(path):
+        """Return what must stay the same of a file, as text; raises OSError if it is no file."""
+        s = os.stat(path)
+        if not stat.S_ISREG(s.st_mode):
+            raise OSError(f"{path} is no file")  # a pipe would be waited for
+        return f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {str(path)!a}"
+
+    def remember(self, key, digest):
+        """Take a hash for a key; `save` writes it."""
+        self.known[key] = digest
+        self.new.append(f"{digest} {key}\n")
+
+    def __call__(self, path):
+        """Return the file's hash as file_hash does, "" if it is not there or can't be read."""
+        try:
+            key = self.key(path)
+            if key not in self.known:
+                self.remember(key, file_hash(path))
+            return self.known[key]
+        except (OSError, ValueError):  # ValueError: a name with a zero byte
+            return ""
+
+    def remembered(self, path):
+        """Return the file's hash if the file need not be read for it, else None."""
+        with suppress(OSError, ValueError):
+            return self.known.get(self.key(path))
+
+    def of_all(self, paths):
+        """Return the hashes of many files; several threads read those that aren't remembered."""
+        hashes = [self.remembered(path) for path in paths]
+        unknown = [i for i, digest in enumerate(hashes) if digest is None]
+        if unknown:
+            with ThreadPoolExecutor(8) as pool:
+                digests = pool.map(self, [paths[i] for i in unknown])
+                for i, digest in zip(unknown, digests, strict=True):
+                    hashes[i] = digest
+        return hashes
+
+    def save(self):
+        """Append the new hashes to the file; several processes may do so at once.
+
+        A cache that can't be written is no error.
+        """
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.new:
+                with open(self.path, "a", encoding="utf-8") as f:
+                    f.write("\n" + "".join(self.new))  # the line before may have been cut short
+            self.new = []
+
+
+@contextmanager
+def lock(folder, wait=False, name=".lock"):
+    """Hold a lock on `folder` or, with name=".FILE.lock", on that file in it.
+
+    When the process dies the kernel releases the lock. If another process holds it, this one waits
+    if `wait` is True, else UserError names the holder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / name, "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            holder = f.read().strip() or "another process"
+            held = folder / name.removesuffix(".lock").lstrip(".")
+            raise UserError(f"{held} is in use by {holder}: wait for it or stop it") from None
+        f.truncate(0)
+        f.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        f.flush()
+        # else the loader processes of a killed run would keep the lock for seconds
+        os.register_at_fork(after_in_child=f.close)
+        yield
+
+
+def check_output(data, *outputs, inputs=()):
+    """Raise UserError if an output is also an input or another output, or lies in `data`.
+
+    Nothing is ever written to that folder.
+    """
+    root = os.path.realpath(data)
+    taken = {os.path.realpath(path): f"{path}, which is read" for path in inputs}
+    for path in outputs:
+        real = os.path.realpath(path)
+        if real in taken:
+            raise UserError(f"{path} would be written over {taken[real]}: choose another name")
+        taken[real] = f"{path}, which is written too"
+        if Path(real).is_relative_to(root):
+            raise UserError(f"{path} lies in DATA, {data}, where nothing is ever written: "
+                            "choose another place")
+
+
+def check_space(folder, needed):
+    """Raise UserError if fewer than `needed` bytes are free in `folder`."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{folder}: {needed:,} bytes are needed there, {free:,} are free")
+
+
+def move_aside(folder, names):
+    """Move the files `names` of `folder` to folder/replaced before they are replaced.
+
+    The first name is that of the JSON that describes the others. What was in replaced/ before is
+    removed, but not if a process was killed between this call and write_description: then a mark is
+    there, and the files that were moved already stay. A line says what is moved.
+    """
+    aside, mark = folder / "replaced", move_mark(folder / names[0])
+    if not mark.exists():
+        if not any((folder / name).exists() for name in names):
+            return
+        aside.mkdir(exist_ok=True)
+        for name in names:
+            (aside / name).unlink(missing_ok=True)
+        mark.touch()
+    moved = []
+    for name in names:
+        if (folder / name).exists() and not (aside / name).exists():
+            os.replace(folder / name, aside / name)
+            moved.append(name)
+    if moved:
+        print(f"{aside}: {', '.join(moved)} of before", flush=True)
+
+
+def move_mark(path):
+    """Return the file that stands from move_aside until the JSON `path` is written anew."""
+    return path.parent / "replaced" / f".{path.name}.moving"
+
+
+# ---- processes and devices -----------------------------------------------------------------------
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help that shows the docstring as it stands and every default."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes no abbreviations and whose errors are one line."""
+
+    def __init__(self, **options):
+        super().__init__(**{"allow_abbrev": False, "formatter_class": Help} | options)
+
+    def error(self, message):
+        """End the process with exit code 2 and one line, without the usage."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, low, high=math.inf, step=None):
+    """Return an argparse type: a `kind`, int or float, from `low` to `high`, in steps of `step`.
+
+    NaN and infinity are refused.
+    """
+    steps = f" in steps of {step}" if step else ""
+
+    def parse(text):
+        value = kind(text)
+        in_range = low <= value <= min(high, sys.float_info.max)  # False for NaN
+        if not in_range or step and value % step:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}{steps}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def run_script(main, args):
+    """Run main(args) and turn what stops it into a line on stderr and an exit code.
+
+    A UserError, a file that can't be used, a lost loader process, Ctrl-C and SIGTERM end in a line;
+    anything else is a bug and keeps its traceback. SIGTERM ends main as Ctrl-C does, by a
+    KeyboardInterrupt. The process is tuned first, so torch must not be imported yet.
+    """
+    tune_process()
+    project_files()  # read now: what is edited later has no part in the results
+    rank, n_ranks = ranks()
+    if n_ranks > 1:
+        # a rank has a session of its own: a signal that kills torchrun's group doesn't reach it
+        kill_me_with_parent = 1  # PR_SET_PDEATHSIG in prctl.h
+        ctypes.CDLL(None).prctl(kill_me_with_parent, signal.SIGKILL)
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open for as long as the process lives
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        main(args)
+    except (KeyboardInterrupt, Exception) as error:
+        terminated = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        line, code = stop_reason(error, terminated)
+        if line is None:
+            raise
+        is_interrupted = code in (130, 143)
+        if rank == 0 or not is_interrupted:  # all ranks are interrupted: one line is enough
+            print(line, file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+def interrupt(signal_number, _):
+    """Handle a signal as Ctrl-C is handled, and ignore it from now on.
+
+    A second one would stop the cleaning up. run_script knows by this that the first one came.
+    """
+    signal.signal(signal_number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def stop_reason(error, terminated):
+    """Return (line, exit code) for an exception that ended a script; (None, 1) for a bug.
+
+    terminated: whether SIGTERM came before, so that a loader or another rank may have ended first
+    and `error` is only what follows from it.
+    """
+    text = own_text(error)
+    if isinstance(error, UserError):
+        return text, error.code
+    if terminated or isinstance(error, KeyboardInterrupt):
+        line = f"{first_line(text) or 'interrupted'}; the same command carries on"
+        return line, 143 if terminated else 130
+    # torch notices a dead loader process, or by chance first that its end of a pipe is gone
+    if text.startswith("DataLoader worker") or isinstance(error, ConnectionResetError):
+        return (f"a loader process died: {first_line(text) or 'interrupted'}; too little memory? "
+                "Lower --workers; the same command carries on"), 1
+    if not isinstance(error, OSError):
+        return None, 1
+    if error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}", 1
+    return text, 1
+
+
+def own_text(error):
+    """Return the text of an exception; of one that a loader process raised without its traceback.
+
+    torch hands such an exception on with the traceback as its text, whose last line is
+    "OSError: photo.jpg is missing".
+    """
+    text = str(error).strip()
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        return text.splitlines()[-1].partition(": ")[2]
+    return text
+
+
+def first_line(text):
+    """Return the first line of a text, "" if it is empty."""
+    return text.partition("\n")[0]
+
+
+def tune_process():
+    """Set what costs nothing and saves time in this process; call it before torch is imported.
+
+    Waiting OpenMP threads sleep: two jobs on the same cores otherwise slow each other down 8 times.
+    glibc keeps large blocks instead of handing them back to the kernel after every step: 1.3 to 1.5
+    times as many images a second on a CPU.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # OpenCV's own threads, one a core, don't know of OMP_NUM_THREADS
+    os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network on import
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # names in malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2 ** 31 - 1)
+        mallopt(top_pad, 2 ** 26)
+
+
+@contextmanager
+def without_main():
+    """Hide the main module while worker processes start.
+
+    Each of them imports it: a script without a guard would begin anew in all of them, and that of a
+    notebook or a shell can't be imported.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def ranks():
+    """Return (rank of this process, number of processes) under torchrun, (0, 1) without it.
+
+    Only rank 0 is to print and write.
+    """
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@cache  # a second claim of the same process would wait for the first
+def claim_device(name="auto"):
+    """Return the torch device of this process; "auto" is an idle GPU, or the CPU without GPUs.
+
+    The GPU is held until the process ends. Under torchrun each process gets a GPU of its own, or
+    the CPU, and waits for the others to join. Raises UserError if there is no such device.
+    """
+    import torch
+    use_cuda, n_ranks = torch.cuda.is_available() and name != "cpu", ranks()[1]
+    if use_cuda and n_ranks == 1 and name == "auto":
+        return idle_gpu()
+    if use_cuda and n_ranks > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif name == "auto":
+        name = "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    if n_ranks > 1:
+        if use_cuda:
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if use_cuda else "gloo")
+    return device
+
+
+def idle_gpu():
+    """Return the first GPU that no other process of this user holds, and hold it.
+
+    Waits until there is one. It is released when the process ends.
+    """
+    import torch
+    waiting = False
+    while True:
+        for index in range(torch.cuda.device_count()):
+            uuid = torch.cuda.get_device_properties(index).uuid
+            # kept as an attribute: a lock that nothing refers to is released
+            idle_gpu.lock = lock(Path(tempfile.gettempdir()) / f"gpu-{uuid}-{os.getuid()}")
+            try:
+                idle_gpu.lock.__enter__()  # without an exit: held until the process ends
+            except UserError:
+                continue
+            torch.cuda.set_device(index)
+            return torch.device("cuda", index)
+        if not waiting:
+            print("all GPUs are taken: waiting for one", flush=True)
+        waiting = True
+        time.sleep(5)
+
+
+def amp(device):
+    """Return a context for the forward pass: mixed precision on a GPU, nothing on a CPU.
+
+    A GPU that computes in bfloat16 (Ampere and later) uses it, as it needs no loss scaling; an
+    older one uses float16. On a CPU mixed precision would be slower.
+    """
+    import torch
+    use_cuda = device.type == "cuda"
+    is_old = use_cuda and torch.cuda.get_device_capability(device)[0] < 8
+    dtype = torch.float16 if is_old else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=use_cuda)
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours for the colour-blind, three of Tol's, white. Class 1 has the first;
+# after the last they begin again
+PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
+           (213, 94, 0), (204, 121, 167), (136, 34, 85), (51, 34, 136), (187, 187, 187),
+           (255, 255, 255))
+# uint8 [256, 3]: the RGB colour of each class id; black is background, magenta IGNORE_INDEX
+COLOURS = np.array([(0, 0, 0), *(PALETTE[i % len(PALETTE)] for i in range(254)), (255, 0, 255)],
+                   np.uint8)
 
 
 def overlay(image, mask=None, strength=0.6):
-    """uint8 [S, S, 3] with S = SUBMIT_SIZE: the photo, greyed under the colours of a mask uint8 [H, W]."""
+    """Return a photo at the submission's size, grey under the colours of a mask's foreground.
+
+    image: uint8 [H, W, 3]; mask: uint8 [H, W], which may be of another size; the result: uint8
+    [SUBMIT_SIZE, SUBMIT_SIZE, 3]. Without a mask the photo keeps its colours.
+    """
     import cv2
-    photo = cv2.resize(image, (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_AREA)
+    size = (SUBMIT_SIZE, SUBMIT_SIZE)
+    photo = cv2.resize(as_photo(image), size, interpolation=cv2.INTER_AREA)
     if mask is None:
         return photo
-    mask = cv2.resize(mask, (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_NEAREST_EXACT)
+    if mask.ndim != 2 or mask.dtype.kind not in "iu" or not mask.size:
+        raise UserError(f"a mask must be class ids [H, W], not {mask.dtype} {list(mask.shape)}")
+    if not 0 <= mask.min() <= mask.max() < len(COLOURS):
+        raise UserError(f"a mask must hold class ids of 0 to 255, not {mask.min()} to {mask.max()}")
+    mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT)
     grey = photo.astype(np.float32).mean(2, keepdims=True)
     mixed = grey * (1 - strength) + COLOURS[mask] * strength
     return np.where((mask > 0)[..., None], mixed, photo).astype(np.uint8)
 
 
 def foreground_ids(mask):
-    """Class ids in a mask, in order, without background and IGNORE_INDEX."""
-    return [c for c in np.unique(mask).tolist() if 0 < c < IGNORE_INDEX]
+    """Return the class ids in a mask in order, without background and IGNORE_INDEX."""
+    return [class_id for class_id in np.unique(mask).tolist() if 0 < class_id < IGNORE_INDEX]
 
 
 def named(mask, classes):
-    """"Paper, Metal": the foreground in a mask."""
-    return ", ".join(classes[c] for c in foreground_ids(mask)) or "nothing"
+    """Return the names of the foreground classes in a mask, as "Paper, Metal", or "nothing"."""
+    return ", ".join(classes[class_id] for class_id in foreground_ids(mask)) or "nothing"
 
 
 def write_sheet(path, rows, legend, across=1):
-    """Write a PNG of lists of (caption, uint8 RGB tile of one size), `across` in a row, over {class id: text}."""
+    """Write a PNG of rows of captioned pictures, with a legend of colours below.
+
+    rows: lists of (caption, uint8 RGB picture), all of one size; `across` of them stand side by
+    side. legend: {class id: text}.
+    """
     from PIL import Image, ImageDraw, ImageFont
-    rows = [sum(rows[i:i + across], []) for i in range(0, len(rows), across)]
-    font, line = ImageFont.load_default(13), 18
+    lines = [sum(rows[start:start + across], []) for start in range(0, len(rows), across)]
+    font, text_height = ImageFont.load_default(13), 18
     height, width = rows[0][0][1].shape[:2]
-    sheet = Image.new("RGB", (width * max(map(len, rows)), (height + line) * len(rows) + line * len(legend)), "white")
+    legend_top = (text_height + height) * len(lines)
+    size = (width * max(map(len, lines)), legend_top + text_height * len(legend))
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for r, row in enumerate(rows):
-        for c, (caption, tile) in enumerate(row):
-            sheet.paste(Image.fromarray(tile), (c * width, r * (height + line) + line))
-            draw.text((c * width + 3, r * (height + line) + 1), caption[:width // 7], "black", font)
+    for line_number, line in enumerate(lines):
+        top = line_number * (text_height + height)
+        for column, (caption, picture) in enumerate(line):
+            sheet.paste(Image.fromarray(picture), (column * width, top + text_height))
+            draw.text((column * width + 3, top + 1), caption[:width // 7], "black", font)
     for i, (class_id, text) in enumerate(legend.items()):
-        top = (height + line) * len(rows) + i * line
-        draw.rectangle((4, top + 3, 30, top + line - 3), tuple(COLOURS[class_id].tolist()), "black")
+        top, colour = legend_top + i * text_height, tuple(COLOURS[class_id].tolist())
+        draw.rectangle((4, top + 3, 30, top + text_height - 3), colour, "black")
         draw.text((36, top + 1), text, "black", font)
     with atomic_write(path) as scratch:
         sheet.save(scratch, format="png")
 
 
-# ---- pages ----------------------------------------------------------------------------------------------------------
+# ---- pages ---------------------------------------------------------------------------------------
 
 
-def data_url(kind, raw):
-    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+def data_url(kind, content):
+    """Return the bytes of a picture as a URL that holds them; kind: "png" or "jpeg"."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def tile_url(tile):
-    """A JPEG of an RGB picture uint8 [H, W, 3]."""
+    """Return a small RGB picture, uint8 [H, W, 3], as the URL of a JPEG."""
     import cv2
-    return data_url("jpeg", cv2.imencode(".jpg", tile[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, 85))[1])
+    _, content = cv2.imencode(".jpg", tile[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, 85))
+    return data_url("jpeg", content)
 
 
 def figure_urls(plot, height):
-    """What plot(axes) draws, `height` inches high, as a PNG for light and one for dark screens."""
+    """Return what plot(axes) draws, `height` inches high, as two URLs of a PNG.
+
+    The first is for light screens, the second for dark ones.
+    """
     from matplotlib import style
     from matplotlib.figure import Figure
+    options = {"text.parse_math": False, "font.size": 10}  # a $ in a name begins no formula
     urls = []
     for look in ("default", "dark_background"):
-        with style.context([look, {"text.parse_math": False, "font.size": 10}]), io.BytesIO() as f:  # a name isn't math
+        with style.context([look, options]), io.BytesIO() as f:
             figure = Figure((5.5, height), layout="constrained")
             plot(figure.subplots())
             figure.savefig(f, format="png", dpi=150, transparent=True)
@@ -1789,16 +3029,19 @@ def figure_urls(plot, height):
 
 
 def draw_bars(axes, classes, series, **labels):
-    """Draw series {label: values by class id}, the first as bars, the others as marks.
+    """Draw series of values by class: the first as bars, the others as marks.
 
-    classes: {id: name} of those to show.
+    classes: {id: name} of those to show; series: {label: values}, each by class id; labels: of the
+    axes, as for their `set`.
     """
-    ids, rows = list(classes), range(len(classes))
-    (bars, values), *others = series.items()
-    axes.barh(rows, np.array(values)[ids], color=COLOURS[ids] / 255, edgecolor="grey")
-    axes.barh(0, np.nan, color="grey", label=bars)  # for the legend
+    class_ids, rows = list(classes), range(len(classes))
+    (bar_label, bar_values), *others = series.items()
+    colours = COLOURS[class_ids] / 255
+    axes.barh(rows, np.array(bar_values)[class_ids], color=colours, edgecolor="grey")
+    axes.barh(0, np.nan, color="grey", label=bar_label)  # for the legend: bars have many colours
     for (label, values), mark in zip(others, cycle("oD^sv<>pPX"), strict=False):
-        axes.plot(np.array(values)[ids], rows, mark, color="black", mfc="white", ms=5, label=label)
+        axes.plot(np.array(values)[class_ids], rows, mark, color="black", mfc="white", ms=5,
+                  label=label)
     axes.set_yticks(rows, [name[:22] for name in classes.values()])
     axes.invert_yaxis()
     axes.set(**labels)
@@ -1807,11 +3050,15 @@ def draw_bars(axes, classes, series, **labels):
 
 
 def draw_heat(axes, values, rows, columns, **labels):
-    """Shares [R, C] as colours and, while there is room, in percent; NaN stays empty."""
+    """Draw shares [R, C] as colours and, if there are at most 500, in percent; NaN stays empty.
+
+    rows, columns: their names; labels: of the axes, as for their `set`.
+    """
     axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
-        if values.size <= 500 and value == value:
-            axes.text(x, y, f"{100 * value:.0f}", color="black" if value > 0.6 else "white", ha="center", va="center")
+        if values.size <= 500 and not np.isnan(value):
+            colour = "black" if value > 0.6 else "white"
+            axes.text(x, y, f"{100 * value:.0f}", color=colour, ha="center", va="center")
     axes.set_yticks(range(len(rows)), [name[:22] for name in rows])
     axes.set_xticks(range(len(columns)), [name[:22] for name in columns], rotation=90)
     axes.set(**labels)
@@ -1819,16 +3066,24 @@ def draw_heat(axes, values, rows, columns, **labels):
 
 def write_page(path, title, sections, classes, warning=""):
     """Write a web page that needs no other file; report.html.jinja says what is in a section."""
-    from importlib.metadata import distributions
-
     from jinja2 import Environment, FileSystemLoader
-    here = Path(__file__).resolve().parent
-    pages = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    installed = {package.name.lower().replace("_", "-"): package.version for package in distributions()}
-    wanted = re.findall("^[^=#\n]+", (here / "requirements.txt").read_text(), re.M)
-    versions = [f"{name} {installed[name]}" for name in wanted if name in installed]
+    folder = Path(__file__).resolve().parent
+    pages = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True,
+                        lstrip_blocks=True)
     text = pages.get_template("report.html.jinja").render(
-        title=title, sections=sections, warning=warning, command=" ".join(sys.argv), date=time.strftime("%F %T %z"),
-        versions=[f"Python {platform.python_version()}", *versions], colours=COLOURS.tolist(), classes=classes)
+        title=title, sections=sections, classes=classes, warning=warning, colours=COLOURS.tolist(),
+        command=" ".join(sys.argv), date=time.strftime("%F %T %z"),
+        versions=[f"Python {platform.python_version()}", *required_versions()])
     with atomic_write(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
+
+
+def required_versions():
+    """Return "torch 2.14.1" for each package of requirements.txt that is installed."""
+    from importlib.metadata import distributions
+    installed = {}
+    for package in distributions():
+        installed[package.name.lower().replace("_", "-")] = package.version
+    requirements = Path(__file__).resolve().with_name("requirements.txt").read_text()
+    names = re.findall("^[^=#\n]+", requirements, re.M)
+    return [f"{name} {installed[name]}" for name in names if name in installed]

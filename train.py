@@ -1,18 +1,27 @@
 """Train one model on one fold at one scale.
 
-    python train.py --data DATA --exp out/main --model fpn/tu-tf_efficientnet_lite0 --scale 512 --fold 0
+    python train.py --data DATA --exp out/main --scale 512 --fold 0
 
-Writes EXP/rROUND/MODEL/sSCALE/fFOLD/: batch.png (the first batch), log.csv, curves.png, last.pt after every epoch and,
-when training is done, valid.png (the worst, median and best images), model.pt and, last, config.json, which says what
-made it. The same line again resumes after an interruption and does nothing when the run is done. When an edited script
-would make it otherwise, --code says what is to happen. --snapshots K also keeps K epoch-*.pt.
+Writes EXP/rROUND/MODEL/sSCALE/fFOLD/: batch.png (the first batch), log.csv, curves.png, last.pt
+after every epoch and, when training is done, valid.png (the worst, median and best images),
+model.pt and, last, config.json, which says what made it. The same line again resumes after an
+interruption and does nothing when the run is done. When an edited script would make it otherwise,
+--code says what is to happen. --snapshots K also keeps K epoch-*.pt.
+
+Other jobs: --check looks at the data, --overfit N tries whether a model learns at all, --sweep N
+looks for the best recipe, --runtimes CSV measures the speed of a model.
 """
 import argparse
+import hashlib
+import json
 import math
 import os
+import statistics
 import sys
 import time
-from contextlib import nullcontext
+import warnings
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -20,29 +29,31 @@ from textwrap import shorten
 import numpy as np
 from tqdm import tqdm
 
-from common import (AUGMENTATIONS, COLOURS, DECODERS, DESCRIBED, IGNORE_INDEX, LOSSES, PAINT_ORDERS, STEP, STRIDE,
-                    EpochBatches, EvalPhotos, Hashes, Parser, TrainSamples, amp, atomic_write, build_model,
-                    check_output, check_space, claim_device, code_of, confusion, decide, draw_bars, draw_heat,
-                    encoder_mean_std, figure_urls, folds_hash, image_miou, keep_code, load_checkpoint, load_data,
-                    load_folds, lock, make_augmentation, make_loss, move_aside, named, normalise, number, overlay,
-                    provenance, ranks, rare_odds, read_description, recipe_changes, run_script, save_checkpoint,
-                    scores, tile_url, write_csv, write_description, write_page, write_sheet)
-from infer import resize_probs
-from pseudo_label import check_labels, load_labels
+from common import (
+    AUGMENTATIONS, COLOURS, DECODERS, DERIVED, DESCRIBED, HOOK, IGNORE_INDEX, LOSSES, PAINT_ORDERS,
+    STEP, STRIDE, EpochBatches, EvalPhotos, Hashes, Parser, TrainSamples, UserError, amp,
+    atomic_write, build_model, check_labels, check_output, check_space, claim_device, code_of,
+    confusion, decide, different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls,
+    folds_hash, image_miou, keep_code, load_checkpoint, load_data, load_folds, load_labels, lock,
+    make_augmentation, make_loss, move_aside, named, normalise, number, overlay, provenance, ranks,
+    rare_odds, read_csv, read_description, recipe_changes, resize_probs, run_code, run_recipe,
+    run_script, save_checkpoint, scores, split_model, tile_url, write_csv, write_description,
+    write_page, write_sheet)
 
-STATES = ("model", "ema", "optimizer", "scaler")  # of these and
-PLACE = ("epoch", "step", "total", "parts", "log", "best", "kept")  # these of a run is last.pt
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
 LOGGERS = ("tensorboard", "wandb")
 # what decides no result; see BESIDE in common.py
-BESIDE = {"begin", "choose_resume", "check_args", "draw_batch", "draw_curves", "draw_valid", "find_done", "find_last",
-          "images_of", "log_row", "make_recipe", "model_files", "run_code", "start_logger",
-          "write_config"}
+BESIDE = {
+    "begin", "check_args", "check_folder", "check_run_space", "choose_resume", "describe_run",
+    "draw_batch", "draw_curves", "draw_some_curves", "draw_valid", "find_done", "find_last",
+    "images_of", "keeps_done", "log_row", "model_files", "show_progress", "start_logger",
+    "warn_of_absent_classes", "write_config"}
 
-# ---- options ---------------------------------------------------------------------------------------------------------
+# ---- what to try: schedules, optimizers, batch hooks ---------------------------------------------
 
-# name -> share of the peak learning rate at t in [0, 1), from the end of the warm-up to the end of the run; n: cycles
+# name -> share of the peak learning rate at t in [0, 1), from the end of the warm-up to the end of
+# the run; n: number of cycles
 SCHEDULES = {
     "cosine": lambda t, n: 0.5 + 0.5 * math.cos(math.pi * t),
     "restarts": lambda t, n: 0.5 + 0.5 * math.cos(math.pi * (t * n % 1)),
@@ -50,43 +61,103 @@ SCHEDULES = {
     "multistep": lambda t, n: 0.1 ** ((t >= 0.6) + (t >= 0.85)),
     "onecycle": lambda t, n: 1 - t}
 
-# name -> (torch.optim's name, settings)
-OPTIMIZERS = {"adamw": ("AdamW", {}), "sgd": ("SGD", {"momentum": 0.9, "nesterov": True})}
 
-# every option that decides the result of a run, besides those of "what to train": type or choices, default, why
+def adamw(groups, lr):
+    import torch
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def sgd(groups, lr):
+    """Return SGD with Nesterov momentum 0.9, whose buffers start at 0.
+
+    torch creates them at the first step, which may be skipped.
+    """
+    import torch
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+# name -> function (parameter groups, peak learning rate) -> torch.optim.Optimizer
+OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
+
+
+def mixup(images, masks, rng):
+    """Mix each image with another of the batch (mixup, arXiv 1710.09412).
+
+    A pixel of the mask is that of one of the two, drawn in proportion to their shares: over many
+    steps the cross-entropy is that of the mixed labels.
+    """
+    import torch
+    share = float(rng.beta(0.4, 0.4))
+    other_images, other_masks = images.roll(1, dims=0), masks.roll(1, dims=0)
+    takes_own = torch.from_numpy(rng.random(tuple(masks.shape)) < share).to(masks.device)
+    return share * images + (1 - share) * other_images, masks.where(takes_own, other_masks)
+
+
+def multiscale(images, masks, rng):
+    """Resize the batch to a size drawn from 0.75 to 1.25 times its own, a multiple of STRIDE."""
+    from torch.nn.functional import interpolate
+    side = masks.shape[-1]
+    low, high = math.ceil(0.75 * side / STRIDE), math.floor(1.25 * side / STRIDE)
+    side = STRIDE * int(rng.integers(low, high + 1))
+    images = interpolate(images, (side, side), mode="bilinear", antialias=True)
+    masks = interpolate(masks[:, None].float(), (side, side), mode="nearest-exact")
+    return images, masks[:, 0].long()
+
+
+# name -> function (images float32 [B, 3, H, W] normalised, masks int64 [B, H, W], rng) -> the same
+# as they go into the model. It changes neither in place and draws from rng alone, a numpy Generator
+# that is the same on all processes of a run.
+BATCH_HOOKS = {"none": lambda images, masks, rng: (images, masks), "mixup": mixup,
+               "multiscale": multiscale}
+
+# ---- options -------------------------------------------------------------------------------------
+
+# every option that decides the result of a run, besides those of "what to train":
+# name -> (type or choices, default, what it is). A new one makes the runs before it be made anew.
 RECIPE = {
-    "weights": (str, "imagenet", "of the encoder: imagenet (downloaded), none, or a file with its state dict"),
+    "weights": (str, "imagenet", "of the encoder: imagenet (downloaded), none, or a state dict's "
+                                 "file"),
     "epochs": (number(int, 1), 40, "with --overfit: at most"),
     "batch": (number(int, 2), 8, "images in a step, over all GPUs"),
-    "accumulate": (number(int, 1), 1, "parts in which a step's batch goes through the model, to save memory"),
-    "optimizer": (tuple(OPTIMIZERS), "adamw", "sgd has Nesterov momentum 0.9 and wants a larger --lr"),
-    "lr": (number(float, 0, 10), 2e-3, "peak; a small FPN learned more from real photos with 2e-3 than with 1e-3"),
-    "encoder_lr": (number(float, 0, 10), 1.0, "learning rate of the encoder, as a multiple of --lr"),
+    "accumulate": (number(int, 1), 1, "parts in which a batch goes through the model: saves "
+                                      "memory"),
+    "optimizer": (tuple(OPTIMIZERS), "adamw", "sgd (Nesterov, 0.9) wants a larger --lr"),
+    "lr": (number(float, 0, 10), 2e-3, "peak; a small FPN learned more with 2e-3 than with 1e-3"),
+    "encoder_lr": (number(float, 0, 10), 1.0, "of the encoder, as a multiple of --lr"),
     "schedule": (tuple(SCHEDULES), "cosine", "of the learning rate"),
-    "warmup": (number(float, 0, 0.9), 0.05, "share of the run with a rising learning rate; onecycle usually has 0.3"),
+    "warmup": (number(float, 0, 0.9), 0.05, "share of the run; onecycle usually has 0.3"),
     "cycles": (number(int, 1), 3, "of the schedule restarts"),
-    "snapshots": (number(int, 0), 0, "epochs kept as epoch-*.pt: last valleys of restarts, else over the last half"),
+    "snapshots": (number(int, 0), 0, "epochs kept: last valleys of restarts, else of the last "
+                                     "half"),
     "weight_decay": (number(float, 0, 1), 1e-2, "not of norms and biases"),
     "clip": (number(float, 0), 0.0, "largest norm of the gradient; 0: any"),
     "loss": (tuple(LOSSES), "iou_ce", "over the labelled pixels"),
-    "loss_ratio": (number(float, 0, 1), 0.4, "share of iou in iou_ce, of dice in dice_ce; the rest is cross-entropy"),
+    "loss_ratio": (number(float, 0, 1), 0.4, "share of the region term in a loss that has both"),
     "label_smoothing": (number(float, 0, 0.99), 0.0, "of cross-entropy and focal"),
-    "class_weights": (("none", "inverse"), "none", "of cross-entropy and focal: inverse to the class's pixels"),
+    "class_weights": (("none", "inverse"), "none", "of cross-entropy and focal, to its pixels"),
     "augment": (tuple(AUGMENTATIONS), "basic", "see AUGMENTATIONS in common.py"),
-    "classmix": (("none", "plain", "weighted"), "none", "paste half an image's classes, or rather rare, on another"),
+    "classmix": (("none", "plain", "weighted"), "none", "paste half an image's (rare) classes"),
     "classmix_prob": (number(float, 0, 1), 0.5, "share of the images that are pasted on"),
-    "sampler": (("all", "rare"), "all", "every image once an epoch, or drawn: oftener the rarer its rarest class"),
-    "pseudo_ratio": (number(float, 0), 0.0, "pseudo-labelled images of a batch to each labelled one; 0: as they come"),
-    "labelled_only": (number(float, 0, 1), 0.0, "share of the run, its end, that learns from labelled images alone"),
-    "ema": (number(float, 0, 0.99999), 0.998, "decay of the weights' average; the first steps use a smaller one"),
+    "batch_hook": (tuple(BATCH_HOOKS), "none", "what happens to a batch before the model"),
+    "sampler": (("all", "rare"), "all", "all images once an epoch, or rather those of rare "
+                                        "classes"),
+    "pseudo_ratio": (number(float, 0), 0.0, "pseudo labels to a labelled image; 0: as they come"),
+    "labelled_only": (number(float, 0, 1), 0.0, "share of the run, its end, without pseudo labels"),
+    "ema": (number(float, 0, 0.99999), 0.998, "decay of the weights' average; smaller at first"),
     "seed": (number(int, 0, 2 ** 31 - 1), 0, "of everything random")}
 
-# what make sweep tries: option -> its choices, or ("even", lowest, highest) or ("log", lowest, highest) to draw from
+# what --sweep tries: option -> its choices, or ("even", lowest, highest), ("log", lowest, highest)
 SEARCH_SPACE = {
-    "model": ("fpn/tu-tf_efficientnet_lite0", "fpn/tu-mobilenetv3_large_100", "efficientdet/tu-tf_efficientnet_lite0"),
+    "model": ("fpn/tu-tf_efficientnet_lite0", "fpn/tu-mobilenetv3_large_100",
+              "efficientdet/tu-tf_efficientnet_lite0"),
     "batch": (4, 8, 16), "lr": ("log", 3e-4, 1e-2), "loss": ("iou_ce", "dice_ce", "ce", "lovasz"),
-    "loss_ratio": ("even", 0.2, 0.8), "schedule": tuple(SCHEDULES), "augment": ("basic", "colour", "strong"),
-    "classmix": ("none", "plain", "weighted"), "seed": (0, 1, 2)}
+    "loss_ratio": ("even", 0.2, 0.8), "schedule": tuple(SCHEDULES),
+    "augment": ("basic", "colour", "strong"), "classmix": ("none", "plain", "weighted"),
+    "seed": (0, 1, 2)}
 
 
 def parse_args(argv=None):
@@ -94,550 +165,794 @@ def parse_args(argv=None):
     run = parser.add_argument_group("what to train")
     run.add_argument("--data", type=Path, required=True, help="the competition's folder")
     run.add_argument("--exp", type=Path, required=True, help="folder of the experiment, out/EXP")
-    run.add_argument("--model", type=model_name, default="fpn/tu-tf_efficientnet_lite0", metavar="DECODER/ENCODER",
-                     help=f"decoder: {', '.join(DECODERS)}; encoder: segmentation-models-pytorch's, or tu- and timm's")
-    run.add_argument("--scale", type=number(int, STRIDE, 4096, STRIDE), default=512, help="image side, in steps of 32")
+    run.add_argument("--model", type=model_name, default="fpn/tu-tf_efficientnet_lite0",
+                     metavar="DECODER/ENCODER",
+                     help=f"decoder: {', '.join(DECODERS)}; encoder: "
+                     "segmentation-models-pytorch's, or tu- and timm's")
+    run.add_argument("--scale", type=number(int, STRIDE, 4096, STRIDE), default=512,
+                     help="image side, in steps of 32")
     run.add_argument("--fold", type=number(int, 0), default=0, help="fold held out for validation")
     run.add_argument("--folds", type=number(int, 2), default=5, help="number of folds")
-    run.add_argument("--round", type=number(int, 0, 9), default=0, help="from 1: also learns EXP/rROUND/pseudo/fFOLD")
-    run.add_argument("--paint", choices=PAINT_ORDERS, default="area", help="which object wins where they overlap")
-    run.add_argument("--allow-leak", action="store_true", help="learn also from pseudo labels whose makers may have "
-                     "trained on this fold; marks every later score as contaminated")
-    run.add_argument("--check", action="store_true", help="check the data, write EXP/folds.csv and data.html, stop")
-    run.add_argument("--overfit", type=number(int, 0), default=0, metavar="N",
-                     help="instead train and validate on N images in EXP/overfit, not augmented; fails below v3 0.9")
+    run.add_argument("--round", type=number(int, 0, 9), default=0,
+                     help="from 1: also learns EXP/rROUND/pseudo/fFOLD")
+    run.add_argument("--paint", choices=PAINT_ORDERS, default="area",
+                     help="which object wins where they overlap")
+    run.add_argument("--allow-leak", action="store_true",
+                     help="learn also from pseudo labels whose makers may have trained on this "
+                     "fold; marks every later score as contaminated")
+    job = run.add_mutually_exclusive_group()
+    job.add_argument("--check", action="store_true",
+                     help="check the data, write EXP/folds.csv and data.html, stop")
+    job.add_argument("--overfit", type=number(int, 1), default=0, metavar="N",
+                     help="instead train and validate on N images in EXP/overfit, not augmented; "
+                     "fails below v3 0.9")
+    job.add_argument("--sweep", type=number(int, 1), default=0, metavar="N",
+                     help="instead try recipes of SEARCH_SPACE, in EXP/sweep, until N are finished")
+    run.add_argument("--sweep-seeds", type=number(int, 2), default=3, metavar="N",
+                     help="other seeds that judge the best recipe of a sweep")
+    job.add_argument("--runtimes", type=Path, metavar="CSV",
+                     help="instead measure the speed, size and memory of the model at this scale")
+    run.add_argument("--seconds", type=number(float, 0, 3600), default=10,
+                     help="of --runtimes, three quarters of them to train")
     recipe = parser.add_argument_group("recipe")
     for name, (kind, default, text) in RECIPE.items():
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         recipe.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
-    system = parser.add_argument_group("system: none of these decides the recipe")
-    system.add_argument("--replace", action="store_true", help="replace a run of another recipe, which is kept in "
-                        "its folder replaced/ until the next time, instead of refusing")
-    system.add_argument("--code", choices=("new", "keep"), help="where other code has made a run, or begun it: "
-                        "train it anew, or keep it as it is and carry on")
-    system.add_argument("--save-every", type=number(int, 0), default=0, metavar="N",
-                        help="write last.pt after every N steps, not only after an epoch")
-    system.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks, shared by experiments")
-    system.add_argument("--cache-images", action="store_true",
-                        help="also cache the training photos decoded: 3 bytes a pixel on disk, less to compute")
-    system.add_argument("--device", default="auto", help="auto takes the first idle GPU, or the CPU")
-    system.add_argument("--workers", type=number(int, 0), help="of the loader; none on a CPU, else one a core up to 8")
-    system.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
-    system.add_argument("--logger", choices=LOGGERS, help="besides log.csv")
+    add_system_arguments(parser.add_argument_group("system: none of these decides the recipe"))
+    parser.set_defaults(decides=["model", "scale", "fold", "folds", "round", "paint", "overfit",
+                                 *RECIPE])
     return parser.parse_args(argv)
 
 
+def add_system_arguments(system):
+    system.add_argument("--replace", action="store_true",
+                        help="replace a run of another recipe, which is kept in its folder "
+                        "replaced/ until the next time, instead of refusing")
+    system.add_argument("--code", choices=("new", "keep"),
+                        help="where other code has made a run, or begun it: train it anew, or keep "
+                        "it as it is and carry on")
+    system.add_argument("--save-every", type=number(int, 0), default=0, metavar="N",
+                        help="write last.pt after every N steps, not only after an epoch")
+    system.add_argument("--cache", type=Path, default=Path("out/cache"),
+                        help="painted masks, shared by experiments")
+    system.add_argument("--cache-images", action="store_true",
+                        help="also cache the training photos decoded: 3 bytes a pixel on disk, "
+                        "less to compute")
+    system.add_argument("--device", default="auto",
+                        help="auto takes the first idle GPU, or the CPU")
+    system.add_argument("--workers", type=number(int, 0),
+                        help="of the loader; none on a CPU, else one a core up to 8")
+    system.add_argument("--compile", action="store_true",
+                        help="torch.compile the model: slow to start, then faster")
+    system.add_argument("--logger", choices=LOGGERS, help="besides log.csv")
+    system.add_argument("--show-args", action="store_true",
+                        help="print these arguments as JSON and stop: make asks so")
+
+
 def model_name(text):
-    decoder, _, encoder = text.partition("/")
-    if decoder not in DECODERS or not encoder:
-        raise argparse.ArgumentTypeError(f"{text!r} is not DECODER/ENCODER with a decoder of {', '.join(DECODERS)}")
+    """Return `text` if it is DECODER/ENCODER: an argparse type that only checks."""
+    try:
+        split_model(text)
+    except UserError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
     return text
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+def check_args(args, n_ranks):
+    """Raise UserError when arguments don't fit each other or the number of processes."""
+    if args.fold >= args.folds:
+        raise UserError(f"--fold {args.fold}: there are the folds 0 to {args.folds - 1}")
+    if args.weights not in ("imagenet", "none") and not Path(args.weights).is_file():
+        raise UserError(f"--weights {args.weights}: no such file, and neither imagenet nor none")
+    if args.batch < 2 * n_ranks:
+        raise UserError(f"--batch {args.batch}: batch norm needs 2 images a process, of which "
+                        f"there are {n_ranks}")
+    n_snapshots = len(snapshot_epochs(args))
+    if n_snapshots < args.snapshots:
+        raise UserError(f"--snapshots {args.snapshots}: this run has only {n_snapshots} to keep")
 
 
-def make_loaders(args, train, test, learn, valid, cuda):
-    """(training, validation) DataLoaders; `learn` and `valid` are positions in `train`."""
+# ---- training ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What a run works with, and how far it is."""
+    model: object
+    forward: object  # the model, compiled and wrapped for several processes as the options say
+    loss: object  # of make_loss
+    optimizer: object
+    scaler: object
+    ema: object  # ModelEmaV3: the average of the weights, which is validated and kept
+    device: object
+    mean: tuple
+    std: tuple
+    parts: int  # in which a batch goes through the model
+    total: object  # float32 [3] of this epoch: sum of losses, skipped steps, skipped in a row
+    epoch: int = 0  # epochs done
+    step: int = 0  # steps of this epoch that are done and saved
+    log: list = field(default_factory=list)  # a row of log.csv for each epoch
+    best: dict | None = None  # what model.pt is to have: the epoch that is kept
+    kept: str = "the start"  # what last.pt holds, for people
+    drawing_seconds: float = 0.0
+    logger: object = None
+
+
+# last.pt holds the state_dict() of these attributes of a Run, and those in PLACE as they are
+STATES = ("model", "ema", "optimizer", "scaler")
+PLACE = ("epoch", "step", "total", "parts", "log", "best", "kept")
+
+
+def train_step(run, images, masks, lr, step, n_steps, args):
+    """Take step `step` of an epoch's `n_steps`; return its loss and whether it was a bad one.
+
+    images uint8 [B, H, W, 3], masks uint8 [B, H, W]. A bad step, whose gradient isn't finite,
+    changes nothing but the average of the weights. Both results are tensors on the device.
+    """
     import torch
-    from torch.utils.data import DataLoader
-    entries = [(train, i, None) for i in learn.tolist()] * math.ceil(256 / len(learn) if args.overfit else 1)
-    present, pseudo = np.array(train.pixels)[learn] > 0, []
-    if args.round and not args.overfit:
-        pseudo, class_ids = load_labels(args, test)
-        print(f"{len(entries)} labelled and {len(pseudo)} pseudo-labelled images")
-        entries += pseudo
-        present = np.stack([*present, *(np.isin(range(len(train.classes)), [0, *some]) for some in class_ids)])
-    rank, n_ranks = ranks()
-    if len(entries) < 2 * n_ranks:
-        raise SystemExit(f"{len(entries)} training images: batch norm needs 2 for each of {n_ranks} process(es)")
-    workers = args.workers if args.workers is not None else min(8, os.cpu_count()) if cuda else 0
-    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": cuda,
-               "multiprocessing_context": "fork" if workers else None,
-               "generator": torch.Generator()}  # of its own: else starting workers would draw from the global one
-    batches = EpochBatches(len(entries), args.batch, args.seed, rare_odds(present) if args.sampler == "rare" else None,
-                           len(pseudo), args.pseudo_ratio, round(args.epochs * (1 - args.labelled_only)))
-    weights = {"none": None, "plain": np.ones(len(train.classes)),
-               "weighted": 1 / np.array(train.pixels)[learn].sum(0).clip(min=1)}[args.classmix]
-    samples = TrainSamples(entries, make_augmentation(args.augment, args.scale), args.seed,
-                           None if weights is None else (args.classmix_prob, weights))
-    return (DataLoader(samples, batch_sampler=batches, collate_fn=tuple, **options),  # batches come whole from samples
-            DataLoader(EvalPhotos(train, valid[rank::n_ranks].tolist(), args.scale), args.batch, **options))
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
+    images, masks = normalise(images, run.mean, run.std), masks.long()
+    rng = np.random.default_rng([HOOK, args.seed, run.epoch, step])  # the same on all ranks
+    images, masks = BATCH_HOOKS[args.batch_hook](images, masks, rng)
 
-
-def parameter_groups(model, encoder_lr, weight_decay):
-    """Trainable parameters by learning rate factor and decay; norms and biases, all of one dimension, have none."""
-    groups = {}
-    for name, parameter in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
-        factor = encoder_lr if name.startswith("encoder.") else 1.0
-        groups.setdefault((factor, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
-    return [{"params": p, "factor": factor, "weight_decay": decay} for (factor, decay), p in groups.items()]
+    # batch norm's statistics, which the forward pass changes: a bad step puts them back
+    buffers = [buffer.clone() for buffer in run.model.buffers()]
+    run.optimizer.zero_grad(set_to_none=True)
+    loss = backward(run, images, masks)
+    if ranks()[1] > 1:
+        torch.distributed.all_reduce(loss.div_(ranks()[1]))
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip or math.inf)
+    is_bad = ~norm.isfinite()  # the same on all ranks
+    step_unless(is_bad, run.optimizer, run.scaler)
+    for buffer, before in zip(run.model.buffers(), buffers, strict=True):
+        buffer.copy_(before.where(is_bad, buffer))
+    run.ema.update(run.model, step=run.epoch * n_steps + step + 1)
+    return loss, is_bad
 
 
 def learning_rate(progress, args):
-    """Of the whole model at `progress` in [0, 1] of the run: a linear warm-up, then the schedule."""
+    """Return the learning rate at `progress` in [0, 1] of the run: a warm-up, then the schedule."""
     if progress < args.warmup:
         return args.lr * progress / args.warmup
-    return args.lr * SCHEDULES[args.schedule]((progress - args.warmup) / (1 - args.warmup), args.cycles)
+    t = (progress - args.warmup) / (1 - args.warmup)
+    return args.lr * SCHEDULES[args.schedule](t, args.cycles)
 
 
-def snapshot_epochs(args):
-    """The epochs after which a snapshot is kept: the last valleys of the schedule, or even steps up to the last."""
-    k, n = args.snapshots, args.cycles
-    valleys = [args.warmup + (1 - args.warmup) * (cycle + 1) / n for cycle in range(n)]
-    ends = valleys if args.schedule == "restarts" else [1 - 0.5 * i / k for i in range(k)]
-    return sorted({int(args.epochs * end + 1e-6) for end in ends} - {0})[-k:] if k else []
+def backward(run, images, masks):
+    """Add up the gradients of a batch, part after part; return its loss.
 
-
-def backward(run, images, masks, device):
-    """Gradients of a batch, part after part; returns its loss. When a GPU's memory is too small, parts are halved."""
+    When a GPU's memory is too small for a part, the parts are halved from then on.
+    """
     import torch
-    n_parts = max(1, min(run["parts"], len(images) // 2))  # batch norm needs two images
+    n_parts = max(1, min(run.parts, len(images) // 2))  # batch norm needs two images
     try:
         total = 0
-        for image, mask in zip(images.tensor_split(n_parts), masks.tensor_split(n_parts), strict=True):
-            with amp(device):
-                logits = run["forward"](image)
-            loss = run["loss"](logits, mask) * (len(image) / len(images))
-            run["scaler"].scale(loss).backward()
+        parts = zip(images.tensor_split(n_parts), masks.tensor_split(n_parts), strict=True)
+        for part_images, part_masks in parts:
+            with amp(run.device):
+                logits = run.forward(part_images)
+            loss = run.loss(logits, part_masks) * (len(part_images) / len(images))
+            run.scaler.scale(loss).backward()
             total += loss.detach()
         return total
     except torch.OutOfMemoryError as e:
         if n_parts >= len(images) // 2 or ranks()[1] > 1:
-            raise SystemExit(f"out of memory: lower --scale or --batch, or raise --accumulate ({e})") from None
-        run["parts"] = 2 * n_parts
+            text = f"out of memory: lower --scale or --batch, or raise --accumulate ({e})"
+            raise UserError(text) from None
+        run.parts = 2 * n_parts
         logits = loss = None  # they hold the failed attempt's graph
-    print(f"out of memory: batches now go through the model in {run['parts']} parts", flush=True)
-    run["optimizer"].zero_grad(set_to_none=True)
+    print(f"out of memory: batches now go through the model in {run.parts} parts", flush=True)
+    run.optimizer.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
-    return backward(run, images, masks, device)
+    return backward(run, images, masks)
 
 
-def optimise(run, images, masks, clip, device):
-    """A step of the weights: (loss, whether the gradient wasn't finite: then nothing changes), both on the device."""
-    import torch
-    model, optimizer, scaler = run["model"], run["optimizer"], run["scaler"]
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    optimizer.zero_grad(set_to_none=True)
-    loss = backward(run, images, masks, device)
-    if ranks()[1] > 1:
-        torch.distributed.all_reduce(loss.div_(ranks()[1]))
-    scaler.unscale_(optimizer)
-    bad = ~torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf).isfinite()  # the same on all ranks
-    optimizer.found_inf = bad.float()  # a fused optimizer then leaves weights and state alone, and no GPU waits
-    scaler.step(optimizer)
+def step_unless(is_bad, optimizer, scaler):
+    """Let the optimizer step unless `is_bad`, a bool tensor on the device, is true."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = is_bad.float()  # a fused optimizer looks at it, and no GPU waits
+        scaler.step(optimizer)
+    elif scaler.is_enabled() or not is_bad:  # a scaler looks for itself
+        scaler.step(optimizer)
     scaler.update()
-    for buffer, before in zip(model.buffers(), buffers, strict=True):
-        buffer.copy_(before.where(bad, buffer))
-    return loss, bad
 
 
-def train_one_epoch(run, loader, args, recipe, device, save=None, look=None):
-    """The epoch from run["step"] on; returns what log.csv says of it: mean loss, last learning rate, ...
+def train_one_epoch(run, loader, args, save=None, show_batch=None):
+    """Train from step run.step of an epoch to its end; return what log.csv says of it.
 
-    Steps whose gradient isn't finite are counted. run["total"] is float32 [3]: sum of losses, skipped steps, those
-    skipped in a row. save(steps done) is called as --save-every says, look(images, masks) before the run's first step.
+    save(steps done) is called as --save-every says, show_batch(images, masks) before the first step
+    of a run.
     """
-    import torch
-    model, epoch, total = run["model"], run["epoch"], run["total"]
-    model.train()
-    images_seen, waited, started = 0, 0.0, time.time()
-    ready = started
-    bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", len(loader), initial=run["step"], leave=False,
-               disable=True if ranks()[0] else None)
-    for step, (images, masks) in enumerate(bar, run["step"]):
-        waited += time.time() - ready
-        lr = learning_rate((epoch + (step + 0.5) / len(loader)) / args.epochs, args)
-        for group in run["optimizer"].param_groups:
-            group["lr"] = lr * group["factor"]
-        images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
-        dropout = np.random.default_rng([STEP, args.seed, epoch, step, ranks()[0]])
-        torch.manual_seed(int(dropout.integers(2 ** 63)))
-        if look and epoch == step == 0:
-            look(images.cpu().numpy(), masks.cpu().numpy())
-        loss, bad = optimise(run, normalise(images, recipe["mean"], recipe["std"]), masks.long(), args.clip, device)
-        run["ema"].update(model, step=epoch * len(loader) + step + 1)
-        total.copy_(torch.stack([total[0] + loss.where(~bad, 0), total[1] + bad, (total[2] + 1) * bad]))
-        images_seen += len(images)
+    run.model.train()
+    rank, n_ranks = ranks()
+    n_steps, n_images = len(loader), 0
+    started, waited = time.time(), 0.0
+    batch_wanted = started
+    title = f"epoch {run.epoch + 1}/{args.epochs}"
+    bar = tqdm(loader, title, n_steps, initial=run.step, leave=False,
+               disable=True if rank else None)
+    for step, (images, masks) in enumerate(bar, run.step):
+        waited += time.time() - batch_wanted
+        if show_batch and run.epoch == step == 0:
+            show_batch(images.numpy(), masks.numpy())
+        images = images.to(run.device, non_blocking=True)
+        masks = masks.to(run.device, non_blocking=True)
+        seed_dropout(args.seed, run.epoch, step, rank)
+        lr = learning_rate((run.epoch + (step + 0.5) / n_steps) / args.epochs, args)
+        loss, is_bad = train_step(run, images, masks, lr, step, n_steps, args)
+        count_step(run.total, loss, is_bad)
+        n_images += len(images)
         if step % 10 == 9:  # looking at every step would make a GPU wait
-            loss_sum, skipped, in_a_row = total.tolist()
-            if in_a_row >= MAX_SKIPPED:
-                raise SystemExit(f"{MAX_SKIPPED} steps in a row without a finite gradient, the last with images "
-                                 f"{images_of(loader, step)}: lower --lr; kept is what was after {run['kept']}")
-            bar.set_postfix(loss=f"{loss_sum / max(1, step + 1 - skipped):.3f}", lr=f"{lr:.1e}",
-                            images_s=f"{images_seen / (time.time() - started):.1f}")
-        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < len(loader):
+            images_per_s = n_images / (time.time() - started)
+            show_progress(run, bar, loader, step, lr, images_per_s)
+        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < n_steps:
             save(step + 1)
-        ready = time.time()
-    if ranks()[1] > 1:
-        for buffer in run["ema"].buffers():  # each rank has seen other images; rank 0's statistics are the model's
-            torch.distributed.broadcast(buffer, 0)
-    loss_sum, skipped, _ = total.tolist()
+        batch_wanted = time.time()
+    share_buffers(run)
     seconds = time.time() - started
-    return {"loss": loss_sum / (len(loader) - skipped) if skipped < len(loader) else math.nan, "lr": lr,
-            "skipped": int(skipped), "images_per_s": images_seen * ranks()[1] / seconds, "waiting": waited / seconds}
+    loss_sum, skipped, _ = run.total.tolist()
+    mean_loss = loss_sum / (n_steps - skipped) if skipped < n_steps else math.nan
+    return {"loss": mean_loss, "lr": lr, "skipped": int(skipped),
+            "images_per_s": n_images * n_ranks / seconds, "waiting": waited / seconds}
+
+
+def count_step(total, loss, is_bad):
+    """Add a step to `total` in place: the sum of losses, bad steps, bad steps in a row."""
+    total[0] += loss.where(~is_bad, 0)
+    total[1] += is_bad
+    total[2] = (total[2] + 1) * is_bad
+
+
+def share_buffers(run):
+    """Let all ranks have rank 0's averaged statistics: each has seen other images."""
+    import torch
+    if ranks()[1] > 1:
+        for buffer in run.ema.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def seed_dropout(seed, epoch, step, rank):
+    """Seed torch for one step: so resuming needs no random state."""
+    import torch
+    rng = np.random.default_rng([STEP, seed, epoch, step, rank])
+    torch.manual_seed(int(rng.integers(2 ** 63)))
+
+
+def show_progress(run, bar, loader, step, lr, images_per_s):
+    """Show loss and speed on the bar; raise UserError after MAX_SKIPPED skipped steps in a row."""
+    loss_sum, skipped, in_a_row = run.total.tolist()
+    if in_a_row >= MAX_SKIPPED:
+        raise UserError(f"{MAX_SKIPPED} steps in a row without a finite gradient, the last with "
+                        f"images {images_of(loader, step)}: lower --lr; kept is "
+                        f"what was after {run.kept}; or has the loss an infinite slope?")
+    mean_loss = loss_sum / max(1, step + 1 - skipped)
+    bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{lr:.1e}", images_s=f"{images_per_s:.1f}")
 
 
 def images_of(loader, step):
-    """"7, 9": the ids of the images in a batch of this epoch."""
+    """Return the ids of the images in a batch of this epoch: "7, 9"."""
     loader.batch_sampler.first = step
-    batch = [loader.dataset.entries[index][:2] for _, index in next(iter(loader.batch_sampler))]
-    return ", ".join(str(split.ids[i]) for split, i in batch)
+    keys = next(iter(loader.batch_sampler))
+    entries = [loader.dataset.entries[index] for _, index in keys]
+    return ", ".join(str(split.ids[i]) for split, i, _ in entries)
 
 
-def predict(model, images, recipe, device):
-    """Class ids uint8 [B, SUBMIT_SIZE, SUBMIT_SIZE] of uint8 images [B, H, W, 3]."""
+# ---- validation ----------------------------------------------------------------------------------
+
+
+def predict(model, images, run):
+    """Return class ids uint8 [B, SUBMIT_SIZE, SUBMIT_SIZE] of uint8 images [B, H, W, 3]."""
     import torch
-    with torch.inference_mode(), amp(device):
-        logits = model(normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"]))
+    with torch.inference_mode(), amp(run.device):
+        images = images.to(run.device, non_blocking=True)
+        logits = model(normalise(images, run.mean, run.std))
     return resize_probs(logits.float().softmax(dim=1)).argmax(dim=1).byte().cpu().numpy()
 
 
-def evaluate(model, loader, n_classes, recipe, device):
-    """[N, C, C] pixel counts of every validation image at the submission's size, put together from all ranks."""
+def evaluate(run, loader, n_classes):
+    """Return the pixel counts [N, C, C] of all validation images, put together from all ranks."""
     n_ranks, counts = ranks()[1], []
     for images, truths in loader:
-        preds = predict(model, images, recipe, device)
-        counts += [confusion(pred, truth, n_classes) for pred, truth in zip(preds, truths.numpy(), strict=True)]
+        preds = predict(run.ema.module, images, run)
+        for pred, truth in zip(preds, truths.numpy(), strict=True):
+            counts.append(confusion(pred, truth, n_classes))
     shares = [counts] * n_ranks
     if n_ranks > 1:
         import torch
         torch.distributed.all_gather_object(shares, counts)
-    return np.stack([shares[i % n_ranks][i // n_ranks] for i in range(sum(map(len, shares)))])
+    n_images = sum(map(len, shares))
+    return np.stack([shares[i % n_ranks][i // n_ranks] for i in range(n_images)])
 
 
-def validate(run, loader, args, info, device):
-    """(scores by column of log.csv, {column: IoU of each class}, what model.pt has of this epoch if it is the best)."""
-    model = run["ema"].module
-    counts = evaluate(model, loader, len(info["classes"]), info["recipe"], device)
-    found = scores(counts, args.batch)
-    v = {name: float(found[name]) for name in ("v1", "v2", "v3")}
-    iou = {f"iou {c}": float(value) for c, value in zip(info["classes"], found["iou"], strict=True)}
-    return v, iou, {"epoch": run["epoch"] + 1, "v3": v["v3"], "image_v3": image_miou(counts).tolist(),
-                    "model": {k: value.detach().clone() for k, value in model.state_dict().items()}}
+def validate(run, loader, args, classes):
+    """Return the scores by name, the IoUs by name, and what model.pt has if this epoch is kept."""
+    counts = evaluate(run, loader, len(classes))
+    result = scores(counts, args.batch)
+    v = {name: float(result[name]) for name in ("v1", "v2", "v3")}
+    iou = {f"iou {name}": float(x) for name, x in zip(classes, result["iou"], strict=True)}
+    weights = {key: value.detach().clone() for key, value in run.ema.module.state_dict().items()}
+    return v, iou, {"epoch": run.epoch + 1, "v3": v["v3"], "image_v3": image_miou(counts).tolist(),
+                    "model": weights}
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# ---- the start of a run --------------------------------------------------------------------------
 
 
-def draw_curves(path, log):
-    """A PNG of the columns of log.csv over the epochs; waiting: share of the time without a batch to train on."""
-    from matplotlib.figure import Figure
-    figure, ious = Figure((13, 6), layout="constrained"), [name for name in log[0] if name.startswith("iou ")]
-    panels = ["loss"], ["v1", "v2", "v3"], ious, ["lr"], ["images_per_s"], ["waiting"]
-    for axes, names in zip(figure.subplots(2, 3).flat, panels, strict=True):
-        for name in names:
-            colour = COLOURS[ious.index(name)] / 255 if name in ious else None
-            axes.plot([row["epoch"] for row in log], [row[name] for row in log], ".-", color=colour,
-                      label=name.removeprefix("iou ").replace("$", r"\$"))
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
-    with atomic_write(path) as scratch:
-        figure.savefig(scratch, format="png", dpi=90)
-
-
-def draw_batch(path, classes, images, masks):
-    """The first images [B, H, W, 3] that are learnt from, as they are after augmentation and ClassMix, with masks."""
-    write_sheet(path, [[("as trained on", overlay(image)), (named(mask, classes), overlay(image, mask))]
-                       for image, mask in zip(images[:8], masks[:8], strict=True)],
-                dict(enumerate(classes)) | {IGNORE_INDEX: "ignored"}, across=2)
-
-
-def draw_valid(path, run, photos, info, device):
-    """The worst, median and best images of an EvalPhotos by v3 in the epoch kept, with truth, prediction and errors."""
+def make_loaders(args, train, test, train_indices, valid_indices, cuda):
+    """Return the DataLoaders for training and validation; indices are positions in `train`."""
     import torch
-    best, classes, order = run["best"], info["classes"], np.argsort(run["best"]["image_v3"]).tolist()
-    middle = max(0, len(order) // 2 - 2)
-    chosen = list(dict.fromkeys([*order[:4], *order[middle:middle + 4], *order[-4:]]))
-    images, truths = zip(*(photos[i] for i in chosen), strict=True)
-    run["ema"].module.load_state_dict(best["model"])
-    preds = predict(run["ema"].module, torch.from_numpy(np.stack(images)), info["recipe"], device)
-    write_sheet(path, [[
-        (f"v3 {best['image_v3'][i]:.2f} {photos.split.file_names[photos.indices[i]]}", overlay(image)),
-        (f"truth: {named(truth, classes)}", overlay(image, truth)),
-        (f"found: {named(pred, classes)}", overlay(image, pred)),
-        ("errors", overlay(image, np.where(pred == truth, 0, IGNORE_INDEX).astype(np.uint8)))]
-        for i, image, truth, pred in zip(chosen, images, truths, preds, strict=True)],
-        dict(enumerate(classes)) | {IGNORE_INDEX: "wrong"})
+    from torch.utils.data import DataLoader
+    entries, present, n_pseudo = training_entries(args, train, test, train_indices)
+    rank, n_ranks = ranks()
+    if len(entries) < 2 * n_ranks:
+        raise UserError(f"{len(entries)} training images: batch norm needs 2 for each of {n_ranks} "
+                        "process(es)")
+    workers = args.workers
+    if workers is None:
+        workers = min(8, os.cpu_count()) if cuda else 0
+    # a generator of its own: starting workers would draw from the global one
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": cuda,
+               "multiprocessing_context": "fork" if workers else None,
+               "generator": torch.Generator()}
+    odds = rare_odds(present) if args.sampler == "rare" else None
+    labelled_from = round(args.epochs * (1 - args.labelled_only))
+    batches = EpochBatches(len(entries), args.batch, args.seed, odds, n_pseudo, args.pseudo_ratio,
+                           labelled_from)
+    mix = classmix_settings(args, np.array(train.pixels)[train_indices])
+    samples = TrainSamples(entries, make_augmentation(args.augment, args.scale), args.seed, mix)
+    photos = EvalPhotos(train, valid_indices[rank::n_ranks].tolist(), args.scale)
+    return (DataLoader(samples, batch_sampler=batches, collate_fn=tuple, **options),
+            DataLoader(photos, args.batch, **options))
 
 
-# ---- one run --------------------------------------------------------------------------------------------------------
+def training_entries(args, train, test, train_indices):
+    """Return (entries of TrainSamples, classes present bool [N, C], number of pseudo labels)."""
+    present = np.array(train.pixels)[train_indices] > 0
+    entries = [(train, i, None) for i in train_indices.tolist()]
+    if args.overfit:  # some hundred images make an epoch of them
+        return entries * math.ceil(256 / len(entries)), present, 0
+    if not args.round:
+        return entries, present, 0
+    pseudo, class_ids = load_labels(args, test)
+    print(f"{len(entries)} labelled and {len(pseudo)} pseudo-labelled images")
+    pseudo_present = [np.isin(range(len(train.classes)), [0, *some]) for some in class_ids]
+    return entries + pseudo, np.stack([*present, *pseudo_present]), len(pseudo)
 
 
-def make_recipe(args, data, folds, hashes, pseudo=None, labels=None, contaminated=False):
-    """Everything but code that decides the result, as plain values; a run made with other values is another run.
-
-    data: fingerprint of the training photos; folds: folds_hash; pseudo, labels: labels_hash and label_settings of the
-    labels learnt from, if any.
-    """
-    names = ("model", "scale", "fold", "folds", "round", "paint", "overfit", *RECIPE)
-    recipe = {name: getattr(args, name) for name in names} | {"data": data, "folds_csv": folds}
-    if args.weights not in ("imagenet", "none"):
-        recipe["weights"] = hashes(args.weights)
-    if args.round and not args.overfit:
-        return recipe | {"pseudo": pseudo, "labels": labels, "contaminated": contaminated}
-    return {k: v for k, v in recipe.items() if k not in ("pseudo_ratio", "labelled_only")} | {"contaminated": False}
-
-
-def run_code(recipe):
-    """code_of a run; of the tables only the entries that it uses."""
-    return code_of("run", DECODERS=recipe["model"].partition("/")[0], LOSSES=recipe["loss"],
-                   AUGMENTATIONS=recipe["augment"], SCHEDULES=recipe["schedule"], OPTIMIZERS=recipe["optimizer"])
-
-
-def find_done(out, hashes):
-    """What config.json says of the finished run in `out`, or None; if it is missing, what model.pt itself says."""
-    if not (out / "model.pt").exists():
+def classmix_settings(args, pixels):
+    """Return (probability, weights [C]) of ClassMix, or None; pixels [N, C] of training images."""
+    if args.classmix == "none":
         return None
-    made = read_description(out / "config.json", hashes)
-    if not made:  # killed before it was written, or damaged
-        made = load_checkpoint(out / "model.pt")
-        if not isinstance(made, dict) or not made.keys() >= set(DESCRIBED):
-            raise SystemExit(f"{out}/model.pt: not a checkpoint of this train.py: take another --exp, or remove it")
-    return made
+    weights = np.ones(pixels.shape[1])
+    if args.classmix == "weighted":
+        weights = 1 / pixels.sum(0).clip(min=1)
+    return args.classmix_prob, weights
 
 
-def model_files(epochs):
-    """The checkpoints of a finished run, the one written last at the end."""
-    return [*(f"epoch-{epoch:03}.pt" for epoch in epochs), "model.pt"]
+def parameter_groups(model, encoder_lr, weight_decay):
+    """Return the trainable parameters grouped by learning rate factor and weight decay.
 
-
-def write_config(out, made, epochs, hashes):
-    """Write what made the run and the hashes of its checkpoints; with this file the run is done."""
-    more = {key: made[key] for key in ("classes", "epoch", "v3")}
-    files = {name: hashes(out / name) for name in model_files(epochs)}
-    write_description(out / "config.json", made, **more, files=files)
-    hashes.save()
-
-
-def find_last(out):
-    """(path, checkpoint) that a run carries on from, if any: last.pt or, when that is damaged, last-1.pt."""
-    damaged = ""
-    for path in filter(Path.exists, (out / "last.pt", out / "last-1.pt")):
-        try:
-            last = load_checkpoint(path)
-        except SystemExit as e:
-            damaged += f"{e}; "
-        else:
-            if damaged and ranks()[0] == 0:
-                print(f"{damaged}going back to {path}")
-                (out / "last.pt").rename(out / "last-damaged.pt")  # else the next last.pt would make it last-1.pt
-            return path, last
-    if damaged:
-        raise SystemExit(f"{damaged}remove {out}/last*.pt to start anew")
-    return None
+    Norms and biases, all parameters of one dimension, have no decay.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = encoder_lr if name.startswith("encoder.") else 1.0
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((factor, decay), []).append(parameter)
+    return [{"params": parameters, "factor": factor, "weight_decay": decay}
+            for (factor, decay), parameters in groups.items()]
 
 
 def set_prior(model, pixels):
-    """Start the last bias at the log frequency of each class in `pixels` [C] (Lin et al. 2017, section 4.1)."""
+    """Start the last bias at the log frequency of each class in `pixels` [C].
+
+    Else the first epochs find out that nearly all is background (Lin et al. 2017, section 4.1).
+    """
     import torch
-    last = [m for m in model.segmentation_head.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+    convolutions = [module for module in model.segmentation_head.modules()
+                    if isinstance(module, torch.nn.Conv2d)]
     with torch.no_grad():
-        last.bias.copy_(torch.tensor((pixels + 1) / (pixels + 1).sum()).log())
+        convolutions[-1].bias.copy_(torch.tensor((pixels + 1) / (pixels + 1).sum()).log())
+
+
+def try_model(model, args):
+    """Raise UserError if the model can't work at this scale; freeze what its logits don't need."""
+    import torch
+    for side in batch_sides(args):
+        try:
+            logits = model.eval()(torch.zeros(1, 3, side, side))
+            logits.sum().backward()
+        except (RuntimeError, ValueError, AssertionError) as e:  # too few pixels; a fixed size
+            raise UserError(f"{args.model} can't work at scale {side}: {e}") from None
+        if logits.shape[2:] != (side, side):
+            raise UserError(f"{args.model} makes {list(logits.shape[2:])} of {side} x {side}: "
+                            "`upsampling` must be the stride of the decoder's map")
+    for parameter in model.parameters():  # DDP would wait for a gradient that never comes
+        parameter.requires_grad_(parameter.grad is not None)
+    model.zero_grad()
+
+
+def batch_sides(args):
+    """Return the smallest and largest side of batches after the batch hook, tried 30 times."""
+    import torch
+    images = torch.zeros(2, 3, args.scale, args.scale)
+    masks = torch.zeros(2, args.scale, args.scale, dtype=torch.int64)
+    sides = set()
+    for seed in range(30):
+        hooked, _ = BATCH_HOOKS[args.batch_hook](images, masks, np.random.default_rng(seed))
+        sides.add(hooked.shape[-1])
+    return sorted({min(sides), max(sides)})
 
 
 def start_run(args, classes, pixels, resume, device):
-    """What a run works with, new or as it stands in `resume`, of find_last; pixels [C] are the training images'."""
+    """Return a Run, new or as `resume`, of find_last, holds it; pixels [C]: of training images."""
     import torch
     from timm.utils import ModelEmaV3
     torch.manual_seed(args.seed)
     model = build_model(args.model, len(classes), "none" if resume else args.weights)
-    try:
-        model.eval()(torch.zeros(1, 3, args.scale, args.scale)).sum().backward()
-    except (RuntimeError, ValueError, AssertionError) as e:  # too few pixels for a decoder; a ViT of another size
-        raise SystemExit(f"{args.model} can't work at scale {args.scale}: {e}") from None
-    for parameter in model.parameters():  # what the logits don't depend on would make DDP wait for its gradient
-        parameter.requires_grad_(parameter.grad is not None)
-    model.zero_grad()
-    set_prior(model, pixels)  # else the first epochs find out that nearly all is background
+    try_model(model, args)
+    set_prior(model, pixels)
     model = model.to(device, memory_format=torch.channels_last)
-    forward, n_ranks, gpu = model, ranks()[1], [device.index] if device.type == "cuda" else None
-    if n_ranks > 1:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if gpu else model
-        forward = torch.nn.parallel.DistributedDataParallel(model, gpu)
-    weights = (pixels > 0) / pixels.clip(min=1)
-    weights = torch.tensor(weights / weights[pixels > 0].mean(), dtype=torch.float32, device=device)
-    optimizer, settings = OPTIMIZERS[args.optimizer]
-    run = {"model": model, "forward": torch.compile(forward) if args.compile else forward, "parts": args.accumulate,
-           "loss": make_loss(args.loss, args.loss_ratio, args.label_smoothing,
-                             weights if args.class_weights == "inverse" else None),
-           "ema": ModelEmaV3(model, decay=args.ema, use_warmup=True),
-           "optimizer": getattr(torch.optim, optimizer)(
-               parameter_groups(model, args.encoder_lr, args.weight_decay), lr=args.lr, fused=True, **settings),
-           "scaler": torch.amp.GradScaler(device.type, enabled=amp(device).fast_dtype == torch.float16),
-           "total": torch.zeros(3), "epoch": 0, "step": 0, "log": [], "best": None, "kept": "the start", "drawing": 0.0}
-    for p in (p for p in model.parameters() if p.requires_grad and args.optimizer == "sgd"):
-        run["optimizer"].state[p]["momentum_buffer"] = torch.zeros_like(p)  # undefined after a skipped first step
+    gpus = [device.index] if device.type == "cuda" else None
+    forward = model
+    if ranks()[1] > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if gpus else model
+        forward = torch.nn.parallel.DistributedDataParallel(model, gpus)
+    weights = class_weights(args, pixels, device)
+    groups = parameter_groups(model, args.encoder_lr, args.weight_decay)
+    is_half = amp(device).fast_dtype == torch.float16
+    mean, std = encoder_mean_std(args.model)
+    run = Run(
+        model=model, forward=torch.compile(forward) if args.compile else forward,
+        loss=make_loss(args.loss, args.loss_ratio, args.label_smoothing, weights),
+        optimizer=OPTIMIZERS[args.optimizer](groups, args.lr),
+        scaler=torch.amp.GradScaler(device.type, enabled=is_half),
+        ema=ModelEmaV3(model, decay=args.ema, use_warmup=True), device=device, mean=mean, std=std,
+        parts=args.accumulate, total=torch.zeros(3))
     if resume:
         restore(run, *resume)
-    run["total"] = run["total"].to(device)
+    run.total = run.total.to(device)
     return run
 
 
-def restore(run, path, state):
-    """Put what the checkpoint `path` holds into a new run."""
+def class_weights(args, pixels, device):
+    """Return the class weights float32 [C], with mean 1 over the classes present, or None."""
+    import torch
+    if args.class_weights == "none":
+        return None
+    weights = (pixels > 0) / pixels.clip(min=1)
+    weights = weights / weights[pixels > 0].mean()
+    return torch.tensor(weights, dtype=torch.float32, device=device)
+
+
+def restore(run, path, checkpoint):
+    """Put what the checkpoint `path` holds into a new Run."""
     try:
         for name in STATES:
-            if state[name]:  # a scaler that is off has no state
-                run[name].load_state_dict(state[name])
-        run |= {name: state[name] for name in PLACE}
+            if checkpoint[name]:  # a scaler that is off has no state
+                getattr(run, name).load_state_dict(checkpoint[name])
+        for name in PLACE:
+            setattr(run, name, checkpoint[name])
     except (KeyError, RuntimeError, ValueError) as e:
-        raise SystemExit(f"{path}: not of these scripts and libraries, remove it to start anew: "
-                         f"{shorten(str(e), 300)}") from None
-    print(f"{path.parent}: resuming after {run['kept']}")
+        raise UserError(f"{path}: not of these scripts and libraries, remove it to start anew: "
+                        f"{shorten(str(e), 300)}") from None
+    print(f"{path.parent}: resuming after {run.kept}")
 
 
-def fit(run, loaders, args, info, out, device, report):
-    """Train to the last epoch; the best of the later half by v3 is kept in run["best"]. info: what every file of the
-    run says besides.
+# ---- the epochs of a run -------------------------------------------------------------------------
+
+
+def fit(run, loaders, args, info, out, report):
+    """Train to the last epoch; run.best becomes the best epoch of the later half by v3.
+
+    info: what every file of the run says besides; report(epoch, v3) is called after each epoch.
     """
-    (train_loader, valid_loader), recipe = loaders, info["recipe"]
-    finished = (out / "model.pt").exists()  # of a run that this one replaces: its log stays beside it until then
-    look = None if ranks()[0] else partial(draw_batch, out / "batch.png", info["classes"])
-
-    def save(step, snapshot=None):
-        run["step"], kept = step, f"step {step} of epoch {run['epoch'] + 1}" if step else f"epoch {run['epoch']}"
-        if not out.is_dir():
-            raise SystemExit(f"{out} was removed: training stops")
-        if ranks()[0] == 0:
-            if snapshot and snapshot["epoch"] in snapshot_epochs(args):
-                save_checkpoint(out / f"last-epoch-{snapshot['epoch']:03}.pt", **info, **snapshot)
-            if snapshot:  # before last.pt: an epoch that counts as done is in it
-                write_csv(out / ("last.csv" if finished else "log.csv"), run["log"])
-            save_checkpoint(out / "last.pt", previous=out / "last-1.pt", **info, **{k: run[k] for k in PLACE} | {
-                "kept": kept}, **{k: run[k].state_dict() for k in STATES})
-        run["kept"] = kept
-
-    while run["epoch"] < args.epochs and not (args.overfit and run["best"] and run["best"]["v3"] >= OVERFIT_V3):
+    train_loader, valid_loader = loaders
+    rank = ranks()[0]
+    save = partial(save_last, run, info, out)
+    show_batch = None if rank else partial(draw_batch, out / "batch.png", info["classes"])
+    while run.epoch < args.epochs and not is_overfitted(run, args):
         started = time.time()
-        train_loader.batch_sampler.epoch, train_loader.batch_sampler.first = run["epoch"], run["step"]
-        row = {"epoch": run["epoch"] + 1, **train_one_epoch(run, train_loader, args, recipe, device, save, look)}
+        train_loader.batch_sampler.epoch = run.epoch
+        train_loader.batch_sampler.first = run.step
+        row = {"epoch": run.epoch + 1,
+               **train_one_epoch(run, train_loader, args, save, show_batch)}
         if not math.isfinite(row["loss"]):
-            raise SystemExit(f"{out}: the loss of epoch {row['epoch']} is {row['loss']}: lower --lr; kept is what was "
-                             f"after {run['kept']}")
-        v, iou, now = validate(run, valid_loader, args, info, device)
-        row |= {**v, "seconds": time.time() - started, **({"contaminated": 1} if recipe["contaminated"] else {}), **iou}
-        run["log"].append(row)
-        run["epoch"] += 1
-        run["total"].zero_()
-        # early on a model that calls nearly all background often has the best v3; --overfit stops as soon as it can
-        late = args.overfit or 2 * row["epoch"] > args.epochs
-        if late and (run["best"] is None or now["v3"] > run["best"]["v3"]):
-            run["best"] = now
-        save(0, now)
-        if ranks()[0] == 0:
-            log_row(run, row, args, recipe, out)
-            if row["epoch"] < args.epochs and run["drawing"] < 0.02 * sum(row["seconds"] for row in run["log"]):
-                drawn = time.time()
-                draw_curves(out / "curves.png", run["log"])
-                run["drawing"] += time.time() - drawn
+            raise UserError(f"{out}: the loss of epoch {row['epoch']} is {row['loss']}: lower "
+                            f"--lr; kept is what was after {run.kept}")
+        v, iou, epoch_model = validate(run, valid_loader, args, info["classes"])
+        row |= v | {"seconds": time.time() - started}
+        if info["recipe"]["contaminated"]:
+            row["contaminated"] = 1
+        row |= iou
+        run.log.append(row)
+        run.epoch += 1
+        run.total.zero_()
+        # early on a model that calls nearly all background often has the best v3
+        is_late = args.overfit or 2 * row["epoch"] > args.epochs
+        if is_late and (run.best is None or v["v3"] > run.best["v3"]):
+            run.best = epoch_model
+        check_folder(out)
+        if rank == 0:
+            save_epoch(run, args, info, out, epoch_model)
+        save_last(run, info, out)
+        if rank == 0:
+            log_row(run, row, args, info["recipe"], out)
+            draw_some_curves(run, args, out)
         if report:
             report(row["epoch"], row["v3"])
 
 
+def is_overfitted(run, args):
+    """Return whether --overfit has reached what it must."""
+    return bool(args.overfit and run.best and run.best["v3"] >= OVERFIT_V3)
+
+
+def check_folder(out):
+    """Raise UserError if the run's folder is gone: writing a file would make it again."""
+    if not out.is_dir():
+        raise UserError(f"{out} was removed: training stops")
+
+
+def save_epoch(run, args, info, out, epoch_model):
+    """Write an epoch's snapshot, if --snapshots wants it, and its row of log.csv.
+
+    This comes before save_last: an epoch that counts as done is in the log.
+    """
+    if epoch_model["epoch"] in snapshot_epochs(args):
+        snapshot = out / f"last-epoch-{epoch_model['epoch']:03}.pt"
+        save_checkpoint(snapshot, **info, **epoch_model)
+    # the log of a finished run that this one replaces stays beside its model until then
+    log = "last.csv" if (out / "model.pt").exists() else "log.csv"
+    write_csv(out / log, run.log)
+
+
+def save_last(run, info, out, step=0):
+    """Write last.pt after `step` steps of an epoch, or between two epochs."""
+    run.step = step
+    kept = f"step {step} of epoch {run.epoch + 1}" if step else f"epoch {run.epoch}"
+    check_folder(out)
+    if ranks()[0] == 0:
+        place = {name: getattr(run, name) for name in PLACE} | {"kept": kept}
+        states = {name: getattr(run, name).state_dict() for name in STATES}
+        save_checkpoint(out / "last.pt", previous=out / "last-1.pt", **info, **place, **states)
+    run.kept = kept
+
+
+def snapshot_epochs(args):
+    """Return the epochs after which a snapshot is kept.
+
+    They are the last valleys of a schedule with cycles, else even steps up to the last epoch.
+    """
+    n_snapshots, n_cycles = args.snapshots, args.cycles
+    if not n_snapshots:
+        return []
+    ends = [1 - 0.5 * i / n_snapshots for i in range(n_snapshots)]  # as shares of the run
+    if has_cycles(SCHEDULES[args.schedule]):
+        ends = [args.warmup + (1 - args.warmup) * (i + 1) / n_cycles for i in range(n_cycles)]
+    return sorted({int(args.epochs * end + 1e-6) for end in ends} - {0})[-n_snapshots:]
+
+
+def has_cycles(schedule):
+    """Return whether a schedule depends on its number of cycles."""
+    return any(schedule(t, 2) != schedule(t, 3) for t in (0.1, 0.4, 0.7))
+
+
 def start_logger(name, out, recipe):
-    """A function that takes a row of log.csv."""
+    """Return a function that hands a row of log.csv to TensorBoard or Weights & Biases."""
     if name == "wandb":
         import wandb
-        return wandb.init(dir=out, config=recipe, mode=os.environ.get("WANDB_MODE", "offline")).log
+        mode = os.environ.get("WANDB_MODE", "offline")
+        return wandb.init(dir=out, config=recipe, mode=mode).log
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(out / "tensorboard")
-    return lambda row: [writer.add_scalar(k, v, row["epoch"]) for k, v in row.items()] and writer.flush()
+
+    def log(row):
+        for key, value in row.items():
+            writer.add_scalar(key, value, row["epoch"])
+        writer.flush()
+    return log
 
 
 def log_row(run, row, args, recipe, out):
-    """Print the row and tell the logger; whatever fails there is a warning, since log.csv has it all."""
-    print(f"{out} epoch {row['epoch']}/{args.epochs} loss {row['loss']:.4f} v1 {row['v1']:.4f} v2 {row['v2']:.4f} "
-          f"v3 {row['v3']:.4f}{' contaminated' * recipe['contaminated']} {row['images_per_s']:.1f} images/s "
-          f"{row['seconds']:.0f} s" + f" skipped {row['skipped']} step(s): gradient not finite" * (row["skipped"] > 0)
-          + "\n   IoU "
-          + ", ".join(f"{k.removeprefix('iou ')} {v:.3f}" for k, v in row.items() if k.startswith("iou ")), flush=True)
-    if args.logger:
-        try:
-            run["logger"] = run.get("logger") or start_logger(args.logger, out, recipe)
-            run["logger"](row)
-        except Exception as e:
-            print(f"warning: {args.logger} failed, training goes on without it: {e}", file=sys.stderr)
-            run["logger"] = lambda row: None
+    """Print the row and tell the logger; what fails there is a warning: log.csv has it all."""
+    contaminated = " contaminated" if recipe["contaminated"] else ""
+    skipped = ""
+    if row["skipped"]:
+        skipped = f" skipped {row['skipped']} step(s): gradient not finite"
+    ious = [f"{key.removeprefix('iou ')} {value:.3f}" for key, value in row.items()
+            if key.startswith("iou ")]
+    print(f"{out} epoch {row['epoch']}/{args.epochs} loss {row['loss']:.4f} v1 {row['v1']:.4f} "
+          f"v2 {row['v2']:.4f} v3 {row['v3']:.4f}{contaminated} {row['images_per_s']:.1f} images/s "
+          f"{row['seconds']:.0f} s{skipped}\n   IoU {', '.join(ious)}", flush=True)
+    if not args.logger:
+        return
+    try:
+        run.logger = run.logger or start_logger(args.logger, out, recipe)
+        run.logger(row)
+    except Exception as e:
+        print(f"warning: {args.logger} failed, training goes on without it: {e}", file=sys.stderr)
+        run.logger = lambda row: None
 
 
-def train_run(args, root, report=None):
-    """Train, resume or find done the run of `args` under `root`; returns the v3 of the epoch it keeps.
+def draw_some_curves(run, args, out):
+    """Draw curves.png after an epoch but the last, while that takes under 2% of the time."""
+    seconds = sum(row["seconds"] for row in run.log)
+    if run.epoch < args.epochs and run.drawing_seconds < 0.02 * seconds:
+        started = time.time()
+        draw_curves(out / "curves.png", run.log)
+        run.drawing_seconds += time.time() - started
 
-    report(epoch, v3) is called after each epoch. With --overfit a v3 below OVERFIT_V3 raises SystemExit.
+
+# ---- one run -------------------------------------------------------------------------------------
+
+
+def train_run(args, root, report=None, wait=False):
+    """Train, resume or find done the run of `args` under `root`; return its v3.
+
+    Its v3 is that of the epoch that it keeps. report(epoch, v3) is called after each epoch. With
+    `wait` it waits for another process that is at this run. With --overfit a v3 below OVERFIT_V3
+    is an error.
     """
     check_output(args.data, args.exp)
     train, test = load_data(args.data, args.cache, args.paint, args.cache_images)
     folds = load_folds(args.exp, train, args.folds)
-    learn, valid = np.flatnonzero(folds != args.fold), np.flatnonzero(folds == args.fold)
-    pixels, hashes, epochs = np.array(train.pixels), Hashes(args.cache), snapshot_epochs(args)
-    if args.overfit:  # on the images with the most classes
-        learn = valid = learn[np.argsort(-(pixels[learn] > 0).sum(1), kind="stable")][:args.overfit]
-    out, first = root / f"r{args.round}" / args.model / f"s{args.scale}" / f"f{args.fold}", ranks()[0] == 0
-    with lock(out, wait=report is not None) if first else nullcontext():
-        folds_csv = folds_hash(train.ids, folds)
-        labels = check_labels(args, test, folds_csv, hashes) if args.round and not args.overfit else ()
-        recipe = make_recipe(args, train.fingerprint, folds_csv, hashes, *labels)
-        recipe["mean"], recipe["std"] = map(list, encoder_mean_std(args.model))
-        info = provenance(recipe, run_code(recipe)) | {
-            "classes": train.classes, "valid_ids": [train.ids[i] for i in valid]}
+    train_indices, valid_indices = split_by_fold(args, train, folds)
+    out = root / f"r{args.round}" / args.model / f"s{args.scale}" / f"f{args.fold}"
+    first = ranks()[0] == 0
+    hashes, epochs = Hashes(args.cache), snapshot_epochs(args)
+    with lock(out, wait=wait) if first else nullcontext():
+        info = describe_run(args, train, test, folds, hashes)
+        info |= {"classes": train.classes, "valid_ids": [train.ids[i] for i in valid_indices]}
         done = find_done(out, hashes)
-        todo = decide(out / "model.pt", done, info, args.code, args.replace) if done else "make"
-        if todo != "make" and all((out / name).exists() for name in model_files(epochs)):
-            if first and (todo == "kept" or not read_description(out / "config.json", hashes)):
-                keep_code(args.exp)
-                write_config(out, done, epochs, hashes)
+        if done and keeps_done(done, info, out, epochs, args, hashes):
             print(f"{out}/model.pt is there and has this recipe: nothing to do")
             return done["v3"]
         resume = choose_resume(out, info, args, hashes)
         device = claim_device(args.device)
         if first:  # other ranks have read what is moved here, as claim_device waits for them
             begin(out, info, args, resume)
-        loaders = make_loaders(args, train, test, learn, valid, device.type == "cuda")
-        run = start_run(args, train.classes, pixels[learn].sum(0), resume, device)
-        for name, part in (("training", learn), ("validation", valid)):
-            if absent := [c for c, n in zip(train.classes, pixels[part].sum(0), strict=True) if not n]:
-                print(f"warning: no {name} image of fold {args.fold} has {', '.join(absent)}")
-        if first:  # three times the weights, their average, the best ones and Adam's two; the rest once
-            size = sum(tensor.nbytes for tensor in run["model"].state_dict().values())
-            check_space(out, (3 * 5 + 1 + args.snapshots) * size - sum(p.stat().st_size for p in out.glob("last*.pt")))
+        loaders = make_loaders(args, train, test, train_indices, valid_indices,
+                               device.type == "cuda")
+        pixels = np.array(train.pixels)
+        run = start_run(args, train.classes, pixels[train_indices].sum(0), resume, device)
+        run.mean, run.std = info["recipe"]["mean"], info["recipe"]["std"]  # also a kept run's
+        warn_of_absent_classes(args, train.classes, pixels, train_indices, valid_indices)
+        if first:
+            check_run_space(run, args, out)
         try:
-            fit(run, loaders, args, info, out, device, report)
+            fit(run, loaders, args, info, out, report)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{out}: interrupted, kept is what was after {run['kept']}") from None
+            raise KeyboardInterrupt(f"{out}: interrupted, kept is what was after "
+                                    f"{run.kept}") from None
         if first:
-            draw_curves(out / "curves.png", run["log"])  # fit leaves out some epochs, and the last
-        v3 = run["best"]["v3"]
-        if args.overfit and v3 < OVERFIT_V3:
-            raise SystemExit(f"{out}: v3 {v3:.4f} on its own {len(learn)} training images, below {OVERFIT_V3}: more "
-                             "--epochs or another --lr, or the model or the loss doesn't learn")
+            draw_curves(out / "curves.png", run.log)
+        if args.overfit and run.best["v3"] < OVERFIT_V3:
+            raise UserError(f"{out}: v3 {run.best['v3']:.4f} on its own {len(train_indices)} "
+                            f"training images, below {OVERFIT_V3}: more --epochs or another --lr, "
+                            "or the model or the loss doesn't learn")
         if first:
-            finish_run(run, info, out, EvalPhotos(train, valid.tolist(), args.scale), device, epochs, hashes)
-    return v3
+            photos = EvalPhotos(train, valid_indices.tolist(), args.scale)
+            finish_run(run, info, out, photos, epochs, hashes)
+    return run.best["v3"]
+
+
+def split_by_fold(args, train, folds):
+    """Return the positions of (training, validation) images; with --overfit both are the same few.
+
+    Those are the training images with the most classes.
+    """
+    train_indices = np.flatnonzero(folds != args.fold)
+    valid_indices = np.flatnonzero(folds == args.fold)
+    if args.overfit:
+        n_classes = (np.array(train.pixels)[train_indices] > 0).sum(1)
+        train_indices = train_indices[np.argsort(-n_classes, kind="stable")][:args.overfit]
+        return train_indices, train_indices
+    return train_indices, valid_indices
+
+
+def describe_run(args, train, test, folds, hashes):
+    """Return the provenance of a run: what decides its result, as it is now."""
+    folds_csv = folds_hash(train.ids, folds)
+    labels = ()
+    if args.round and not args.overfit:
+        labels = check_labels(args, test, folds_csv, hashes)
+    recipe = run_recipe(args, train.fingerprint, folds_csv, hashes, *labels)
+    recipe["mean"], recipe["std"] = map(list, encoder_mean_std(args.model))
+    return provenance(recipe, run_code(recipe))
+
+
+def warn_of_absent_classes(args, classes, pixels, train_indices, valid_indices):
+    """Warn of classes that no training or no validation image has; pixels [N, C]."""
+    for name, indices in (("training", train_indices), ("validation", valid_indices)):
+        counts = pixels[indices].sum(0)
+        absent = [name for name, count in zip(classes, counts, strict=True) if not count]
+        if absent:
+            print(f"warning: no {name} image of fold {args.fold} has {', '.join(absent)}")
+
+
+def check_run_space(run, args, out):
+    """Raise UserError if the disk has no room for the run's checkpoints."""
+    size = sum(tensor.nbytes for tensor in run.model.state_dict().values())
+    # last.pt three times, also while it is written, with the weights, their average, the best ones
+    # and Adam's two averages; model.pt and the snapshots once
+    needed = (3 * 5 + 1 + args.snapshots) * size
+    check_space(out, needed - sum(path.stat().st_size for path in out.glob("last*.pt")))
+
+
+# ---- a run's files -------------------------------------------------------------------------------
+
+
+def find_done(out, hashes):
+    """Return what config.json says of the finished run in `out`, or None when there is none.
+
+    If that file is missing, model.pt itself says it.
+    """
+    if not (out / "model.pt").exists():
+        return None
+    done = read_description(out / "config.json", hashes)
+    if not done:  # killed before it was written, or damaged
+        done = load_checkpoint(out / "model.pt")
+        if not isinstance(done, dict) or not done.keys() >= set(DESCRIBED):
+            raise UserError(f"{out}/model.pt: not a checkpoint of this train.py: take another "
+                            "--exp, or remove it")
+    return done
+
+
+def keeps_done(done, info, out, epochs, args, hashes):
+    """Return whether the finished run stays; raise UserError when the user has to decide."""
+    action = decide(out / "model.pt", done, info, args.code, args.replace)
+    missing = [name for name in model_files(epochs) if not (out / name).exists()]
+    if action == "make" or missing:
+        return False
+    described = read_description(out / "config.json", hashes)
+    if ranks()[0] == 0 and (action == "kept" or not described):
+        keep_code(args.exp)
+        write_config(out, done, epochs, hashes)
+    return True
 
 
 def choose_resume(out, info, args, hashes):
-    """What find_last finds if the run carries on from it, or None when it begins; info is what would make it now.
+    """Return (path, checkpoint) to carry on from, or None to begin anew.
 
-    When the user keeps what other code has begun, info gets to say so.
+    If the user keeps what other code began, `info` takes over the description in last.pt.
     """
     resume = find_last(out)
     if not resume:
         return None
     path, last = resume
     if not isinstance(last, dict) or not last.keys() >= set(DESCRIBED):
-        raise SystemExit(f"{path}: not a checkpoint of this train.py: take another --exp, or remove it to start anew")
-    said = read_description(out / "last.json", hashes)
-    if said and not recipe_changes(last, said["recipe"]) and said["code"] == last["code"]:
-        last["kept_under"] = said["kept_under"]  # the user has said so, but no epoch has ended since
-    todo = decide(path, last, info, args.code, args.replace)
-    if todo == "make":
+        raise UserError(f"{path}: not a checkpoint of this train.py: take another --exp, or remove "
+                        "it to start anew")
+    begun = read_description(out / "last.json", hashes)
+    if begun and not recipe_changes(last, begun["recipe"]) and begun["code"] == last["code"]:
+        last["kept_under"] = begun["kept_under"]  # the user may have kept it before an epoch ended
+    if decide(path, last, info, args.code, args.replace) == "make":
         return None
     if last["kept_under"]:
         info |= {key: last[key] for key in DESCRIBED}
     return resume
+
+
+def find_last(out):
+    """Return (path, checkpoint) that a run carries on from, or None: last.pt, else last-1.pt."""
+    damaged = ""
+    for path in filter(Path.exists, (out / "last.pt", out / "last-1.pt")):
+        try:
+            last = load_checkpoint(path)
+        except UserError as e:
+            damaged += f"{e}; "
+            continue
+        if damaged and ranks()[0] == 0:
+            print(f"{damaged}going back to {path}")
+            (out / "last.pt").rename(out / "last-damaged.pt")  # else it would become last-1.pt
+        return path, last
+    if damaged:
+        raise UserError(f"{damaged}remove {out}/last*.pt to start anew")
+    return None
 
 
 def begin(out, info, args, resume):
@@ -649,127 +964,643 @@ def begin(out, info, args, resume):
     write_description(out / "last.json", info, files={})
 
 
-def finish_run(run, info, out, photos, device, epochs, hashes):
+def finish_run(run, info, out, photos, epochs, hashes):
     """Write what stays of a run that is done and move aside what it replaces.
 
-    photos: the validation images, an EvalPhotos. A kill at any point leaves last.pt, from which this is done again.
+    photos: the validation images, an EvalPhotos. A kill at any point leaves last.pt, from which
+    this is done again.
     """
-    draw_valid(out / "valid.png", run, photos, info, device)
-    best = {sys.intern(k): v for k, v in run["best"].items()}  # else a resumed run's file has other bytes
+    draw_valid(out / "valid.png", run, photos, info["classes"])
+    # pickle writes equal strings once only if they are one object: interned keys give a resumed
+    # run's file the same bytes
+    best = {sys.intern(key): value for key, value in run.best.items()}
     save_checkpoint(out / "last-model.pt", **info, **best)
     if (out / "model.pt").exists():
-        old = {path.name for folder in (out, out / "replaced") for path in folder.glob("epoch-*.pt")}
-        move_aside(out, ["config.json", "log.csv", *sorted(old), "model.pt"])
-    write_csv(out / "log.csv", run["log"])
+        paths = [*out.glob("epoch-*.pt"), *(out / "replaced").glob("epoch-*.pt")]
+        snapshots = sorted({path.name for path in paths})
+        move_aside(out, ["config.json", "log.csv", *snapshots, "model.pt"])
+    write_csv(out / "log.csv", run.log)
     for name in model_files(epochs):
         if (out / f"last-{name}").exists():
             os.replace(out / f"last-{name}", out / name)
-    for old in out.glob("last*"):  # before config.json: model.pt alone says what it needs, and none of these is left
-        old.unlink()
+    for path in out.glob("last*"):  # before config.json is written: model.pt needs none of them
+        path.unlink()
     write_config(out, info | best, epochs, hashes)
     print(f"{out}/model.pt: epoch {best['epoch']}, v3 {best['v3']:.4f}")
 
 
+def model_files(epochs):
+    """Return the names of a finished run's checkpoints; the one that is written last comes last."""
+    return [*(f"epoch-{epoch:03}.pt" for epoch in epochs), "model.pt"]
+
+
+def write_config(out, info, epochs, hashes):
+    """Write what made the run and the hashes of its checkpoints; with this file the run is done."""
+    more = {key: info[key] for key in ("classes", "epoch", "v3")}
+    files = {name: hashes(out / name) for name in model_files(epochs)}
+    write_description(out / "config.json", info, **more, files=files)
+    hashes.save()
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def draw_curves(path, log):
+    """Draw the columns of log.csv over the epochs; waiting: share of the time without a batch."""
+    from matplotlib.figure import Figure
+    ious = [name for name in log[0] if name.startswith("iou ")]
+    panels = ["loss"], ["v1", "v2", "v3"], ious, ["lr"], ["images_per_s"], ["waiting"]
+    epochs = [row["epoch"] for row in log]
+    figure = Figure((13, 6), layout="constrained")
+    for axes, names in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        for name in names:
+            colour = COLOURS[ious.index(name)] / 255 if name in ious else None
+            label = name.removeprefix("iou ").replace("$", r"\$")
+            axes.plot(epochs, [row[name] for row in log], ".-", color=colour, label=label)
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    with atomic_write(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=90)
+
+
+def draw_batch(path, classes, images, masks):
+    """Draw the first images [B, H, W, 3] as loaded: augmented, with ClassMix, before a hook."""
+    rows = []
+    for image, mask in zip(images[:8], masks[:8], strict=True):
+        rows.append([("as loaded", overlay(image)),
+                     (named(mask, classes), overlay(image, mask))])
+    write_sheet(path, rows, dict(enumerate(classes)) | {IGNORE_INDEX: "ignored"}, across=2)
+
+
+def draw_valid(path, run, photos, classes):
+    """Draw the worst, median and best validation images by v3 of the epoch that is kept.
+
+    photos: an EvalPhotos. Truth, prediction and errors stand beside each.
+    """
+    import torch
+    image_v3 = run.best["image_v3"]
+    order = np.argsort(image_v3).tolist()
+    middle = max(0, len(order) // 2 - 2)
+    chosen = list(dict.fromkeys([*order[:4], *order[middle:middle + 4], *order[-4:]]))
+    images, truths = zip(*(photos[i] for i in chosen), strict=True)
+    run.ema.module.load_state_dict(run.best["model"])
+    preds = predict(run.ema.module, torch.from_numpy(np.stack(images)), run)
+    rows = []
+    for i, image, truth, pred in zip(chosen, images, truths, preds, strict=True):
+        errors = np.where(pred == truth, 0, IGNORE_INDEX).astype(np.uint8)
+        name = photos.split.file_names[photos.indices[i]]
+        rows.append([(f"v3 {image_v3[i]:.2f} {name}", overlay(image)),
+                     (f"truth: {named(truth, classes)}", overlay(image, truth)),
+                     (f"prediction: {named(pred, classes)}", overlay(image, pred)),
+                     ("errors", overlay(image, errors))])
+    write_sheet(path, rows, dict(enumerate(classes)) | {IGNORE_INDEX: "wrong"})
+
+
+# ---- check: the data before anything is trained --------------------------------------------------
+
+
 def check(args):
-    """Print the data's sizes, classes and folds, or stop with its faults."""
+    """Print the data's sizes, classes and folds and write data.html, or stop with its faults."""
     train, test = load_data(args.data, args.cache, args.paint)
     folds = load_folds(args.exp, train, args.folds, renew=True)
-    pixels, unread = np.array(train.pixels), sum(fault is not None for fault in test.faults)
-    print(f"data: {len(train.ids)} training and {len(test.ids)} test images, {len(train.classes)} classes, "
-          f"{len(set(train.groups))} groups, folds of {np.bincount(folds).tolist()} images; "
-          + (f"{unread} test photo(s) can't be read: mend them for a full score" if unread else "no faults"))
+    unread = sum(fault is not None for fault in test.faults)
+    verdict = "no faults"
+    if unread:
+        verdict = f"{unread} test photo(s) can't be read: mend them for a full score"
+    print(f"data: {len(train.ids)} training and {len(test.ids)} test images, {len(train.classes)} "
+          f"classes, {len(set(train.groups))} groups, folds of {np.bincount(folds).tolist()} "
+          f"images; {verdict}")
     if odd := sum(train.odd, []):
-        print(f"warning: {len(odd)} annotation(s) have a polygon that leaves the photo, where it's clipped, or without "
-              f"area: {', '.join(map(str, odd[:9]))}")
+        print(f"warning: {len(odd)} annotation(s) have a polygon that leaves the photo, where it's "
+              f"clipped, or without area: {', '.join(map(str, odd[:9]))}")
+    pixels = np.array(train.pixels)
     for class_id, name in enumerate(train.classes):
         present, share = pixels[:, class_id] > 0, pixels[:, class_id].sum() / pixels.sum()
         print(f"  {class_id:3} {name:20} {present.sum():6} images {share:8.3%} of pixels")
-        if absent := [fold for fold in range(args.folds) if not present[folds == fold].any()]:
+        absent = [fold for fold in range(args.folds) if not present[folds == fold].any()]
+        if absent:
             print(f"      warning: no image of fold {', '.join(map(str, absent))} has it")
     write_data_page(args, train, test, folds)
     print(f"{args.exp}/data.html: a look at them")
-
-
-# ---- data page ------------------------------------------------------------------------------------------------------
 
 
 def write_data_page(args, train, test, folds):
     """Write EXP/data.html: what a first evening looks for in the data."""
     import pandas as pd
     names, pixels = train.classes, np.array(train.pixels)
-    by_id, present = dict(list(enumerate(names))[1:]), pixels > 0
-    sizes = pd.DataFrame([(c, n / sum(counts)) for photo, counts in zip(train.objects, train.pixels, strict=True)
-                          for c, n in photo["sizes"]], columns=["class", "share"]).groupby("class")["share"]
+    present = pixels > 0
+    sizes = object_sizes(train)
     objects = sizes.size().reindex(range(len(names)), fill_value=0)
-    shares = {"photos": present.mean(0), "objects": objects / objects.sum(), "pixels": pixels.sum(0) / pixels.sum()}
-    both = present.T.astype(int) @ present  # [C, C] photos with two classes
-    covered = pd.DataFrame([(names[below], names[above], n) for photo in train.objects
-                            for below, above, n in photo["covered"]], columns=["below", "on top", "pixels"])
-    photos = pd.DataFrame({"photo": train.file_names + test.file_names, "content": train.digests + test.digests,
-                           "of": ["train"] * len(train.ids) + ["test"] * len(test.ids)})
-    equal = photos[photos["content"].ne("") & photos.duplicated("content", keep=False)].sort_values("content")
-    figures = [(text, figure_urls(plot, 1.5 + 0.25 * len(by_id))) for text, plot in (
-        ("Shares of photos, objects and pixels", lambda axes: draw_bars(axes, by_id, shares, xscale="log")),
-        ("Sizes of objects, as a share of the photo", lambda axes: draw_bars(axes, by_id, {
-            label: sizes.quantile(q).reindex(range(len(names))) for label, q in (
-                ("median", 0.5), ("5%", 0.05), ("95%", 0.95), ("largest", 1))}, xscale="log")),
-        ("Of the photos with one class, how many % have another too", lambda axes: draw_heat(
-            axes, (both / both.diagonal().clip(1)[:, None])[1:, 1:], names[1:], names[1:], xlabel="another",
-            ylabel="one")))]
+    shares = {"photos": present.mean(0), "objects": objects / objects.sum(),
+              "pixels": pixels.sum(0) / pixels.sum()}
+    by_fold = {}
+    for fold in range(args.folds):
+        by_fold[f"photos of fold {fold}"] = present[folds == fold].sum(0)
+    table = pd.DataFrame({"class": names, "photos": present.sum(0), "objects": objects,
+                          "pixels": pixels.sum(0), "share of pixels": shares["pixels"], **by_fold})
+    equal = equal_photos(train, test)
     write_page(args.exp / "data.html", f"Data: {args.data}", [
-        {"title": "classes", "note": f"{len(train.ids)} photos for training, {len(test.ids)} for the test.",
-         "figures": figures, "table": pd.DataFrame({
-             "class": names, "photos": present.sum(0), "objects": objects, "pixels": pixels.sum(0),
-             "share of pixels": shares["pixels"],
-             **{f"photos of fold {f}": present[folds == f].sum(0) for f in range(args.folds)}})},
-        {"title": "contested pixels", "note": "Objects of one class that are painted over by another's, by the paint "
-         f"order {args.paint}: what lies on top is the truth.",
-         "table": covered.groupby(["below", "on top"], as_index=False).agg(
-             overlaps=("pixels", "size"), pixels=("pixels", "sum")).sort_values("pixels", ascending=False)},
-        {"title": "equal photos", "note": f"{len(equal)} photos have the content of another; those for training are "
-         "kept in one fold.", "table": equal.head(200)},
-        {"title": "samples", "note": "Of each class photos spread evenly over those that have it.",
-         "cards": sample_photos(train, present)}], names)
+        {"title": "classes", "table": table, "figures": data_figures(names, present, shares, sizes),
+         "note": f"{len(train.ids)} photos for training, {len(test.ids)} for the test."},
+        {"title": "contested pixels", "table": contested_pixels(train),
+         "note": "Objects of one class that are painted over by another's, by the paint order "
+                 f"{args.paint}: what lies on top is the truth."},
+        {"title": "equal photos", "table": equal.head(200),
+         "note": f"{len(equal)} photos have the content of another; those for training are kept in "
+                 "one fold."},
+        {"title": "samples", "cards": sample_photos(train, present),
+         "note": "Of each class photos spread evenly over those that have it."}], names)
+
+
+def object_sizes(train):
+    """Return the objects' shares of their photos, a pandas column grouped by class id."""
+    import pandas as pd
+    rows = []
+    for photo, counts in zip(train.objects, train.pixels, strict=True):
+        rows += [(class_id, n_pixels / sum(counts)) for class_id, n_pixels in photo["sizes"]]
+    return pd.DataFrame(rows, columns=["class", "share"]).groupby("class")["share"]
+
+
+def contested_pixels(train):
+    """Return a table of the classes painted over each other, most pixels first."""
+    import pandas as pd
+    rows = []
+    for photo in train.objects:
+        for below, above, n_pixels in photo["covered"]:
+            rows.append((train.classes[below], train.classes[above], n_pixels))
+    table = pd.DataFrame(rows, columns=["below", "on top", "pixels"])
+    table = table.groupby(["below", "on top"], as_index=False).agg(
+        overlaps=("pixels", "size"), pixels=("pixels", "sum"))
+    return table.sort_values("pixels", ascending=False)
+
+
+def equal_photos(train, test):
+    """Return a table of the photos whose content another photo has too."""
+    import pandas as pd
+    photos = pd.DataFrame({"photo": train.file_names + test.file_names,
+                           "content": train.digests + test.digests,
+                           "of": ["train"] * len(train.ids) + ["test"] * len(test.ids)})
+    is_equal = photos["content"].ne("") & photos.duplicated("content", keep=False)
+    return photos[is_equal].sort_values("content")
+
+
+def data_figures(names, present, shares, sizes):
+    """Return (title, urls) of the page's figures; present bool [N, C], sizes of object_sizes."""
+    foreground = dict(list(enumerate(names))[1:])
+    quantiles = {"median": 0.5, "5%": 0.05, "95%": 0.95, "largest": 1}
+    class_ids = range(len(names))
+    sizes_by = {label: sizes.quantile(q).reindex(class_ids) for label, q in quantiles.items()}
+    together = present.T.astype(int) @ present  # [C, C] photos with two classes
+    together = together / together.diagonal().clip(1)[:, None]
+    plots = {
+        "Shares of photos, objects and pixels":
+            lambda axes: draw_bars(axes, foreground, shares, xscale="log"),
+        "Sizes of objects, as a share of the photo":
+            lambda axes: draw_bars(axes, foreground, sizes_by, xscale="log"),
+        "Of the photos with one class, how many % have another too":
+            lambda axes: draw_heat(axes, together[1:, 1:], names[1:], names[1:], xlabel="another",
+                                   ylabel="one")}
+    height = 1.5 + 0.25 * len(foreground)
+    return [(title, figure_urls(plot, height)) for title, plot in plots.items()]
 
 
 def sample_photos(train, present, n=6):
-    """Cards of up to `n` photos of each class, with that class in its colour."""
+    """Return cards of up to `n` photos of each class, with that class in its colour."""
     cards = []
     for class_id in range(1, len(train.classes)):
-        having = np.flatnonzero(present[:, class_id])
-        for i in having[np.linspace(0, len(having) - 1, min(n, len(having))).astype(int)].tolist():
+        indices = np.flatnonzero(present[:, class_id])
+        spread = np.linspace(0, len(indices) - 1, min(n, len(indices))).astype(int)
+        for i in indices[spread].tolist():
             truth = train.truth(i)
             shown = overlay(train.image(i), np.where(truth == class_id, truth, 0), 0.4)
+            share = f"{(truth == class_id).mean():.2%} of the photo"
             cards.append({"text": train.file_names[i], "classes": [class_id],
-                          "tiles": [(f"{(truth == class_id).mean():.2%} of the photo", tile_url(shown))]})
+                          "tiles": [(share, tile_url(shown))]})
     return cards
 
 
-# ---- main -----------------------------------------------------------------------------------------------------------
+# ---- sweep: which recipe is best -----------------------------------------------------------------
 
 
-def check_args(args, n_ranks):
-    """Stop with one line when the arguments don't fit each other, what is there or the number of processes."""
-    if args.fold >= args.folds:
-        raise SystemExit(f"--fold {args.fold}: there are the folds 0 to {args.folds - 1}")
-    if args.weights not in ("imagenet", "none") and not Path(args.weights).is_file():
-        raise SystemExit(f"--weights {args.weights}: no such file, and neither imagenet nor none")
-    if args.batch < 2 * n_ranks:
-        raise SystemExit(f"--batch {args.batch}: batch norm needs 2 images a process, of which there are {n_ranks}")
-    if len(snapshot_epochs(args)) < args.snapshots:
-        raise SystemExit(f"--snapshots {args.snapshots}: this run has only {len(snapshot_epochs(args))} to keep")
+class Sweep:
+    """A study of recipes drawn from SEARCH_SPACE, in EXP/sweep, which processes may share."""
+
+    def __init__(self, args):
+        import optuna
+        from optuna.trial import TrialState
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self.args, self.folder = args, args.exp / "sweep"
+        self.complete, self.pruned = TrialState.COMPLETE, TrialState.PRUNED
+        self.running, self.failed = TrialState.RUNNING, TrialState.FAIL
+        self.space = search_space(args)
+        self.fixed, self.n_classes = fixed_values(args, self.space)
+        with lock(self.folder, wait=True):
+            self.study = self.open_study()
+
+    def trials(self, *states):
+        return self.study.get_trials(False, states)
+
+    def open_study(self):
+        """Return the study, new or as it stands; raise UserError if it was begun with other values.
+
+        Code may be another only if the user says --code keep.
+        """
+        import optuna
+        database = f"sqlite:///{self.folder}/study.db"
+        storage = optuna.storages.RDBStorage(database, {"connect_args": {"timeout": 60}})
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=5,
+                                             n_warmup_steps=self.args.epochs // 3)
+        study = optuna.create_study(storage=storage, pruner=pruner, study_name="sweep",
+                                    direction="maximize", load_if_exists=True)
+        begun, fixed = study.user_attrs.get("fixed", self.fixed), self.fixed
+        if keys := different_keys(begun, fixed):
+            text = ", ".join(f"{key} {begun.get(key)} -> {fixed.get(key)}" for key in keys)
+            raise UserError(f"{self.folder}/study.db was begun with other values: {text}; take "
+                            "another --exp, or remove it to begin anew")
+        code, code_now = study.user_attrs.get("code"), code_of("run")
+        if self.args.code != "keep" and code and (names := sorted(different_keys(code, code_now))):
+            raise UserError(f"{self.folder}/study.db was begun by other code "
+                            f"({', '.join(names[:6])}): --code keep (CODE=keep) carries on with "
+                            "it, another --exp begins anew")
+        study.set_user_attr("fixed", fixed)
+        study.set_user_attr("code", code_now)
+        return study
+
+    def root_of(self, values):
+        """Return the folder of a trial's run, named by what decides its result: so it resumes."""
+        text = json.dumps([self.fixed, values], sort_keys=True)
+        return self.folder / hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    def run_trial(self, trial):
+        """Return (state, v3 or None) of a trial; one that can't run counts as pruned."""
+        import optuna
+
+        def report(epoch, v3):
+            trial.report(v3, epoch)
+            if epoch < trial.params.get("epochs", self.args.epochs) and trial.should_prune():
+                raise optuna.TrialPruned
+        root = self.root_of(trial.params)
+        trial.set_user_attr("folder", root.name)
+        try:
+            run = with_values(self.args, trial.params)
+            return self.complete, train_run(run, root, report, wait=True)
+        except optuna.TrialPruned:
+            return self.pruned, None
+        except UserError as e:
+            print(e)
+            trial.set_user_attr("error", str(e))
+            return self.pruned, None
+
+    def run_trials(self):
+        """Run trials until, with those of other processes, args.sweep are finished.
+
+        A running trial holds a lock, which the kernel drops when its process is killed.
+        """
+        while True:
+            with ExitStack() as alive:
+                with lock(self.folder, wait=True):  # one process at a time counts and draws
+                    self.requeue_dead_trials()
+                    counted = self.trials(self.complete, self.pruned, self.running)
+                    if len(counted) >= self.args.sweep:
+                        return
+                    trial = self.study.ask(self.space)
+                    alive.enter_context(lock(self.folder / "running" / str(trial.number)))
+                state, v3 = self.run_trial(trial)
+                # else another process could list the trial as running, then find it unlocked
+                with lock(self.folder, wait=True):
+                    done = self.study.tell(trial, v3, state if v3 is None else None)
+            v3 = "none" if done.value is None else f"{done.value:.4f}"
+            values = [f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                      for key, value in done.params.items()]
+            print(f"trial {done.number}: v3 {v3} {state.name.lower()}, "
+                  f"{', '.join(values)}", flush=True)
+
+    def requeue_dead_trials(self):
+        """Let trials whose process was killed be run again."""
+        import optuna
+        requeue = optuna.storages.RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
+        for trial in self.study.get_trials(states=(self.running,)):
+            try:
+                with lock(self.folder / "running" / str(trial.number)):
+                    self.study.tell(trial.number, state=self.failed)
+                    requeue(self.study, trial)
+            except UserError:  # its process lives
+                continue
+
+    def draw(self, path):
+        """Draw how much each option matters, and v3 of every trial."""
+        import optuna
+        from matplotlib.figure import Figure
+        shares = optuna.importance.get_param_importances(self.study)
+        figure = Figure(figsize=(11, 2 + 0.3 * len(shares)), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        bars = left.barh(list(shares), list(shares.values()))
+        left.bar_label(bars, fmt="%.2f", padding=3)
+        left.invert_yaxis()
+        left.set(title="importance of the options", xlim=(0, 1.15 * max(shares.values())))
+        complete = self.trials(self.complete)
+        numbers, v3s = [trial.number for trial in complete], [trial.value for trial in complete]
+        right.plot(numbers, v3s, "o")
+        right.step(numbers, np.maximum.accumulate(v3s), where="post", alpha=0.5)
+        pruned = [trial.number for trial in self.trials(self.pruned)]  # their v3 is an early one
+        right.plot(pruned, [0.03] * len(pruned), "x", color="grey",
+                   transform=right.get_xaxis_transform())
+        right.set(title="v3 of the complete trials, and the best so far; x: pruned", xlabel="trial")
+        right.xaxis.get_major_locator().set_params(integer=True)
+        right.grid(alpha=0.3)
+        with atomic_write(path) as scratch:
+            figure.savefig(scratch, format="png", dpi=120)
+
+    def judge(self):
+        """Train the best setting with other seeds and compare its lead with what seeds make."""
+        settings = {}  # best first
+        for trial in sorted(self.trials(self.complete), key=lambda trial: -trial.value):
+            settings.setdefault(as_knobs(with_values(self.args, trial.params)), trial)
+        (line, best), *others = settings.items()
+        print(f"best setting, v3 {best.value:.4f} in trial {best.number}:\n  {line}", flush=True)
+        used = best.params.get("seed", self.args.seed)
+        seeds = [seed for seed in range(self.args.sweep_seeds + 1) if seed != used]
+        seeds, v3s = seeds[:self.args.sweep_seeds], []
+        for seed in seeds:
+            values = {**best.params, "seed": seed}
+            run = with_values(self.args, values)
+            v3s.append(train_run(run, self.root_of(values), wait=True))
+        spread = statistics.stdev(v3s)
+        print(f"with the seeds {', '.join(map(str, seeds))}: v3 mean {statistics.mean(v3s):.4f}, "
+              f"standard deviation {spread:.4f}, range {min(v3s):.4f} to {max(v3s):.4f}")
+        for _, second in others[:1]:
+            gap = best.value - second.value
+            units = f", {gap / spread:.1f} standard deviations" if spread else ""
+            print(f"the second best setting, trial {second.number}, is {gap:.4f} below the "
+                  f"best{units}")
+        print(f"differences smaller than the spread, {spread:.4f}, are noise: the seed alone makes "
+              "them")
+
+
+def with_values(args, values):
+    """Return train.py's arguments with `values` put over them; raise UserError if one can't be."""
+    checked = {}
+    for name, value in values.items():
+        kind = model_name if name == "model" else RECIPE[name][0]
+        try:
+            if isinstance(kind, tuple) and value not in kind:
+                raise ValueError(f"{value!r} is none of {', '.join(map(str, kind))}")
+            checked[name] = value if isinstance(kind, tuple) else kind(str(value))
+        except (ValueError, argparse.ArgumentTypeError) as e:
+            raise UserError(f"train.py's SEARCH_SPACE: {name}: {e}") from None
+    run = argparse.Namespace(**vars(args) | checked)
+    try:
+        check_args(run, 1)
+    except UserError as e:
+        raise UserError(f"train.py's SEARCH_SPACE: {e}") from None
+    return run
+
+
+def search_space(args):
+    """Return {option: Optuna's distribution}; raise UserError for what train.py refuses."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    space, table = {}, dict(SEARCH_SPACE)
+    if args.weights not in ("imagenet", "none") and table.pop("model", None):
+        print(f"model is not searched: the file {args.weights} fits one encoder only")
+    for name, entry in table.items():
+        try:
+            if name not in ("model", *RECIPE) or not isinstance(entry, tuple):
+                raise ValueError("no option of RECIPE with its choices or ('even' or 'log', "
+                                 "lowest, highest)")
+            is_range = entry[0] in ("even", "log")
+            values = [getattr(with_values(args, {name: value}), name) for value in entry[is_range:]]
+            if not is_range:
+                space[name] = CategoricalDistribution(values)
+                continue
+            kind = IntDistribution if isinstance(values[0], int) else FloatDistribution
+            space[name] = kind(*values, log=entry[0] == "log")
+        except (ValueError, TypeError, IndexError) as e:
+            raise UserError(f"train.py's SEARCH_SPACE: {name} {entry!r}: {e}") from None
+    return space
+
+
+def fixed_values(args, space):
+    """Return (what all trials of a sweep share: their recipe and the space, number of classes)."""
+    train, test = load_data(args.data, args.cache, args.paint)
+    folds = load_folds(args.exp, train, args.folds)
+    recipe = describe_run(args, train, test, folds, Hashes(args.cache))["recipe"]
+    fixed = {key: value for key, value in recipe.items() if key not in (*space, *DERIVED)}
+    fixed |= {f"SEARCH_SPACE {name}": list(SEARCH_SPACE[name]) for name in space}
+    return fixed, len(train.classes)
+
+
+def as_knobs(run):
+    """Return a recipe without its seed as it is pasted behind `make train`."""
+    options = []
+    for name, (_, default, _) in RECIPE.items():
+        value = getattr(run, name)
+        if name not in ("batch", "lr", "seed") and value != default:
+            options.append(f"--{name.replace('_', '-')} {value}")
+    return f"MODEL={run.model} BATCH={run.batch} LR={run.lr} TRAIN_ARGS='{' '.join(options)}'"
+
+
+def run_sweep(args):
+    """Try recipes until args.sweep are finished, then judge the best one with other seeds."""
+    if ranks()[1] > 1:
+        raise UserError("--sweep: start it in several processes without torchrun, which share it")
+    sweep = Sweep(args)
+    if len(sweep.trials(sweep.complete, sweep.pruned)) < args.sweep:
+        claim_device(args.device)
+        if "model" not in sweep.space:  # what no trial could build ends the sweep, not each trial
+            build_model(args.model, sweep.n_classes, args.weights)
+    sweep.run_trials()
+    if running := sweep.trials(sweep.running):
+        print(f"{len(running)} trials still run in other processes: the last to finish prints the "
+              "result")
+        return
+    n_complete = len(sweep.trials(sweep.complete))
+    with lock(sweep.folder, wait=True):
+        with atomic_write(sweep.folder / "trials.csv") as scratch:
+            sweep.study.trials_dataframe().to_csv(scratch, index=False)
+        if n_complete >= 4:  # of fewer the importances would be guesses
+            sweep.draw(sweep.folder / "importance.png")
+    if not n_complete:
+        raise UserError(f"{sweep.folder}/trials.csv: no trial is complete, see user_attrs_error; "
+                        "then remove study.db")
+    sweep.judge()
+
+
+# ---- runtimes: speed, size and memory of a model -------------------------------------------------
+
+# column of the table -> what it is
+RUNTIMES = {
+    "params_m": "M parameters", "gmacs": "GMACs an image",
+    "train_images_per_s": "images/s trained", "infer_images_per_s": "images/s predicted",
+    "peak_mb": "MB at most", "train_steps": "train steps", "infer_steps": "infer steps"}
+
+
+def runtimes(args):
+    """Measure args.model at args.scale, without data or weights, and put a row into args.runtimes.
+
+    A picture of the table stands beside it. Images/s are of train.py's own step and of one view's
+    prediction, on a batch that stays in memory, the median over their steps. Peak memory is of
+    training: what torch allocated on a GPU, on a CPU the whole process, 0.7 GB of it libraries.
+    GMACs are the multiply-adds of convolutions and matrix products.
+    """
+    path = args.runtimes
+    if path.suffix == ".png":
+        raise UserError(f"--runtimes {path}: that is the picture's name; give the table another "
+                        "ending")
+    device = claim_device(args.device)
+    check_output(args.data, path, path.with_suffix(".png"))
+    row = {"model": args.model, "scale": args.scale, "batch": args.batch}
+    row |= dict.fromkeys(RUNTIMES, "") | {"device": device_name(device), "reason": ""}
+    try:
+        row |= measure(args, device)
+    except (UserError, RuntimeError, ValueError) as e:
+        row["reason"] = " ".join(str(e).split()) or type(e).__name__
+    with lock(path.parent, wait=True, name=f".{path.name}.lock"):
+        rows = read_csv(path, row) if path.exists() else []
+        others = [old for old in rows if row_key(old) != row_key(row)]
+        write_csv(path, [*others, row])
+        if measured := [each for each in (*others, row) if not each["reason"]]:
+            draw_runtimes(path.with_suffix(".png"), measured)
+    text = row["reason"]
+    if not text:
+        text = ", ".join(f"{row[name]:,.4g} {what}" for name, what in RUNTIMES.items())
+    print(f"{args.model} {args.scale}: {text}")
+
+
+def row_key(row):
+    """Return the columns that name a row; a new row replaces one with the same."""
+    return [str(row[name]) for name in ("model", "scale", "batch", "device")]
+
+
+def device_name(device):
+    import torch
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def measure(args, device):
+    """Return {column: value} of a model at a scale.
+
+    Raises UserError, RuntimeError or ValueError if the model can't run.
+    """
+    import torch
+    n_classes, scale = 12, args.scale  # the competition's
+    args = argparse.Namespace(**vars(args) | {"weights": "none"})
+    run = start_run(args, range(n_classes), np.ones(n_classes), None, device)
+    images = torch.randint(256, (args.batch, scale, scale, 3), dtype=torch.uint8, device=device)
+    masks = torch.randint(n_classes, (args.batch, scale, scale), dtype=torch.uint8, device=device)
+
+    def train_batch():  # waits for the GPU, since it returns the loss
+        train_one_epoch(run, [(images, masks)], args)
+
+    def predict_batch():
+        with torch.inference_mode(), amp(device):
+            logits = run.model(normalise(images, run.mean, run.std))
+            logits.float().softmax(dim=1)[0, 0, 0, 0].item()
+    train_seconds, train_steps = median_seconds(train_batch, args.seconds * 3 / 4)
+    peak = peak_mb(device)
+    run.model.eval()
+    infer_seconds, infer_steps = median_seconds(predict_batch, args.seconds / 4)
+    n_parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    values = (n_parameters / 1e6, count_gmacs(run.model, scale), args.batch / train_seconds,
+              args.batch / infer_seconds, peak, train_steps, infer_steps)
+    return {name: round(value, 4) for name, value in zip(RUNTIMES, values, strict=True)}
+
+
+def median_seconds(step, budget):
+    """Return (median seconds of a step, number of steps that it is of) in `budget` seconds.
+
+    The first two steps warm up and don't count. At least two steps are made.
+    """
+    times, started = [], time.perf_counter()
+    while len(times) < 2 or time.perf_counter() - started < budget:
+        before = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - before)
+    times = times[min(2, len(times) // 2):]
+    return statistics.median(times), len(times)
+
+
+def peak_mb(device):
+    """Return the most memory so far, in MB: allocated on a GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        import torch
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    # not getrusage: its peak is never below what the parent held when it started this process
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+
+
+def count_gmacs(model, scale):
+    """Return the multiply-adds of one image in 1e9; the model loses its weights.
+
+    Nothing is computed on "meta", where attention is made of matrix products, which are counted.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.to("meta").eval()(torch.empty(1, 3, scale, scale, device="meta"))
+    return counter.get_total_flops() / 2 / 1e9
+
+
+def draw_runtimes(path, rows):
+    """Draw images/s trained against parameters, a dot for each row, named in the right margin."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+    rows = sorted(rows, key=lambda row: float(row["train_images_per_s"]))
+    models = sorted({row["model"] for row in rows})
+    figure = Figure((10, max(5, 0.24 * len(rows))))
+    axes = figure.subplots()
+    axes.set(xscale="log", yscale="log", xlabel="parameters, millions", ylabel="images/s trained",
+             title="; ".join(sorted({f"{row['device']}, batch {row['batch']}" for row in rows})))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    line = {"arrowstyle": "-", "alpha": 0.5, "relpos": (0, 0.5)}
+    for i, row in enumerate(rows):  # the names in order of speed, so that their lines don't cross
+        point = float(row["params_m"]), float(row["train_images_per_s"])
+        colour = f"C{models.index(row['model'])}"
+        axes.plot(*point, "o", color=colour, markersize=8, markeredgecolor="white")
+        axes.annotate(f"{row['model']} {row['scale']}", point, (1.04, (i + 0.5) / len(rows)),
+                      color=colour, va="center", textcoords="axes fraction",
+                      arrowprops=line | {"color": colour})
+    with atomic_write(path) as scratch:
+        figure.savefig(scratch, format="png", bbox_inches="tight", dpi=120)
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+
+def overfit_args(args):
+    """Return the arguments of --overfit: without augmentation, and replacing what is there."""
+    plain = {"augment": "none", "classmix": "none", "batch_hook": "none", "sampler": "all",
+             "snapshots": 0, "code": "new", "replace": True}
+    return argparse.Namespace(**vars(args) | plain)
 
 
 def main(args):
+    if args.show_args:
+        check_args(args, ranks()[1])
+        print(json.dumps(vars(args), default=str))
+        return
     if args.check:
         check(args)
         return
+    if args.runtimes:
+        runtimes(args)
+        return
     check_args(args, ranks()[1])
-    if args.overfit:
-        plain = {"augment": "none", "classmix": "none", "sampler": "all", "snapshots": 0,
-                 "code": "new", "replace": True}
-        args = argparse.Namespace(**vars(args) | plain)
-    train_run(args, args.exp / "overfit" if args.overfit else args.exp)
+    if args.sweep:
+        run_sweep(args)
+    elif args.overfit:
+        train_run(overfit_args(args), args.exp / "overfit")
+    else:
+        train_run(args, args.exp)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 from bench_rows import N_CLASSES, OUT, ROOT, bound, in_turn, seconds, versus
-from bench_runtimes import start_training
 from demo_data import draw_data
 
 import common
-import infer
+import train
 
 ENCODER = "tu-tf_efficientnet_lite0"
 SCRIPTS = ("train.py", "infer.py", "pseudo_label.py", "ensemble.py")
@@ -23,8 +22,19 @@ SCRIPTS = ("train.py", "infer.py", "pseudo_label.py", "ensemble.py")
 # ---- train steps ----------------------------------------------------------------------------------------------------
 
 
+def start_training(model, scale, batch, device):
+    """Return (a Run of train.py without weights, a step of its loop on a batch that stays in memory, that batch)."""
+    import torch
+    args = train.parse_args(["--data", "", "--exp", "", "--model", model, "--scale", str(scale), "--batch", str(batch),
+                             "--weights", "none"])
+    run = train.start_run(args, range(N_CLASSES), np.ones(N_CLASSES), None, device)
+    images = torch.randint(256, (batch, scale, scale, 3), dtype=torch.uint8, device=device)
+    masks = torch.randint(N_CLASSES, (batch, scale, scale), dtype=torch.uint8, device=device)
+    return run, lambda: train.train_one_epoch(run, [(images, masks)], args), (images, masks)
+
+
 def bare_step(model, batch, loss, layout):
-    """A train step on a fixed batch of normalised images, with nothing around it."""
+    """Return a train step on a fixed batch of normalised images, with nothing around it."""
     import torch
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     images, masks = batch[0].permute(0, 3, 1, 2).float().div(255).contiguous(memory_format=layout), batch[1].long()
@@ -58,7 +68,7 @@ def worker(way, model):
 
 @contextmanager
 def ask_worker(way, model):
-    """A function that lets a worker of its own take a step."""
+    """Yield a function that lets a worker of its own take a step."""
     code = f"import bench_model_rows; bench_model_rows.worker({way!r}, {model!r})"
     env = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     if way == "untuned":
@@ -74,7 +84,7 @@ def ask_worker(way, model):
 
 
 def ask_in_turn(rounds, models):
-    """{way: [(CPU, wall)]} of workers, one for each way and its model, that step in turn."""
+    """Return {way: [(CPU, wall)]} of workers, one for each way and its model, that step in turn."""
     with ExitStack() as stack:
         ask = {way: stack.enter_context(ask_worker(way, model)) for way, model in models.items()}
         times = [{way: ask[way]() for way in models} for _ in range(rounds + 1)]  # the first warms up
@@ -82,7 +92,7 @@ def ask_in_turn(rounds, models):
 
 
 def step():
-    """Train steps at 256 px, batch 8: the whole loop of train.py against a bare loop."""
+    """Time train steps at 256 px, batch 8: the whole loop of train.py against a bare loop."""
     rows = []
     for plain, ours, target, what in (("efficientdet", "efficientdet", 1.8, "efficientdet"),
                                       ("fpn-wide", "fpn-wide", 1.4, "fpn-wide in both"),
@@ -93,7 +103,7 @@ def step():
 
 
 def busy():
-    """Train steps of our fpn in two processes at once, with a thread for every core each, as by jobs in two shells.
+    """Time train steps of our fpn in two processes at once, each with a thread a core, as by jobs in two shells.
 
     The limit is one of ours alone.
     """
@@ -111,11 +121,11 @@ def busy():
 
 
 def loop():
-    """train.py's loop against forward, loss, backward and step alone: the same model, memory layout and loss."""
+    """Time train.py's loop against forward, loss, backward and step alone: the same model, layout and loss."""
     import torch
     run, ours, batch = start_training(f"fpn/{ENCODER}", 256, 8, torch.device("cpu"))
     other, _, _ = start_training(f"fpn/{ENCODER}", 256, 8, torch.device("cpu"))
-    times = in_turn(8, plain=bare_step(other["model"], batch, run["loss"], torch.channels_last), ours=ours)
+    times = in_turn(8, plain=bare_step(other.model, batch, run.loss, torch.channels_last), ours=ours)
     return [versus("fpn, batch of 8", times, 1 / 8, "s an image", 1 / 1.05) | {"target": "<= 5% more"}]
 
 
@@ -123,7 +133,7 @@ def loop():
 
 
 def tta():
-    """Three flips x four quarter turns x three scales of 64 images at 128 px: of 12 orientations 8 differ."""
+    """Time three flips x four quarter turns x three scales of 8 images at 128 px: of 12 orientations 8 differ."""
     import torch
     from torch.nn.functional import interpolate
     model = common.build_model(f"fpn/{ENCODER}", N_CLASSES).to(memory_format=torch.channels_last).eval()
@@ -131,7 +141,7 @@ def tta():
     scales, flips = (0.75, 1.0, 1.25), ((), (-1,), (-2,))
     names = {(): "identity", (-1,): "hflip", (-2,): "vflip"}
     turned = ("identity", "rot90ccw", "rot180", "rot90cw")
-    views = infer.tta_views(",".join(f"{names[flip]}+{turn}" for flip in flips for turn in turned))
+    views = common.tta_views(",".join(f"{names[flip]}+{turn}" for flip in flips for turn in turned))
     assert len(views) == 8
 
     def resized(scale):
@@ -155,7 +165,7 @@ def tta():
                 scaled = resized(scale)
                 for _ in views:
                     model(scaled).softmax(1)
-    times = in_turn(12, plain=plain, ours=lambda: infer.predict_probs([model], images, views, scales),
+    times = in_turn(12, plain=plain, ours=lambda: common.predict_probs([model], images, views, scales),
                     forwards=forwards)
     over = versus("over the bare forwards and their softmax", times, 1 / 8, "s an image", 1 / 1.03, plain="forwards")
     return [versus("36 views, 24 of them different", times, 1 / 8, "s an image", 1.4, limit="forwards"),
@@ -163,7 +173,7 @@ def tta():
 
 
 def start():
-    """How long a script takes to say what its options are."""
+    """Time how long a script takes to say what its options are."""
     libraries = "import torch, segmentation_models_pytorch, albumentations"
     commands = {"plain": ["-c", libraries]} | {script: [str(ROOT / script), "--help"] for script in SCRIPTS}
     times = in_turn(3, **{name: lambda command=command: subprocess.run(
@@ -175,7 +185,7 @@ def start():
 
 
 def run_and_peak(*command):
-    """(CPU seconds, most MB) of a script with its arguments."""
+    """Return (CPU seconds, most MB) of a script with its arguments."""
     code = ("import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
             "import bench_rows; print(bench_rows.peak_mb())")  # the kernel's own count begins at this process's memory
     done = []
@@ -186,9 +196,11 @@ def run_and_peak(*command):
 
 
 def growth():
-    """infer.py and ensemble.py, with its CSV, on 64, 256 and 1024 test photos of 64 px: the time that an image more
-    takes, from the second number on and from the third on, and the most memory of either script. Of three runs the
-    fastest and the largest count: what else the machine does only adds time."""
+    """Measure infer.py and ensemble.py, with its CSV, on 64, 256 and 1024 test photos of 64 px.
+
+    Reported are the time that one more image takes, from 64 to 256 and from 256 to 1024 photos, and the most memory of
+    either script. Of three runs the fastest and the largest count: what else the machine does only adds time.
+    """
     found, sizes = defaultdict(list), (64, 256, 1024)
     with tempfile.TemporaryDirectory(dir=OUT) as folder:
         folder = Path(folder)
@@ -214,7 +226,7 @@ def growth():
 
 
 def slope_change(found, sizes):
-    """By how many percent the CPU seconds of an image more differ between the two steps of `sizes`."""
+    """Return by how many percent the CPU seconds of one more image differ between the two steps of `sizes`."""
     total = [found[n][:, 0].sum() for n in sizes]
     early, late = ((total[i + 1] - total[i]) / (sizes[i + 1] - sizes[i]) for i in (0, 1))
     return 100 * abs(late / early - 1)

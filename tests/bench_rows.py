@@ -9,14 +9,15 @@ import time
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
-from bench_runtimes import peak_mb  # noqa: F401  for the processes that peak_of starts
 from demo_data import CLASSES, draw_split
 
 import common
 import ensemble
+import train
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out/bench")
@@ -26,7 +27,7 @@ N_CLASSES, N_TRAIN, N_TEST, N_DRAWN, N_OBJECTS = 12, 2617, 837, 300, 8  # the co
 
 
 def seconds(call):
-    """(CPU, wall) seconds of call(), with the processes that it waited for."""
+    """Return the (CPU, wall) seconds of call(), with the processes that it waited for."""
     def now():
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return sum(u.ru_utime + u.ru_stime for u in used), time.perf_counter()
@@ -36,7 +37,7 @@ def seconds(call):
 
 
 def in_turn(rounds, warm_up=True, **ways):
-    """{name: [(CPU, wall) seconds]} of functions that are called in turn, A B A B, so that all share what else runs."""
+    """Call functions in turn, A B A B, so that all share what else runs; return {name: [(CPU, wall) seconds]}."""
     times = {name: [] for name in ways}
     for _ in range(rounds + warm_up):
         for name, call in ways.items():
@@ -45,14 +46,14 @@ def in_turn(rounds, warm_up=True, **ways):
 
 
 def summary(times, factor, clock):
-    """Median and half the spread between quartiles of the CPU or wall seconds x `factor`, and the other's median."""
+    """Return median and half the spread between quartiles of CPU or wall seconds x `factor`, and the other's median."""
     chosen, other = ([t[c] * factor for t in times] for c in ((0, 1) if clock == "CPU" else (1, 0)))
     low, middle, high = np.percentile(chosen, (25, 50, 75))
     return {"median": middle, "spread": (high - low) / 2, f"other than {clock}": statistics.median(other)}
 
 
 def versus(what, times, factor, unit, target, clock="CPU", limit=None, plain="plain", ours="ours"):
-    """A row of the table: ours should be `target` times as fast as the plain way, `limit` is what nothing can beat.
+    """Return a row of the table: ours should be `target` times as fast as the plain way; nothing can beat `limit`.
 
     The ratio is the median over the rounds, in each of which both ran at one clock of the machine.
     """
@@ -64,13 +65,18 @@ def versus(what, times, factor, unit, target, clock="CPU", limit=None, plain="pl
 
 
 def bound(what, value, unit, most):
-    """A row of the table: ours should be at most `most`."""
+    """Return a row of the table: ours should be at most `most`."""
     return {"what": what, "unit": unit, "plain": None, "ours": {"median": value, "spread": 0}, "ratio": None,
             "target": f"<= {most:g}", "ok": bool(value <= most), "limit": None}
 
 
+def peak_mb():
+    """Return the most memory of this process so far, in MB."""
+    return train.peak_mb(SimpleNamespace(type="cpu"))
+
+
 def peak_of(code):
-    """(MB at its start, most MB so far) of a process of its own that runs `code` after the imports."""
+    """Return (MB at its start, most MB so far) of a process of its own that runs `code` after the imports."""
     imports = "import bench_rows, common, ensemble, numpy as np, cv2, csv; start = bench_rows.peak_mb(); "
     done = subprocess.run([sys.executable, "-c", f"{imports}{code}; print(start, bench_rows.peak_mb())"],
                           env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, check=True, text=True,
@@ -82,7 +88,7 @@ def peak_of(code):
 
 
 def litter(name, n_train, n_test, n_drawn):
-    """Folder of n_train + n_test photos of 512 x 512 with 8 objects, links to `n_drawn` drawn ones; drawn once."""
+    """Return a folder of n_train + n_test photos of 512 x 512, 8 objects each: links to `n_drawn`, drawn once."""
     folder = OUT / name
     if (folder / "train.json").exists():
         return folder
@@ -107,7 +113,7 @@ def litter(name, n_train, n_test, n_drawn):
 
 
 def plain_mask(coco, image_id):
-    """The mask as the public baselines paint it: annToMask of each object, the largest first."""
+    """Paint a mask as the public baselines do: annToMask of each object, the largest first."""
     image = coco.loadImgs(image_id)[0]
     mask = np.zeros((image["height"], image["width"]), np.uint8)
     for a in sorted(coco.loadAnns(coco.getAnnIds(image_id)), key=lambda a: -a["area"]):
@@ -125,7 +131,7 @@ def open_coco(path):
 
 
 def sample(scale, targets):
-    """Batches of 8 augmented training samples as normalised float tensors."""
+    """Time batches of 8 augmented training samples as normalised float tensors."""
     import albumentations as A
     import torch
     from albumentations.pytorch import ToTensorV2
@@ -161,7 +167,7 @@ def sample(scale, targets):
 
 
 def v3():
-    """Mean IoU by image of 100 pairs of 512 x 512."""
+    """Time the mean IoU by image of 100 pairs of 512 x 512."""
     rng, n = np.random.default_rng(0), N_CLASSES
     coarse = rng.integers(0, n, (2, 100, 32, 32)).astype(np.uint8)
     preds, masks = np.kron(coarse, np.ones((1, 1, 16, 16), np.uint8))
@@ -187,7 +193,7 @@ def v3():
 
 
 def submission():
-    """The CSV, checked by reading it back."""
+    """Time the CSV, checked by reading it back."""
     import pandas as pd
     split, _ = common.load_data(litter("small", 24, 4, 24), OUT / "cache-False")
     masks, n = np.stack([split.truth(i % 24) for i in range(N_TEST)]), 100
@@ -210,7 +216,7 @@ def submission():
 
 
 def make_stores(folder, n_members, n_images, fill):
-    """Paths of .npy files of n_members x n_images x 12 x 256 x 256; not filled they take no disk."""
+    """Write .npy files of n_members x n_images x 12 x 256 x 256, on disk only if filled; return their paths."""
     rng, shape = np.random.default_rng(0), (n_images, N_CLASSES, common.SUBMIT_SIZE, common.SUBMIT_SIZE)
     for m in range(n_members):
         with open(folder / f"{m}.npy", "wb") as f:
@@ -223,7 +229,7 @@ def make_stores(folder, n_members, n_images, fill):
 
 
 def write_vote(paths, out, n_images):
-    """A submission by the equal vote of stores, as ensemble.py makes it."""
+    """Write a submission by the equal vote of stores, as ensemble.py makes it."""
     stores = [np.load(path, mmap_mode="r") for path in paths]
     ensemble.write_submission(out, list(map(str, range(n_images))), (
         ensemble.vote({m: ensemble.read_probs(store, i) for m, store in enumerate(stores)}, np.ones(len(stores)),
@@ -231,7 +237,7 @@ def write_vote(paths, out, n_images):
 
 
 def vote():
-    """20 members' probabilities to class ids."""
+    """Time the way from 20 members' probabilities to class ids."""
     n_members, n_images = 20, 20
     with tempfile.TemporaryDirectory(dir=OUT) as folder:
         folder = Path(folder)
@@ -254,7 +260,7 @@ def vote():
 
 
 def classmix():
-    """Half the classes of one image of a batch of 8 at 256 px onto another."""
+    """Time pasting half the classes of one image of a batch of 8 at 256 px onto another."""
     rng = np.random.default_rng(0)
     masks = np.kron(rng.integers(0, N_CLASSES, (8, 8, 8)), np.ones((1, 32, 32))).astype(np.uint8)
     images = rng.integers(0, 256, (8, 256, 256, 3), dtype=np.uint8)
@@ -273,7 +279,7 @@ def classmix():
 
 
 def cache():
-    """Checked photos, painted masks and folds of the competition's number of images, links to 300 drawn ones."""
+    """Time checking the photos, painting masks and folds of the competition's number of images, 300 of them drawn."""
     data = litter("full", N_TRAIN, N_TEST, N_DRAWN)
     with tempfile.TemporaryDirectory(dir=OUT) as folder:
         def plain():
@@ -290,12 +296,12 @@ def cache():
 
 
 class Made(ensemble.Plan):
-    """A plan that writes, as far as it can see, a description of each artefact that lacks one."""
+    """A plan that writes a description of each artefact that it finds missing, as far as it can see."""
 
-    def judge(self, kind, path, made, recipe, code, lacks=()):
-        if made is None and not lacks:
+    def judge(self, kind, path, made, recipe, code, reasons=()):
+        if made is None and not reasons:
             self.describe(path, recipe, code)
-        return super().judge(kind, path, made, recipe, code, lacks)
+        return super().judge(kind, path, made, recipe, code, reasons)
 
     def describe(self, path, recipe, code):
         by_name = {"model.pt": "config.json", "submission.csv": "submission.made.json"}
@@ -303,7 +309,7 @@ class Made(ensemble.Plan):
         target = path.with_name(by_name.get(path.name, path.name.replace("test", split)))
         data = path.with_name({"manifest.json": "labels.npy", "test.json": f"{split}.npy"}.get(path.name, path.name))
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = dict.fromkeys(self.infer.KEYS, "") | dict(zip(common.DESCRIBED, (
+        made = dict.fromkeys(common.STORE_KEYS, "") | dict(zip(common.DESCRIBED, (
             recipe, code, "5ta7e", "", dict.fromkeys(common.VERSIONS, "1"), []), strict=True))
         ids = self.data["index"]["train" if split == "valid" else "test"]["ids"]
         made |= {"image_ids": ids[::5] if split == "valid" else ids, "classes": list(map(str, range(N_CLASSES))),
@@ -314,7 +320,8 @@ class Made(ensemble.Plan):
                 f.truncate(len(made["image_ids"]) * N_CLASSES * common.SUBMIT_SIZE ** 2 + 128)
         if path.name == "test.json":
             run = common.read_json(path.with_name("config.json"))
-            made |= {"run": {"recipe": run["recipe"], "code": run["code"]}, "files": {data.name: "0"}}
+            of_run = {key: run[key] for key in ("recipe", "code", "state", "commit", "kept_under")}
+            made |= {"run": of_run | {"codes": common.code_hashes(run)}, "files": {data.name: "0"}}
         else:
             made |= {"files": {data.name: common.file_hash(data) if data.suffix != ".npy" else self.hashes(data)}}
         if path.name == "manifest.json":
@@ -324,7 +331,7 @@ class Made(ensemble.Plan):
 
 
 def plan():
-    """What is to be made of a grid of 100 runs that is up to date, as make asks at each start."""
+    """Time the plan of a grid of 100 runs that is up to date, as make asks at each start."""
     data = litter("full", N_TRAIN, N_TEST, N_DRAWN)
     with tempfile.TemporaryDirectory(dir=OUT) as folder:
         words = ["plan", "--data", str(data), "--cache", f"{folder}/cache", "--exp", f"{folder}/main", "--rounds", "1",
@@ -334,11 +341,11 @@ def plan():
             words += [f"--{name}", values, f"--pick-{name}", values]
         with redirect_stdout(StringIO()):
             common.load_folds(f"{folder}/main", common.load_data(data, f"{folder}/cache")[0], 5)
-        todo = [""]
-        while todo:  # what stands on others is written in a later round
+        to_make = [""]
+        while to_make:  # what stands on others is written in a later round
             made = Made(ensemble.parse_args(words))
             made.follow(["submit"])
-            todo = made.todo
+            to_make = made.to_make
         n_runs = len(list(Path(folder).rglob("config.json")))
         assert n_runs == 100
 

@@ -1,13 +1,12 @@
-"""Time the way that the public baselines of the competition take and ours in turn, here and now.
+"""Time what the public baselines of the competition do and what we do in turn, on this machine.
 
     python tests/bench_speed.py --rows submission,vote
 
-Prints a table, a line for each measurement: medians, half the spread between quartiles, the ratio, the target and what
-nothing can beat where there is such a limit. Adds all numbers and versions as one line of JSON to out/bench.jsonl.
+Prints a table, a line for each measurement: medians, half the spread between quartiles, the ratio, the target and,
+where there is one, the limit that nothing can beat. Adds all numbers and versions as a line of JSON to out/bench.jsonl.
 Both ways run A B A B, so what else the machine does slows both; CPU seconds suffer less from it than wall seconds.
 Data is drawn into out/bench once.
 """
-import argparse
 import importlib.metadata
 import json
 import os
@@ -19,21 +18,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import Help, run_script  # noqa: E402
+from common import Parser, UserError, run_script  # noqa: E402
 
 LIBRARIES = ("torch", "numpy", "opencv-python-headless", "albumentations", "segmentation-models-pytorch", "pycocotools")
 LINE = "{:10} {:46} {:>14} {:>14}  {:20} {:>7} {:>10} {:>7}  {}"  # of the table
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
+    parser = Parser(prog="bench_speed.py", description=__doc__)
     parser.add_argument("--rows", default="all", metavar="all|ROW,ROW,...", help="what to measure")
     parser.add_argument("--out", type=Path, default=Path("out/bench.jsonl"))
     return parser.parse_args(argv)
 
 
 def about_machine():
-    """What the numbers depend on besides the code, and the code's commit."""
+    """Return what the numbers depend on besides the code, and the commit of the code."""
     def installed(name):
         try:
             return importlib.metadata.version(name)
@@ -49,12 +48,12 @@ def about_machine():
 
 
 def line_of(row, found):
-    """One line of the table."""
+    """Return one line of the table."""
     def number(value, spread=None):
         text = "" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
         return text + (f" ±{spread:.2g}" if spread else "")
-    plain, ours = (number(*(found[way][key] for key in ("median", "spread"))) if found[way] else "" for way in
-                   ("plain", "ours"))
+    plain = number(found["plain"]["median"], found["plain"]["spread"]) if found["plain"] else ""
+    ours = number(found["ours"]["median"], found["ours"]["spread"])
     ratio = f"{found['ratio']:.2f}x" if found["ratio"] else ""
     return LINE.format(row, found["what"][:46], plain, ours, found["unit"], ratio, found["target"],
                        number(found["limit"]), "ok" if found["ok"] else "MISSED")
@@ -66,7 +65,7 @@ def main(args):
     rows = bench_rows.ROWS | bench_model_rows.ROWS
     chosen = list(rows) if args.rows == "all" else args.rows.split(",")
     if unknown := [row for row in chosen if row not in rows]:
-        raise SystemExit(f"no row {', '.join(unknown)}; there are {', '.join(rows)}")
+        raise UserError(f"no row {', '.join(unknown)}; there are {', '.join(rows)}")
     bench_rows.OUT.mkdir(parents=True, exist_ok=True)
     machine, results = about_machine(), []
     print(" ".join(f"{k} {v}" for k, v in machine.items()))

@@ -1,4 +1,4 @@
-"""What the tests share: the project on the path, a drawn data set, and data sets written by hand."""
+"""Put the project on the path and give the tests what they share: data sets, stores and runs, drawn or by hand."""
 import json
 import os
 import signal
@@ -30,23 +30,23 @@ PICTURES = {name: getattr(train, name) for name in ("draw_curves", "draw_batch",
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """Folder with 14 training and 4 test photos of 64 x 64 in all 12 classes; tests only read it."""
+    """Return a folder with 14 training and 4 test photos of 64 x 64 in all 12 classes; tests only read it."""
     folder = tmp_path_factory.mktemp("tiny")
     draw_data(folder, train=14, test=4, size=64)
     return folder
 
 
 def write_photo(path, height, width, seed):
-    """Noise, another for each seed, in the format that the name's ending says."""
+    """Write noise, different for each seed, in the format that the ending of the name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
 
 
 def write_coco(folder, images, annotations=(), categories=((0, "Paper"), (1, "Metal")), test_images=None, photos=True):
-    """Write train.json, test.json and the photos that are not there yet; returns the folder.
+    """Write train.json, test.json and the photos that are not there yet; return the folder.
 
-    images: (id, height, width) or dicts as in COCO, where what is lacking is filled in: size 8 x 8, a file name by id.
+    images: (id, height, width) or dicts as in COCO, where missing keys are filled in: size 8 x 8, a file name by id.
     annotations: (image_id, category_id, segmentation) or whole dicts. categories: (id, name) or dicts. test_images:
     like images; by default one photo of 8 x 8 with id 9000. photos=False writes the JSON files alone.
     """
@@ -69,7 +69,7 @@ def write_coco(folder, images, annotations=(), categories=((0, "Paper"), (1, "Me
 
 
 def run_until_killed(script, args, name, call):
-    """script.main(args) in a process that SIGKILL ends as the function `name` of the script is called, from 1 on."""
+    """Run script.main(args) in a process that kills itself at the `call`-th call, from 1 on, of script.name."""
     function, calls = getattr(script, name), count(1)
 
     def deadly(*args, **kwargs):
@@ -86,14 +86,14 @@ def run_until_killed(script, args, name, call):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test draws the same numbers, whichever tests ran before; torch is not imported for those without it."""
+    """Let every test draw the same numbers, whichever tests ran before; torch is imported by those who need it."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def no_pictures():
-    """train.py's pictures take longer than a tiny run; those who test them put them back."""
+    """Leave out train.py's pictures, which take longer than a tiny run; the fixture `pictures` puts them back."""
     with pytest.MonkeyPatch.context() as patch:
         for name in PICTURES:
             patch.setattr(train, name, lambda *args: None)
@@ -113,7 +113,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def line(tiny_data, cache):
-    """Function (exp, more arguments) -> parsed arguments of a tiny run; what comes later on the line wins."""
+    """Return a function (exp, more arguments) -> parsed arguments of a tiny run; later arguments win."""
     def parse(exp, *more):
         return train.parse_args(["--data", str(tiny_data), "--exp", str(exp), "--cache", str(cache), "--model", MODEL,
                                  "--scale", str(SCALE), "--fold", str(FOLD), "--folds", "3", "--epochs", str(EPOCHS),
@@ -123,9 +123,9 @@ def line(tiny_data, cache):
 
 
 def write_store(run, split, probs, part, ids=None, **info):
-    """A store by hand in the folder `run`, of probs uint8 [N, C, H, W] for the images `ids` of the Split `part`.
+    """Write a store to the folder `run`, of probs uint8 [N, C, H, W] for the images `ids` of the Split `part`.
 
-    It says that it was made from `part`; what else it says may be given. After a change of the .npy call `seal`.
+    Its JSON says that it was made from `part`; `info` replaces keys of it. Call `seal` after a change of the .npy.
     """
     run.mkdir(parents=True, exist_ok=True)
     np.save(run / f"{split}.npy", probs)
@@ -143,17 +143,18 @@ def write_store(run, split, probs, part, ids=None, **info):
 
 
 def seal(path):
-    """Let the JSON of a store, `path`, say that its .npy is as it is now."""
+    """Write the present hash of a store's .npy to its JSON, `path`."""
     info = common.read_json(path)
     common.write_json(path, info | {"files": {f"{path.stem}.npy": common.file_hash(path.with_suffix(".npy"))}})
 
 
 def run_folder(exp, round_, model, scale, fold):
-    """EXP/rROUND/DECODER/ENCODER/sSCALE/fFOLD."""
+    """Return EXP/rROUND/DECODER/ENCODER/sSCALE/fFOLD."""
     return Path(exp) / f"r{round_}" / model / f"s{scale}" / f"f{fold}"
 
 
 def run_of(args):
+    """Return the folder of the run that train.py trains with these arguments."""
     return run_folder(args.exp, args.round, args.model, args.scale, args.fold)
 
 

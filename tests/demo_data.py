@@ -19,17 +19,20 @@ GROUNDS = ((74, 112, 58), (158, 138, 104), (96, 98, 104), (128, 122, 116))  # RG
 
 
 def mirrored(*points):
-    """Outline, in -1..1, from the points of its right half from top to bottom."""
-    return np.array([*points, *((-u, v) for u, v in points[::-1])])
+    """Return an outline in -1..1 from the points of its right half from top to bottom."""
+    left_half = [(-u, v) for u, v in points[::-1]]
+    return np.array([*points, *left_half])
 
 
 def blob(lobes, depth):
-    """A round outline with bulges; its first half is the right one, as in mirrored()."""
+    """Return a round outline with bulges; its first half is the right one, as in mirrored()."""
     angle = np.linspace(-np.pi / 2, np.pi * 1.5, 24, endpoint=False)
-    return np.stack([np.cos(angle), np.sin(angle)], 1) * (1 - depth + depth * np.cos(lobes * angle))[:, None]
+    radius = 1 - depth + depth * np.cos(lobes * angle)
+    return np.stack([np.cos(angle), np.sin(angle)], 1) * radius[:, None]
 
 
-# name: (relative frequency, radius by side of the photo, opacity, outline, two RGB colours, where the second one is)
+# name: (relative frequency, radius as a share of the photo's side, opacity, outline, two RGB colours, where in the
+# object the second colour is)
 CLASSES = {
     "UNKNOWN": (1, 0.13, 1, blob(6, 0.3), (200, 40, 190), (90, 20, 120), lambda u, v: u * u + v * v < 0.1),
     "General trash": (14, 0.18, 1, blob(5, 0.15), (92, 50, 40), (48, 26, 24),
@@ -67,52 +70,72 @@ def parse_args(argv=None):
 
 
 def choose_classes(n_photos, n_train, rng):
-    """Class ids of the 1 to MAX_OBJECTS objects of each photo; each class is in two of the first n_train or more."""
+    """Return for each photo the class ids of its 1 to MAX_OBJECTS objects.
+
+    Each class is in at least two of the first n_train photos.
+    """
     frequency = np.array([row[0] for row in CLASSES.values()])
-    chosen = [rng.choice(len(CLASSES), rng.integers(1, MAX_OBJECTS), p=frequency / frequency.sum()).tolist()
-              for _ in range(n_photos)]
+    chosen = []
+    for _ in range(n_photos):
+        n_objects = rng.integers(1, MAX_OBJECTS)
+        chosen.append(rng.choice(len(CLASSES), n_objects, p=frequency / frequency.sum()).tolist())
     for class_id in range(len(CLASSES)):
-        without = sorted((photo for photo in chosen[:n_train] if class_id not in photo), key=len)
-        for photo in without[:max(0, 2 - (n_train - len(without)))]:
+        without = [photo for photo in chosen[:n_train] if class_id not in photo]
+        n_missing = max(0, 2 - (n_train - len(without)))
+        for photo in sorted(without, key=len)[:n_missing]:
             photo.append(class_id)
     return chosen
 
 
 def draw_ground(kind, size, rng):
-    """float32 RGB [size, size, 3]: uneven patches, grit, and joints between paving stones."""
+    """Draw the ground, float32 RGB [size, size, 3]: uneven patches, grit, and joints between paving stones."""
     ground = np.tile(np.float32(GROUNDS[kind]), (size, size, 1))
     for cells, strength in ((4, 14), (16, 9), (size // 3, 12), (size, 7)):
         patches = rng.normal(0, strength, (cells, cells, 1)) + rng.normal(0, strength / 4, (cells, cells, 3))
         ground += cv2.resize(patches.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
-    for start in range(int(rng.integers(size // 4)), size, size // 4) if kind == len(GROUNDS) - 1 else ():
-        ground[start:start + 1 + size // 128] *= 0.6
-        ground[:, start:start + 1 + size // 128] *= 0.6
+    if kind == len(GROUNDS) - 1:  # paving
+        first_joint, width = int(rng.integers(size // 4)), 1 + size // 128
+        for start in range(first_joint, size, size // 4):
+            ground[start:start + width] *= 0.6
+            ground[:, start:start + width] *= 0.6
     return ground
 
 
 def place_object(class_id, size, rng):
-    """(class_id, polygons, centre, axes) of an object in pixels; (u, v) of a point is axes @ (point - centre)."""
-    _, radius, _, outline, *_ = [*CLASSES.values()][class_id]
-    angle, radius = rng.uniform(0, 2 * np.pi), radius * size * rng.uniform(0.8, 1.3)
+    """Return (class_id, polygons, centre, axes) of an object somewhere in the photo, in pixels.
+
+    A point has the place (u, v) = axes @ (point - centre) in the object's outline.
+    """
+    _, radius, _, outline, *_ = list(CLASSES.values())[class_id]
+    angle = rng.uniform(0, 2 * np.pi)
+    radius = radius * size * rng.uniform(0.8, 1.3)
     centre = rng.uniform(0.1, 0.9, 2) * size
     axes = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) / radius
     parts = [outline * rng.uniform(0.93, 1.07, outline.shape)]
     if rng.random() < 0.12:  # torn in two along its axis
-        parts = [np.vstack([half, [(gap, half[-1][1]), (gap, half[0][1])]])
-                 for half, gap in zip(np.split(parts[0], 2), (0.07, -0.07), strict=True)]
-    return class_id, [np.clip(p @ axes * radius ** 2 + centre, 0, size).round(1) for p in parts], centre, axes
+        right, left = np.split(parts[0], 2)
+        parts = [close_half(right, 0.07), close_half(left, -0.07)]
+    polygons = [np.clip(part @ axes * radius ** 2 + centre, 0, size).round(1) for part in parts]
+    return class_id, polygons, centre, axes
+
+
+def close_half(half, gap):
+    """Return half of an outline, closed by a straight line at u = gap."""
+    return np.vstack([half, [(gap, half[-1][1]), (gap, half[0][1])]])
 
 
 def draw_object(photo, class_id, polygons, centre, axes, rng):
     """Draw one object and its shadow onto the float32 RGB `photo`."""
-    _, _, opacity, _, colour, second, pattern = [*CLASSES.values()][class_id]
+    _, _, opacity, _, colour, second, pattern = list(CLASSES.values())[class_id]
     size, points = len(photo), np.concatenate(polygons)
-    (x0, y0), (x1, y1) = (points.min(0) - size / 16).astype(int).clip(0), (points.max(0) + size / 12).astype(int)
-    photo = photo[y0:y1, x0:x1]
+    x0, y0 = (points.min(0) - size / 16).astype(int).clip(0)
+    x1, y1 = (points.max(0) + size / 12).astype(int)
+    photo = photo[y0:y1, x0:x1]  # only this part of it changes
     fixed = [((p - (x0, y0)) * 16).round().astype(np.int32) for p in polygons]  # 4 bits after the point
     shadow = cv2.fillPoly(np.zeros(photo.shape[:2], np.float32), fixed, 1, cv2.LINE_AA, 4, (size // 64, size // 48))
     photo *= 1 - 0.45 * cv2.GaussianBlur(shadow, (0, 0), 1 + size / 128)[..., None]
-    alpha = cv2.fillPoly(np.zeros(photo.shape[:2], np.uint8), fixed, 255, cv2.LINE_AA, 4)[..., None] / 255 * opacity
+    inside = cv2.fillPoly(np.zeros(photo.shape[:2], np.uint8), fixed, 255, cv2.LINE_AA, 4)
+    alpha = inside[..., None] / 255 * opacity
     grid = np.stack(np.meshgrid(np.arange(photo.shape[1]) + x0, np.arange(photo.shape[0]) + y0), -1)
     u, v = np.moveaxis((grid - centre) @ axes.T, -1, 0)
     paint = np.where(pattern(u, v)[..., None], second, colour) * rng.uniform(0.85, 1.05)
@@ -121,10 +144,13 @@ def draw_object(photo, class_id, polygons, centre, axes, rng):
 
 
 def draw_photo(class_ids, size, kind, rng):
-    """(uint8 RGB photo, [(class_id, polygons)]), the largest object at the bottom and first in the list."""
+    """Draw a photo; return it, uint8 RGB, and its objects [(class_id, polygons)].
+
+    The largest object lies at the bottom and comes first in the list.
+    """
     photo = draw_ground(kind, size, rng)
     objects = [place_object(class_id, size, rng) for class_id in class_ids]
-    objects.sort(key=lambda o: -sum(cv2.contourArea(p.astype(np.float32)) for p in o[1]))
+    objects.sort(key=lambda placed: -area_of(placed[1]))
     for placed in objects:
         draw_object(photo, *placed, rng)
     photo *= np.linspace(*rng.uniform(0.75, 1.15, 2), size, dtype=np.float32)[:, None, None]
@@ -132,17 +158,30 @@ def draw_photo(class_ids, size, kind, rng):
     return photo.clip(0, 255).astype(np.uint8), [placed[:2] for placed in objects]
 
 
+def area_of(polygons):
+    """Return the area of polygons that don't overlap, in pixels."""
+    return sum(cv2.contourArea(polygon.astype(np.float32)) for polygon in polygons)
+
+
 def encode(polygons, size, form):
-    """(segmentation, area) as COCO has them; form 0 is uncompressed RLE, 1 compressed RLE, others polygons."""
-    polygons = [p.ravel().tolist() for p in polygons]
+    """Return (segmentation, area) in COCO's format.
+
+    form: 0 is uncompressed RLE, 1 compressed RLE, every other number polygons.
+    """
+    polygons = [polygon.ravel().tolist() for polygon in polygons]
     rle = coco_mask.merge(coco_mask.frPyObjects(polygons, size, size))
     flat = coco_mask.decode(rle).ravel(order="F")
-    counts = (np.diff(np.flatnonzero(np.diff(flat, prepend=0, append=2)), prepend=0).tolist(), rle["counts"].decode())
-    return {"size": [size, size], "counts": counts[form]} if form < len(counts) else polygons, int(flat.sum())
+    segmentation = polygons
+    if form == 0:
+        ends = np.flatnonzero(np.diff(flat, prepend=0, append=2))
+        segmentation = {"size": [size, size], "counts": np.diff(ends, prepend=0).tolist()}
+    elif form == 1:
+        segmentation = {"size": [size, size], "counts": rle["counts"].decode()}
+    return segmentation, int(flat.sum())
 
 
 def draw_split(data, chosen, first, size, seed, quality=92):
-    """(images, annotations) of COCO; draws a photo for each list of class ids, numbered from `first`."""
+    """Draw a photo for each list of class ids, numbered from `first`; return COCO's (images, annotations)."""
     images, annotations = [], []
     for number, class_ids in enumerate(chosen, first):
         rng = np.random.default_rng([seed, number])
@@ -161,23 +200,25 @@ def draw_split(data, chosen, first, size, seed, quality=92):
 
 
 def draw_data(data, train=48, test=12, size=512, seed=0):
-    """Draw everything into the folder `data`, unless the same is there already; train.json comes last."""
+    """Draw everything into the folder `data`, unless the same is there already; write train.json last."""
     data, path = Path(data), Path(data) / "train.json"
     info = {"description": "drawn by demo_data.py", "options": [train, test, size, seed]}
     if path.exists():
-        found = json.loads(path.read_bytes()).get("info", {})
-        if found == info:
+        info_there = json.loads(path.read_bytes()).get("info", {})
+        if info_there == info:
             return
-        if found.get("description") != info["description"]:
+        if info_there.get("description") != info["description"]:
             raise SystemExit(f"{path} was not drawn by this script: choose another folder")
         path.unlink()
     chosen = choose_classes(train + test, train, np.random.default_rng(seed))
     images, annotations = draw_split(data, chosen[:train], 0, size, seed)
-    coco = {"info": info, "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES)], "images": images}
     test_images, _ = draw_split(data, chosen[train:], train, size, seed)
-    for name, text in (("sample_submission.csv", "image_id,PredictionString\n"),
-                       ("test.json", json.dumps(coco | {"images": test_images})),
-                       ("train.json", json.dumps(coco | {"annotations": annotations}))):
+    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES)]
+    coco = {"info": info, "categories": categories, "images": images}
+    files = {"sample_submission.csv": "image_id,PredictionString\n",
+             "test.json": json.dumps(coco | {"images": test_images}),
+             "train.json": json.dumps(coco | {"annotations": annotations})}
+    for name, text in files.items():
         (data / f".{name}").write_text(text)
         os.replace(data / f".{name}", data / name)
 

@@ -1,4 +1,4 @@
-"""bench_speed.py's table and its history, on rows made by hand."""
+"""Test bench_speed.py: its table and its history, on rows made by hand."""
 import json
 
 import bench_model_rows
@@ -7,10 +7,12 @@ import bench_speed
 import pytest
 from bench_rows import bound, in_turn, versus
 
+from common import UserError
+
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch, capsys):
-    """Runs the bench with the arguments; returns (lines of its table, what it has added to its history)."""
+    """Return a function that runs the bench and returns (lines of its table, what its history has)."""
     def run(*argv):
         bench_speed.main(bench_speed.parse_args([*argv, "--out", str(tmp_path / "b.jsonl")]))
         history = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
@@ -44,7 +46,7 @@ def test_the_table_says_which_targets_are_reached_and_its_history_is_kept(bench)
 
 
 def test_an_unknown_row_is_refused_with_those_that_there_are(bench):
-    with pytest.raises(SystemExit, match="no row vot; there are cpu, wall"):
+    with pytest.raises(UserError, match="no row vot; there are cpu, wall"):
         bench("--rows", "wall,vot")
 
 

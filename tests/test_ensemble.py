@@ -4,12 +4,15 @@ import io
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from contextlib import redirect_stdout
 from fractions import Fraction
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
@@ -23,7 +26,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 import common
 import ensemble
 import train
-from common import SUBMIT_SIZE, image_miou
+from common import SUBMIT_SIZE, UserError, image_miou
 
 SIDE = 16  # of the images of a FakeOof, in place of SUBMIT_SIZE
 
@@ -42,7 +45,7 @@ class FakeOof(Namespace):
         super().__init__(
             names=[f"member {m}" for m in range(n_members)], classes=[f"class {c}" for c in range(n_classes)],
             ids=list(range(n_images)), truths=truths, parts=np.array(parts), title="out of fold", all=probs,
-            contaminated=False, tables=[],
+            contaminated=False, tables=[], used={}, cache=tempfile.gettempdir(),
             has=np.ones((n_members, n_images), bool) if has is None else has,
             infos=[plain | {key: values[m] for key, values in info.items()} for m in range(n_members)])
 
@@ -227,10 +230,10 @@ def test_the_selection_ends_after_so_many_picks(monkeypatch):
     assert ensemble.fit_weights(np.zeros((2, 1, 2, 1), np.uint8), None).tolist() == [0, 1] and next(rising) == 60
 
 
-def test_climbing_takes_each_class_in_turn_to_the_best_value_of_the_grid():
+def test_the_search_takes_each_class_in_turn_to_the_best_value_of_the_grid():
     goal = np.array([9, 3, -1, 0.5])
-    found = ensemble.climb(np.zeros(4), (-1, 1, 2, 3), lambda values: -abs(values - goal).sum())
-    assert found.tolist() == [0, 3, -1, 0]  # background stays, and the last is as far from 1 as from 0
+    values = ensemble.coordinate_search(np.zeros(4), (-1, 1, 2, 3), lambda values: -abs(values - goal).sum())
+    assert values.tolist() == [0, 3, -1, 0]  # background stays, and the last is as far from 1 as from 0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -241,10 +244,10 @@ def test_a_bias_and_an_area_are_the_best_of_their_grids_for_two_classes(seed):
     bias = ensemble.fit_bias([0.5], probs.astype(np.uint8), truths)
     tries = {b: slow_v3((probs[0] * np.exp([[0], [b]])).argmax(1), truths) for b in (0, *ensemble.BIASES)}
     assert bias[0] == 0 and tries[bias[1]] == pytest.approx(max(tries.values())) and bias[1] > 0
-    counts = rng.integers(0, 300, (9, 2, 2))
-    area = ensemble.fit_min_area(counts)
-    v3 = {a: image_miou(ensemble.apply_min_area(counts, np.array([0, a]))).mean() for a in ensemble.AREAS}
-    assert v3[area[1]] == max(v3.values())
+    truths, preds = (rng.random((2, 9, 20, 20)) < rng.random((2, 9, 1, 1))).astype(np.uint8)
+    area = ensemble.fit_min_area(preds, truths, 2)
+    v3 = {a: slow_v3([p if p.sum() >= a else np.zeros_like(p) for p in preds], truths) for a in ensemble.AREAS}
+    assert v3[area[1]] == pytest.approx(max(v3.values())) and area[0] == 0
 
 
 def test_the_interval_is_that_of_a_slow_bootstrap():
@@ -280,6 +283,15 @@ def test_fitted_weights_find_the_good_member(small):
     assert chosen(oof, np.array([3, 1, 1.0]), fit=False)[0]["weights"].tolist() == [3, 1, 1]
 
 
+def test_votes_are_kept_elsewhere_where_the_cache_cannot_be_written(small, tmp_path):
+    truths = random_truths(np.random.default_rng(0), 4, 3)
+    probs = (truths[:, None] == np.arange(3)[:, None, None])[None].astype(np.uint8)
+    oof = FakeOof(probs, truths, np.arange(4) % 2)
+    oof.cache = tmp_path / "gone"  # like a folder of somebody else, which root could write
+    masks, vote_of = ensemble.keep_votes(oof, np.ones((3, 1)), np.zeros((3, 3)))
+    assert (masks[:, 0] == truths).all() and vote_of.ravel().tolist() == [0, 0, 0] and not any(tmp_path.iterdir())
+
+
 def test_equal_weights_win_where_the_interval_spans_zero(small):
     rng = np.random.default_rng(10)
     truths = random_truths(rng, 6, 3)
@@ -300,12 +312,12 @@ def stray(n_images, pixels):
 
 def test_a_minimum_area_is_taken_when_stray_pixels_cost_score_and_not_otherwise(small):
     used, counts, tried = chosen(FakeOof(*stray(30, 5), np.arange(30) % 3))
-    assert tried["minimum area"]["taken"] == "yes" and used["min_area"][2] > 5
-    assert used["min_area"][0] == 0 and used["min_area"][1] < SIDE * 8
+    assert tried["minimum area"]["taken"] == "yes" and used["minimum area"][2] > 5
+    assert used["minimum area"][0] == 0 and used["minimum area"][1] < SIDE * 8
     assert image_miou(counts["soft vote, equal weights"]).mean() == pytest.approx(0.66, abs=0.01)
     assert image_miou(counts["with what is taken"]).mean() > 0.97
     used, counts, tried = chosen(FakeOof(*stray(30, 0), np.arange(30) % 3))
-    assert tried["minimum area"]["taken"] == "no" and not used["min_area"].any() and not used["bias"].any()
+    assert tried["minimum area"]["taken"] == "no" and used.keys() == {"weights", "bias"} and not used["bias"].any()
     assert (counts["with what is taken"] == counts["soft vote, equal weights"]).all()
 
 
@@ -362,10 +374,14 @@ def test_a_bias_and_an_area_that_memorise_a_fold_gain_nothing_on_it(small):
 def fits(monkeypatch):
     """{name: what each call of that fit returned}, and everything is taken whatever it gains."""
     found = {name: [] for name in ("fit_weights", "fit_bias", "fit_min_area")}
-    for name, results in found.items():
+
+    def recorded(name):
         fit = getattr(ensemble, name)
-        monkeypatch.setattr(ensemble, name, lambda *args, fit=fit, results=results: results.append(fit(*args))
-                            or results[-1])
+        return lambda *args: found[name].append(fit(*args)) or found[name][-1]
+    for name in ("fit_weights", "fit_bias"):
+        monkeypatch.setattr(ensemble, name, recorded(name))
+    monkeypatch.setattr(ensemble, "STEPS_AFTER_VOTE", [
+        ("minimum area", recorded("fit_min_area"), ensemble.remove_small)])
     gain = ensemble.gain
     monkeypatch.setattr(ensemble, "gain", lambda *args: gain(*args) | {"low": 1.0})
     return found
@@ -393,10 +409,10 @@ def test_each_fold_is_scored_with_what_was_fitted_on_the_others_and_the_last_fit
     oof = FakeOof(np.stack([blurred(rng, truths, 3, right) for right in (0.2, 0.6)]), truths, parts)
     used, counts, tried = chosen(oof)
     taken, = {name for name, row in tried.items() if row["taken"] == "yes"} - {"fitted weights"}
-    if "log" not in taken and taken != "both of them":
+    if "log-bias" not in taken:
         fits["fit_bias"] = [np.zeros(3)] * 4
     fits["fit_min_area"] = {"log-bias": [np.zeros(3, int)] * 4, "minimum area": fits["fit_min_area"][:4],
-                            "both of them": fits["fit_min_area"][4:]}[taken]
+                            "log-bias + minimum area": fits["fit_min_area"][4:]}[taken]
     assert tried["fitted weights"]["taken"] == "yes"
     for n, part in enumerate(parts):
         pred = slow_vote(oof.probs(n), fits["fit_weights"][part], fits["fit_bias"][part])
@@ -404,13 +420,118 @@ def test_each_fold_is_scored_with_what_was_fitted_on_the_others_and_the_last_fit
         pred = np.where(areas[pred] >= fits["fit_min_area"][part][pred], pred, 0)
         assert (counts["with what is taken"][n] == confusion_matrix(
             truths[n].ravel(), pred.ravel(), labels=range(3))).all()
-    for key, name in (("weights", "fit_weights"), ("bias", "fit_bias"), ("min_area", "fit_min_area")):
-        assert (used[key] == fits[name][3]).all()
+    for key, name in (("weights", "fit_weights"), ("bias", "fit_bias"), ("minimum area", "fit_min_area")):
+        assert (used.get(key, 0) == fits[name][3]).all()
 
 
 def test_one_group_of_photos_has_no_other_part_so_nothing_is_tried(small):
     used, counts, tried = chosen(FakeOof(*stray(6, 5), np.zeros(6, int)))
-    assert tried == {} and not used["min_area"].any() and len(counts) == 3
+    assert tried == {} and used.keys() == {"weights", "bias"} and len(counts) == 3
+
+
+# ---- steps after the vote -------------------------------------------------------------------------------------------
+
+N_STEP_CLASSES = 5
+
+
+def noisy(seed):
+    """(preds, truths) uint8 [N, SIDE, SIDE]: blocks of which some are wrong, with stray pixels and holes."""
+    rng = np.random.default_rng(seed)
+    truths = random_truths(rng, 12, N_STEP_CLASSES)
+    preds = np.where((rng.random((12, SIDE // 4, SIDE // 4)) < 0.2).repeat(4, 1).repeat(4, 2),
+                     random_truths(rng, 12, N_STEP_CLASSES), truths)
+    stray = rng.random(preds.shape) < rng.choice([0, 0.02, 0.1], (12, 1, 1))
+    return np.where(stray, rng.integers(0, N_STEP_CLASSES, preds.shape), preds).astype(np.uint8), truths
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("fit", "apply"), [step[1:] for step in ensemble.STEPS_AFTER_VOTE],
+                         ids=[step[0] for step in ensemble.STEPS_AFTER_VOTE])
+def test_each_step_keeps_what_a_mask_is_and_never_loses_on_the_images_that_it_was_fitted_on(fit, apply, seed):
+    preds, truths = noisy(seed)
+    before = preds.copy(), truths.copy()
+    params = fit(preds, truths, N_STEP_CLASSES)
+    assert (preds == before[0]).all() and (truths == before[1]).all()
+    plain = json.loads(json.dumps(np.asarray(params).tolist(), allow_nan=False))
+    after = [apply(pred.copy(), params) for pred in preds]
+    for pred, by_plain in zip(after, [apply(pred.copy(), plain) for pred in preds], strict=True):
+        assert type(pred) is np.ndarray and pred.dtype == np.uint8 and pred.shape == (SIDE, SIDE)
+        assert pred.max() < N_STEP_CLASSES and (pred == by_plain).all()
+    assert slow_v3(after, truths) >= slow_v3(preds, truths) - 1e-12
+
+
+def test_the_names_of_the_steps_are_their_own():
+    names = [name for name, _, _ in ensemble.STEPS_AFTER_VOTE]
+    assert len(set(names)) == len(names) and not {*names} & {"weights", "bias", "log-bias"}
+
+
+def fit_shift(preds, truths, n_classes):
+    """[shift, n_classes]: by how much all class ids are too high."""
+    shifts = range(n_classes)
+    v3 = [slow_v3((preds + n_classes - shift) % n_classes, truths) for shift in shifts]
+    return [int(np.argmax(v3)), n_classes]
+
+
+def apply_shift(pred, params):
+    pred += params[1] - params[0]  # in place, which a step may do
+    pred %= params[1]
+    return pred
+
+
+def test_every_combination_of_steps_is_tried_in_order_and_a_step_sees_what_those_before_it_made(small, monkeypatch):
+    seen = []
+
+    def fit(preds, truths, n_classes):
+        seen.append(preds.copy())
+        return [0.0]
+    monkeypatch.setattr(ensemble, "STEPS_AFTER_VOTE", [
+        ("minimum area", ensemble.fit_min_area, ensemble.remove_small), ("look", fit, lambda pred, params: pred),
+        ("shift", fit_shift, apply_shift)])
+    probs, truths = stray(12, 5)
+    oof = FakeOof(probs, truths, np.arange(12) % 3)
+    used, counts, tried = chosen(oof)
+    names = ["log-bias", "minimum area", "look", "shift"]
+    wanted = [" + ".join(some) for size in range(1, 5) for some in combinations(names, size)]
+    assert list(tried) == wanted and len(seen) == 4 * 4  # what follows a step shares its fit
+    alone, after_area = seen[:4], seen[8:12]
+    assert all(((preds == 2).sum((1, 2)) == 5).all() for preds in alone) and not any((a == 2).any() for a in after_area)
+    assert [len(preds) for preds in alone] == [8, 8, 8, 12]
+    assert used.keys() == {"weights", "bias", "minimum area"}  # of equal gains the first
+    assert image_miou(counts["with what is taken"]).mean() == pytest.approx(
+        slow_v3([ensemble.apply_steps(pred.copy(), used) for pred in probs[0].argmax(1).astype(np.uint8)], truths))
+
+
+@pytest.mark.parametrize("gains", [True, False])
+def test_a_new_step_is_one_entry_and_tried_gated_applied_shown_and_reported(
+        tiny_data, splits, tmp_path, capsys, monkeypatch, gains):
+    """The votes are right but for their class ids, which are one too high; a step that lowers them is all it takes."""
+    monkeypatch.setattr(ensemble, "STEPS_AFTER_VOTE", [
+        ("minimum area", ensemble.fit_min_area, ensemble.remove_small),
+        ("shift", fit_shift if gains else lambda *args: [3, 12], apply_shift)])
+    runs = [write_run(run_folder(tmp_path / "out", 0, "unet/a", 64, fold), splits, np.random.default_rng(fold), fold,
+                      right=200) for fold in (0, 1)]
+    for run in runs:
+        valid = run / "valid.npy"
+        np.save(valid, np.roll(np.load(valid), 1, axis=1))
+        seal(run / "valid.json")
+    out, cache = tmp_path / "s.csv", tmp_path / "cache"
+    run_ensemble(tiny_data, cache, "soft", "--out", out, "--tables", tmp_path / "tables", "--report",
+                 tmp_path / "report.html", *runs)
+    tried = pd.read_csv(tmp_path / "tables/tried.csv", index_col="tried")
+    assert tried.index.tolist() == ["log-bias", "minimum area", "shift", "log-bias + minimum area", "log-bias + shift",
+                                    "minimum area + shift", "log-bias + minimum area + shift"]
+    assert (tried.loc["shift", "low"] > 0) == gains
+    taken, = tried.index[tried["taken"] == "yes"]
+    assert ("shift" in taken) == gains
+    printed, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    assert f"\n    shift: {'1, 12' if gains else 'none'}\n" in printed
+    for text in ("<td>shift</td>", "<td>log-bias + minimum area + shift</td>", *(["<td>1, 12</td>"] if gains else [])):
+        assert text in page.replace("<td >", "<td>")
+    vote = sum(np.load(run / "test.npy").astype(int) for run in runs)
+    ids = np.array(read_ids(out)).reshape(4, SUBMIT_SIZE, SUBMIT_SIZE)
+    if taken == "shift":
+        assert (ids == (vote.argmax(1) + 11) % 12).all()
+    assert not [path for path in cache.iterdir() if path.name.startswith("tmp")]  # the masks that were fitted on
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -551,9 +672,9 @@ def test_only_the_images_that_both_held_out_are_compared(tiny_data, cache, split
     truths = [splits[0].truth(splits[0].ids.index(i)) for i in ids]
     store = np.load(half / "r0/unet/a/s64/f0/valid.npy")
     assert pd.read_csv(tmp_path / "compare.csv")["before"][0] == pytest.approx(slow_v3(store.argmax(1), truths))
-    with pytest.raises(SystemExit, match="no validation image in common"):
+    with pytest.raises(UserError, match="no validation image in common"):
         run_ensemble(tiny_data, cache, "compare", half, other)
-    with pytest.raises(SystemExit, match="nosuch: no run with a valid.json"):
+    with pytest.raises(UserError, match="nosuch: no run with a valid.json"):
         run_ensemble(tiny_data, cache, "compare", half, tmp_path / "nosuch")
 
 
@@ -588,8 +709,8 @@ def write_trained(data, cache, folder, model, fold, epochs, seconds):
     args = train.parse_args(["--data", str(data), "--exp", str(folder.parents[4]), "--model", model, "--scale", "64",
                              "--fold", str(fold), "--folds", "2", "--epochs", str(epochs), "--weights", "none"])
     folds = common.folds_hash(splits[0].ids, common.load_folds(args.exp, splits[0], 2).tolist())
-    recipe = train.make_recipe(args, splits[0].fingerprint, folds, hashes)
-    common.write_json(folder / "config.json", common.provenance(recipe, train.run_code(recipe)) | {
+    recipe = common.run_recipe(args, splits[0].fingerprint, folds, hashes)
+    common.write_json(folder / "config.json", common.provenance(recipe, common.run_code(recipe)) | {
         "files": {"model.pt": hashes(folder / "model.pt")}})
 
 
@@ -613,6 +734,90 @@ def test_status_says_which_runs_are_done_and_how_long_the_others_take(tiny_data,
     assert left.startswith("2 epochs are left: about 1 h 0 min") and any("epochs 4 -> 2" in line for line in why)
     table, (left, *_) = status(tiny_data, cache, exp, "unet/b", pick_folds="0", epochs=2)
     assert table == [["f0"], ["r0/unet/b/s64", "epoch", "3"]] and left.startswith("0 epochs are left: about 0 h 0 min")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Scripts that a plan has asked for their arguments."""
+    scripts, start = [], ensemble.start_script
+    monkeypatch.setattr(ensemble, "start_script", lambda *args: (scripts.append(args[0]), start(*args))[1])
+    return scripts
+
+
+def plan(data, cache, exp, *more, train_args="--weights none", infer_args=""):
+    with redirect_stdout(io.StringIO()) as out:
+        run_ensemble(data, cache, "plan", "--exp", exp, "--nfolds", 2, *(
+            word for name, value in (("models", "fpn/tu-test_efficientnet"), ("scales", 64), ("folds", "0 1"))
+            for word in (f"--{name}", value, f"--pick-{name}", value)),
+            f"--train-args={train_args}", f"--infer-args={infer_args}", *more)
+    return out.getvalue().splitlines()
+
+
+def test_a_plan_asks_each_script_for_its_arguments_once(tiny_data, cache, exp, tmp_path, monkeypatch, asked):
+    own = shutil.copytree(cache, tmp_path / "cache")
+    everything = ["infer.py", "pseudo_label.py", "train.py"]
+    first = plan(tiny_data, own, exp, "--dry")
+    assert sorted(asked) == everything and not (own / "arguments").exists()
+    assert plan(tiny_data, own, exp) == first and sorted(asked) == sorted(everything * 2)
+    asked.clear()
+    assert plan(tiny_data, own, exp) == plan(tiny_data, own, exp, "--dry") == first and asked == []
+    plan(tiny_data, own, exp, train_args="--weights none --lr 1e-3")
+    plan(tiny_data, own, exp, "--gpus", 2)
+    assert asked == ["train.py", *sorted(everything, key=["train.py", "infer.py", "pseudo_label.py"].index)]
+    path = next((own / "arguments").glob("*/*"))
+    path.write_text(path.read_text()[:20])  # as by a full disk
+    asked.clear()
+    for _ in range(2):
+        plan(tiny_data, own, exp)
+        plan(tiny_data, own, exp, train_args="--weights none --lr 1e-3")
+        plan(tiny_data, own, exp, "--gpus", 2)
+    assert len(asked) == 1
+    monkeypatch.setattr(ensemble, "code_state", lambda: "edited")
+    asked.clear()
+    plan(tiny_data, own, exp, "--dry")
+    assert sorted(asked) == everything and path.exists()
+    plan(tiny_data, own, exp)
+    assert sorted(asked) == sorted(everything * 2)
+    assert [folder.name for folder in (own / "arguments").iterdir()] == ["edited"]  # of other code nothing is kept
+
+
+def test_what_a_script_refuses_stops_the_plan_with_its_own_line(tiny_data, cache, exp, asked):
+    for more, told in (
+            ({"train_args": "--weights none --lr fast"}, "train.py: error: argument --lr: invalid float value: 'fast'"),
+            ({"train_args": "--weights none --check"}, "TRAIN_ARGS sets --check"),
+            ({"train_args": "--weights nosuch.pth"}, "--weights nosuch.pth: no such file, and neither imagenet nor "),
+            ({"infer_args": "--tta flipp"}, "infer.py: error: argument --tta")):
+        with pytest.raises(UserError, match=f"^{re.escape(told)}[^\n]*$"):
+            plan(tiny_data, cache, exp, **more)
+    with pytest.raises(UserError, match="batch norm needs 2 images a process, of which there are 5"):
+        plan(tiny_data, cache, exp, "--gpus", 5)
+    assert sorted(path.name for path in exp.iterdir() if path.name[0] != ".") == ["data.html", "folds.csv"]
+
+
+def test_a_remembered_answer_does_not_outlive_its_file_of_weights(tiny_data, cache, exp, tmp_path, asked):
+    weights = tmp_path / "w.pth"
+    weights.write_text("weights")
+    for _ in range(2):
+        plan(tiny_data, cache, exp, train_args=f"--weights {weights}")
+    assert asked.count("train.py") == 1
+    weights.unlink()
+    with pytest.raises(UserError, match=f"--weights {weights}: no such file"):
+        plan(tiny_data, cache, exp, train_args=f"--weights {weights}")
+
+
+def test_of_what_a_script_says_its_last_line_is_its_own_but_a_traceback_is_shown_whole():
+    assert ensemble.own_line("some warning\n  of two lines\ntrain.py: error: x\n") == "train.py: error: x"
+    for code in ("1 / 0", "def ("):
+        done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+        assert ensemble.own_line(done.stderr) == done.stderr.rstrip() != ""
+
+
+def test_a_script_that_is_killed_stops_the_plan_with_one_line(tiny_data, cache, exp, tmp_path, monkeypatch):
+    killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    monkeypatch.setattr(ensemble, "start_script", lambda *args: subprocess.Popen(
+        killed, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    with pytest.raises(UserError, match="^a script ended without a word: out of memory, or killed$"):
+        plan(tiny_data, shutil.copytree(cache, tmp_path / "cache"), exp, train_args="--weights none --lr 7e-4")
 
 
 def test_status_of_what_nothing_is_known_of_yet(tiny_data, cache, exp):
@@ -641,7 +846,7 @@ def test_score_prints_every_table_and_keeps_it(tiny_data, cache, experiments, tm
     waterfall = pd.read_csv(tmp_path / "report/waterfall.csv")
     assert sorted(waterfall["member"]) == names and waterfall["member"].iloc[-1] == names[2]
     tried = pd.read_csv(tmp_path / "report/tried.csv", index_col="tried")
-    assert tried.index.tolist() == ["fitted weights", "log-bias", "minimum area", "both of them"]
+    assert tried.index.tolist() == ["fitted weights", "log-bias", "minimum area", "log-bias + minimum area"]
     assert ((tried["low"] > 0) == (tried["taken"] == "yes")).all()
 
 
@@ -682,7 +887,7 @@ def change_json(path, **changes):
 def test_soft_refuses_test_stores_made_otherwise_than_those_of_validation(tiny_data, cache, splits, tmp_path):
     run = write_run(tmp_path / "unet/a/s64/f0", splits, np.random.default_rng(0), 0)
     change_json(run / "test.json", tta="d4")
-    with pytest.raises(SystemExit, match="the test stores are s64 d4, those of validation s64 flip"):
+    with pytest.raises(UserError, match="the test stores are s64 d4, those of validation s64 flip"):
         run_ensemble(tiny_data, cache, "soft", "--out", tmp_path / "s.csv", run)
     assert not (tmp_path / "s.csv").exists()
 
@@ -692,7 +897,7 @@ def test_soft_refuses_test_stores_made_otherwise_than_those_of_validation(tiny_d
 def test_weights_that_are_not_one_for_each_member_are_refused(
         tiny_data, cache, experiments, tmp_path, command, weights, told):
     out = ["--out", tmp_path / "s.csv"] if command == "soft" else []
-    with pytest.raises(SystemExit, match=told):
+    with pytest.raises(UserError, match=told):
         run_ensemble(tiny_data, cache, command, "--weights", weights, *out, *runs_of(experiments, "good/r0/*/*/*/f*"))
 
 
@@ -761,12 +966,12 @@ def test_a_faulty_submission_is_named_and_nothing_is_written(tiny_data, cache, t
     paths, _ = team
     lines = paths[1].read_text().splitlines()
     paths[1].write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:]]) + "\n")
-    with pytest.raises(SystemExit, match="b.csv line 2: image"):
+    with pytest.raises(UserError, match="b.csv line 2: image"):
         run_ensemble(tiny_data, cache, "hard", "--out", tmp_path / "s.csv", *paths)
     paths[1].write_text("\n".join(lines[:3]) + "\n")
-    with pytest.raises(SystemExit, match="b.csv line 4: image missing"):
+    with pytest.raises(UserError, match="b.csv line 4: image missing"):
         run_ensemble(tiny_data, cache, "hard", "--out", tmp_path / "s.csv", *paths)
-    with pytest.raises(SystemExit, match="--weights fit: submissions have no out-of-fold"):
+    with pytest.raises(UserError, match="--weights fit: submissions have no out-of-fold"):
         run_ensemble(tiny_data, cache, "hard", "--weights", "fit", "--out", tmp_path / "s.csv", *paths)
     assert not (tmp_path / "s.csv").exists()
 
@@ -812,5 +1017,5 @@ def test_memory_stays_the_same_with_more_members(tmp_path):
 
 def test_experiments_of_two_paint_orders_are_not_compared(monkeypatch):
     monkeypatch.setattr(ensemble, "last_round", lambda args, exp: ({}, Namespace(infos=[{"paint": exp.name}])))
-    with pytest.raises(SystemExit, match="paint order area, the other id"):
+    with pytest.raises(UserError, match="paint order area, the other id"):
         ensemble.main(ensemble.parse_args(["compare", "--data", "nowhere", "area", "id"]))

@@ -3,6 +3,7 @@ import csv
 import errno
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 import common
 import infer
 import train
+from common import UserError
 
 torch.set_num_threads(1)  # for nets this small a second thread would only wait for the first
 STEPS = 4  # of an epoch: 9 training images in batches of 2, the last one of 3
@@ -38,7 +40,7 @@ def model_bytes(args):
 
 @pytest.fixture(scope="module")
 def finished(line, tmp_path_factory):
-    """Arguments of a run that was never stopped; tests only read it."""
+    """Return the arguments of a run that was never stopped; tests only read it."""
     args = line(tmp_path_factory.mktemp("finished"))
     train.main(args)
     return args
@@ -60,22 +62,19 @@ def at_call(patch, owner, name, call, act):
     patch.setattr(owner, name, acting)
 
 
-def test_a_loader_whose_pipe_broke_first_is_reported_as_such():
+@pytest.mark.parametrize(("number", "said"), [
+    (errno.ECONNRESET, "a loader process died: .*reset by peer; too little memory[^\n]*"),  # its pipe broke first
+    (errno.ENOSPC, r"\[Errno 28\] No space left on device")])
+def test_an_error_without_a_file_is_a_line_without_one(number, said, capsys):
     def main(_):
-        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-    with pytest.raises(SystemExit, match="^a loader process died: .*reset by peer; too little memory"):
+        raise OSError(number, os.strerror(number))  # of the class that belongs to the number
+    with pytest.raises(SystemExit) as end:
         common.run_script(main, None)
-
-
-def test_an_error_without_a_file_is_a_line_without_one():
-    def main(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(SystemExit, match=r"^\[Errno 28\] No space left on device$"):
-        common.run_script(main, None)
+    assert end.value.code == 1 and re.fullmatch(f"{said}\n", capsys.readouterr().err)
 
 
 def script_in_a_fork(main, args, notes, owner=None, name=None, call=0, act=None):
-    """(exit code, stderr) of a script's main, run as a process of its own that has the libraries already."""
+    """Run a script's main as a process of its own, which has the libraries already; return (exit code, stderr)."""
     def run():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
         os.setpgid(0, 0)
@@ -98,7 +97,7 @@ def kill_me():
 
 
 def stop(args, monkeypatch, name, call, owner=train):
-    """Run until this call, which ends as by Ctrl-C."""
+    """Run until this call, which ends as by Ctrl-C; return what the run says then."""
     def interrupt():
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
@@ -118,7 +117,7 @@ def flip(path, position, bit=0):
 
 
 def middle_of_a_weight(path):
-    """Where in the file the bytes of its largest part lie."""
+    """Return the position in the file of a byte of its largest part."""
     with zipfile.ZipFile(path) as archive:
         part = max(archive.infolist(), key=lambda part: part.file_size)
         return part.header_offset + part.file_size // 2 + 128
@@ -142,13 +141,13 @@ DAMAGES = {"cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
 def test_a_damaged_model_is_refused_by_name_in_one_line(finished, tmp_path, damage):
     path = Path(shutil.copy(run_of(finished) / "model.pt", tmp_path))
     DAMAGES[damage](path)
-    with pytest.raises(SystemExit, match="model.pt: not a checkpoint that can be loaded safely: [^\n]+$"):
-        infer.load_model(path)
+    with pytest.raises(UserError, match="model.pt: not a checkpoint that can be loaded safely: [^\n]+$"):
+        common.load_model(path)
 
 
 def test_a_checkpoint_that_would_run_a_command_is_refused_and_runs_nothing(tmp_path):
     torch.save({"model": {}, "recipe": Malicious(tmp_path / "ran")}, tmp_path / "model.pt")
-    with pytest.raises(SystemExit, match="model.pt: not a checkpoint that can be loaded safely"):
+    with pytest.raises(UserError, match="model.pt: not a checkpoint that can be loaded safely"):
         common.load_checkpoint(tmp_path / "model.pt")
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "model.pt", weights_only=False)
@@ -165,7 +164,7 @@ def test_no_flipped_bit_changes_what_is_loaded(tmp_path_factory, data):
     flip(path, data.draw(st.integers(0, path.stat().st_size - 1)), data.draw(st.integers(0, 7)))
     try:
         state = common.load_checkpoint(path)
-    except SystemExit:
+    except UserError:
         return
     assert torch.equal(state.pop("a"), SMALL["a"]) and state == {"text": "some words", "n": 3}
 
@@ -173,8 +172,8 @@ def test_no_flipped_bit_changes_what_is_loaded(tmp_path_factory, data):
 def test_weights_that_are_not_the_recipes_are_refused_in_one_line(finished, tmp_path):
     state = torch.load(run_of(finished) / "model.pt")
     common.save_checkpoint(tmp_path / "model.pt", **state | {"model": {"x": torch.zeros(1)}})
-    with pytest.raises(SystemExit, match=f"model.pt: its weights are not those of {MODEL}[^\n]+$"):
-        infer.load_model(tmp_path / "model.pt")
+    with pytest.raises(UserError, match=f"model.pt: its weights are not those of {MODEL}[^\n]+$"):
+        common.load_model(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("lacking", ["weights", *slow("step", "ema")])
@@ -187,13 +186,13 @@ def test_a_last_pt_of_other_scripts_or_libraries_is_refused_in_one_line(line, tm
     else:
         del state[lacking]
     common.save_checkpoint(run_of(args) / "last.pt", **state)
-    with pytest.raises(SystemExit, match="last.pt: not of these scripts and libraries, remove it[^\n]+$"):
+    with pytest.raises(UserError, match="last.pt: not of these scripts and libraries, remove it[^\n]+$"):
         train.main(args)
 
 
 @pytest.fixture(scope="module")
 def stopped(line, tmp_path_factory):
-    """Arguments of a run stopped in its third epoch; tests copy it."""
+    """Return the arguments of a run stopped in its third epoch; tests copy it."""
     args = line(tmp_path_factory.mktemp("stopped"))
     with pytest.MonkeyPatch.context() as patch:
         stop(args, patch, "backward", STEPS * 2 + 2)
@@ -225,7 +224,7 @@ def test_two_damaged_ones_are_named_with_the_cure_and_nothing_is_begun_anew(
         flip(folder / name, middle_of_a_weight(folder / name))
     before = {path: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(train, "train_one_epoch", lambda *_: pytest.fail("training began"))
-    with pytest.raises(SystemExit) as refusal:
+    with pytest.raises(UserError) as refusal:
         train.main(args)
     said = str(refusal.value)
     assert "\n" not in said and "/last.pt: " in said and "/last-1.pt: " in said
@@ -266,7 +265,7 @@ def test_killed_between_any_two_renames_a_run_carries_on_to_the_same_bytes(line,
 
 @pytest.fixture(scope="module")
 def replacing(line, tmp_path_factory):
-    """Arguments of a run that has learnt all and is about to replace one with snapshots, which had replaced one too."""
+    """Return the arguments of a trained run that is about to replace one with snapshots, which had replaced one too."""
     exp = tmp_path_factory.mktemp("replacing")
     for seed in (1, 2):
         train.main(line(exp, "--epochs", 1 + seed, "--snapshots", 2, "--seed", seed, "--replace"))
@@ -345,7 +344,7 @@ def infer_line(data, cache, folder, *more):
 
 @pytest.fixture(scope="module")
 def stores(tiny_data, cache, finished, tmp_path_factory):
-    """A copy of the finished run with what it predicts, never stopped and without loader processes."""
+    """Return a copy of the finished run with what it predicts, never stopped and without loader processes."""
     folder = shutil.copytree(run_of(finished), tmp_path_factory.mktemp("stores") / "run")
     infer.main(infer_line(tiny_data, cache, folder))
     return folder
@@ -371,7 +370,7 @@ def test_a_finished_prediction_claims_no_device(tiny_data, cache, stores, monkey
     assert capsys.readouterr().out.count("nothing to do") == 2
 
 
-# a Python that answers make's plan for real; of all else it only writes a file of this name, stops make and waits
+# a Python that answers make's plan for real; for one other script it only writes a file, stops make and waits
 STOPPER = """#!{python} -SE
 import os, signal, sys
 line = " ".join(sys.argv[1:])
@@ -417,7 +416,8 @@ def test_random_streams_of_different_uses_differ(splits):
         return tuple(np.random.default_rng(list(key)).integers(2 ** 62, size=4).tolist())
     assert draw(5, 3) == draw(5, 3, 0)  # what numpy does
     keys = [(common.ORDER, 5, 3), *((common.SAMPLE, 5, 3, i) for i in range(4)),
-            *((common.STEP, 5, 3, step, rank) for step in range(4) for rank in range(3))]
+            *((common.STEP, 5, 3, step, rank) for step in range(4) for rank in range(3)),
+            *((common.HOOK, 5, 3, step) for step in range(4)), (common.MIX, 5, 3)]
     assert len({draw(*key) for key in keys}) == len(keys)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
@@ -434,7 +434,7 @@ def test_parts_found_by_running_out_of_memory_are_kept_for_the_resumed_run(line,
 
     def start_in_parts(*arguments):
         run = start_run(*arguments)
-        run["parts"] = max(run["parts"], 2)
+        run.parts = max(run.parts, 2)
         return run
     with monkeypatch.context() as patch:
         patch.setattr(train, "start_run", start_in_parts)
@@ -442,7 +442,7 @@ def test_parts_found_by_running_out_of_memory_are_kept_for_the_resumed_run(line,
     seen = []
     at_call(monkeypatch, train, "backward", 0, None)
     backward = train.backward
-    monkeypatch.setattr(train, "backward", lambda run, *rest: seen.append(run["parts"]) or backward(run, *rest))
+    monkeypatch.setattr(train, "backward", lambda run, *rest: seen.append(run.parts) or backward(run, *rest))
     train.main(args)
     assert seen == [2] * 4
 
@@ -479,7 +479,7 @@ def test_a_class_that_the_fold_lacks_is_one_warning(line, tmp_path, capsys):
 
 
 def poison(patch, calls):
-    """Make the loss NaN in these steps, counted from 1; the list that is returned holds each step's state before it."""
+    """Make the loss NaN in these steps, counted from 1; return a list that gets the state before each step."""
     make_loss, backward, states = train.make_loss, train.backward, []
 
     def make_failing(*settings):
@@ -488,8 +488,8 @@ def poison(patch, calls):
 
     def noting(run, images, *rest):
         states.append({name: {k: v.clone() for k, v in values.items()} for name, values in (
-            ("model", run["model"].state_dict()), ("ema", run["ema"].state_dict()),
-            ("optimizer", {(i, k): v for i, state in run["optimizer"].state_dict()["state"].items()
+            ("model", run.model.state_dict()), ("ema", run.ema.state_dict()),
+            ("optimizer", {(i, k): v for i, state in run.optimizer.state_dict()["state"].items()
                            for k, v in state.items()}))})
         if len(states) in calls:
             images = images * math.nan  # what batch norm sees
@@ -499,10 +499,12 @@ def poison(patch, calls):
     return states
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", [*train.OPTIMIZERS, "not fused"])
 def test_steps_without_a_finite_gradient_change_nothing_and_are_counted(
         line, tmp_path, monkeypatch, capsys, optimizer):
-    args = line(tmp_path, "--optimizer", optimizer, "--epochs", 2)
+    monkeypatch.setitem(train.OPTIMIZERS, "not fused", lambda groups, lr: torch.optim.NAdam(groups, lr=lr))
+    args = line(tmp_path, "--epochs", 2)
+    args.optimizer = optimizer
     states = poison(monkeypatch, {1, 6})
     train.main(args)
     for step in (1, 6):
@@ -522,7 +524,7 @@ def test_steps_without_a_finite_gradient_change_nothing_and_are_counted(
 def test_ten_such_steps_in_a_row_end_the_run_and_name_the_images_of_the_last(line, tmp_path, monkeypatch, splits):
     args = line(tmp_path, "--overfit", 2)  # 256 steps an epoch
     poison(monkeypatch, range(1, 100))
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(UserError) as end:
         train.main(args)
     said = str(end.value)
     assert "\n" not in said and "10 steps in a row" in said and "--lr" in said and said.endswith("after the start")
@@ -533,7 +535,7 @@ def test_ten_such_steps_in_a_row_end_the_run_and_name_the_images_of_the_last(lin
 def test_an_epoch_without_a_finite_step_ends_the_run_and_keeps_the_epoch_before(line, tmp_path, monkeypatch):
     args = line(tmp_path)
     poison(monkeypatch, range(STEPS + 1, STEPS * 2 + 1))
-    with pytest.raises(SystemExit, match="epoch 2 is nan: lower --lr; kept is what was after epoch 1$"):
+    with pytest.raises(UserError, match="epoch 2 is nan: lower --lr; kept is what was after epoch 1$"):
         train.main(args)
     state = torch.load(run_of(args) / "last.pt")
     assert state["epoch"] == 1 and all(torch.isfinite(v).all() for v in state["model"].values())
@@ -569,7 +571,7 @@ def test_a_photo_that_breaks_while_training_is_named_in_one_line(line, tiny_data
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Function (megabytes) -> folder on a disk of that size."""
+    """Return a function (megabytes) -> folder on a disk of that size."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -584,7 +586,7 @@ def small_disk(tmp_path):
 
 
 def test_too_little_space_is_said_before_training_begins(line, small_disk):
-    with pytest.raises(SystemExit, match=r"^.*/f1: [\d,]+ bytes are needed there, [\d,]+ are free$") as refusal:
+    with pytest.raises(UserError, match=r"^.*/f1: [\d,]+ bytes are needed there, [\d,]+ are free$") as refusal:
         train.main(line(small_disk(1)))
     needed, free = (int(text.replace(",", "")) for text in str(refusal.value).replace("are needed", "").split(": ")[1]
                     .replace(" bytes ", "").replace(" are free", "").split(" there, "))
@@ -597,7 +599,7 @@ def test_too_little_space_for_a_store_is_said_before_anything_is_predicted(
     folder = shutil.copytree(run_of(finished), small_disk(size // 2 ** 20 + 5) / "run")
     monkeypatch.setattr(infer, "predict_probs", lambda *_: pytest.fail("prediction began"))
     needed = 2 * 5 * 12 * 256 * 256  # the store and its parts
-    with pytest.raises(SystemExit, match=f"{folder}: {needed:,} bytes are needed there, [0-9,]+ are free"):
+    with pytest.raises(UserError, match=f"{folder}: {needed:,} bytes are needed there, [0-9,]+ are free"):
         infer.main(infer_line(tiny_data, cache, folder))
 
 
@@ -671,7 +673,7 @@ socket.socket.connect = refuse("connect", socket.socket.connect)
 
 @pytest.fixture
 def offline(tmp_path):
-    """Environment of a process in which every attempt to reach the network fails and is noted in the file CALLS."""
+    """Return the environment of a process whose attempts to reach the network fail and are noted in the file CALLS."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(NO_NETWORK)
     hidden = ("HF_", "NO_ALBUMENTATIONS_UPDATE", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy")

@@ -450,21 +450,21 @@ def test_the_cache_may_be_deleted(built):
 # ---- edited scripts -------------------------------------------------------------------------------------------------
 
 EDITS = [  # (file, old, new, name that is said, what CODE=new makes)
-    ("common.py", "((1 - found) * present)", "((1.01 - found) * present)", "region_loss", FROM_TRAIN),
+    ("common.py", "((1 - value) * present)", "((1.01 - value) * present)", "region_loss", FROM_TRAIN),
     ("train.py", "0.5 + 0.5 * math.cos(math.pi * t),", "0.55 + 0.45 * math.cos(math.pi * t),", "SCHEDULES[cosine]",
      FROM_TRAIN),
     ("common.py", "scale=(0.25, 1)", "scale=(0.5, 1)", "crop_and_turn", FROM_TRAIN),
     ("common.py", "np.divide(hits, union, out", "1 * np.divide(hits, union, out", "class_iou", FROM_TRAIN),
-    ("common.py", "key=lambda shape: shape[0] if", "key=lambda shape: -shape[0] if", "paint_mask", EVERYTHING),
-    ("infer.py", "+= probs if scale == 1 else", "+= probs ** 2 if scale == 1 else", "predict_probs", FROM_INFER),
-    ("infer.py", '"flip": "identity,hflip,vflip"', '"flip": "identity,hflip"', "TTA[flip]", FROM_INFER),
-    ("pseudo_label.py", "    foreground = label > 0\n", "    foreground = label > 1\n", "judge", FROM_LABELS),
+    ("common.py", "key=lambda shape: -shape[1]", "key=lambda shape: shape[1]", "paint_mask", EVERYTHING),
+    ("common.py", "+= probs if scale == 1 else", "+= probs ** 2 if scale == 1 else", "predict_probs", FROM_INFER),
+    ("common.py", '"flip": "identity,hflip,vflip"', '"flip": "identity,hflip"', "TTA[flip]", FROM_INFER),
+    ("pseudo_label.py", "foreground = (label > 0) &", "foreground = (label > 1) &", "judge", FROM_LABELS),
     ("ensemble.py", "areas = np.bincount(pred", "areas = 2 * np.bincount(pred", "remove_small", ["submit"]),
     ("ensemble.py", "MAX_PICKS = 30", "MAX_PICKS = 31", "MAX_PICKS", ["submit"])]
 HARMLESS = [
     ("common.py", "def region_loss(", "# a comment\n\n\ndef region_loss("),
     ("common.py", "Soft IoU: Rahman and Wang 2016", "Soft intersection over union"),  # a docstring
-    ("common.py", 'LOSSES = {"iou_ce"', 'LOSSES = {"mine": (region_loss(dice), focal), "iou_ce"'),
+    ("common.py", 'LOSSES = {\n', 'LOSSES = {\n    "mine": (region_loss(dice), focal),\n'),
     ("common.py", "def lovasz_loss(log_probs, log_true, target, labelled):",
      "def lovasz_loss(log_probs, log_true, target, labelled, more=None):"),  # which this recipe doesn't use
     ("common.py", '"none": squash,', '"none": squash, "mine": squash,'),
@@ -473,6 +473,7 @@ HARMLESS = [
     ("train.py", '"peak; a small FPN', '"the peak; a small FPN'),
     ("report.html.jinja", "<html", "<html data-mine"),
     ("ensemble.py", "print(pd.DataFrame(grid).T.to_string())", "print(pd.DataFrame(grid).to_string())"),
+    ("ensemble.py", "both from 0, is {shown}", "both from 0: {shown}"),
     ("infer.py", '    print(f"{path}: {len(indices)} images")', '    print(f"{path} has {len(indices)} images")'),
     ("requirements.txt", "tqdm==", "# mine\ntqdm==")]
 
@@ -545,10 +546,10 @@ def test_code_keep_keeps_everything_and_says_so_and_is_not_asked_again(built, te
     assert [line for line in diff.stdout.splitlines() if not line.startswith("Only in .")] == []
     diff = subprocess.run(["diff", f"out/main/code/{config['state']}/common.py", "common.py"], cwd=built, text=True,
                           capture_output=True).stdout
-    assert "1.01 - of_iou" in diff and diff.count("\n") == 4
-    edit(built, "common.py", "1.01 - of_iou(iou)", "1.02 - of_iou(iou)")
+    assert "1.01 - value" in diff and diff.count("\n") == 4
+    edit(built, "common.py", "((1.01 - value)", "((1.02 - value)")
     assert "region_loss" in make(built, "submit", code=2).stderr
-    edit(built, "common.py", "1.02 - of_iou(iou)", "1 - of_iou(iou)")  # as it was when the runs were made
+    edit(built, "common.py", "((1.02 - value)", "((1 - value)")  # as it was when the runs were made
     assert up_to_date(built)
 
 

@@ -2,9 +2,12 @@
 import csv
 import itertools
 import os
+import re
 import shutil
 import signal
+import subprocess
 from multiprocessing import get_context
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,8 +17,9 @@ from conftest import run_folder, run_until_killed
 
 import common
 import infer
+import pseudo_label
 import train
-from common import SUBMIT_SIZE
+from common import SUBMIT_SIZE, UserError
 
 torch.set_num_threads(1)  # for nets this small a second thread would only wait for the first
 MODEL, SCALE = "unet/tu-test_efficientnet", 96
@@ -73,12 +77,12 @@ def slow_probs(model, recipe, image, flips):
 def test_stores_hold_the_models_probabilities_to_a_255th(tiny_data, cache, splits, run, tta, flips):
     if tta != "flip":
         infer.main(infer_line(tiny_data, cache, run, "--tta", tta))
-    model, state = infer.load_model(run / "model.pt")
+    loaded = common.load_model(run / "model.pt")
     for name, split in zip(("valid", "test"), splits, strict=True):
-        store, info = infer.open_store(run / f"{name}.json", common.Hashes(cache))
+        store, info = common.open_store(run / f"{name}.json", common.Hashes(cache))
         assert info["tta"] == tta
         for stored, image_id in zip(store, info["image_ids"], strict=True):
-            expected = slow_probs(model, state["recipe"], split.image(split.ids.index(image_id)), flips)
+            expected = slow_probs(loaded.model, loaded.recipe, split.image(split.ids.index(image_id)), flips)
             assert abs(stored / 255 - expected).max() <= 0.51 / 255
 
 
@@ -107,7 +111,8 @@ def test_a_stores_json_says_what_made_it(trained, splits):
         assert not {"TTA", "DECODERS", "train_one_epoch", "soft_vote", "train_run"} & code.keys()
         assert (trained.parents[4] / "code" / info.pop("state") / "infer.py").is_file()
         assert info == {
-            "recipe": {"split": name, "tta": "flip", "checkpoints": [checkpoint], "data": split.fingerprint},
+            "recipe": {"tta": "flip", "tta_scales": [1.0], "split": name, "checkpoints": [checkpoint],
+                       "data": split.fingerprint},
             "run": {key: state[key] for key in ("recipe", "code", "state", "commit", "kept_under")} | {
                 "codes": [common.short_hash(state["code"])]},
             "commit": common.git_commit(), "versions": common.library_versions(), "kept_under": [],
@@ -131,13 +136,13 @@ def change_checkpoint(path, **changes):
 @pytest.mark.parametrize("classes", [CLASSES[:-1] + ["Clothes"], [CLASSES[0], *CLASSES[:0:-1]]])
 def test_data_of_other_classes_is_refused(tiny_data, cache, run, classes):
     change_checkpoint(run / "model.pt", classes=classes)
-    with pytest.raises(SystemExit, match="model.pt knows the classes"):
+    with pytest.raises(UserError, match="model.pt knows the classes"):
         infer.main(infer_line(tiny_data, cache, run))
 
 
 def test_validation_images_that_the_data_does_not_have_are_refused_by_id(tiny_data, cache, run):
     change_checkpoint(run / "model.pt", valid_ids=[*torch.load(run / "model.pt")["valid_ids"], 999_999])
-    with pytest.raises(SystemExit, match="1 images that DATA doesn't have.*999999"):
+    with pytest.raises(UserError, match="1 images that DATA doesn't have.*999999"):
         infer.main(infer_line(tiny_data, cache, run))
 
 
@@ -155,8 +160,8 @@ def test_a_failed_prediction_leaves_no_description_of_a_store_it_did_not_write(
         infer.main(infer_line(tiny_data, cache, run, "--split", "test", "--tta", "none"))
     assert [call.partition(".parts/")[2][-6:] or call for call in calls] == [
         "000000", "000003", "replaced/test.json", "replaced/test.npy", "test.npy", "test.json"]
-    with pytest.raises(SystemExit, match="test.json"):
-        infer.open_store(run / "test.json", common.Hashes(cache))
+    with pytest.raises(UserError, match="test.json"):
+        common.open_store(run / "test.json", common.Hashes(cache))
 
 
 # ---- several epochs of a run ----------------------------------------------------------------------------------------
@@ -179,8 +184,8 @@ def test_two_epochs_predict_the_mean_of_what_each_predicts(tiny_data, cache, run
 def test_the_mean_over_models_is_taken_over_probabilities_and_every_view():
     models = [torch.nn.Conv2d(3, 4, 3, padding=1) for _ in range(3)]
     images = 5 * torch.randn(2, 3, 6, 6)
-    single = [infer.predict_probs([model], images, infer.tta_views("d4")) for model in models]
-    torch.testing.assert_close(infer.predict_probs(models, images, infer.tta_views("d4")), sum(single) / 3)
+    single = [common.predict_probs([model], images, common.tta_views("d4")) for model in models]
+    torch.testing.assert_close(common.predict_probs(models, images, common.tta_views("d4")), sum(single) / 3)
     assert (single[0] - single[1]).abs().max() > 0.1
 
 
@@ -188,7 +193,7 @@ def test_the_mean_over_models_is_taken_over_probabilities_and_every_view():
 def test_checkpoints_of_different_runs_are_refused_in_one_line(tiny_data, cache, run, no_prediction, other):
     before = {name: (run / name).read_bytes() for name in STORES}
     change_checkpoint(run / EPOCHS[1], recipe=torch.load(run / EPOCHS[1])["recipe"] | other)
-    with pytest.raises(SystemExit, match="epoch-002.pt and .*epoch-001.pt are of different runs") as refusal:
+    with pytest.raises(UserError, match="epoch-002.pt and .*epoch-001.pt are of different runs") as refusal:
         infer.main(infer_line(tiny_data, cache, run, files=EPOCHS))
     assert "\n" not in str(refusal.value)
     assert {name: (run / name).read_bytes() for name in STORES} == before
@@ -196,13 +201,13 @@ def test_checkpoints_of_different_runs_are_refused_in_one_line(tiny_data, cache,
 
 @pytest.mark.parametrize("files", [["nosuch.pt"], ["epoch-*.pt"], ["epoch-001.pt", "nosuch.pt"]])
 def test_a_checkpoint_that_is_not_there_is_one_line(tiny_data, cache, run, no_prediction, files):
-    with pytest.raises(SystemExit, match="no such checkpoint") as refusal:
+    with pytest.raises(UserError, match="no such checkpoint") as refusal:
         infer.main(infer_line(tiny_data, cache, run, files=files))
     assert str(run / files[-1]) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_a_folder_that_is_not_there_is_not_made(tiny_data, cache, tmp_path):
-    with pytest.raises(SystemExit, match="no such checkpoint"):
+    with pytest.raises(UserError, match="no such checkpoint"):
         infer.main(infer_line(tiny_data, cache, tmp_path / "typo"))
     assert not (tmp_path / "typo").exists()
 
@@ -359,6 +364,13 @@ def test_a_store_that_is_replaced_stands_aside(tiny_data, cache, trained, run, c
     assert_same_stores(run, trained)
 
 
+def test_other_scales_make_another_store_whose_name_has_them(tiny_data, cache, run, capsys):
+    infer.main(infer_line(tiny_data, cache, run, "--tta-scales", "1", "0.5", "--split", "test"))
+    assert f"{run}/test.npy is replaced: tta_scales [1.0] -> [1.0, 0.5]\n" in capsys.readouterr().out
+    info = common.read_json(run / "test.json")
+    assert (info["tta"], info["recipe"]["tta"], info["recipe"]["tta_scales"]) == ("flip x 1,0.5", "flip", [1.0, 0.5])
+
+
 def killed_at_rename(args, call):
     """infer.main(args) in a process that SIGKILL ends at this call of os.replace, from 1 on."""
     def run(args):
@@ -383,13 +395,13 @@ def test_killed_between_any_two_renames_a_replacement_loses_no_store(
     killed_at_rename(args, call)
     infer.main(args)
     assert common.read_json(run / "test.json")["tta"] == "d4"
-    infer.open_store(run / "test.json", common.Hashes(cache))
+    common.open_store(run / "test.json", common.Hashes(cache))
     aside = {path.name: path.read_bytes() for path in (run / "replaced").iterdir()}
     assert aside == {name: (trained / name).read_bytes() for name in ("test.json", "test.npy")}
 
 
 def test_a_folder_in_which_another_process_predicts_is_refused(tiny_data, cache, run, no_prediction):
-    with common.lock(run), pytest.raises(SystemExit, match="in use"):
+    with common.lock(run), pytest.raises(UserError, match="in use"):
         infer.main(infer_line(tiny_data, cache, run))
 
 
@@ -419,7 +431,7 @@ def test_an_unreadable_test_photo_is_background_in_the_store_and_the_others_are_
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_photo_that_breaks_while_others_are_predicted_is_one_line_and_the_same_line_again_carries_on(
-        photos, cache, fresh, splits, monkeypatch, workers):
+        photos, cache, fresh, splits, monkeypatch, capsys, workers):
     data, paths = photos
     load = infer.load_data
 
@@ -431,8 +443,9 @@ def test_a_photo_that_breaks_while_others_are_predicted_is_one_line_and_the_same
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as refusal:
         patch.setattr(infer, "load_data", load_and_break)
         common.run_script(infer.main, line)
-    text = refusal.value.code
-    assert splits[1].file_names[3] in text and "is missing" in text and "\n" not in text
+    said = capsys.readouterr().err
+    assert refusal.value.code == 1 and said.count("\n") == 1
+    assert splits[1].file_names[3] in said and "is missing" in said
     infer.main(line)
     assert common.read_json(fresh / "test.json")["unreadable"] == [splits[1].ids[3]]
 
@@ -445,7 +458,7 @@ def test_other_photos_are_refused_without_a_folder_of_their_own_and_predicted_in
     data, paths = photos
     cv2.imwrite(str(paths[2]), cv2.imread(str(paths[2]))[::-1])
     before = {name: (run / name).read_bytes() for name in STORES}
-    with pytest.raises(SystemExit) as refusal:
+    with pytest.raises(UserError) as refusal:
         infer.main(infer_line(data, cache, run))
     said = str(refusal.value)
     assert said.startswith(f"{run}/test.npy is of other photos than {data} has") and "\n" not in said
@@ -456,7 +469,7 @@ def test_other_photos_are_refused_without_a_folder_of_their_own_and_predicted_in
     assert predicted == [3, 2, 3, 1]
     assert {name: (run / name).read_bytes() for name in STORES} == before and not (run / "replaced").exists()
     assert (out / "valid.npy").read_bytes() == before["valid.npy"]  # the training photos are the same
-    store, info = infer.open_store(out / "test.json", common.Hashes(cache))
+    store, info = common.open_store(out / "test.json", common.Hashes(cache))
     assert info["image_ids"] == splits[1].ids and info["data"] != splits[1].fingerprint
     differ = np.abs(store.astype(int) - np.load(run / "test.npy")).max((1, 2, 3))
     assert differ[2] > 1 and (differ[[0, 1, 3]] <= 1).all()
@@ -476,7 +489,7 @@ def test_other_photos_replace_the_stores_when_asked_and_these_stand_aside(photos
 def test_nothing_is_written_into_the_folder_of_the_photos(photos, cache, run, no_prediction):
     data, _ = photos
     before = sorted(data.rglob("*"))
-    with pytest.raises(SystemExit, match="lies in DATA"):
+    with pytest.raises(UserError, match="lies in DATA"):
         infer.main(infer_line(data, cache, run, "--out", str(data / "probs")))
     assert sorted(data.rglob("*")) == before
 
@@ -490,21 +503,21 @@ def test_a_store_in_the_folder_of_another_run_is_refused_by_name(cache, trained,
         folder.mkdir(parents=True)
         for name in ("test.json", "test.npy"):
             shutil.copy(trained / name, folder)
-    infer.open_store(run_folder(tmp_path, 0, MODEL, SCALE, 1) / "test.json", common.Hashes(cache))
-    with pytest.raises(SystemExit, match="f2/test.json is of round 0, .*, fold 1: it was moved or copied"):
-        infer.open_store(run_folder(tmp_path, 0, MODEL, SCALE, 2) / "test.json", common.Hashes(cache))
+    common.open_store(run_folder(tmp_path, 0, MODEL, SCALE, 1) / "test.json", common.Hashes(cache))
+    with pytest.raises(UserError, match="f2/test.json is of round 0, .*, fold 1: it was moved or copied"):
+        common.open_store(run_folder(tmp_path, 0, MODEL, SCALE, 2) / "test.json", common.Hashes(cache))
 
 
 def test_a_store_whose_checksum_is_another_is_refused_also_when_size_and_time_are_the_same(cache, run):
     path, hashes = run / "test.npy", common.Hashes(cache)
-    infer.open_store(run / "test.json", hashes)
+    common.open_store(run / "test.json", hashes)
     times = path.stat()
     np.save(path, np.load(path) ^ np.uint8(1))
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert path.stat().st_size == times.st_size
     for known in (hashes, common.Hashes(cache)):
-        with pytest.raises(SystemExit, match="test.json: the .npy has another checksum"):
-            infer.open_store(run / "test.json", known)
+        with pytest.raises(UserError, match="test.json: the .npy has another checksum"):
+            common.open_store(run / "test.json", known)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -520,3 +533,21 @@ def test_misspelt_abbreviated_and_foreign_arguments_are_refused(line):
     with pytest.raises(SystemExit) as refusal:
         infer.parse_args(line)
     assert refusal.value.code == 2
+
+
+@pytest.mark.parametrize("script", [infer, pseudo_label])
+def test_the_command_in_a_scripts_docstring_can_be_pasted_from_the_file_as_one_command(script):
+    text = Path(script.__file__).read_text()
+    command, = re.findall(r"^    python (?:.*\\\n)*.*$", text, re.M)
+    print_words = 'python() { printf "%s\\n" "$@"; }\n'
+    done = subprocess.run(["bash", "-ec", print_words + command], capture_output=True, text=True)
+    name, *words = done.stdout.splitlines()
+    assert done.returncode == 0 and done.stderr == "" and name == f"{script.__name__}.py"
+    assert words[-1].endswith(("model.pt", "test.json"))
+    script.parse_args(words)
+
+
+@pytest.mark.parametrize(("folder", "exp"), [
+    ("out/main/r1/unet/a/s64/f0", "out/main"), ("out/main/r1/unet/a/s64/f0/more", None), ("elsewhere", None)])
+def test_a_runs_folder_tells_its_experiment_and_any_other_is_its_own(tmp_path, folder, exp):
+    assert infer.experiment_folder(tmp_path / folder) == tmp_path / (exp or folder)

@@ -1,4 +1,4 @@
-"""What made an artefact: the code that a step can reach, hashes of files, what is decided, what is moved aside."""
+"""Test what made an artefact: the code that a step can reach, hashes of files, decisions, what is moved aside."""
 import ast
 import json
 import os
@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import common
+from common import UserError
 
 MODULES = {"common": '''
     """Shared."""
@@ -67,7 +68,7 @@ MODULES = {"common": '''
 
 @pytest.fixture
 def project(monkeypatch):
-    """A function (changes {module: [(old, new)]}) -> code_of the step of a small project with these edits."""
+    """Return a function (edits {module: [(old, new)]}) -> code_of the step of a small project after these edits."""
     def code_of(changes=None, **entries):
         texts = {name: textwrap.dedent(text) for name, text in MODULES.items()}
         for name, edits in (changes or {}).items():
@@ -147,31 +148,55 @@ def test_a_function_that_moves_to_another_file_is_the_same(project):
     assert before["more"] == after["more"] and set(before) == set(after)
 
 
-def test_every_step_begins_in_a_function_that_is_there_and_reaches_what_it_must():
+def test_every_step_begins_in_a_function_that_is_there():
     for step, roots in common.STEPS.items():
         for module, name in roots:
             assert name in common.definitions(module), (step, module, name)
-    run = common.code_of("run", LOSSES="iou_ce", DECODERS="fpn", AUGMENTATIONS="basic", SCHEDULES="cosine",
-                         OPTIMIZERS="adamw")
-    assert {"region_loss", "classmix", "crop_and_turn", "AUGMENTATIONS[basic]", "optimise", "finish_run", "set_prior",
-            "TrainSamples", "paint_mask", "read_image", "LOSSES[iou_ce]", "build_model", "learning_rate"} <= run.keys()
-    assert not run.keys() & {"lovasz_loss", "make_folds", "damages", "draw_curves", "write_page", "Plan", "vote",
-                             "predict_probs", "log_row"}
-    store = common.code_of("store", DECODERS="fpn", TTA="flip")
-    assert {"predict_probs", "VIEWS", "TTA[flip]", "EvalPhotos", "normalise", "read_image"} <= store.keys()
-    assert not store.keys() & {"region_loss", "classmix", "optimise", "soft"}
-    submission = common.code_of("submission")
-    assert {"vote", "fit_weights", "remove_small", "encode_mask", "Split", "choose"} <= submission.keys()
-    assert not submission.keys() & {"report_sections", "draw_bars", "write_page", "train_run", "Plan", "status"}
-    assert {"judge", "soft_vote", "hand_decisions"} <= common.code_of("labels").keys()
-    assert {"majority", "decode_mask", "csv_rows", "order_of"} <= common.code_of("voted").keys()
-    assert {"paint_mask", "read_coco"} <= common.code_of("masks").keys()
+
+
+RECIPE = {"model": "fpn/tu-a", "loss": "iou_ce", "augment": "basic", "schedule": "cosine", "optimizer": "adamw",
+          "batch_hook": "none"}
+CODE = {
+    "run": lambda: common.run_code(RECIPE), "store": lambda: common.store_code("fpn/tu-a", "flip x 1,0.5"),
+    "labels": lambda: common.labels_code([("fpn/tu-a", "flip")], "image"), "masks": lambda: common.code_of("masks"),
+    "submission": lambda: common.code_of("submission"), "voted": lambda: common.code_of("voted")}
+# what a step must reach and, of what is there, must not
+REACHED = {
+    "run": ("DECODERS[fpn] LOSSES[iou_ce] AUGMENTATIONS[basic] SCHEDULES[cosine] OPTIMIZERS[adamw] BATCH_HOOKS[none] "
+            "region_loss classmix crop_and_turn train_step finish_run set_prior TrainSamples paint_mask read_image "
+            "build_model learning_rate", "lovasz_loss make_folds damages draw_curves write_page Plan vote "
+            "predict_probs log_row mixup sgd overlay"),
+    "store": ("DECODERS[fpn] TTA[flip] VIEWS predict_probs EvalPhotos normalise read_image load_model",
+              "region_loss classmix train_step soft judge"),
+    "labels": ("RULES[image] judge soft_vote hand_decisions TTA[flip] predict_probs", "train_step soft write_sheet"),
+    "submission": ("vote fit_weights remove_small encode_mask Split choose", "report_sections draw_bars write_page "
+                   "train_run Plan status hard"),
+    "voted": ("majority decode_mask csv_rows order_of", "fit_weights report_sections Plan"),
+    "masks": ("paint_mask read_coco", "TrainSamples vote train_run")}
+
+
+@pytest.mark.parametrize("step", common.STEPS)
+def test_a_step_reaches_what_it_must_and_nothing_of_others(step):
+    names, (must, must_not) = CODE[step]().keys(), map(str.split, REACHED[step])
+    assert set(must) - names == set()
+    assert set(must_not) & names == set()
+    tables = {name.partition("[")[0] for name in names if "[" in name}
+    assert tables & names == set()  # a new entry makes nothing stale
+    there = set().union(*(common.definitions(path.stem) for path in ROOT.glob("*.py")))
+    assert set(must_not) - there == set()  # else it is no wonder that they aren't reached
 
 
 def test_what_stands_beside_the_results_is_there():
     for module in ("common", "train", "infer", "pseudo_label", "ensemble"):
         beside = common.names_beside(module)
         assert beside and sorted(beside - common.definitions(module).keys()) == []
+
+
+def test_names_are_found_in_the_text_of_a_tree_as_in_the_tree():
+    for path in ROOT.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            read = {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)}
+            assert common.names_in(ast.dump(node)) == read
 
 
 @given(st.sampled_from(sorted(ROOT.glob("*.py"))), st.integers(0, 10 ** 6))
@@ -191,7 +216,7 @@ def test_a_comment_anywhere_changes_no_syntax_tree(path, place):
 
 
 def reads(monkeypatch):
-    """The paths that are read from now on to be hashed."""
+    """Return a list that gets the names of the files that are read to be hashed from now on."""
     seen, file_hash = [], common.file_hash
     monkeypatch.setattr(common, "file_hash", lambda path: seen.append(os.path.basename(path)) or file_hash(path))
     return seen
@@ -280,21 +305,57 @@ def test_what_is_equal_is_done_and_another_recipe_is_refused_or_made():
     there = made({"lr": 1, "mean": [0]}, {"f": "1"})
     assert common.decide("x", there, made({"lr": 1, "mean": [1]}, {"f": "1"})) == "done"
     other = made({"lr": 2, "new": 3}, {"f": "2"})
-    with pytest.raises(SystemExit, match="^x was made with another recipe: lr 1 -> 2, new None -> 3; pass --replace"):
+    with pytest.raises(UserError, match="^x was made with another recipe: lr 1 -> 2, new None -> 3; pass --replace"):
         common.decide("x", there, other, replace=False)
     assert common.decide("x", there, other) == "make"  # the code is no question then
 
 
 def test_other_code_is_a_question_with_three_answers(capsys):
     there, wanted = made({}, {"f": "1", "g": "1", "gone": "1"}), made({}, {"f": "2", "g": "1", "new": "1"})
-    with pytest.raises(SystemExit, match=r"^x was made by other code \(f, gone, new\): --code new makes anew"):
+    with pytest.raises(UserError, match=r"^x was made by other code \(f, gone, new\): --code new makes anew"):
         common.decide("x", there, wanted)
     assert common.decide("x", there, wanted, "new") == "make" and there["kept_under"] == []
     assert common.decide("x", there, wanted, "keep") == "kept" and there["kept_under"][0]["code"] == wanted["code"]
     assert common.decide("x", there, wanted) == "done"  # it is asked once
     assert common.decide("x", there, made({}, {"f": "1", "g": "1", "gone": "1"})) == "done"  # the edit was taken back
-    with pytest.raises(SystemExit, match=r"\(g\)"):
+    with pytest.raises(UserError, match=r"\(g\)"):
         common.decide("x", there, made({}, {"f": "2", "g": "2", "new": "1"}))
+
+
+def test_changes_are_those_of_the_recipe_or_else_those_of_the_code():
+    there = made({"lr": 1, "mean": [0]}, {"f": "1", "g": "1"})
+    assert common.changes(there, {"lr": 1, "mean": [1]}, {"f": "1", "g": "1"}) == ([], [])
+    assert common.changes(there, {"lr": 1}, {"g": "2", "f": "1", "a": "1"}) == ([], ["a", "g"])
+    assert common.changes(there, {"lr": 2}, {"f": "2", "g": "1"}) == (["lr 1 -> 2"], [])
+    touched = there | {"touched": ["model.pt"]}
+    assert common.changes(touched, {"lr": 1}, {"f": "1"}) == ([], ["model.pt touched by hand", "g"])
+    kept = made({}, {"f": "1"}, kept=[{"f": "2"}, {"f": "3"}])
+    assert [common.changes(kept, {}, {"f": f})[1] for f in "123"] == [[], ["f"], []]  # what made it, or the last kept
+    assert there == made({"lr": 1, "mean": [0]}, {"f": "1", "g": "1"})
+
+
+small_dicts = st.dictionaries(st.sampled_from(["a", "b", "mean"]), st.integers(0, 1))
+
+
+@given(small_dicts, small_dicts, small_dicts, small_dicts, st.sampled_from([None, "new", "keep"]))
+def test_what_is_decided_follows_from_the_changes(recipe, code, recipe_now, code_now, answer):
+    there, wanted = made(recipe, code), made(recipe_now, code_now)
+    recipe_lines, names = common.changes(there, recipe_now, code_now)
+    if names and answer is None:
+        with pytest.raises(UserError, match="made by other code"):
+            common.decide("x", there, wanted)
+        return
+    expected = "make" if recipe_lines else {"new": "make", "keep": "kept"}[answer] if names else "done"
+    assert common.decide("x", there, wanted, answer) == expected
+    if expected == "kept":
+        assert common.changes(there, recipe_now, code_now) == ([], [])
+
+
+@pytest.mark.parametrize(("value", "told"), [
+    ({"a": {}, "b": "x"}, True), ({"a": {}, "b": "x", "more": 1}, True), ({"a": {}}, False),
+    ({"a": [], "b": "x"}, False), ({"a": {}, "b": None}, False), ([], False), (None, False), ("ab", False)])
+def test_kinds_of_values_are_looked_at_before_they_are_used(value, told):
+    assert common.has_kinds(value, {"a": dict, "b": str}) is told
 
 
 def test_other_versions_are_a_note(capsys):
@@ -353,7 +414,7 @@ def test_a_kill_between_two_moves_loses_neither_the_old_nor_the_new(tmp_path, mo
 
 
 def test_what_lost_its_description_is_kept_too(tmp_path):
-    """As after a kill before it was written, while replaced/ holds a whole one of before."""
+    """Move files as after a kill before the description was written, while replaced/ holds a whole older artefact."""
     (tmp_path / "replaced").mkdir()
     for name in ("config.json", "model.pt"):
         (tmp_path / "replaced" / name).write_text("older")
@@ -390,7 +451,7 @@ def test_no_output_is_an_input_or_in_data(tmp_path, output, told):
     (tmp_path / "mine.csv").touch()
     (tmp_path / "link").symlink_to(tmp_path / "data")
     (tmp_path / "alias.csv").symlink_to(tmp_path / "mine.csv")
-    with pytest.raises(SystemExit, match=told):
+    with pytest.raises(UserError, match=told):
         common.check_output(tmp_path / "data", tmp_path / output, inputs=[tmp_path / "mine.csv"])
     common.check_output(tmp_path / "data", tmp_path / "out/x.csv", tmp_path, inputs=[tmp_path / "mine.csv"])
 

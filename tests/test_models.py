@@ -1,16 +1,19 @@
-"""build_model of common.py: every decoder, sizes that are padded, weights from files, and EfficientDet's BiFPN."""
+"""Test models and losses: every entry of their tables, padding, weights from files, and EfficientDet's BiFPN."""
 import math
 from copy import deepcopy
 from functools import cache
 
+import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
 import torchvision
+from conftest import run_of
 
 import common
-import infer
+import train
+from common import IGNORE_INDEX, UserError, make_loss, region_loss
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SHARED_ENCODER = "../shared/encoders/tf_efficientnet_lite0_imagenet.pth"  # beside the project, where there is one
@@ -18,30 +21,130 @@ SHARED_ENCODER = "../shared/encoders/tf_efficientnet_lite0_imagenet.pth"  # besi
 
 # ---- decoders and sizes ---------------------------------------------------------------------------------------------
 
+# A decoder that is added to DECODERS is tested by itself; what it needs instead of the default stands here.
+ENCODERS = {"dpt": "tu-test_vit"}  # else a tiny EfficientNet
+SMALLEST = {"pan": 128}  # side that it works at, else 64; pan halves the deepest map three times
+
 
 def encoder_of(decoder):
-    return "tu-test_vit" if decoder == "dpt" else "tu-test_efficientnet"
+    return ENCODERS.get(decoder, "tu-test_efficientnet")
+
+
+def build(decoder):
+    try:
+        return common.build_model(f"{decoder}/{encoder_of(decoder)}", 5)
+    except UserError as e:
+        pytest.fail(f"give {decoder} another encoder in ENCODERS of test_models.py, or mend it: {e}", pytrace=False)
 
 
 @cache
 def small(decoder):
-    """The decoder's model with a tiny encoder and 5 classes; tests only read it."""
+    """Return the decoder's model with a tiny encoder and 5 classes; tests only read it."""
     torch.manual_seed(0)
-    return common.build_model(f"{decoder}/{encoder_of(decoder)}", 5).eval()
+    return build(decoder).eval()
 
 
 @pytest.mark.parametrize("decoder", common.DECODERS)
 def test_every_decoder_makes_logits_of_the_inputs_size(decoder):
-    sides = [(160, 160), (64, 64), (64, 96)] if decoder == "dpt" else [(128, 160), (64, 64), (64, 96)]
+    side = SMALLEST.get(decoder, 64)
     with torch.inference_mode():
-        for height, width in sides[:1] if decoder == "pan" else sides:  # pan halves the deepest map three times
-            logits = small(decoder)(torch.randn(2, 3, height, width))
+        for height, width in ((side, side), (160, 128), (160, 160), (side, side + 32), (side + 1, side + 31)):
+            try:
+                logits = small(decoder)(torch.randn(2, 3, height, width))
+            except RuntimeError as e:
+                pytest.fail(f"say in SMALLEST of test_models.py from which side on {decoder} works: {e}", pytrace=False)
             assert logits.shape == (2, 5, height, width) and logits.dtype == torch.float32 and logits.isfinite().all()
 
 
 @pytest.mark.parametrize("decoder", common.DECODERS)
+def test_a_train_steps_gradient_reaches_every_part_of_every_decoder(decoder):
+    """Try a few initial weights: a ReLU that is 0 everywhere passes no gradient on, by chance."""
+    side, unreached = SMALLEST.get(decoder, 64), None
+    args = train.parse_args(["--data", "d", "--exp", "e", "--model", f"{decoder}/{encoder_of(decoder)}", "--scale",
+                             str(side)])
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = build(decoder)
+        train.try_model(model, args)
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        assert not [name for name in frozen if not name.startswith("encoder.")]  # only maps that a decoder leaves out
+        mask = torch.randint(5, (4, side, side))
+        make_loss("iou_ce")(model.train()(torch.randn(4, 3, side, side)), mask).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+        zero = {name for name, gradient in gradients.items() if not gradient.any()}
+        unreached = zero if unreached is None else unreached & zero
+        if not unreached:
+            break
+    assert not unreached
+
+
+@pytest.mark.parametrize(("decoder", "smps", "settings"), [
+    *((name, name, {}) for name in ("unet", "unetplusplus", "manet", "linknet", "pspnet", "deeplabv3", "deeplabv3plus",
+                                    "pan", "upernet", "segformer", "dpt")), ("fpn-wide", "fpn", {}),
+    ("fpn", "fpn", {"decoder_pyramid_channels": 64, "decoder_segmentation_channels": 32})])
+def test_decoders_by_smps_names_are_smps(decoder, smps, settings):
+    plain = smp.create_model(smps, encoder_of(decoder), encoder_weights=None, classes=5, **settings).eval()
+    plain.load_state_dict(small(decoder).state_dict())
+    images = torch.randn(1, 3, 128, 128)
+    with torch.inference_mode():
+        assert torch.equal(small(decoder)(images), plain(images))
+
+
+def sum_of_maps(encoder, n_classes, **options):
+    """Build a stranger's decoder: the encoder's last four maps, each of 16 channels, enlarged and added up."""
+    class Sum(torch.nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.project = torch.nn.ModuleList(torch.nn.Conv2d(c, 16, 1) for c in channels[-4:])
+
+        def forward(self, features):
+            maps = [project(x) for project, x in zip(self.project, features[-4:], strict=True)]
+            return sum(torch.nn.functional.interpolate(x, maps[0].shape[2:]) for x in maps)
+    return common.assemble(encoder, n_classes, Sum, width=16, upsampling=4, **options)
+
+
+@pytest.fixture
+def stranger(monkeypatch):
+    monkeypatch.setitem(common.DECODERS, "sum", sum_of_maps)
+    return "sum/tu-test_efficientnet"
+
+
+def test_a_strangers_decoder_builds_and_learns_in_a_step(stranger, line, tmp_path):
+    args = line(tmp_path, "--model", stranger)
+    run = train.start_run(args, range(5), np.ones(5), None, torch.device("cpu"))
+    assert run.model(torch.zeros(2, 3, 40, 72)).shape == (2, 5, 40, 72)
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    images = torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
+    masks = torch.randint(5, (4, 64, 64), dtype=torch.uint8)
+    losses = [train.train_step(run, images, masks, 1e-3, n, 5, args) for n in range(5)]
+    assert losses[-1][0] < losses[0][0] and not any(bad for _, bad in losses)
+    assert not [name for name, p in run.model.named_parameters() if torch.equal(p, before[name])]
+
+
+def test_a_strangers_decoder_is_trained_and_rebuilt_from_its_checkpoint_alone(stranger, line, tmp_path, monkeypatch):
+    args = line(tmp_path, "--model", stranger, "--epochs", 1)
+    train.main(args)
+    path = run_of(args) / "model.pt"
+    saved, trained = common.load_checkpoint(path)["model"], common.load_model(path)
+    state = trained.model.state_dict()
+    assert trained.recipe["model"] == stranger and any("decoder.project" in name for name in state)
+    assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in saved)
+    assert common.predict_photo(trained, np.zeros((33, 70, 3), np.uint8)).shape == (12, 33, 70)
+    monkeypatch.delitem(common.DECODERS, "sum")
+    with pytest.raises(UserError, match="sum/tu-test_efficientnet.*is not DECODER/ENCODER with a decoder of unet, "):
+        common.load_model(path)
+
+
+@pytest.mark.parametrize("name", ["fpm/resnet18", "fpn", "fpn/", "/resnet18", ""])
+def test_a_name_that_is_no_decoder_and_encoder_is_refused_with_the_decoders_that_there_are(name):
+    with pytest.raises(UserError, match=f"^{name!r} is not DECODER/ENCODER with a decoder of unet, .*efficientdet$"):
+        common.build_model(name, 5)
+
+
+@pytest.mark.parametrize("decoder", common.DECODERS)
 def test_sides_that_are_no_multiples_of_32_are_padded_and_cropped_back(decoder):
-    model, low = small(decoder), 96 if decoder == "pan" else 32
+    model, low = small(decoder), SMALLEST.get(decoder, 64) - 32
     for height, width in ((low + 1, low + 32), (low + 32, low + 31), (low + 10, low + 1)):
         images = torch.randn(2, 3, height, width)
         whole = torch.zeros(2, 3, low + 32, low + 32)
@@ -52,11 +155,7 @@ def test_sides_that_are_no_multiples_of_32_are_padded_and_cropped_back(decoder):
 
 @pytest.mark.parametrize("decoder", common.DECODERS)
 def test_padding_leaves_the_model_its_class_its_keys_and_its_answers(decoder):
-    if decoder == "efficientdet":
-        plain = common.build_efficientdet(encoder_of(decoder), 5, None)
-    else:
-        plain = smp.create_model(decoder.removesuffix("-wide"), encoder_of(decoder), encoder_weights=None, classes=5,
-                                 **common.DECODERS[decoder])
+    plain = common.DECODERS[decoder](encoder_of(decoder), 5, encoder_weights=None)
     kind, model = type(plain), small(decoder)
     plain.eval().load_state_dict(model.state_dict())
     images = torch.randn(1, 3, 128, 128)
@@ -107,7 +206,7 @@ def test_smps_own_and_timms_encoders_make_logits_of_the_inputs_size(name):
     ("efficientdet/nosuch", "Wrong encoder name"), ("efficientdet/tu-nosuch", "Unknown model"),
     ("efficientdet/tu-vit_tiny_patch16_224", "Unsupported")])
 def test_a_model_that_cannot_be_built_ends_with_the_reason(name, reason):
-    with pytest.raises(SystemExit, match=f"{name} .*{reason}"):
+    with pytest.raises(UserError, match=f"{name} .*{reason}"):
         common.build_model(name, 5)
 
 
@@ -173,7 +272,7 @@ def test_a_timm_state_dict_that_does_not_fit_is_refused_by_key(tmp_path, mobilen
     key = "blocks.1.0.conv_pw.weight"
     assert key in mobilenet_state
     torch.save(STATE_FAULTS[fault](mobilenet_state, key), tmp_path / "bad.pth")
-    with pytest.raises(SystemExit, match=f"(?s)bad.pth.*{key}"):
+    with pytest.raises(UserError, match=f"(?s)bad.pth.*{key}"):
         common.build_model("fpn/tu-mobilenetv3_small_100", 5, tmp_path / "bad.pth")
 
 
@@ -181,7 +280,7 @@ def test_a_timm_state_dict_that_does_not_fit_is_refused_by_key(tmp_path, mobilen
 def test_a_torchvision_state_dict_that_does_not_fit_is_refused_by_key(tmp_path, fault):
     key = "layer2.0.conv1.weight"
     torch.save(STATE_FAULTS[fault](torchvision.models.resnet18().state_dict(), key), tmp_path / "bad.pth")
-    with pytest.raises(SystemExit, match=f"(?s)bad.pth.*{key}"):
+    with pytest.raises(UserError, match=f"(?s)bad.pth.*{key}"):
         common.build_model("unet/resnet18", 5, tmp_path / "bad.pth")
 
 
@@ -189,13 +288,13 @@ def test_a_torchvision_state_dict_that_does_not_fit_is_refused_by_key(tmp_path, 
 @pytest.mark.parametrize("name", ["unet/resnet18", "fpn/tu-mobilenetv3_small_100"])
 def test_a_file_that_is_no_state_dict_is_refused_by_name(tmp_path, name, content):
     torch.save(content, tmp_path / "bad.pth")
-    with pytest.raises(SystemExit, match="bad.pth"):
+    with pytest.raises(UserError, match="bad.pth"):
         common.build_model(name, 5, tmp_path / "bad.pth")
 
 
 @pytest.mark.parametrize("name", ["unet/resnet18", "fpn/tu-mobilenetv3_small_100"])
 def test_a_missing_weights_file_is_refused_by_name(tmp_path, name):
-    with pytest.raises(SystemExit, match="none.pth: no such"):
+    with pytest.raises(UserError, match="none.pth: no such"):
         common.build_model(name, 5, tmp_path / "none.pth")
 
 
@@ -219,10 +318,11 @@ def test_a_model_is_rebuilt_from_its_checkpoint_alone(tmp_path):
     common.save_checkpoint(tmp_path / "model.pt", model=model.state_dict(), classes=["Background", "a", "b"], epoch=4,
                            v3=0.5, valid_ids=[7], **dict.fromkeys(common.DESCRIBED) | {
                                "recipe": {"model": "unet/tu-test_efficientnet", "scale": 64}})
-    rebuilt, state = infer.load_model(tmp_path / "model.pt")
-    assert not rebuilt.training and state["epoch"] == 4 and state["recipe"]["scale"] == 64
-    expected = model.state_dict()
-    assert all(torch.equal(v, expected[k]) for k, v in rebuilt.state_dict().items())
+    trained = common.load_model(tmp_path / "model.pt")
+    assert not trained.model.training and trained.checkpoint["epoch"] == 4 and trained.recipe["scale"] == 64
+    assert trained.classes == ["Background", "a", "b"] and "model" not in trained.checkpoint
+    rebuilt, expected = trained.model.state_dict(), model.state_dict()
+    assert rebuilt.keys() == expected.keys() and all(torch.equal(rebuilt[k], expected[k]) for k in expected)
 
 
 def test_a_checkpoint_of_something_else_is_no_model(tmp_path):
@@ -230,8 +330,8 @@ def test_a_checkpoint_of_something_else_is_no_model(tmp_path):
         "model": {}, "classes": [], "valid_ids": [], "epoch": 1}
     for value in ({"model": {}}, [1, 2], last):
         torch.save(value, tmp_path / "x.pt")
-        with pytest.raises(SystemExit, match="x.pt: not a model.pt"):
-            infer.load_model(tmp_path / "x.pt")
+        with pytest.raises(UserError, match="x.pt: not a model.pt"):
+            common.load_model(tmp_path / "x.pt")
 
 
 # ---- EfficientDet: sizes --------------------------------------------------------------------------------------------
@@ -304,7 +404,7 @@ def test_parameters_and_nodes_are_those_counted_by_hand(n):
 
 def fusion(*weights):
     """A node of those weights that shows what its fusion makes: the convolution is left out."""
-    node = common.bifpn_modules()[0](4, len(weights))
+    node = common.node_class()(4, len(weights))
     node.conv = torch.nn.Identity()
     node.weights.data = torch.tensor(weights)
     return node
@@ -340,7 +440,7 @@ def test_half_precision_maps_stay_so_through_fusion():
 
 
 def test_a_node_is_swish_depthwise_pointwise_batch_norm_in_this_order():
-    node = common.bifpn_modules()[0](2, 2).eval()
+    node = common.node_class()(2, 2).eval()
     _, depthwise, pointwise, norm = node.conv
     depthwise.weight.data = torch.tensor([1., 10.]).view(2, 1, 1, 1).expand(2, 1, 3, 3).clone()
     pointwise.weight.data = torch.tensor([[1., 1.], [1., -1.]]).view(2, 2, 1, 1)
@@ -358,7 +458,7 @@ def test_a_node_is_swish_depthwise_pointwise_batch_norm_in_this_order():
 
 def test_every_node_of_a_layer_sees_the_maps_of_figure_2d():
     """Nodes that only fuse, worked by hand on 1x1 maps, with a different power of ten for each input."""
-    layer = common.bifpn_modules()[1](1)
+    layer = common.bifpn_layer_class()(1)
     for _, node in modules(layer, "Node"):
         node.forward = lambda *maps: sum(maps)
     p3, p4, p5, p6, p7, q4, q5 = (torch.full((1, 1, 1, 1), 10. ** i) for i in range(7))
@@ -371,7 +471,7 @@ def test_every_node_of_a_layer_sees_the_maps_of_figure_2d():
 
 
 def test_the_first_layer_starts_from_the_encoder_and_the_second_from_the_first():
-    decoder = common.bifpn_modules()[2]([3, 4, 5, 6, 7, 8], 16, 2).eval()
+    decoder = common.bifpn_class()([3, 4, 5, 6, 7, 8], 16, 2).eval()
     x = [torch.randn(1, 3 + i, 160 >> i, 128 >> i) for i in range(6)]
     seen = []
     for layer in decoder.layers:
@@ -387,7 +487,7 @@ def test_the_first_layer_starts_from_the_encoder_and_the_second_from_the_first()
 
 
 def test_the_join_sees_all_levels_at_stride_4_without_squares_and_ends_in_a_swish():
-    decoder = common.bifpn_modules()[2]([3, 4, 5, 6, 7, 8], 16, 1).eval()
+    decoder = common.bifpn_class()([3, 4, 5, 6, 7, 8], 16, 1).eval()
     seen = []
     decoder.join.forward = lambda *maps: seen.extend(maps) or -maps[0].abs() * 100
     with torch.inference_mode():
@@ -400,7 +500,7 @@ def test_the_join_sees_all_levels_at_stride_4_without_squares_and_ends_in_a_swis
 @pytest.mark.parametrize("level", [2, 3, 4, 5])
 def test_each_encoder_map_reaches_the_output(level):
     torch.manual_seed(0)
-    decoder = common.bifpn_modules()[2]([3, 4, 5, 6, 7, 8], 16, 1).eval()
+    decoder = common.bifpn_class()([3, 4, 5, 6, 7, 8], 16, 1).eval()
     maps = [torch.randn(1, 3 + i, 64 >> i, 64 >> i) for i in range(6)]
     with torch.inference_mode():
         before = decoder(maps)
@@ -411,7 +511,7 @@ def test_each_encoder_map_reaches_the_output(level):
 def test_the_deepest_levels_see_the_whole_image():
     """A change in one corner of the last map is felt in the opposite corner of the output."""
     torch.manual_seed(0)
-    decoder = common.bifpn_modules()[2]([3, 4, 5, 6, 7, 8], 16, 1).eval()
+    decoder = common.bifpn_class()([3, 4, 5, 6, 7, 8], 16, 1).eval()
     maps = [torch.randn(1, 3 + i, 256 >> i, 256 >> i) for i in range(6)]
     with torch.inference_mode():
         before = decoder(maps)
@@ -421,7 +521,7 @@ def test_the_deepest_levels_see_the_whole_image():
 
 @pytest.mark.parametrize("channels", [[3, 16., 24., 40., 112., 320.], [3, 0, 24, 40, 112, 320], [9, 24, 40, 56]])
 def test_channels_may_be_floats_and_only_the_last_four_matter(channels):
-    decoder = common.bifpn_modules()[2](channels, 8, 1)
+    decoder = common.bifpn_class()(channels, 8, 1)
     maps = [torch.zeros(2, int(c), 16 >> i, 16 >> i) for i, c in enumerate(channels[-4:])]
     assert decoder(maps).shape == (2, 8, 16, 16)
 
@@ -481,3 +581,124 @@ def test_a_state_dict_makes_the_same_model_again(tmp_path):
         assert not torch.allclose(again(image), model(image))
         again.load_state_dict(common.load_checkpoint(tmp_path / "model.pt")["model"])
         assert torch.equal(again(image), model(image))
+
+
+# ---- losses: a new entry of LOSSES is tested by itself ---------------------------------------------------------------
+# test_common.py compares each loss that is there with its formula.
+
+
+def batch_of(n_classes=5):
+    """Return (logits of a perfect prediction, mask) with unlabelled pixels and all classes but the last."""
+    rng = np.random.default_rng(0)
+    mask = torch.from_numpy(rng.integers(0, n_classes - 1, (2, 16, 24)))
+    right = torch.nn.functional.one_hot(mask, n_classes).permute(0, 3, 1, 2).float()
+    mask[:, 3:6] = IGNORE_INDEX
+    return right, mask
+
+
+@pytest.mark.parametrize("name", common.LOSSES)
+def test_every_loss_is_about_0_for_a_perfect_prediction_and_grows_as_it_gets_worse(name):
+    right, mask = batch_of()
+    wrong = right.roll(1, dims=1)
+    losses = [make_loss(name)(logits, mask).item()
+              for logits in (30 * right, 6 * right, right, 0 * right, wrong, 6 * wrong)]
+    assert losses == sorted(losses) and len(set(losses)) == len(losses)
+    assert losses[0] == pytest.approx(0, abs=1e-3) and losses[3] > 0.1
+
+
+@pytest.mark.parametrize("margin", [10, 17, 30, 100])
+@pytest.mark.parametrize("name", common.LOSSES)
+def test_the_gradient_of_every_loss_is_finite_at_a_perfect_prediction(name, margin):
+    right, mask = batch_of()
+    logits = (margin * right).requires_grad_()
+    make_loss(name)(logits, mask).backward()
+    assert logits.grad.isfinite().all(), (
+        f"LOSSES[{name!r}] has an infinite slope at a perfect prediction: clamp what you take a root of")
+
+
+@pytest.mark.parametrize("size", [0, 1e-6, 1, 100, 1e4])
+@pytest.mark.parametrize("name", common.LOSSES)
+def test_every_loss_and_its_gradient_are_finite_whatever_the_logits_size(name, size):
+    right, mask = batch_of()
+    logits = (size * torch.randn(right.shape)).requires_grad_()
+    loss = make_loss(name)(logits, mask)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.shape == () and loss.isfinite() and loss > 0
+    assert logits.grad.isfinite().all() and not logits.grad[:, :, 3:6].any()
+    assert logits.grad.any() or size > 1
+
+
+@pytest.mark.parametrize("name", common.LOSSES)
+def test_every_loss_falls_along_its_gradient(name):
+    _, mask = batch_of()
+    logits = torch.randn(2, 5, 16, 24, requires_grad=True)
+    before = make_loss(name)(logits, mask)
+    before.backward()
+    with torch.no_grad():
+        after = make_loss(name)(logits - 0.1 * logits.grad / logits.grad.norm(), mask)
+    slope = (before - after).item() / 0.1
+    assert slope == pytest.approx(logits.grad.norm().item(), rel=0.2)
+
+
+@pytest.mark.parametrize("name", common.LOSSES)
+def test_every_loss_of_a_batch_without_labelled_pixels_is_0_and_so_is_its_gradient(name):
+    logits = torch.randn(2, 5, 16, 24, requires_grad=True)
+    loss = make_loss(name)(logits, torch.full((2, 16, 24), IGNORE_INDEX))
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()
+
+
+def tversky(overlap, missed, invented):
+    return overlap / (overlap + 0.7 * missed + 0.3 * invented)
+
+
+# by hand, of the probabilities below. Class 1: overlap 0.8 + 0.6, missed 0.2 + 0.4, invented 0.3; class 0: overlap 0.6,
+# missed 0.4, invented 0.1 + 0.3; class 2 is not in the truth
+@pytest.mark.parametrize(("index", "class_1", "class_0"), [
+    (common.iou, 1.4 / 2.3, 0.6 / 1.4), (common.dice, 2.8 / 3.7, 1.2 / 2.0), (tversky, 1.4 / 1.91, 0.6 / 1.0)])
+def test_a_region_loss_is_1_less_the_index_worked_by_hand(index, class_1, class_0, monkeypatch):
+    probs = torch.tensor([[0.1, 0.3, 0.6, 0.2], [0.8, 0.6, 0.3, 0.5], [0.1, 0.1, 0.1, 0.3]]).view(1, 3, 2, 2)
+    mask = torch.tensor([[[1, 1], [0, IGNORE_INDEX]]])
+    monkeypatch.setitem(common.LOSSES, "mine", (region_loss(index), None))  # all that a user adds
+    expected = 1 - (class_1 + class_0) / 2
+    assert make_loss("mine")(probs.log(), mask).item() == pytest.approx(expected, rel=1e-5)
+    monkeypatch.setitem(common.LOSSES, "mine", (region_loss(index), common.cross_entropy))
+    ce = -(math.log(0.8) + math.log(0.6) + math.log(0.6)) / 3
+    assert make_loss("mine", 0.25)(probs.log(), mask).item() == pytest.approx(0.25 * expected + 0.75 * ce, rel=1e-5)
+
+
+def test_a_region_losss_index_gets_the_sums_over_the_whole_batch():
+    seen = []
+    term = region_loss(lambda *sums: seen.append(sums) or common.iou(*sums))
+    probs = torch.tensor([[[0.9, 0.2]], [[0.1, 0.8]]]).view(2, 2, 1, 1).expand(2, 2, 1, 3)  # two images of 3 pixels
+    mask = torch.tensor([[[0, 0, 1]], [[1, IGNORE_INDEX, 1]]])
+    labelled = mask != IGNORE_INDEX
+    target = mask.where(labelled, 0)
+    log_probs = probs.log()
+    term(log_probs, log_probs.gather(1, target[:, None])[:, 0], target, labelled)
+    (overlap, missed, invented), = seen
+    p = probs[:, :, 0, 0].tolist()  # [image][class]
+    assert overlap.tolist() == pytest.approx([2 * p[0][0], p[0][1] + 2 * p[1][1]])
+    assert missed.tolist() == pytest.approx([2 * (1 - p[0][0]), 1 - p[0][1] + 2 * (1 - p[1][1])])
+    assert invented.tolist() == pytest.approx([p[0][0] + 2 * p[1][0], 2 * p[0][1]])
+
+
+def test_the_iou_loss_is_1_less_the_soft_iou():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 2, (3, 6, 20, 30))
+    mask = rng.choice([0, 1, 2, 4, IGNORE_INDEX], (3, 20, 30))  # without 3 and 5
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    probs = np.moveaxis(probs, 1, -1)[mask != IGNORE_INDEX]  # [labelled pixels, C]
+    truth = np.eye(6)[mask[mask != IGNORE_INDEX]]
+    soft_iou = (probs * truth).sum(0) / (probs + truth - probs * truth).sum(0)
+    expected = 1 - soft_iou[[0, 1, 2, 4]].mean()
+    loss = make_loss("iou")(torch.from_numpy(logits), torch.from_numpy(mask))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("index", "smps"), [(common.iou, smp.losses.JaccardLoss), (common.dice, smp.losses.DiceLoss)])
+def test_region_losses_are_smps_where_all_classes_and_pixels_count(index, smps, monkeypatch):
+    mask = torch.randint(5, (2, 16, 24))
+    logits = torch.randn(2, 5, 16, 24)
+    monkeypatch.setitem(common.LOSSES, "mine", (region_loss(index), None))
+    torch.testing.assert_close(make_loss("mine")(logits, mask), smps("multiclass")(logits, mask))

@@ -126,7 +126,7 @@ script.run_script(script.main, script.parse_args(line))"""
 
 @pytest.mark.parametrize(("script", "name", "line", "held"), [
     ("infer", "load_models", ["--checkpoint", "{run}/model.pt"], "{run}"),
-    ("pseudo_label", "read_description", ["--exp", "{repo}/out/main", "--round", "1", "--fold", "0", "{run}/test.json"],
+    ("pseudo_label", "whole_manifest", ["--exp", "{repo}/out/main", "--round", "1", "--fold", "0", "{run}/test.json"],
      "{repo}/out/main/r1/pseudo/f0"),
     ("ensemble", "open_members", ["soft", "--out", "{repo}/out/main/submission.csv", "{run}"],
      "{repo}/out/main/submission.csv"),

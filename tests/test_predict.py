@@ -19,7 +19,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 import common
 import ensemble
 import pseudo_label
-from common import SUBMIT_SIZE
+from common import SUBMIT_SIZE, UserError
 
 torch.set_num_threads(1)  # for nets this small a second thread would only wait for the first
 CLASSES = ["Background", "UNKNOWN", "General trash", "Paper", "Paper pack", "Metal", "Glass", "Plastic", "Styrofoam",
@@ -217,7 +217,7 @@ def test_a_crash_while_writing_leaves_the_old_submission(tmp_path, error):
 @pytest.mark.parametrize(("preds", "n_classes"), [(masks(2), 11), (masks(2)[:, 1:], 12)])
 def test_a_submission_that_is_not_right_when_read_back_gets_no_name(tmp_path, preds, n_classes):
     (tmp_path / "s.csv").write_text("old")
-    with pytest.raises(SystemExit, match="(?s)line 2, image 1: not 65536 ids.*line 3, image 2"):
+    with pytest.raises(UserError, match="(?s)line 2, image 1: not 65536 ids.*line 3, image 2"):
         ensemble.write_submission(tmp_path / "s.csv", ["1", "2"], preds, n_classes)
     assert (tmp_path / "s.csv").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
@@ -310,20 +310,20 @@ def test_a_picture_of_predictions_stands_beside_the_submission(tiny_data, cache,
 
 @pytest.mark.parametrize("command", ["soft", "hard"])
 def test_background_for_want_of_a_photo_makes_a_whole_submission_and_exit_code_3(
-        tiny_data, cache, splits, changeable, tmp_path, command, capsys):
+        tiny_data, cache, splits, changeable, tmp_path, command):
     ids = splits[1].ids
     for key, unreadable in ((("a", 0), [ids[1]]), (("b", 1), [ids[2], ids[1]])):
         change_json(changeable[key] / "test.json", unreadable=unreadable)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError, match=f"background: {ids[1]}, {ids[2]}; mend") as stop:
         ensemble.main(ensemble_line(command, tiny_data, cache, changeable.values(), "--out", str(tmp_path / "s.csv")))
-    assert stop.value.code == 3 and f"background: {ids[1]}, {ids[2]}; mend" in capsys.readouterr().err
+    assert stop.value.code == 3
     assert submission_faults(tmp_path / "s.csv", [str(i) for i in ids], 12) == []
 
 
 def test_the_submission_has_no_class_below_its_minimum_area(tiny_data, cache, voters, tmp_path, monkeypatch):
     choose, areas = ensemble.choose, np.arange(12) * 1000
     monkeypatch.setattr(ensemble, "choose", lambda *args: (
-        {"weights": np.ones(1), "bias": np.zeros(12), "min_area": areas}, *choose(*args)[1:]))
+        {"weights": np.ones(1), "bias": np.zeros(12), "minimum area": areas}, *choose(*args)[1:]))
     _, ids = soft(tmp_path, tiny_data, cache, [voters["a", 0]])
     voted = np.load(voters["a", 0] / "test.npy").argmax(1).reshape(4, -1)
     for found, vote in zip(ids, voted, strict=True):
@@ -340,7 +340,7 @@ def test_runs_that_disagree_are_refused_by_name(tiny_data, cache, changeable, tm
         change_json(changeable["a", 1] / f"{split}.json", **{key: value})
     out = ["--out", str(tmp_path / "s.csv")] if command == "soft" else []
     told = "other classes than .*a/f0: it orders them so: Background, C" if key == "classes" else f"another {key}"
-    with pytest.raises(SystemExit, match=f"a/f1/.*{told}"):
+    with pytest.raises(UserError, match=f"a/f1/.*{told}"):
         ensemble.main(ensemble_line(command, tiny_data, cache, changeable.values(), *out))
     assert not (tmp_path / "s.csv").exists()
 
@@ -363,7 +363,7 @@ def test_test_stores_of_other_images_than_the_datas_are_refused_with_the_differe
         tiny_data, cache, splits, changeable, tmp_path):
     change_json(changeable["b", 0] / "test.json", image_ids=[*splits[1].ids[:3], 777])
     for runs in (changeable.values(), [changeable["b", 0]]):
-        with pytest.raises(SystemExit, match=f"b/f0/test.npy is of other images: it lacks 1: {splits[1].ids[3]}; also "
+        with pytest.raises(UserError, match=f"b/f0/test.npy is of other images: it lacks 1: {splits[1].ids[3]}; also "
                                              "has 1: 777; run infer.py again"):
             soft(tmp_path, tiny_data, cache, runs)
 
@@ -373,7 +373,7 @@ def test_stores_of_other_classes_than_the_datas_are_refused(tiny_data, cache, ch
     for split in ("valid", "test"):
         change_json(changeable["b", 0] / f"{split}.json", classes=CLASSES[:-1] + ["Clothes"])
     out = ["--out", str(tmp_path / "s.csv")] if command == "soft" else []
-    with pytest.raises(SystemExit, match="b/f0 has other classes than .*: it lacks 1: Clothing; also has 1: Clothes"):
+    with pytest.raises(UserError, match="b/f0 has other classes than .*: it lacks 1: Clothing; also has 1: Clothes"):
         ensemble.main(ensemble_line(command, tiny_data, cache, [changeable["b", 0]], *out))
 
 
@@ -384,7 +384,7 @@ def test_stores_of_other_photos_than_are_there_now_are_refused(
     for run in changeable.values():
         change_json(run / f"{split}.json", data="0f-before")
     out = [] if command == "score" else ["--out", str(tmp_path / "s.csv")]
-    with pytest.raises(SystemExit, match=f"a/f0/{split}.json was made on other data than is in "):
+    with pytest.raises(UserError, match=f"a/f0/{split}.json was made on other data than is in "):
         ensemble.main(ensemble_line(command, tiny_data, cache, changeable.values(), *out))
     assert not (tmp_path / "s.csv").exists()
 
@@ -420,7 +420,7 @@ def test_folds_that_were_made_otherwise_are_no_member_unless_it_is_asked_for(
         runs = [tmp_path / "exp/r0", tmp_path / "exp/r1"]
     elif command == "soft":
         out = ["--out", str(tmp_path / "s.csv")]
-    with pytest.raises(SystemExit, match=r"f1/\w+.json and .*f0/\w+.npy are folds of one member, but differ in "
+    with pytest.raises(UserError, match=r"f1/\w+.json and .*f0/\w+.npy are folds of one member, but differ in "
                                          f"{told}: .*--mixed"):
         ensemble.main(ensemble_line(command, tiny_data, cache, runs, *out))
     assert not (tmp_path / "s.csv").exists()
@@ -446,7 +446,7 @@ def test_stores_of_older_code_that_were_kept_count_as_those_of_the_code_they_wer
     for key, run in changeable.items():
         if key != ("a", 0):
             change_json(run / "valid.json", **new)
-    with pytest.raises(SystemExit, match="differ in the code of predict_probs"):
+    with pytest.raises(UserError, match="differ in the code of predict_probs"):
         ensemble.main(ensemble_line("score", tiny_data, cache, changeable.values()))
     change_json(changeable["a", 0] / "valid.json", kept_under=[new | {"code": {"0lder": "c0de"}}, new])
     ensemble.main(ensemble_line("score", tiny_data, cache, changeable.values()))
@@ -455,7 +455,7 @@ def test_stores_of_older_code_that_were_kept_count_as_those_of_the_code_they_wer
 
 def test_the_same_fold_of_a_recipe_twice_is_refused(tiny_data, cache, voters):
     runs = [voters["a", 0], voters["a", 1], voters["a", 0]]
-    with pytest.raises(SystemExit, match="a/f0: given twice"):
+    with pytest.raises(UserError, match="a/f0: given twice"):
         ensemble.main(ensemble_line("score", tiny_data, cache, runs))
 
 
@@ -463,18 +463,18 @@ def test_a_store_of_another_version_is_refused_with_what_it_lacks(tiny_data, cac
     path = changeable["b", 0] / "test.json"
     info = json.loads(path.read_text())
     path.write_text(json.dumps({key: value for key, value in info.items() if key not in ("paint", "seed")}))
-    with pytest.raises(SystemExit, match="b/f0/test.json: not a whole store: it lacks seed, paint; run infer.py again"):
+    with pytest.raises(UserError, match="b/f0/test.json: not a whole store: it lacks seed, paint; run infer.py again"):
         soft(tmp_path, tiny_data, cache, [changeable["b", 0]])
 
 
 def test_a_submission_must_be_a_csv_for_its_picture_and_coco_stand_beside_it(tiny_data, cache, voters, tmp_path):
     for command in ("soft", "hard"):
-        with pytest.raises(SystemExit, match="s.json: must end in .csv"):
+        with pytest.raises(UserError, match="s.json: must end in .csv"):
             ensemble.main(ensemble_line(command, tiny_data, cache, [voters["a", 0]], "--out", str(tmp_path / "s.json")))
 
 
 def test_a_run_without_stores_is_refused_by_name(tiny_data, cache, voters, tmp_path):
-    with pytest.raises(SystemExit, match="nosuch/valid.json"):
+    with pytest.raises(UserError, match="nosuch/valid.json"):
         ensemble.main(ensemble_line("score", tiny_data, cache, [voters["a", 0], tmp_path / "nosuch"]))
 
 
@@ -482,7 +482,7 @@ def test_masks_exported_as_coco_are_read_back_as_they_were(tiny_data, cache, spl
     rng, test = np.random.default_rng(0), splits[1]
     masks = rng.integers(0, 12, (len(test.ids), 16, 16), dtype=np.uint8).repeat(16, 1).repeat(16, 2)
     masks[1], masks[2, :128] = 0, 255  # nothing found; without a label
-    pseudo_label.write_coco(tmp_path / "coco.json", tiny_data / "test.json", test, enumerate(masks))
+    common.write_coco(tmp_path / "coco.json", tiny_data / "test.json", test, enumerate(masks))
     coco = json.loads((tmp_path / "coco.json").read_text())
     assert {a["image_id"] for a in coco["annotations"]} == set(test.ids) - {test.ids[1]}
     shutil.copytree(tiny_data, tmp_path / "data", ignore=shutil.ignore_patterns("train*.json"))
@@ -556,7 +556,7 @@ def test_nothing_is_written_over_what_is_read_or_into_the_data(cache, project, m
     monkeypatch.chdir(project)
     before = everything_in(project)
     command, *rest = line.split()
-    with pytest.raises(SystemExit, match=told):
+    with pytest.raises(UserError, match=told):
         ensemble.main(ensemble.parse_args([command, "--data", "data", "--cache", str(cache), *rest]))
     assert everything_in(project) == before
 
@@ -591,7 +591,7 @@ def test_a_submission_that_is_there_is_left_alone(again, changeable, splits, tmp
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in first} == places
     assert capsys.readouterr().out == f"{tmp_path}/out/s.csv is there and was made like this: nothing to do\n"
     change_json(changeable["a", 1] / "test.json", unreadable=[splits[1].ids[2]])
-    with pytest.raises(SystemExit) as stop:  # of a photo that couldn't be read it is told each time
+    with pytest.raises(UserError) as stop:  # of a photo that couldn't be read it is told each time
         again("--coco")
     assert stop.value.code == 3 and everything_in(tmp_path / "out") == first
 
@@ -628,7 +628,7 @@ def test_a_submission_of_other_code_or_touched_by_hand_is_asked_about(again, tmp
     first, out = again(), tmp_path / "out"
     edit(out)
     edited = everything_in(out)
-    with pytest.raises(SystemExit, match=rf"s.csv was made by other code \({told}\): --code new .*--code keep"):
+    with pytest.raises(UserError, match=rf"s.csv was made by other code \({told}\): --code new .*--code keep"):
         again()
     assert everything_in(out) == edited
     capsys.readouterr()
@@ -719,17 +719,17 @@ def test_a_sheet_that_cannot_be_drawn_leaves_the_old_one(tmp_path):
 
 @pytest.mark.parametrize(("n_images", "n", "chosen"), [
     (4, 24, [0, 1, 2, 3]), (4, 4, [0, 1, 2, 3]), (9, 3, [0, 4, 8]), (100, 4, [0, 33, 66, 99]), (1, 24, [0])])
-def test_looks_are_spread_evenly_and_predictions_pass_unchanged(n_images, n, chosen):
+def test_pictures_are_spread_evenly_and_predictions_pass_unchanged(n_images, n, chosen):
     test = Namespace(ids=list(range(n_images)), file_names=[f"{i}.jpg" for i in range(n_images)], classes=CLASSES,
                      image=lambda i: np.full((32, 32, 3), i, np.uint8))
     preds = [np.full((SUBMIT_SIZE, SUBMIT_SIZE), i % 12, np.uint8) for i in range(n_images)]
     for pred in preds[1::2]:
         pred[:9] = 3
-    looks = []
-    passed = list(ensemble.keep_looks(iter(preds), test, looks, n))
+    pictures = []
+    passed = list(ensemble.sample_pictures(iter(preds), test, pictures, n))
     assert len(passed) == n_images and all(a is b for a, b in zip(passed, preds, strict=True))
-    assert [photo[0] for photo, _ in looks] == [f"{i}.jpg" for i in chosen]
-    for i, (photo, prediction) in zip(chosen, looks, strict=True):
+    assert [photo[0] for photo, _ in pictures] == [f"{i}.jpg" for i in chosen]
+    for i, (photo, prediction) in zip(chosen, pictures, strict=True):
         assert (photo[1] == i).all() and (prediction[1] == common.overlay(test.image(i), preds[i])).all()
         found = {CLASSES[c] for c in ({i % 12, 3} if i % 2 else {i % 12}) - {0}}
         assert set(prediction[0].split(", ")) == (found or {"nothing"})
@@ -801,7 +801,7 @@ def test_score_counts_the_images_that_the_folds_cover(tiny_data, cache, splits, 
 def test_validation_stores_of_one_fold_on_different_images_are_refused(tiny_data, cache, splits, changeable):
     ids = common.read_json(changeable["b", 1] / "valid.json")["image_ids"]
     change_json(changeable["b", 1] / "valid.json", image_ids=[*ids[:-1], splits[0].ids[0]])
-    with pytest.raises(SystemExit, match=f"b/f1/valid.npy is of other images: it lacks 1: {ids[-1]}; also has 1: "
+    with pytest.raises(UserError, match=f"b/f1/valid.npy is of other images: it lacks 1: {ids[-1]}; also has 1: "
                                          f"{splits[0].ids[0]}"):
         ensemble.main(ensemble_line("score", tiny_data, cache, changeable.values()))
 
@@ -809,7 +809,7 @@ def test_validation_stores_of_one_fold_on_different_images_are_refused(tiny_data
 def test_a_validation_image_that_the_data_does_not_have_is_refused_by_id(tiny_data, cache, changeable):
     ids = common.read_json(changeable["b", 1] / "valid.json")["image_ids"]
     change_json(changeable["b", 1] / "valid.json", image_ids=[*ids[:-1], 999_999])
-    with pytest.raises(SystemExit, match="no image 999999"):
+    with pytest.raises(UserError, match="no image 999999"):
         ensemble.main(ensemble_line("score", tiny_data, cache, [changeable["b", 1]]))
 
 

@@ -1,9 +1,11 @@
 """pseudo_label.py on stores made by hand: rules, hand decisions, lineage, what training draws from the labels."""
+import importlib.util
 import itertools
 from argparse import Namespace
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,9 +17,8 @@ from hypothesis.extra.numpy import arrays
 from test_predict import CLASSES, change_json, random_stores
 
 import common
-import infer
 import pseudo_label
-from common import IGNORE_INDEX, SUBMIT_SIZE
+from common import IGNORE_INDEX, SUBMIT_SIZE, UserError
 
 IMAGE = Namespace(rule="image", confident=0.8, max_unsure=0.1, uncertain="ignore")
 PIXEL = Namespace(rule="pixel", confident=0.9, max_unsure=0.1, uncertain="ignore")
@@ -43,10 +44,10 @@ def on_disk(path, store):
 @pytest.mark.parametrize(("n_unsure", "reason"), [(0, ""), (1, ""), (2, ""), (3, "unsure"), (20, "unsure")])
 def test_a_photo_is_kept_up_to_exactly_10_percent_unsure_foreground(n_unsure, reason):
     tops = [0.6] * n_unsure + [0.9] * (20 - n_unsure)
-    label, sure, found, unsure = pseudo_label.judge(two_class_probs(tops, 20), IMAGE)
-    assert (found, unsure) == (reason, n_unsure / 20)
-    assert label.dtype == np.uint8 and label.ravel().tolist() == [1] * 20 + [0] * 80
-    assert sure.ravel().tolist() == [False] * n_unsure + [True] * (100 - n_unsure)
+    verdict = pseudo_label.judge(two_class_probs(tops, 20), IMAGE)
+    assert (verdict.reason, verdict.unsure) == (reason, n_unsure / 20)
+    assert verdict.label.dtype == np.uint8 and verdict.label.ravel().tolist() == [1] * 20 + [0] * 80
+    assert verdict.sure.ravel().tolist() == [False] * n_unsure + [True] * (100 - n_unsure)
 
 
 @pytest.mark.parametrize(("top", "reason"), [
@@ -57,8 +58,8 @@ def test_a_top_probability_of_exactly_80_percent_is_unsure_by_rule_image(top, re
 
 @pytest.mark.parametrize(("top", "label"), [(0.9, 1), (0.9001, 1), (0.8999, IGNORE_INDEX), (0.6, IGNORE_INDEX)])
 def test_a_top_probability_of_exactly_90_percent_is_sure_by_rule_pixel(top, label):
-    found = pseudo_label.judge(two_class_probs([top, 1.0], 20), PIXEL)[0].ravel()
-    assert found.tolist() == [label, 1] * 10 + [0] * 80
+    verdict = pseudo_label.judge(two_class_probs([top, 1.0], 20), PIXEL)
+    assert verdict.label.ravel().tolist() == [label, 1] * 10 + [0] * 80
 
 
 @pytest.mark.parametrize("n_stores", [1, 2, 3, 5, 8])
@@ -74,8 +75,8 @@ def test_unsure_background_is_no_reason_to_drop_a_photo():
     probs = np.full((2, 10, 10), 0.5, np.float32)
     probs[:, :2] = [[[0.05]], [[0.95]]]
     probs[0, 2:] += 0.01
-    assert pseudo_label.judge(probs, IMAGE)[2:] == ("", 0.0)
-    label, _, *rest = pseudo_label.judge(probs, PIXEL)
+    assert pseudo_label.judge(probs, IMAGE)[2:4] == ("", 0.0)
+    label, _, *rest, _ = pseudo_label.judge(probs, PIXEL)
     assert rest == ["", 0.0] and (label[:2] == 1).all() and (label[2:] == IGNORE_INDEX).all()
 
 
@@ -83,7 +84,7 @@ def test_unsure_background_is_no_reason_to_drop_a_photo():
     (IMAGE, two_class_probs([0.9], 0), 0), (PIXEL, two_class_probs([0.9], 0), 0),
     (PIXEL, two_class_probs([0.7], 9), 1)])
 def test_a_photo_without_sure_foreground_is_dropped(rule, probs, unsure):
-    assert pseudo_label.judge(probs, rule)[2:] == ("no foreground", unsure)
+    assert pseudo_label.judge(probs, rule)[2:4] == ("no foreground", unsure)
 
 
 def slow_label(probs, args):
@@ -110,9 +111,148 @@ def slow_label(probs, args):
 def test_rules_are_those_of_a_slow_loop(values, rule, confident, max_unsure, uncertain):
     args = Namespace(rule=rule, confident=confident, max_unsure=max_unsure, uncertain=uncertain)
     probs = values / np.float32(255)
-    label, _, reason, _ = pseudo_label.judge(probs, args)
+    label, _, reason, *_ = pseudo_label.judge(probs, args)
     slow, slow_reason = slow_label(probs, args)
     assert (label == slow).all() and reason == slow_reason
+
+
+# ---- every rule, also one that is new -------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=pseudo_label.RULES)
+def rule_args(request):
+    """The arguments of a rule of the table, with its defaults."""
+    return pseudo_label.parse_args(["test.json", "--data", "d", "--exp", "e", "--round", "1", "--fold", "0", "--rule",
+                                    request.param])
+
+
+def certain_probs(mask, n_classes):
+    """float32 [C, H, W]: 1 for the class of each pixel in `mask`, 0 for all others."""
+    return (np.arange(n_classes)[:, None, None] == mask).astype(np.float32)
+
+
+def test_every_rule_returns_what_the_table_promises_and_leaves_the_probabilities_alone(rule_args):
+    probs = np.random.default_rng(0).dirichlet(np.full(12, 0.3), (7, 9)).transpose(2, 0, 1).astype(np.float32)
+    given, rule = probs.copy(), pseudo_label.RULES[rule_args.rule]
+    label, sure, reason = rule.label(probs, rule_args)
+    assert label.dtype == np.uint8 and label.shape == (7, 9) and ((label < 12) | (label == IGNORE_INDEX)).all()
+    assert sure.dtype == bool and sure.shape == (7, 9)
+    assert isinstance(reason, str) and (probs == given).all()
+    assert rule_args.confident == rule.confident and 0 <= rule.confident <= 1
+
+
+@pytest.mark.parametrize("label", [np.ones((7, 9), int), np.ones((12, 7, 9), np.uint8)])
+def test_a_rule_that_returns_no_label_fails_loudly(label, monkeypatch):
+    rule = pseudo_label.Rule(lambda probs, args: (label, np.ones((7, 9), bool), ""), confident=0.5)
+    monkeypatch.setattr(pseudo_label, "RULES", {"mine": rule})
+    with pytest.raises(TypeError, match="rule mine returned a label of .*, not of uint8 .7, 9."):
+        pseudo_label.judge(certain_probs(np.ones((7, 9)), 12), Namespace(rule="mine"))
+
+
+@pytest.mark.parametrize("top", [1.0, 0.5])
+def test_every_rule_drops_a_photo_of_background_alone(rule_args, top):
+    probs = certain_probs(np.zeros((7, 9)), 12) * np.float32(top)
+    probs[1:] = (1 - top) / 11
+    verdict = pseudo_label.judge(probs, rule_args)
+    assert verdict.reason == "no foreground" and verdict.unsure == 0
+
+
+def test_every_rule_keeps_a_photo_that_the_models_are_perfectly_sure_of(rule_args):
+    mask = np.arange(63).reshape(7, 9) % 12
+    verdict = pseudo_label.judge(certain_probs(mask, 12), rule_args)
+    assert (verdict.label == mask).all() and (verdict.pred == mask).all() and verdict.sure.all()
+    assert verdict.reason == "" and verdict.unsure == 0
+
+
+def test_every_rule_makes_labels_with_its_own_default(rule_args, makers):
+    pseudo_label.main(makers.args("--rule", rule_args.rule))
+    recipe = common.read_json(makers.folder / "manifest.json")["recipe"]
+    assert (recipe["rule"], recipe["confident"]) == (rule_args.rule, pseudo_label.RULES[rule_args.rule].confident)
+    assert keeps(makers)[1] == "0"  # the photo without foreground
+    assert np.load(makers.folder / "labels.npy").shape == (4, SUBMIT_SIZE, SUBMIT_SIZE)
+
+
+def test_a_rules_code_is_its_entry_and_what_that_uses():
+    for name, rule in pseudo_label.RULES.items():
+        code = common.code_of("labels", RULES=name)
+        assert {rule.label.__name__, "judge"} <= code.keys()
+        assert [key for key in code if key.startswith("RULES")] == [f"RULES[{name}]"]
+
+
+METAL = 5
+FUNCTION = f'''
+def label_by_class(probs, args):
+    """Label the pixels that reach the threshold of their class.
+
+    Metal has to be surer than the others.
+    """
+    thresholds = np.full(len(probs), args.confident)
+    thresholds[{METAL}] = args.metal
+    label = probs.argmax(0).astype(np.uint8)
+    sure = probs.max(0) >= thresholds[label]
+    label[~sure] = IGNORE_INDEX
+    return label, sure, ""
+
+
+'''
+RULE = 'RULES = {\n'
+SETTING = 'SETTINGS = {\n'
+EDITS = [(RULE, FUNCTION + RULE + '    "by-class": Rule(label_by_class, confident=0.45),\n'),
+         (SETTING, SETTING + '    "metal": (number(float, 0, 1), 0.99, "rule by-class: the least of metal"),\n')]
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """pseudo_label.py as a module, after EDITS of its text."""
+    text = Path(pseudo_label.__file__).read_text()
+    for old, new in EDITS:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (tmp_path / "edited.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("edited", tmp_path / "edited.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_rule_with_a_number_of_its_own_is_a_function_an_entry_and_a_setting(makers, edited, capsys):
+    with pytest.raises(SystemExit):
+        makers.args("--rule", "by-class")
+    with pytest.raises(SystemExit):
+        edited.parse_args(makers.line("--help"))
+    usage = " ".join(capsys.readouterr().out.split())
+    assert f"{{{','.join(edited.RULES)}}}" in usage and "by rule: by-class 0.45, image 0.8, pixel 0.9" in usage
+    assert "by-class: Label the pixels that reach the threshold of their class; image: " in usage
+    assert "rule by-class: the least of metal (default: 0.99)" in usage
+    edited.main(edited.parse_args(makers.line("--rule", "by-class")))
+    votes, labels = votes_of(makers), np.load(makers.folder / "labels.npy")
+    pred = votes.argmax(1)
+    sure = votes.max(1) >= np.where(pred == METAL, 0.99, 0.45)
+    assert (labels == np.where(sure, pred, IGNORE_INDEX)).all() and not sure.all()
+    rows = common.read_csv(makers.folder / "index.csv", ("keep", "reason", "unsure", "seen"))
+    # the third photo is all metal, of a top probability of 250 / 255
+    assert [row["keep"] for row in rows] == ["1", "0", "0", "1"]
+    assert (rows[2]["reason"], float(rows[2]["unsure"]), rows[2]["seen"]) == ("no foreground", 1, str(METAL))
+    recipe = common.read_json(makers.folder / "manifest.json")["recipe"]
+    assert (recipe["rule"], recipe["confident"], recipe["metal"]) == ("by-class", 0.45, 0.99)
+    edited.main(edited.parse_args(makers.line("--rule", "by-class", "--metal", "0.98")))
+    assert f"{makers.folder} is replaced: metal 0.99 -> 0.98\n" in capsys.readouterr().out
+    assert keeps(makers) == ["1", "0", "1", "1"]
+
+
+def test_the_help_lists_rules_also_without_a_docstring_or_with_a_percent_sign(monkeypatch):
+    def label(probs, args):
+        """
+        Drop 10% of the photos.
+
+        Then label.
+        """
+    rules = {"plain": pseudo_label.Rule(lambda probs, args: None, 0.5), "tenth": pseudo_label.Rule(label, 0.5)}
+    monkeypatch.setattr(pseudo_label, "RULES", rules)
+    assert pseudo_label.list_rules() == "plain; tenth: Drop 10%% of the photos"
+
+
+# ---- the vote -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_stores", [1, 2, 3, 4])
@@ -170,15 +310,16 @@ def test_every_batch_mixes_labelled_and_pseudo_labelled_images_by_their_ratio(n_
     odds = np.arange(1, n_labelled + n_pseudo + 1) / sum(range(1, n_labelled + n_pseudo + 1)) if drawn else None
     batches = common.EpochBatches(n_labelled + n_pseudo, size, 1, odds, n_pseudo, ratio)
     batches.epoch = epoch
-    found = [[index for _, index in batch] for batch in batches]
+    drawn_batches = [[index for _, index in batch] for batch in batches]
     share = min(max(round(size / (1 + ratio)), 1), size - 1)
-    labelled = [[i for i in batch if i < n_labelled] for batch in found]
-    assert len(found) == len(batches) and all(len(batch) == share for batch in labelled[:-1])
-    assert {len(batch) - len(some) for batch, some in zip(found, labelled, strict=True)} == {size - share}
+    labelled = [[i for i in batch if i < n_labelled] for batch in drawn_batches]
+    assert len(drawn_batches) == len(batches) and all(len(batch) == share for batch in labelled[:-1])
+    n_others = {len(batch) - len(some) for batch, some in zip(drawn_batches, labelled, strict=True)}
+    assert n_others == {size - share}
     assert len(sum(labelled, [])) == n_labelled
     if not drawn:
         assert sorted(sum(labelled, [])) == list(range(n_labelled))
-        times = Counter(i for batch in found for i in batch if i >= n_labelled)
+        times = Counter(i for batch in drawn_batches for i in batch if i >= n_labelled)
         often = [times[i] for i in range(n_labelled, n_labelled + n_pseudo)]
         assert max(often) - min(often) <= 1  # none comes again before all others have
 
@@ -212,10 +353,13 @@ def makers(tmp_path, splits, tiny_data, cache):
         write_store(tmp_path / name, "test", probs, splits[1], model=f"unet/{name}")
         paths.append(tmp_path / name / "test.json")
 
+    def line(*more):
+        return ["--data", str(tiny_data), "--cache", str(cache), "--exp", str(tmp_path / "exp"), "--round", "1",
+                "--fold", "0", *more, *map(str, paths)]
+
     def args(*more):
-        return pseudo_label.parse_args(["--data", str(tiny_data), "--cache", str(cache), "--exp", str(tmp_path / "exp"),
-                                        "--round", "1", "--fold", "0", *more, *map(str, paths)])
-    return Namespace(args=args, paths=paths, folder=tmp_path / "exp/r1/pseudo/f0")
+        return pseudo_label.parse_args(line(*more))
+    return Namespace(line=line, args=args, paths=paths, folder=tmp_path / "exp/r1/pseudo/f0")
 
 
 def votes_of(makers):
@@ -228,7 +372,7 @@ def votes_of(makers):
 @pytest.mark.parametrize("store", [0, 1])
 def test_makers_of_another_lineage_are_refused_by_name(makers, key, value, store):
     change_json(makers.paths[store], **{key: value})
-    with pytest.raises(SystemExit, match=f"test.json: {key} (is|differ)"):
+    with pytest.raises(UserError, match=f"test.json: {key} (is|differ)"):
         pseudo_label.main(makers.args())
     assert not (makers.folder / "index.csv").exists()
 
@@ -236,14 +380,14 @@ def test_makers_of_another_lineage_are_refused_by_name(makers, key, value, store
 def test_stores_of_other_photos_than_the_data_has_are_refused(makers):
     for path in makers.paths:
         change_json(path, data="0ther")
-    with pytest.raises(SystemExit, match="test.json: data is 0ther, not"):
+    with pytest.raises(UserError, match="test.json: data is 0ther, not"):
         pseudo_label.main(makers.args())
     assert not (makers.folder / "index.csv").exists()
 
 
 @pytest.mark.parametrize(("flag", "value", "key"), [("--round", "2", "round"), ("--fold", "1", "fold")])
 def test_labels_for_another_round_or_fold_than_the_makers_are_refused(makers, flag, value, key):
-    with pytest.raises(SystemExit, match=f"{key} is 0, not 1"):
+    with pytest.raises(UserError, match=f"{key} is 0, not 1"):
         pseudo_label.main(makers.args(flag, value))
 
 
@@ -260,7 +404,7 @@ def test_allowing_a_leak_marks_nothing_where_there_is_none_and_lets_no_other_fau
     assert common.read_json(makers.folder / "manifest.json")["contaminated"] is False
     assert "contaminated" not in capsys.readouterr().out
     change_json(makers.paths[1], split="valid")
-    with pytest.raises(SystemExit, match="split is valid"):
+    with pytest.raises(UserError, match="split is valid"):
         pseudo_label.main(makers.args("--allow-leak"))
 
 
@@ -309,14 +453,15 @@ def test_the_manifest_says_what_made_the_labels_and_how_many_photos_each_reason_
     manifest, seen = common.read_json(makers.folder / "manifest.json"), votes_of(makers).argmax(1)
     stores = [common.read_json(path) for path in makers.paths]
     assert manifest.pop("makers") == [
-        {"store": str(path), "id": infer.store_id(info), "checkpoints": info["checkpoints"], "tta": "flip",
+        {"store": str(path), "id": common.store_id(info), "checkpoints": info["checkpoints"], "tta": "flip",
          "state": "5ta7e"} for path, info in zip(makers.paths, stores, strict=True)]
     assert manifest.pop("recipe") == {
         "round": 1, "fold": 0, "rule": "image", "confident": 0.8, "max_unsure": 0.1, "uncertain": "ignore",
         "soft": False, "coco": False, "paint": "area", "data": splits[1].fingerprint, "folds_csv": "f01d",
-        "makers": sorted(map(infer.store_id, stores))}
+        "makers": sorted(map(common.store_id, stores))}
     photos, code = manifest.pop("photos"), manifest.pop("code")
     assert {"write_labels", "judge", "soft_vote", "predict_probs", "TTA[flip]", "DECODERS[unet]"} <= code.keys()
+    assert "RULES[image]" in code and not {"RULES", "RULES[pixel]"} & code.keys()
     assert (makers.folder.parents[2] / "code" / manifest.pop("state") / "pseudo_label.py").is_file()
     assert manifest == {"round": 1, "fold": 0, "folds_csv": "f01d", "classes": CLASSES, "paint": "area",
                         "contaminated": False, "commit": common.git_commit(), "versions": common.library_versions(),
@@ -415,7 +560,7 @@ def test_a_decision_made_by_hand_is_not_lost_when_the_rule_agrees_for_a_while(ma
 def test_an_index_that_is_no_index_of_labels_is_refused_and_left_alone(makers):
     makers.folder.mkdir(parents=True)
     (makers.folder / "index.csv").write_text("image_id,keep\n1,1\n")
-    with pytest.raises(SystemExit, match="no column reason"):
+    with pytest.raises(UserError, match="no column reason"):
         pseudo_label.main(makers.args())
     assert (makers.folder / "index.csv").read_text() == "image_id,keep\n1,1\n"
 
@@ -428,7 +573,7 @@ def test_a_photo_that_cannot_be_read_is_never_a_label(makers, splits, monkeypatc
     assert (row["keep"], row["reason"]) == ("0", "unreadable")
     edit_keep(makers, 2, "1")
     args = Namespace(exp=makers.folder.parents[2], round=1, fold=0)
-    assert pseudo_label.load_labels(args, test)[0] == [] and len(pseudo_label.load_labels(args, splits[1])[0]) == 1
+    assert common.load_labels(args, test)[0] == [] and len(common.load_labels(args, splits[1])[0]) == 1
 
 
 def test_a_warning_says_when_nothing_is_kept(makers, capsys):
@@ -451,6 +596,19 @@ def test_the_same_line_again_does_nothing_and_labels_made_anew_from_the_same_sto
     (makers.folder / "manifest.json").unlink()
     pseudo_label.main(makers.args())
     assert files_of(makers.folder) == before and common.read_json(makers.folder / "manifest.json")["fold"] == 0
+
+
+def test_labels_that_are_kept_under_other_code_stay_and_their_manifest_says_so(makers, monkeypatch):
+    pseudo_label.main(makers.args())
+    before = files_of(makers.folder)
+    manifest = common.read_json(makers.folder / "manifest.json")
+    monkeypatch.setattr(pseudo_label, "labels_code", lambda makers, rule: manifest["code"] | {"judge": "0ther"})
+    pseudo_label.main(makers.args("--code", "keep"))
+    after = files_of(makers.folder)
+    assert after.keys() == before.keys() and all(after[name] == before[name] for name in ("labels.npy", "index.csv"))
+    kept = common.read_json(makers.folder / "manifest.json")
+    assert [entry["code"]["judge"] for entry in kept.pop("kept_under")] == ["0ther"]
+    assert kept == {key: value for key, value in manifest.items() if key != "kept_under"}
 
 
 @pytest.mark.parametrize("damage", ["cut", "of other bytes", "gone"])

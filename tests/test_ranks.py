@@ -62,7 +62,7 @@ def run_rank(rank, function, notes, ranks, **options):
         globals()[function](rank, Path(notes), **options)
         code = 0
     except SystemExit as e:
-        print(e, file=sys.stderr)
+        code = e.code
     except Exception:
         traceback.print_exc()
     finally:
@@ -80,19 +80,22 @@ def note_writes(written):
 
 
 def train_rank(rank, notes, argv, die_after=None):
-    """train.py; notes the keys that it saw, what it wrote and its weights at the end. May die after an epoch."""
+    """Run train.py; note the keys that it saw, what it wrote, what a batch hook drew and its weights at the end.
+
+    It may die after an epoch.
+    """
     import torch
 
     import common
     import train
-    keys, written, fit, log_row = [], [], train.fit, train.log_row
+    keys, written, draws, fit, log_row = [], [], [], train.fit, train.log_row
     note_writes(written)
 
     def fit_and_note(run, *rest):
         fit(run, *rest)
-        torch.save({"keys": keys, "written": written, "ema": run["ema"].state_dict(),
-                    "frozen": [name for name, p in run["model"].named_parameters() if not p.requires_grad],
-                    "model": {name: p.detach() for name, p in run["model"].named_parameters()}},
+        torch.save({"keys": keys, "written": written, "draws": draws, "ema": run.ema.state_dict(),
+                    "frozen": [name for name, p in run.model.named_parameters() if not p.requires_grad],
+                    "model": {name: p.detach() for name, p in run.model.named_parameters()}},
                    notes / f"rank{rank}.pt")
 
     def log_row_and_die(run, row, *rest):
@@ -105,25 +108,29 @@ def train_rank(rank, notes, argv, die_after=None):
             keys.append(key)
             return super().__getitem__(key)
     train.fit, train.log_row, train.TrainSamples = fit_and_note, log_row_and_die, Noting
+    train.BATCH_HOOKS["none"] = lambda images, masks, rng: draws.append(rng.random()) or (images, masks)
     common.run_script(train.main, train.parse_args(argv))
 
 
 def evaluate_rank(rank, notes, argv, checkpoint):
-    """The validation of train.py on a finished model, whose counts are noted."""
+    """Validate a finished model as train.py does and note its counts."""
+    from types import SimpleNamespace
+
     import common
-    import infer
     import train
     args = train.parse_args(argv)
     device = common.claim_device("cpu")
     splits = common.load_data(args.data, args.cache)
     folds = common.load_folds(args.exp, splits[0], args.folds)
-    model, state = infer.load_model(Path(checkpoint))
+    loaded = common.load_model(Path(checkpoint))
+    run = SimpleNamespace(ema=SimpleNamespace(module=loaded.model), device=device, mean=loaded.recipe["mean"],
+                          std=loaded.recipe["std"])
     _, loader = train.make_loaders(args, *splits, np.flatnonzero(folds != 1), np.flatnonzero(folds == 1), cuda=False)
-    np.save(notes / f"counts{rank}.npy", train.evaluate(model, loader, len(state["classes"]), state["recipe"], device))
+    np.save(notes / f"counts{rank}.npy", train.evaluate(run, loader, len(loaded.classes)))
 
 
 def infer_rank(rank, notes, argv, die_after=None):
-    """infer.py; notes how many batches this rank has predicted. Rank 1 may die in the middle of a batch."""
+    """Run infer.py; note how many batches this rank has predicted. Rank 1 may die in the middle of a batch."""
     import common
     import infer
     predict, batches = infer.predict_probs, []
@@ -143,7 +150,7 @@ def infer_rank(rank, notes, argv, die_after=None):
 
 @pytest.fixture(scope="module")
 def run_ranks():
-    """A function that runs one of the functions above in some ranks and returns their exit codes."""
+    """Return a function that runs one of the functions above in some ranks and returns their exit codes."""
     helper = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                               env=ENV)
 
@@ -159,7 +166,7 @@ def run_ranks():
 
 @pytest.fixture(scope="module")
 def argv(tiny_data, tmp_path_factory):
-    """Command line of train.py for an experiment and further arguments."""
+    """Return a function (experiment, further arguments) -> command line of train.py."""
     cache = tmp_path_factory.mktemp("cache")
 
     def line(exp, *more, model=MODEL):
@@ -171,7 +178,7 @@ def argv(tiny_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(run_ranks, argv, tmp_path_factory):
-    """Experiment of an uninterrupted run by two ranks, with their notes."""
+    """Return the experiment of an uninterrupted run by two ranks, with their notes."""
     folder = tmp_path_factory.mktemp("finished")
     assert run_ranks(2, "train_rank", folder / "notes", argv=argv(folder)) == [0, 0], errors(folder / "notes")
     return folder
@@ -213,6 +220,11 @@ def test_two_ranks_see_every_image_once_an_epoch_in_shares_of_at_least_two(finis
 def test_two_ranks_end_with_the_same_weights_and_averages(finished):
     assert_ranks_agree(finished / "notes")
     assert len(load(finished / "notes/rank0.pt")["ema"]) > 100
+
+
+def test_batch_hooks_draw_the_same_on_all_ranks_and_anew_in_each_step(finished):
+    first, second = (load(finished / f"notes/rank{rank}.pt")["draws"] for rank in (0, 1))
+    assert first == second and len(set(first)) == len(first) == EPOCHS * 2
 
 
 def test_only_rank_0_writes_and_prints(finished):
@@ -315,7 +327,7 @@ def test_more_snapshots_than_the_run_has_epochs_for_are_one_line(run_ranks, argv
 
 @pytest.fixture(scope="module")
 def infer_argv(argv):
-    """Command line of infer.py for the model in a folder."""
+    """Return a function (folder) -> command line of infer.py for the model there."""
     def line(folder):
         options = dict(zip(argv(folder)[::2], argv(folder)[1::2], strict=True))
         return [*(word for name in ("--data", "--cache", "--device") for word in (name, options[name])), "--batch", "1",
@@ -325,7 +337,7 @@ def infer_argv(argv):
 
 @pytest.fixture(scope="module")
 def stores(run_ranks, finished, infer_argv, tmp_path_factory):
-    """{name: bytes} of what one process predicts."""
+    """Return {name: bytes} of what one process predicts."""
     folder = tmp_path_factory.mktemp("stores")
     shutil.copy(finished / RUN / "model.pt", folder)
     assert run_ranks(1, "infer_rank", folder, argv=infer_argv(folder)) == [0], errors(folder)
@@ -336,7 +348,7 @@ def stores(run_ranks, finished, infer_argv, tmp_path_factory):
 @pytest.mark.parametrize("die_after, left", [(None, "4"), (1, "3"), (3, "1")])
 def test_two_ranks_write_the_bytes_of_one_whether_killed_or_not(
         run_ranks, finished, infer_argv, stores, tmp_path, die_after, left):
-    """left: the batches that rank 1 has to predict, of 2 of the held-out and 2 of the test photos."""
+    """Kill and carry on; left: the batches that rank 1 has to predict, of 2 held-out and 2 test photos."""
     shutil.copy(finished / RUN / "model.pt", tmp_path)
     line = infer_argv(tmp_path)
     if die_after is not None:
@@ -353,8 +365,8 @@ def test_two_ranks_write_the_bytes_of_one_whether_killed_or_not(
 
 @pytest.fixture
 def make(tiny_data, tmp_path):
-    """A function that makes goals in a clone of the project and returns what it printed."""
-    for name in ("Makefile", "common.py", "train.py", "infer.py", "ensemble.py"):
+    """Return a function that makes goals in a clone of the project and returns what it printed."""
+    for name in ("Makefile", "common.py", "train.py", "infer.py", "pseudo_label.py", "ensemble.py"):
         (tmp_path / name).symlink_to(ROOT / name)
 
     def run(*words, **knobs):

@@ -19,7 +19,6 @@ from test_ensemble import run_ensemble
 
 import common
 import ensemble
-import infer
 import train
 from common import SUBMIT_SIZE
 
@@ -231,7 +230,7 @@ def test_the_confusion_matrix_and_the_bars_are_those_of_scikit_learn(made):
     exp, (data, _), drawn = made
     truths, preds, hashes = {0: [], 1: []}, {0: [], 1: []}, common.Hashes(exp / "cache")
     for fold in truths:
-        stores = [infer.open_store(exp / f"r1/unet/{model}/s64/f{fold}/valid.json", hashes) for model in "ab"]
+        stores = [common.open_store(exp / f"r1/unet/{model}/s64/f{fold}/valid.json", hashes) for model in "ab"]
         preds[fold] = (stores[0][0].astype(int) + stores[1][0]).argmax(1).ravel()
         truths[fold] = np.concatenate([data.truth(data.ids.index(i)).ravel() for i in stores[0][1]["image_ids"]])
     everything = [np.concatenate([*some.values()]) for some in (truths, preds)]

@@ -1,21 +1,24 @@
-"""bench_runtimes.py: what a row holds, what it is made of, and what is left when a pair or the whole table fails."""
+"""Test train.py --runtimes: what a row holds, what it is made of, and what becomes of the table and its picture."""
 import csv
+import os
+import shlex
 import subprocess
 import sys
+from multiprocessing import get_context
 from types import SimpleNamespace
 
-import bench_runtimes as bench
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
 
-from common import build_model
+import train
+from common import UserError, build_model
 
 MODEL, SCALE, IMPOSSIBLE = "unet/tu-mobilenetv3_small_050", 64, "dpt/resnet18"
-ROW = {"model": MODEL, "scale": SCALE, "batch": 8, **dict.fromkeys(bench.NUMBERS, 1), "device": "cpu", "reason": ""}
-FAILED = ROW | dict.fromkeys(bench.NUMBERS, "") | {"device": "", "reason": "no such thing"}
+N_CLASSES = 12  # the competition's
+COLUMNS = ["model", "scale", "batch", *train.RUNTIMES, "device", "reason"]
 
 
 def read(path):
@@ -23,29 +26,43 @@ def read(path):
         return list(csv.DictReader(f))
 
 
+def command(table, *more):
+    """Return the arguments of train.py that measure MODEL at SCALE on the CPU; later ones win. No data is read."""
+    return ["--runtimes", str(table), "--data", "nosuch", "--exp", "nosuch", "--model", MODEL, "--scale", str(SCALE),
+            "--batch", "2", "--seconds", "0", "--device", "cpu", *map(str, more)]
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """(finished process, its CSV's path) for a pair that works after one that can't be built."""
-    out = tmp_path_factory.mktemp("runtimes") / "sub/table.csv"
-    done = subprocess.run([sys.executable, ROOT / "tests/bench_runtimes.py", "--models", IMPOSSIBLE, MODEL, "--scales",
-                           str(SCALE), "--batch", "2", "--seconds", "0", "--device", "cpu", "--out", out],
-                          text=True, capture_output=True)
+    """Return ([finished process], the CSV's path) of a pair that works after one that can't be built."""
+    folder = tmp_path_factory.mktemp("runtimes")
+    out = folder / "sub/table.csv"
+    done = [subprocess.run([sys.executable, ROOT / "train.py", *command(out, "--model", model)], cwd=folder, text=True,
+                           capture_output=True) for model in (IMPOSSIBLE, MODEL)]
     return done, out
 
 
 @pytest.fixture
-def run_main(tmp_path, monkeypatch):
-    """Function (results) -> main() over as many scales, whose rows are these or, if they are exceptions, raise."""
-    def run(results):
-        results = iter(results)
+def measured(tmp_path, monkeypatch):
+    """Return a function (result, more arguments) that runs train.main with this result of measuring and returns rows.
 
-        def measured(*_):
-            if isinstance(result := next(results), dict):
-                return result
-            raise result
-        monkeypatch.setattr(bench, "measure_apart", measured)
-        bench.main(bench.parse_args(["--models", MODEL, "--scales", "64", "96", "--out", str(tmp_path / "table.csv")]))
+    result: images/s trained, or an exception that measuring raises.
+    """
+    device = f"CPU, {torch.get_num_threads()} threads"
+
+    def run(result, *more):
+        def measure(*_):
+            if isinstance(result, BaseException):
+                raise result
+            return dict.fromkeys(train.RUNTIMES, 1) | {"train_images_per_s": result, "device": device}
+        monkeypatch.setattr(train, "measure", measure)
+        train.main(train.parse_args(command(tmp_path / "table.csv", *more)))
+        return read(tmp_path / "table.csv")
     return run
+
+
+def numbers(rows):
+    return {(row["model"], row["scale"], row["batch"]): row["train_images_per_s"] for row in rows}
 
 
 # ---- a row ----------------------------------------------------------------------------------------------------------
@@ -53,13 +70,14 @@ def run_main(tmp_path, monkeypatch):
 
 def test_row_has_the_model_s_size_its_speed_and_memory(table):
     row = read(table[1])[1]
-    model = build_model(MODEL, bench.N_CLASSES).eval()
+    model = build_model(MODEL, N_CLASSES).eval()
     macs = []
     for module in model.modules():
         assert not isinstance(module, torch.nn.Linear)
         if isinstance(module, torch.nn.Conv2d):  # each output value takes a kernel's worth of multiply-adds
             module.register_forward_hook(lambda conv, _, y: macs.append(y.numel() * conv.weight[0].numel()))
     model(torch.zeros(1, 3, SCALE, SCALE))
+    assert list(row) == COLUMNS
     assert (row["model"], row["scale"], row["batch"], row["reason"]) == (MODEL, str(SCALE), "2", "")
     assert float(row["gmacs"]) == pytest.approx(sum(macs) / 1e9, abs=1e-4) and sum(macs) > 1e8
     assert float(row["params_m"]) == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, abs=1e-4)
@@ -71,12 +89,20 @@ def test_row_has_the_model_s_size_its_speed_and_memory(table):
 def test_pair_that_cannot_be_built_has_the_reason_and_does_not_stop_the_table(table):
     done, out = table
     row, works = read(out)
-    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert [process.returncode for process in done] == [0, 0]  # else make's loop would end
+    assert "Traceback" not in done[0].stderr + done[1].stderr
     assert row["model"] == IMPOSSIBLE and "Only Timm encoders" in row["reason"] and not works["reason"]
-    assert {row[name] for name in [*bench.NUMBERS, "device"]} == {""}
-    printed = done.stdout.splitlines()
-    assert [line.split()[:2] for line in printed[1:3]] == [[IMPOSSIBLE, "64"], [MODEL, "64"]]
-    assert "Only Timm encoders" in printed[1] and float(printed[2].split()[2]) == round(float(works["params_m"]), 2)
+    assert {row[name] for name in train.RUNTIMES} == {""}
+    printed = [process.stdout.splitlines() for process in done]
+    assert [line.split()[:2] for (line,) in printed] == [[IMPOSSIBLE, "64:"], [MODEL, "64:"]]
+    assert "Only Timm encoders" in printed[0][0]
+    assert float(printed[1][0].split()[2]) == pytest.approx(float(works["params_m"]), rel=1e-3)
+
+
+def test_nothing_but_the_table_and_its_picture_is_written(table):
+    folder = table[1].parent.parent
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix != ".lock"}
+    assert names == {"sub", "sub/table.csv", "sub/table.png"}
 
 
 def test_picture_shows_the_dot_of_the_one_pair_and_its_name(table):
@@ -88,11 +114,21 @@ def test_picture_shows_the_dot_of_the_one_pair_and_its_name(table):
     assert first_colour[:, dot[:, 1].max() + 12:].sum() > 50
 
 
-@pytest.mark.parametrize("scale, model, word", [(80, MODEL, "32"), (64, "pan/resnet18", "pan/resnet18 can't work")])
-def test_scale_that_a_model_cannot_take_is_a_reason(scale, model, word, capsys):
-    bench.main(bench.parse_args(["--alone", "--models", model, "--scales", str(scale), "--device", "cpu"]))
-    reason = bench.json.loads(capsys.readouterr().out)["reason"]
-    assert word in reason and "\n" not in reason
+def test_scale_that_a_model_cannot_take_is_a_reason(tmp_path):
+    train.main(train.parse_args(command(tmp_path / "table.csv", "--model", "pan/resnet18")))
+    reason = read(tmp_path / "table.csv")[0]["reason"]
+    assert "pan/resnet18 can't work at scale 64" in reason and "\n" not in reason
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    (["--scale", 80], "--scale: 80 is not from 32 to 4096 in steps of 32"),
+    (["--model", "unett/resnet18"], "--model: 'unett/resnet18' is not DECODER/ENCODER"),
+    (["--seconds", -1], "--seconds: -1 is not from 0 to 3600"), (["--batch", 1], "--batch: 1 is not from 2")])
+def test_mistake_is_refused_at_once(tmp_path, capsys, wrong, message):
+    with pytest.raises(SystemExit):
+        train.parse_args(command(tmp_path / "table.csv", *wrong))
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
 
 
 # ---- the parts ------------------------------------------------------------------------------------------------------
@@ -110,7 +146,7 @@ class Attention(torch.nn.Module):
      12 * 64 * 64 * 3 + 6 * 64 * 64 * 4 * 25),
     (Attention(), 2 * 3 * 3 * 64 * 64)])
 def test_gmacs_of_known_layers(model, macs):
-    assert bench.count_gmacs(model, 64) * 1e9 == pytest.approx(macs)
+    assert train.count_gmacs(model, 64) * 1e9 == pytest.approx(macs)
 
 
 @pytest.mark.parametrize("durations, budget, expected", [
@@ -119,53 +155,116 @@ def test_gmacs_of_known_layers(model, macs):
     ([9, 8, 7], 0, (8, 1))])
 def test_median_of_the_steps_after_the_warm_up(durations, budget, expected, monkeypatch):
     clock, left = [0], iter(durations)
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    assert bench.median_seconds(lambda: clock.append(clock.pop() + next(left)), budget) == expected
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert train.median_seconds(lambda: clock.append(clock.pop() + next(left)), budget) == expected
 
 
 def test_peak_memory_is_of_the_process_alone_and_a_peak():
     held = b"x" * (500 << 20)  # by the parent
-    code = ("import bench_runtimes as b; from types import SimpleNamespace as N; cpu = N(type='cpu');"
-            "print(b.peak_mb(cpu)); x = b'x' * (200 << 20); del x; print(b.peak_mb(cpu))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", text=True, capture_output=True, check=True)
+    code = ("import train as t; from types import SimpleNamespace as N; cpu = N(type='cpu');"
+            "print(t.peak_mb(cpu)); x = b'x' * (200 << 20); del x; print(t.peak_mb(cpu))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
     before, after = map(float, done.stdout.split())
     assert before < len(held) / 2e6 and after > 200
 
 
-@pytest.mark.parametrize("code, reason", [(-9, "SIGKILL"), (3, "exit code 3")])
-def test_crash_is_a_row_and_what_it_said_is_passed_on(code, reason, monkeypatch, capsys):
-    args = bench.parse_args(["--models", MODEL, "--scales", "64"])
-    monkeypatch.setattr(bench.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=code, stderr="last words"))
-    row = bench.measure_apart(args, MODEL, 64)
-    assert reason in row["reason"] and list(row) == list(ROW) and capsys.readouterr().err == "last words"
+def test_what_is_measured_is_train_pys_own_step_with_its_options(tmp_path, monkeypatch):
+    seen, one_epoch = [], train.train_one_epoch
+
+    def record(run, loader, args, *more):
+        (images, masks), = loader
+        seen.append((images.shape, images.dtype, masks.shape, masks.dtype, args.batch_hook, run.parts))
+        return one_epoch(run, loader, args, *more)
+    monkeypatch.setattr(train, "train_one_epoch", record)
+    train.main(train.parse_args(command(tmp_path / "table.csv", "--accumulate", 2, "--batch", 4, "--batch-hook",
+                                        "mixup")))
+    assert seen == [((4, 64, 64, 3), torch.uint8, (4, 64, 64), torch.uint8, "mixup", 2)] * 2
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def test_interrupted_table_keeps_its_rows_and_no_older_picture(run_main, tmp_path):
-    (tmp_path / "table.png").write_text("of an older table")
-    with pytest.raises(SystemExit, match="after 1 of 2"):
-        run_main([ROW, KeyboardInterrupt()])
-    assert [row["model"] for row in read(tmp_path / "table.csv")] == [MODEL]
-    assert not (tmp_path / "table.png").exists()
+def test_row_is_added_or_replaces_that_of_the_same_model_scale_batch_and_device(measured):
+    measured(10)
+    measured(20, "--scale", 96)
+    measured(30, "--batch", 4)
+    measured(40, "--model", "fpn/tu-mobilenetv3_small_050")
+    rows = measured(50)
+    assert numbers(rows) == {(MODEL, "64", "2"): "50", (MODEL, "96", "2"): "20", (MODEL, "64", "4"): "30",
+                             ("fpn/tu-mobilenetv3_small_050", "64", "2"): "40"}
+    assert len(rows) == 4 and all(list(row) == COLUMNS for row in rows)
 
 
-def test_only_a_table_without_any_number_is_a_failure(run_main, tmp_path):
-    with pytest.raises(SystemExit, match="none of the 2"):
-        run_main([FAILED, FAILED])
-    assert [row["reason"] for row in read(tmp_path / "table.csv")] == ["no such thing"] * 2
-    assert not (tmp_path / "table.png").exists()
-    run_main([FAILED, ROW])
-    assert [row["reason"] for row in read(tmp_path / "table.csv")] == ["no such thing", ""]
+def test_row_of_another_device_stays(measured, tmp_path):
+    measured(10)
+    text = (tmp_path / "table.csv").read_text()
+    (tmp_path / "table.csv").write_text(text.replace("CPU, ", "H100, "))
+    assert [row["device"].split(",")[0] for row in measured(20)] == ["H100", "CPU"]
+
+
+def test_row_with_a_reason_gives_way_to_the_row_of_the_pair_that_works_now(measured):
+    assert [row["reason"] for row in measured(UserError("no\n  network"))] == ["no network"]
+    assert [row["reason"] for row in measured(RuntimeError())] == ["RuntimeError"]
+    assert [row["reason"] for row in measured(10)] == [""]
+
+
+def test_picture_is_drawn_of_the_measured_rows_and_none_without_one(measured, tmp_path, monkeypatch):
+    drawn, draw = [], train.draw_runtimes
+    monkeypatch.setattr(train, "draw_runtimes", lambda path, rows: drawn.append(numbers(rows)) or draw(path, rows))
+    measured(UserError("no such thing"))
+    assert drawn == [] and not (tmp_path / "table.png").exists()
+    measured(10, "--scale", 96)
+    measured(5, "--scale", 128)
+    assert [sorted(rows.values(), key=int) for rows in drawn] == [[10], [5, "10"]]
+    Image.open(tmp_path / "table.png").verify()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_interruption_leaves_the_table_and_its_picture_as_they_were(measured, tmp_path, error):
+    measured(10)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("table.*")}
+    assert set(before) == {"table.csv", "table.png"}
+    with pytest.raises(error):
+        measured(error(), "--scale", 96)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("table.*")} == before
+
+
+def test_processes_at_once_all_add_their_rows(measured, tmp_path):
+    fork, scales = get_context("fork"), range(32, 32 * 7, 32)
+    children = [fork.Process(target=measured, args=(scale, "--scale", scale)) for scale in scales]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * len(scales)
+    assert numbers(read(tmp_path / "table.csv")) == {(MODEL, str(scale), "2"): str(scale) for scale in scales}
 
 
 def test_table_that_would_be_overwritten_by_its_picture_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="picture"):
-        bench.main(bench.parse_args(["--models", MODEL, "--scales", "64", "--out", str(tmp_path / "table.png")]))
+    with pytest.raises(UserError, match="picture"):
+        train.main(train.parse_args(command(tmp_path / "table.png")))
+    assert not list(tmp_path.iterdir())
 
 
-def test_misspelt_decoder_is_refused_at_once(capsys):
-    with pytest.raises(SystemExit):
-        bench.parse_args(["--models", "unett/resnet18", "--scales", "64"])
-    assert "unett/resnet18" in capsys.readouterr().err
+def test_file_that_is_no_such_table_is_refused_and_stays(measured, tmp_path):
+    (tmp_path / "table.csv").write_text("name,age\nx,3\n")
+    with pytest.raises(UserError, match=r"table.csv: no column model, scale"):
+        measured(10)
+    assert (tmp_path / "table.csv").read_text() == "name,age\nx,3\n"
+
+
+def test_make_measures_every_model_at_every_scale_with_its_knobs(tmp_path):
+    knobs = {"DATA": tmp_path, "EXP": "e", "MODELS": "unet/b fpn/a", "SCALES": "64 96", "BATCH": 4, "DEVICE": "cpu",
+             "LAUNCH": "nice -n 5", "PY": sys.executable}
+    plan = subprocess.run(["make", "-n", "runtimes", *(f"{k}={v}" for k, v in knobs.items())], cwd=ROOT, text=True,
+                          capture_output=True, check=True, env={"PATH": os.environ["PATH"]})
+    assert plan.stderr == ""
+    *lines, _ = plan.stdout.replace("\\\n", " ").strip().split(";")
+    pairs = []
+    for text in lines:
+        line = shlex.split(text)
+        assert line[:5] == ["nice", "-n", "5", sys.executable, "train.py"]
+        args = train.parse_args(line[5:])
+        assert (str(args.runtimes), args.batch, args.device) == ("out/runtimes.csv", 4, "cpu")
+        pairs.append((args.model, args.scale))
+    assert pairs == [("unet/b", 64), ("unet/b", 96), ("fpn/a", 64), ("fpn/a", 96)]

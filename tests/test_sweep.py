@@ -1,4 +1,4 @@
-"""The sweep: killed, shared or refused, it does each trial once; and what it says about the best is right."""
+"""Test train.py --sweep: killed, shared or refused, it does each trial once, and what it says of the best is right."""
 import multiprocessing
 import os
 import re
@@ -8,20 +8,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
-import bench_sweep
 import optuna
 import pandas as pd
 import pytest
-from conftest import run_folder
+from conftest import ROOT, run_folder
 from PIL import Image
 
 import common
 import train
+from common import UserError
 
-MODEL, ROOT = "fpn/tu-mobilenetv3_small_050", Path(__file__).resolve().parent.parent
+MODEL = "fpn/tu-mobilenetv3_small_050"
 SPACE = {"model": (MODEL, "unet/tu-test_efficientnet"), "lr": ("log", 1e-4, 1e-2), "loss": ("ce", "lovasz"),
          "seed": (0, 1)}
 EPOCHS, UNPRUNED = 6, ("--epochs", 1)  # nothing is pruned at the last epoch
@@ -30,7 +29,7 @@ fork = multiprocessing.get_context("fork")
 
 @pytest.fixture(scope="module")
 def cache(tiny_data, tmp_path_factory):
-    """Already painted: a forked child can't, once its parent has started a fork server of its own."""
+    """Return a cache that is filled: a forked child can't paint, once its parent has started a fork server."""
     cache = tmp_path_factory.mktemp("cache")
     common.load_data(tiny_data, cache)
     return cache
@@ -38,12 +37,12 @@ def cache(tiny_data, tmp_path_factory):
 
 @pytest.fixture
 def sweep(tiny_data, cache, tmp_path, monkeypatch):
-    """Function (trials, more arguments of train.py) that runs a sweep in tmp_path/exp; returns its study."""
+    """Return a function (trials, more arguments) that runs a sweep in tmp_path/exp and returns its study."""
     monkeypatch.setattr(train, "SEARCH_SPACE", SPACE)
 
     def run(trials, *more, seeds=2):
-        bench_sweep.main(bench_sweep.parse_args([
-            "--trials", str(trials), "--seeds", str(seeds), "--", "--data", str(tiny_data), "--exp",
+        train.main(train.parse_args([
+            "--sweep", str(trials), "--sweep-seeds", str(seeds), "--data", str(tiny_data), "--exp",
             str(tmp_path / "exp"), "--cache", str(cache), "--model", MODEL, "--scale", "64", "--folds", "3",
             "--epochs", str(EPOCHS), "--batch", "4", "--weights", "none", "--device", "cpu", *map(str, more)]))
         return study(tmp_path / "exp")
@@ -52,9 +51,11 @@ def sweep(tiny_data, cache, tmp_path, monkeypatch):
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Function (v3 of (number of the call, arguments, epoch), what else happens at (call, epoch)) that puts these in
-    the place of training, and returns a function for the [folder, process] of all runs so far. A process's first call
-    is 0."""
+    """Return a function that replaces training; what it returns lists the [folder, process] of all runs so far.
+
+    It takes the v3 as a function of (number of the call, arguments, epoch) and what else happens at (call, epoch). The
+    first call of a process is 0.
+    """
     def put(v3_of, at=lambda call, epoch: None):
         calls = iter(range(1000))
 
@@ -76,11 +77,12 @@ def study(exp):
 
 
 def states(study):
-    return "".join(trial.state.name[0] for trial in study.trials)  # Complete, Pruned, Fail, Running, Waiting
+    """Return a letter for each trial: Complete, Pruned, Fail, Running, Waiting."""
+    return "".join(trial.state.name[0] for trial in study.trials)
 
 
 def slope(call, args, epoch):
-    """A v3 that every recipe and seed has for itself."""
+    """Return a v3 that is another for every recipe and seed."""
     return 0.5 + args.lr + 0.001 * args.seed
 
 
@@ -187,7 +189,7 @@ def test_hopeless_trial_is_pruned_after_a_third_of_its_epochs_and_never_at_the_l
 def test_recipe_that_cannot_run_counts_as_a_trial_and_the_sweep_goes_on(sweep, fake, tmp_path, capsys):
     def fail(call, epoch):
         if call == 1:
-            raise SystemExit("the loss of epoch 1 is nan")
+            raise UserError("the loss of epoch 1 is nan")
     fake(slope, fail)
     assert states(sweep(4)) == "CPCC"
     assert capsys.readouterr().out.count("the loss of epoch 1 is nan\n") == 1
@@ -197,9 +199,9 @@ def test_recipe_that_cannot_run_counts_as_a_trial_and_the_sweep_goes_on(sweep, f
 
 def test_sweep_without_one_complete_trial_says_where_to_look(sweep, fake):
     def fail(call, epoch):
-        raise SystemExit("no")
+        raise UserError("no")
     fake(slope, fail)
-    with pytest.raises(SystemExit, match=r"trials.csv: no trial is complete"):
+    with pytest.raises(UserError, match=r"trials.csv: no trial is complete"):
         sweep(2)
 
 
@@ -208,16 +210,16 @@ def test_sweep_without_one_complete_trial_says_where_to_look(sweep, fake):
 
 @pytest.mark.parametrize(("entry", "message"), [
     ({"lrr": ("log", 1e-3, 1e-2)}, "lrr .*no option of RECIPE"), ({"device": ("cpu",)}, "device .*no option of RECIPE"),
-    ({"lr": ("log", 1e-3, 20)}, "argument --lr: 20 is not from 0 to 10"), ({"loss": "ce"}, "loss 'ce': .*choices"),
-    ({"loss": ("ce", "focall")}, "argument --loss: invalid choice: 'focall'"),
-    ({"model": ("fpm/resnet18",)}, "argument --model: 'fpm/resnet18' is not DECODER"),
-    ({"batch": ("even", 2, 8.5)}, "argument --batch: .*8.5"), ({"lr": ("log", 0, 1)}, "lr .*low"),
+    ({"lr": ("log", 1e-3, 20)}, "SEARCH_SPACE: lr: 20 is not from 0 to 10$"), ({"loss": "ce"}, "loss 'ce': .*choices"),
+    ({"loss": ("ce", "focall")}, "SEARCH_SPACE: loss: 'focall' is none of iou_ce, ce, "),
+    ({"model": ("fpm/resnet18",)}, "SEARCH_SPACE: model: 'fpm/resnet18' is not DECODER"),
+    ({"batch": ("even", 2, 8.5)}, "SEARCH_SPACE: batch: .*8.5"), ({"lr": ("log", 0, 1)}, "lr .*low"),
     ({"lr": ("even", 1, 0.5)}, "lr .*low"), ({"lr": ("log", 1e-3)}, "lr .*high"), ({"lr": ()}, r"lr \(\)")])
 def test_mistake_in_the_search_space_is_one_line_before_any_trial(sweep, fake, tmp_path, monkeypatch, capfd, entry,
                                                                   message):
     fake(lambda *_: pytest.fail("a trial began"))
     monkeypatch.setattr(train, "SEARCH_SPACE", SPACE | entry)
-    with pytest.raises(SystemExit, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         sweep(2)
     assert "\n" not in str(error.value) and "SEARCH_SPACE" in str(error.value)
     assert capfd.readouterr().err == "" and not (tmp_path / "exp").exists()
@@ -226,12 +228,23 @@ def test_mistake_in_the_search_space_is_one_line_before_any_trial(sweep, fake, t
 @pytest.mark.parametrize(("wrong", "message"), [
     (["--data", "nosuch"], "nosuch"), (["--snapshots", 9], "--snapshots 9"), (["--fold", 3], "--fold 3"),
     (["--weights", "nosuch"], "--weights nosuch"), (["--device", "nosuch"], "--device nosuch"),
-    (["--round", 1], "pseudo labels"), (["--overfit", 2], "--overfit")])
+    (["--round", 1], "pseudo labels")])
 def test_wrong_arguments_end_the_sweep_at_once(sweep, fake, wrong, message):
     fake(lambda *_: pytest.fail("a trial began"))
-    with pytest.raises(SystemExit, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         sweep(2, *wrong)
     assert "\n" not in str(error.value) and "SEARCH_SPACE" not in str(error.value)
+
+
+@pytest.mark.parametrize("job", [["--check"], ["--overfit", 2], ["--runtimes", "table.csv"]])
+def test_another_job_of_train_py_beside_the_sweep_is_refused(sweep, fake, job, tmp_path, monkeypatch, capsys):
+    fake(lambda *_: pytest.fail("a trial began"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((SystemExit, UserError)) as error:  # by argparse or check_args
+        sweep(2, *job)
+    said = f"{error.value} {capsys.readouterr().err}"
+    assert job[0] in said and "--sweep" in said and said.strip().count("\n") == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_folder_that_cannot_be_written_ends_the_sweep_at_once(sweep, fake, tmp_path):
@@ -244,10 +257,10 @@ def test_folder_that_cannot_be_written_ends_the_sweep_at_once(sweep, fake, tmp_p
 def test_study_begun_with_other_values_is_refused_with_those_that_differ(sweep, fake, monkeypatch):
     fake(slope)
     sweep(2)
-    with pytest.raises(SystemExit, match=r"other values: epochs 6 -> 7, ema 0.998 -> 0.9; "):
+    with pytest.raises(UserError, match=r"other values: epochs 6 -> 7, ema 0.998 -> 0.9; "):
         sweep(3, "--ema", 0.9, "--epochs", 7)
     monkeypatch.setattr(train, "SEARCH_SPACE", SPACE | {"seed": (0,)})
-    with pytest.raises(SystemExit, match=r"other values: SEARCH_SPACE seed \[0, 1\] -> \[0\]; "):
+    with pytest.raises(UserError, match=r"other values: SEARCH_SPACE seed \[0, 1\] -> \[0\]; "):
         sweep(3)
     monkeypatch.setattr(train, "SEARCH_SPACE", SPACE)
     # what is searched, and what decides nothing, may differ
@@ -256,7 +269,7 @@ def test_study_begun_with_other_values_is_refused_with_those_that_differ(sweep, 
 
 def test_weights_of_a_file_fix_the_model(sweep, fake, tmp_path, monkeypatch, capsys):
     built = []
-    monkeypatch.setattr(bench_sweep, "build_model", lambda *args: built.append(args))
+    monkeypatch.setattr(train, "build_model", lambda *args: built.append(args))
     (tmp_path / "my.pth").write_text("")
     fake(slope)
     assert set(sweep(2, "--weights", tmp_path / "my.pth").trials[0].params) == set(SPACE) - {"model"}
@@ -303,10 +316,10 @@ def test_make_passes_its_knobs(tiny_data):
                           capture_output=True, check=True, env={"PATH": os.environ["PATH"]})
     assert plan.stderr == ""
     line = shlex.split(plan.stdout.replace("\\\n", " ").strip().splitlines()[-1])
-    assert line[:5] == ["nice", "-n", "5", sys.executable, "tests/bench_sweep.py"]
-    args = bench_sweep.parse_args(line[5:])
-    assert (args.trials, args.run.model, args.run.scale, args.run.fold) == (11, "unet/b", 96, 2)
-    assert (args.run.epochs, args.run.ema, str(args.run.exp)) == (7, 0.5, "out/e")
+    assert line[:5] == ["nice", "-n", "5", sys.executable, "train.py"]
+    args = train.parse_args(line[5:])
+    assert (args.sweep, args.model, args.scale, args.fold, args.device) == (11, "unet/b", 96, 2, "auto")
+    assert (args.epochs, args.ema, str(args.exp), args.data) == (7, 0.5, "out/e", tiny_data)
 
 
 def test_process_claims_its_gpu_once(monkeypatch, tmp_path):
@@ -352,8 +365,8 @@ def test_real_runs_are_found_done_and_tensorboard_has_v3_of_every_epoch(sweep, t
 
 SCRIPT = """
 import os, signal, sys
-sys.path[:0] = sys.argv.pop(1).split(":")
-import bench_sweep, train
+sys.path.insert(0, sys.argv.pop(1))
+import train
 train.SEARCH_SPACE = {"model": ("fpn/tu-mobilenetv3_small_050",), "lr": ("log", 1e-3, 1e-2), "seed": (0, 1)}
 save, n_saved = train.save_checkpoint, 0
 def save_and_die(path, **state):
@@ -362,15 +375,15 @@ def save_and_die(path, **state):
     n_saved += path.name == "last.pt"
     if path.name == "last.pt" and n_saved == int(os.environ["KILL"]): os.kill(os.getpid(), signal.SIGKILL)
 train.save_checkpoint = save_and_die
-if __name__ == "__main__": bench_sweep.run_script(bench_sweep.main, bench_sweep.parse_args())
+if __name__ == "__main__": train.run_script(train.main, train.parse_args())
 """
 
 
 @pytest.mark.slow
 def test_really_killed_sweep_of_six_resumes_in_the_middle_of_a_run(tiny_data, cache, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    line = [sys.executable, str(tmp_path / "script.py"), f"{ROOT}:{ROOT}/tests", "--trials", "6", "--seeds", "2", "--",
-            "--data", str(tiny_data), "--exp", str(tmp_path / "exp"), "--cache", str(cache), "--scale", "64", "--folds",
+    line = [sys.executable, str(tmp_path / "script.py"), str(ROOT), "--sweep", "6", "--sweep-seeds", "2", "--data",
+            str(tiny_data), "--exp", str(tmp_path / "exp"), "--cache", str(cache), "--scale", "64", "--folds",
             "3", "--epochs", "2", "--batch", "4", "--weights", "none", "--device", "cpu"]
     texts = []
     for kill in (5, 3, 0, 0):  # after the third trial's first epoch, the fourth's last, never

@@ -1,5 +1,6 @@
 """train.py in-process: one line starts, resumes or does nothing, and ends in the same bytes, stopped or not."""
 import csv
+import importlib
 import json
 import math
 import pickletools
@@ -11,6 +12,7 @@ from argparse import Namespace
 from collections import OrderedDict
 from fractions import Fraction
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import conftest
@@ -30,7 +32,7 @@ import ensemble
 import infer
 import pseudo_label
 import train
-from common import SUBMIT_SIZE
+from common import SUBMIT_SIZE, UserError
 
 torch.set_num_threads(1)  # for nets this small a second thread would only wait for the first
 SPEED = ("images_per_s", "waiting", "seconds")  # what a log has that is never the same twice
@@ -45,7 +47,7 @@ def splits(line):
 
 
 def run_and_keep(args):
-    """train.main; the last.pt, which it removes in the end, stays as EXP/kept.pt."""
+    """Run train.main; the last.pt, which it removes in the end, stays as EXP/kept.pt."""
     save_checkpoint = train.save_checkpoint
 
     def save_and_copy(path, **state):
@@ -59,7 +61,7 @@ def run_and_keep(args):
 
 @pytest.fixture(scope="module")
 def finished_exp(line, tmp_path_factory):
-    """An experiment with one run that was never interrupted; tests only read it."""
+    """Return an experiment with one run that was never interrupted; tests only read it."""
     exp = tmp_path_factory.mktemp("finished")
     run_and_keep(line(exp))
     return exp
@@ -67,19 +69,19 @@ def finished_exp(line, tmp_path_factory):
 
 @pytest.fixture
 def exp(finished_exp, tmp_path):
-    """A copy of it to change."""
+    """Return a copy of it to change."""
     return shutil.copytree(finished_exp, tmp_path / "exp")
 
 
 @pytest.fixture
 def no_training(monkeypatch):
-    """Any attempt to train fails the test."""
+    """Let any attempt to train fail the test."""
     monkeypatch.setattr(train, "train_one_epoch", lambda *_: pytest.fail("training began"))
 
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Function (name in train, call) that raises KeyboardInterrupt at that call, from 1 on, until undone."""
+    """Return a function (name in train, call) that raises KeyboardInterrupt at that call, from 1 on, until undone."""
     def arm(name, call):
         function, calls = getattr(train, name), []
 
@@ -101,13 +103,13 @@ def start_and_stop(args, monkeypatch, interrupt, name, call):
 
 
 def read_log(folder):
-    """log.csv without the columns that tell how fast it went."""
+    """Return the rows of log.csv without the columns that tell how fast it went."""
     with open(folder / "log.csv", newline="") as f:
         return [{k: v for k, v in row.items() if k not in SPEED} for row in csv.DictReader(f)]
 
 
 def leaves(value, path=()):
-    """(path, tensor or plain value) of all that is inside nested dicts, lists and tuples."""
+    """Yield (path, tensor or plain value) of all that is inside nested dicts, lists and tuples."""
     if isinstance(value, (dict, list, tuple)):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(inner, (*path, key))
@@ -116,7 +118,7 @@ def leaves(value, path=()):
 
 
 def assert_same_run(args, finished):
-    """Both runs left the same bytes in model.pt and, but for the speed, the same log.csv and last.pt."""
+    """Check that both runs left the same model.pt, to the byte, and, but for the speed, log.csv and last.pt."""
     folder, expected = run_of(args), run_of(finished)
     assert (folder / "model.pt").read_bytes() == (expected / "model.pt").read_bytes()
     assert read_log(folder) == read_log(expected) and len(read_log(expected)) == EPOCHS
@@ -156,7 +158,7 @@ def test_a_resumed_run_trains_only_the_epochs_that_were_lost_and_counts_steps_on
     trained, train_one_epoch = [], train.train_one_epoch
     steps, update = [], timm.utils.ModelEmaV3.update
     monkeypatch.setattr(train, "train_one_epoch",
-                        lambda run, *rest: trained.append(run["epoch"] + 1) or train_one_epoch(run, *rest))
+                        lambda run, *rest: trained.append(run.epoch + 1) or train_one_epoch(run, *rest))
     monkeypatch.setattr(timm.utils.ModelEmaV3, "update",
                         lambda self, model, step: steps.append(step) or update(self, model, step))
     train.main(args)
@@ -203,7 +205,7 @@ def test_another_seed_gives_other_weights(line, finished_exp, tmp_path):
 def test_another_recipe_is_refused_naming_the_values_that_differ(line, exp, no_training):
     folder = run_of(line(exp))
     before = (folder / "model.pt").read_bytes()
-    with pytest.raises(SystemExit) as refusal:
+    with pytest.raises(UserError) as refusal:
         train.main(line(exp, "--lr", "2e-3", "--batch", 5))
     differ = str(refusal.value).split("recipe: ")[1].split(";")[0]
     assert sorted(differ.split(", ")) == ["batch 4 -> 5", "lr 0.001 -> 0.002"] and "--replace" in str(refusal.value)
@@ -213,7 +215,7 @@ def test_another_recipe_is_refused_naming_the_values_that_differ(line, exp, no_t
 def test_an_unfinished_run_of_another_recipe_is_refused_too(line, tmp_path, monkeypatch, interrupt):
     start_and_stop(line(tmp_path), monkeypatch, interrupt, "backward", STEPS + 1)
     before = (run_of(line(tmp_path)) / "last.pt").read_bytes()
-    with pytest.raises(SystemExit, match="augment basic -> none"):
+    with pytest.raises(UserError, match="augment basic -> none"):
         train.main(line(tmp_path, "--augment", "none"))
     assert (run_of(line(tmp_path)) / "last.pt").read_bytes() == before
 
@@ -240,7 +242,7 @@ def test_settings_that_do_not_decide_the_result_are_not_in_the_recipe(line, fini
 
 
 def test_a_run_that_another_process_has_is_refused(line, tmp_path, no_training):
-    with common.lock(run_of(line(tmp_path))), pytest.raises(SystemExit, match="in use"):
+    with common.lock(run_of(line(tmp_path))), pytest.raises(UserError, match="in use"):
         train.main(line(tmp_path))
 
 
@@ -266,7 +268,7 @@ def test_a_weights_file_with_other_content_is_another_recipe(line, tmp_path, mon
     before = common.file_hash(path)
     torch.save(timm.create_model("test_efficientnet").state_dict(), path)
     after = common.file_hash(path)
-    with pytest.raises(SystemExit, match=f"weights {before} -> {after};"):
+    with pytest.raises(UserError, match=f"weights {before} -> {after};"):
         train.main(args)
     path.rename(tmp_path / "renamed.pth")
     assert before != after
@@ -293,7 +295,7 @@ def test_a_model_that_is_not_decoder_and_encoder_is_refused(line, tmp_path, mode
 
 @pytest.mark.parametrize("model", ["pan/resnet18", "dpt/tu-vit_tiny_patch16_224"])  # too few pixels; fixed scale
 def test_a_model_that_cannot_work_at_the_scale_is_refused_in_one_line(line, tmp_path, model):
-    with pytest.raises(SystemExit, match=f"^{model} can't work at scale 64: [^\n]+$"):
+    with pytest.raises(UserError, match=f"^{model} can't work at scale 64: [^\n]+$"):
         train.main(line(tmp_path, "--model", model))
 
 
@@ -308,7 +310,7 @@ def test_a_model_that_cannot_work_at_the_scale_is_refused_in_one_line(line, tmp_
     ("--sampler", "nosuch"), ("--logger", "nosuch"), ("--overfit", "-1"),
     ("--epochs", "9" * 401), ("--lr", "9" * 401)], ids=lambda wrong: " ".join(wrong)[:20])
 def test_a_wrong_value_is_refused_by_name_before_a_run_is_begun(line, tmp_path, no_training, capsys, wrong):
-    with pytest.raises(SystemExit) as refusal:
+    with pytest.raises((SystemExit, UserError)) as refusal:
         train.main(line(tmp_path, *wrong))
     said = f"{refusal.value} {capsys.readouterr().err}"
     assert wrong[0].removeprefix("--") in said and wrong[1] in said
@@ -316,7 +318,7 @@ def test_a_wrong_value_is_refused_by_name_before_a_run_is_begun(line, tmp_path, 
 
 
 def test_a_device_that_is_not_there_is_refused_before_training(line, tmp_path, no_training):
-    with pytest.raises(SystemExit, match="nosuch"):
+    with pytest.raises(UserError, match="nosuch"):
         train.main(line(tmp_path, "--device", "nosuch"))
 
 
@@ -324,18 +326,18 @@ def test_weights_that_do_not_fit_are_refused_before_training(line, tmp_path, no_
     state = timm.create_model("test_efficientnet").state_dict()
     del state["conv_stem.weight"]
     torch.save(state, tmp_path / "bad.pth")
-    with pytest.raises(SystemExit, match="bad.pth.*conv_stem.weight"):
+    with pytest.raises(UserError, match="bad.pth.*conv_stem.weight"):
         train.main(line(tmp_path, "--weights", tmp_path / "bad.pth"))
 
 
 def test_an_encoder_that_does_not_exist_is_refused_before_training(line, tmp_path, no_training):
-    with pytest.raises(SystemExit, match="nosuch"):
+    with pytest.raises(UserError, match="nosuch"):
         train.main(line(tmp_path, "--model", "unet/tu-nosuch"))
 
 
 @pytest.mark.parametrize("model", ["pan/tu-test_efficientnet", "dpt/tu-vit_tiny_patch16_224"])
 def test_a_model_that_cannot_work_at_the_scale_is_refused_before_training(line, tmp_path, no_training, model):
-    with pytest.raises(SystemExit, match=f"{model} can't work at scale 64: ") as refusal:
+    with pytest.raises(UserError, match=f"{model} can't work at scale 64: ") as refusal:
         train.main(line(tmp_path, "--model", model))
     assert "\n" not in str(refusal.value)
 
@@ -403,13 +405,13 @@ def test_a_sample_is_the_photo_with_its_mask_or_its_pseudo_label(splits):
 
 
 def settings(schedule="cosine", **changes):
-    """What learning_rate and snapshot_epochs look at."""
+    """Return the arguments that learning_rate and snapshot_epochs read, and further ones."""
     return Namespace(**{"schedule": schedule, "lr": 3e-3, "warmup": 0.05, "cycles": 3, "epochs": 10, "snapshots": 0}
                      | changes)
 
 
 def torch_rates(make, n_steps, peak):
-    """The learning rates of n_steps steps under a scheduler of torch's."""
+    """Return the learning rates of n_steps steps under a scheduler of torch's."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
     scheduler, rates = make(optimizer), []
     for _ in range(n_steps):
@@ -419,7 +421,7 @@ def torch_rates(make, n_steps, peak):
     return rates
 
 
-TORCH_SCHEDULES = {  # name -> torch's scheduler for this many steps
+TORCH_SCHEDULES = {  # name -> torch's scheduler for this many steps; further below every schedule is tested
     "cosine": lambda n: partial(lr_scheduler.CosineAnnealingLR, T_max=n),
     "restarts": lambda n: partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=n // 3),
     "poly": lambda n: partial(lr_scheduler.PolynomialLR, total_iters=n, power=0.9),
@@ -427,7 +429,7 @@ TORCH_SCHEDULES = {  # name -> torch's scheduler for this many steps
     "onecycle": lambda n: partial(lr_scheduler.LinearLR, start_factor=1, end_factor=0, total_iters=n)}
 
 
-@pytest.mark.parametrize("schedule", train.SCHEDULES)
+@pytest.mark.parametrize("schedule", TORCH_SCHEDULES)
 @pytest.mark.parametrize("warm", [0, 60])
 def test_the_learning_rate_is_torchs_linear_warm_up_and_then_torchs_schedule(schedule, warm):
     steps, args = 660, settings(schedule, warmup=Fraction(warm, 660))  # fractions: no step lies beside a milestone
@@ -448,7 +450,7 @@ def test_onecycle_is_torchs_with_linear_annealing(warm):
     assert rates == pytest.approx(expected, rel=1e-6, abs=1e-9) and max(rates) == args.lr
 
 
-@given(st.sampled_from(sorted(train.SCHEDULES)), st.floats(0, 0.9), st.integers(1, 9), st.integers(1, 300),
+@given(st.sampled_from(sorted(TORCH_SCHEDULES)), st.floats(0, 0.9), st.integers(1, 9), st.integers(1, 300),
        st.floats(1e-6, 10))
 def test_the_learning_rate_is_above_nought_and_not_over_its_peak(schedule, warmup, cycles, steps, lr):
     args = settings(schedule, warmup=warmup, cycles=cycles, lr=lr)
@@ -456,14 +458,14 @@ def test_the_learning_rate_is_above_nought_and_not_over_its_peak(schedule, warmu
     assert all(isinstance(rate, float) and 0 < rate <= lr for rate in rates)
 
 
-@given(st.sampled_from(sorted(train.SCHEDULES)), st.floats(0.01, 0.9), st.floats(1e-6, 10))
+@given(st.sampled_from(sorted(TORCH_SCHEDULES)), st.floats(0.01, 0.9), st.floats(1e-6, 10))
 def test_the_learning_rate_has_no_jump_at_the_end_of_warm_up(schedule, warmup, peak):
     args = settings(schedule, warmup=warmup, lr=peak)
     around = [train.learning_rate(warmup + shift, args) for shift in (-1e-6, 0, 1e-6)]
     assert around == pytest.approx([peak] * 3, rel=1e-3) and train.learning_rate(0, args) == 0
 
 
-@pytest.mark.parametrize("schedule", train.SCHEDULES)
+@pytest.mark.parametrize("schedule", TORCH_SCHEDULES)
 def test_without_warm_up_the_learning_rate_starts_at_its_peak_and_ends_low(schedule):
     args = settings(schedule, warmup=0.0)
     assert train.learning_rate(0, args) == args.lr
@@ -479,7 +481,7 @@ def test_without_warm_up_the_learning_rate_starts_at_its_peak_and_ends_low(sched
     (12, 0.3, 3, [8, 10, 12]),
     (4, 0.05, 10, [2, 3, 4]),  # there are no more in the second half
     (1, 0.05, 2, [1])])
-@pytest.mark.parametrize("schedule", sorted(train.SCHEDULES.keys() - {"restarts"}))
+@pytest.mark.parametrize("schedule", sorted(TORCH_SCHEDULES.keys() - {"restarts"}))
 def test_snapshots_are_spread_over_the_second_half_of_the_run(schedule, epochs, warmup, snapshots, expected):
     args = settings(schedule, epochs=epochs, warmup=warmup, snapshots=snapshots)
     assert train.snapshot_epochs(args) == expected
@@ -506,7 +508,7 @@ def test_snapshots_of_restarts_are_the_last_valleys(epochs, warmup, cycles, snap
 
 
 def small_net(seed=0):
-    """Encoder and head without batch norm, of 3 classes; the class of a pixel is learnt from its 3 x 3 surroundings."""
+    """Return an encoder and head of 3 classes without batch norm; a pixel is told by its 3 x 3 surroundings."""
     torch.manual_seed(seed)
     net = torch.nn.Sequential(OrderedDict(encoder=torch.nn.Conv2d(3, 8, 3, padding=1), norm=torch.nn.GroupNorm(2, 8),
                                           act=torch.nn.ReLU(), head=torch.nn.Conv2d(8, 3, 1)))
@@ -514,15 +516,16 @@ def small_net(seed=0):
     return net
 
 
-def small_run(net, loss="ce", parts=1, lr=0.1, optimizer=None):
-    return {"model": net, "forward": net, "parts": parts, "loss": common.make_loss(loss), "epoch": 0,
-            "optimizer": optimizer or torch.optim.SGD(train.parameter_groups(net, 1.0, 0.0), lr=lr, fused=True),
-            "scaler": torch.amp.GradScaler("cpu", enabled=False),
-            "ema": Namespace(update=lambda *_, **__: None), "step": 0, "total": torch.zeros(3)}
+def small_run(net, loss="ce", parts=1, optimizer=None, mean=(0.4,) * 3, std=(0.2,) * 3):
+    """Return a train.Run of `net` at its start, without an average of the weights."""
+    if optimizer is None:
+        optimizer = torch.optim.SGD(train.parameter_groups(net, 1.0, 0.0), lr=0.1, fused=True)
+    return train.Run(net, net, common.make_loss(loss), optimizer, torch.amp.GradScaler("cpu", enabled=False),
+                     Namespace(update=lambda *_, **__: None), CPU, mean, std, parts, torch.zeros(3))
 
 
 def small_batch(n_images, seed=0, size=8):
-    """Normalised images [n, 3, size, size] and fully labelled masks of 3 classes."""
+    """Return normalised images [n, 3, size, size] and fully labelled masks of 3 classes."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(n_images, 3, size, size, generator=generator),
             torch.randint(0, 3, (n_images, size, size), generator=generator))
@@ -566,16 +569,15 @@ def test_every_trainable_parameter_is_in_one_group(model):
     ("sgd", lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, fused=False))])
 def test_steps_are_those_of_torchs_optimizer_with_the_middle_of_each_steps_learning_rate(
         line, tmp_path, name, make, monkeypatch):
-    """Two epochs of train.main's own loop on a small net against a loop written out."""
+    """Compare two epochs of train.main's own loop on a small net with a loop written out."""
     args = line(tmp_path, "--optimizer", name, "--encoder-lr", 0.25, "--weight-decay", 0.2, "--epochs", 2, "--lr", 0.01,
                 "--warmup", 0.3)
     net, reference = small_net(), small_net()
-    kind, options = train.OPTIMIZERS[name]
-    run = small_run(net, optimizer=getattr(torch.optim, kind)(train.parameter_groups(net, 0.25, 0.2), lr=1, fused=True,
-                                                             **options))
+    mean, std = (0.2, 0.3, 0.4), (0.5, 0.6, 0.7)
+    optimizer = train.OPTIMIZERS[name](train.parameter_groups(net, 0.25, 0.2), 1)
+    run = small_run(net, optimizer=optimizer, mean=mean, std=std)
     batches = [tuple(part.byte() for part in small_batch(4, seed)) for seed in range(3)]
     batches = [(images.permute(0, 2, 3, 1) * 40, masks) for images, masks in batches]
-    recipe = {"mean": (0.2, 0.3, 0.4), "std": (0.5, 0.6, 0.7)}
     part = dict(reference.named_parameters())
     optimizer = make([{"params": [part["encoder.weight"]], "weight_decay": 0.2, "of": 0.25},
                       {"params": [part["encoder.bias"]], "weight_decay": 0.0, "of": 0.25},
@@ -583,8 +585,8 @@ def test_steps_are_those_of_torchs_optimizer_with_the_middle_of_each_steps_learn
                       {"params": [part[n] for n in ("head.bias", "norm.weight", "norm.bias")], "weight_decay": 0.0,
                        "of": 1.0}])
     for epoch in range(2):
-        run |= {"epoch": epoch, "total": torch.zeros(3)}
-        row = train.train_one_epoch(run, batches, args, recipe, CPU)
+        run.epoch, run.total = epoch, torch.zeros(3)
+        row = train.train_one_epoch(run, batches, args)
         loss, lr, skipped = row["loss"], row["lr"], row["skipped"]
         losses = []
         for step, (images, masks) in enumerate(batches):
@@ -592,8 +594,8 @@ def test_steps_are_those_of_torchs_optimizer_with_the_middle_of_each_steps_learn
             rate = 0.01 * (middle / 0.3 if middle < 0.3 else (1 + math.cos(math.pi * (middle - 0.3) / 0.7)) / 2)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["of"]
-            inputs = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(recipe["mean"]).view(3, 1, 1)) \
-                / torch.tensor(recipe["std"]).view(3, 1, 1)
+            inputs = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) \
+                / torch.tensor(std).view(3, 1, 1)
             losses.append(torch.nn.functional.cross_entropy(reference(inputs), masks.long()))
             optimizer.zero_grad()
             losses[-1].backward()
@@ -606,22 +608,22 @@ def test_steps_are_those_of_torchs_optimizer_with_the_middle_of_each_steps_learn
 def test_a_batch_in_parts_has_the_gradients_of_the_whole(parts):
     images, masks = small_batch(9)
     whole, net = small_net(), small_net()
-    loss = train.backward(small_run(whole), images, masks, CPU)
+    loss = train.backward(small_run(whole), images, masks)
     seen = []
     net.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    assert train.backward(small_run(net, parts=parts), images, masks, CPU) == pytest.approx(loss.item(), rel=1e-5)
+    assert train.backward(small_run(net, parts=parts), images, masks) == pytest.approx(loss.item(), rel=1e-5)
     assert_close(gradients(net), gradients(whole))
     assert sum(seen) == 9 and len(seen) == min(parts, 4) and min(seen) >= 2  # batch norm needs two images
 
 
 def test_a_batch_of_one_image_is_one_part():
     net = small_net()
-    train.backward(small_run(net, parts=2), *small_batch(1), CPU)
+    train.backward(small_run(net, parts=2), *small_batch(1))
     assert gradients(net)
 
 
 def limit_memory(run, net, largest, only_from_call=1):
-    """Let forward passes of more than `largest` images fail as a GPU does; returns the sizes of all parts tried."""
+    """Let forward passes of more than `largest` images fail as a GPU does; return the sizes of all parts tried."""
     tried = []
 
     def forward(images):
@@ -629,7 +631,7 @@ def limit_memory(run, net, largest, only_from_call=1):
         if len(images) > largest and len(tried) >= only_from_call:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return net(images)
-    run["forward"] = forward
+    run.forward = forward
     return tried
 
 
@@ -639,29 +641,29 @@ def limit_memory(run, net, largest, only_from_call=1):
 def test_out_of_memory_halves_the_parts_and_keeps_the_batch_and_its_gradients(n_images, largest, tried, parts, capsys):
     images, masks = small_batch(n_images)
     whole, net = small_net(), small_net()
-    loss = train.backward(small_run(whole), images, masks, CPU)
+    loss = train.backward(small_run(whole), images, masks)
     run = small_run(net)
     sizes = limit_memory(run, net, largest)
-    assert train.backward(run, images, masks, CPU).item() == pytest.approx(loss.item(), rel=1e-5)
-    assert sizes == tried and run["parts"] == parts
+    assert train.backward(run, images, masks).item() == pytest.approx(loss.item(), rel=1e-5)
+    assert sizes == tried and run.parts == parts
     assert_close(gradients(net), gradients(whole))
     said = capsys.readouterr().out
     assert said.count("out of memory: batches now go through the model in") == len(range(1, parts.bit_length()))
     assert parts == 1 or f"in {parts} parts" in said.splitlines()[-1]
     sizes.clear()
-    run["optimizer"].zero_grad()
-    train.backward(run, images, masks, CPU)  # the next batch doesn't try again
+    run.optimizer.zero_grad()
+    train.backward(run, images, masks)  # the next batch doesn't try again
     assert sizes == tried[-min(parts, n_images // 2):]
 
 
 def test_no_gradient_of_a_failed_attempt_stays(capsys):
     images, masks = small_batch(8)
     whole, net = small_net(), small_net()
-    train.backward(small_run(whole), images, masks, CPU)
+    train.backward(small_run(whole), images, masks)
     run = small_run(net, parts=2)
     sizes = limit_memory(run, net, largest=2, only_from_call=2)  # the first part of the first attempt goes through
-    train.backward(run, images, masks, CPU)
-    assert sizes == [4, 4, 2, 2, 2, 2] and run["parts"] == 4
+    train.backward(run, images, masks)
+    assert sizes == [4, 4, 2, 2, 2, 2] and run.parts == 4
     assert_close(gradients(net), gradients(whole))
 
 
@@ -670,17 +672,17 @@ def test_two_images_that_do_not_fit_are_the_end_in_one_line(n_images, capsys):
     net = small_net()
     run = small_run(net)
     limit_memory(run, net, largest=1)
-    with pytest.raises(SystemExit) as end:
-        train.backward(run, *small_batch(n_images), CPU)
+    with pytest.raises(UserError) as end:
+        train.backward(run, *small_batch(n_images))
     said = str(end.value)
     assert "\n" not in said and "--batch" in said and "--accumulate" in said and "Tried to allocate 2.00 GiB" in said
 
 
 def test_other_errors_of_the_model_are_not_taken_for_a_lack_of_memory():
     run = small_run(small_net())
-    run["forward"] = lambda images: pytest.fail("shape") if len(images) < 4 else torch.zeros(2, 2) @ torch.zeros(3, 3)
+    run.forward = lambda images: pytest.fail("shape") if len(images) < 4 else torch.zeros(2, 2) @ torch.zeros(3, 3)
     with pytest.raises(RuntimeError, match="multipl|shape"):
-        train.backward(run, *small_batch(4), CPU)
+        train.backward(run, *small_batch(4))
 
 
 @pytest.mark.parametrize("clip", [0, 0.01, 1e6])
@@ -688,14 +690,320 @@ def test_a_long_gradient_is_cut_to_the_norm_asked_for(line, tmp_path, clip):
     net, whole = small_net(), small_net()
     images, masks = small_batch(4)
     batch = (images.permute(0, 2, 3, 1).mul(40).byte(), masks.byte())
-    recipe = {"mean": (0.4,) * 3, "std": (0.2,) * 3}
-    train.backward(small_run(whole), common.normalise(batch[0], **recipe), masks, CPU)
+    run = small_run(net)
+    train.backward(small_run(whole), common.normalise(batch[0], run.mean, run.std), masks)
     full = torch.cat([g.flatten() for g in gradients(whole).values()]).norm().item()
     args = line(tmp_path, "--clip", clip, "--lr", 0.5, "--warmup", 0, "--schedule", "multistep")
-    train.train_one_epoch(small_run(net), [batch], args, recipe, CPU)
+    train.train_one_epoch(run, [batch], args)
     before, after = (torch.cat([p.detach().flatten() for p in n.parameters()]) for n in (whole, net))
     assert full > 0.1
     assert (after - before).norm().item() / 0.5 == pytest.approx(min(full, clip or full), rel=1e-3)
+
+
+# ---- what to try: every entry of the tables ------------------------------------------------------------------------
+
+
+MADE_UP_SCHEDULES = {"waves": lambda t, n: 1 - t * n % 1, "stairs": lambda t, n: 0.5 ** int(t * n),
+                     "flat": lambda t, n: 1.0}
+
+
+@pytest.mark.parametrize("name", train.SCHEDULES)
+def test_every_schedule_gives_a_share_from_0_to_1_that_depends_on_t_and_n_alone(name):
+    schedule, ts = train.SCHEDULES[name], [*np.linspace(0, 1, 2000, endpoint=False).tolist(), 1e-12, 1 - 1e-12]
+    for n in range(1, 6):
+        shares = [schedule(t, n) for t in ts]
+        wrong = [(t, share) for t, share in zip(ts, shares, strict=True) if not 0 <= share <= 1]  # NaN too
+        assert not wrong, f"SCHEDULES[{name!r}](t, {n}) must give a share from 0 to 1, not (t, share) {wrong[0]}"
+        again = [schedule(t, n) for t in reversed(ts)]
+        assert again[::-1] == shares, f"SCHEDULES[{name!r}] must depend on t and n alone"
+
+
+@pytest.mark.parametrize("name", [*train.SCHEDULES, *MADE_UP_SCHEDULES])
+def test_snapshots_are_at_the_valleys_of_a_schedule_that_depends_on_n_and_evenly_spread_otherwise(name, monkeypatch):
+    monkeypatch.setattr(train, "SCHEDULES", train.SCHEDULES | MADE_UP_SCHEDULES)
+    ts = np.linspace(0, 1, 100, endpoint=False).tolist()
+    schedule = train.SCHEDULES[name]
+    has_cycles = [schedule(t, 2) for t in ts] != [schedule(t, 3) for t in ts]
+    args = settings(name, epochs=20, warmup=0.1, cycles=3, snapshots=3)
+    assert train.snapshot_epochs(args) == ([8, 14, 20] if has_cycles else [13, 16, 20])
+
+
+OPTIMIZERS = {**train.OPTIMIZERS, "not fused": lambda groups, lr: torch.optim.NAdam(groups, lr=lr)}
+
+
+def norm_net():
+    """Return a net of 3 classes with batch norm, always with the same weights."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(OrderedDict(encoder=torch.nn.Conv2d(3, 4, 3, padding=1), norm=torch.nn.BatchNorm2d(4),
+                                           act=torch.nn.ReLU(), head=torch.nn.Conv2d(4, 3, 1)))
+
+
+def norm_run(name, lr=0.01, half=False):
+    """Return a Run of norm_net; half: with the scaled losses of a GPU that computes in float16."""
+    net = norm_net()
+    run = small_run(net, optimizer=OPTIMIZERS[name](train.parameter_groups(net, 0.5, 0.1), lr))
+    run.scaler = torch.amp.GradScaler("cpu", enabled=half)
+    return run
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_is_one_of_torchs_over_the_groups_with_their_factor_and_decay(name):
+    groups = train.parameter_groups(norm_net(), 0.25, 0.2)
+    expected = [(list(map(id, group["params"])), group["factor"], group["weight_decay"]) for group in groups]
+    optimizer = OPTIMIZERS[name](groups, 0.01)
+    assert isinstance(optimizer, torch.optim.Optimizer), f"OPTIMIZERS[{name!r}] must return a torch.optim.Optimizer"
+    assert expected == [(list(map(id, group["params"])), group["factor"], group["weight_decay"])
+                        for group in optimizer.param_groups], f"OPTIMIZERS[{name!r}] must keep the groups as they are"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_lowers_a_loss_in_one_step_and_takes_the_learning_rate_of_its_groups(name):
+    run, (images, masks) = norm_run(name, lr=1e-3), small_batch(4)
+    before = {key: value.clone() for key, value in run.model.named_parameters()}
+    loss = train.backward(run, images, masks)
+    for lr in (0, 1e-3):
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        run.optimizer.step()
+        moved = any(not torch.equal(value, before[key]) for key, value in run.model.named_parameters())
+        assert moved == (lr > 0), f"OPTIMIZERS[{name!r}] must step with the lr that its groups have at that time"
+    assert train.backward(run, images, masks) < loss
+
+
+def norm_step(run, seed, fault=None):
+    """Take a step of training on the batch `seed`; return whether its gradient was not finite."""
+    images, masks = small_batch(4, seed)
+    loss, mean = run.loss, run.mean
+    if fault == "input":  # then batch norm's statistics aren't finite either
+        run.mean = (math.nan,) * 3
+    if fault == "gradient":  # of a loss that is finite
+        run.loss = lambda logits, mask: loss(logits, mask) + (logits * 0).sqrt().sum()
+    images = images.permute(0, 2, 3, 1).mul(40).byte()
+    args = settings(batch_hook="none", clip=0.0, seed=0)
+    value, bad = train.train_step(run, images, masks.byte(), 0.05, 0, 1, args)
+    run.loss, run.mean = loss, mean
+    assert value.isfinite() == (fault != "input")
+    return bool(bad)
+
+
+def copy_of_state(run):
+    """Return {path: value} of weights, buffers and what the optimizer remembers."""
+    states = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    return {path: value.clone() if isinstance(value, torch.Tensor) else value for path, value in leaves(states)}
+
+
+def differing(first, second):
+    """Return the paths at which two such states differ."""
+    paths = first.keys() | second.keys()
+    return sorted(map(str, (path for path in paths if not np.array_equal(first.get(path), second.get(path)))))
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("fault", ["input", "gradient"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_without_a_finite_gradient_changes_nothing_with_any_optimizer(name, fault, half):
+    said = f"OPTIMIZERS[{name!r}] must change nothing in such a step: let it be fused=True, or not fused at all"
+    run = norm_run(name, half=half)
+    assert not norm_step(run, 1)
+    before = copy_of_state(run)
+    assert norm_step(run, 2, fault)
+    assert differing(before, copy_of_state(run)) == [], said
+    assert not norm_step(run, 3)
+    straight, disturbed = norm_run(name, half=half), norm_run(name, half=half)
+    faults = [norm_step(disturbed, seed, fault * (seed in (0, 2))) for seed in range(4)]  # also in the first step
+    assert faults == [True, False, True, False]
+    for seed in (1, 3):
+        norm_step(straight, seed)
+    assert differing(copy_of_state(straight), copy_of_state(disturbed)) == [], said
+    assert differing(before, copy_of_state(run))  # these would be seen
+
+
+def hook_batch(n_images=5, side=128, seed=0):
+    """Return normalised images and masks in blocks of the classes 0, 3 and 7 and of pixels without a label."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.choice([0, 3, 7, common.IGNORE_INDEX], (n_images, side // 16, side // 16))
+    masks = torch.from_numpy(blocks.repeat(16, 1).repeat(16, 2))
+    images = torch.from_numpy(rng.normal(size=(n_images, side, side, 3))).float().permute(0, 3, 1, 2)
+    return images, masks  # images in channels_last memory, as those of normalise
+
+
+@pytest.mark.parametrize("n_images", [2, 5])
+@pytest.mark.parametrize("name", train.BATCH_HOOKS)
+def test_every_batch_hook_gives_a_batch_as_the_model_wants_it_and_depends_on_the_generator_alone(name, n_images):
+    hook, must = train.BATCH_HOOKS[name], f"BATCH_HOOKS[{name!r}] must "
+    images, masks = hook_batch(n_images)
+    before = images.clone(), masks.clone()
+    for seed in range(20):
+        new_images, new_masks = hook(images, masks, np.random.default_rng(seed))
+        assert torch.equal(images, before[0]) and torch.equal(masks, before[1]), must + "not change what it gets"
+        assert (new_images.dtype, new_masks.dtype) == (torch.float32, torch.int64), must + "keep the dtypes"
+        height, width = new_masks.shape[1:]
+        assert new_images.shape == (n_images, 3, height, width) and len(new_masks) == n_images, must + "keep the batch"
+        assert height % common.STRIDE == width % common.STRIDE == 0 < height * width, must + "keep sides of STRIDE"
+        assert new_images.isfinite().all(), must + "give finite images"
+        assert set(new_masks.unique().tolist()) <= {0, 3, 7, common.IGNORE_INDEX}, must + "invent no class"
+        torch.manual_seed(seed + 1)
+        np.random.seed(seed + 1)  # noqa: NPY002
+        again = hook(images, masks, np.random.default_rng(seed))
+        assert torch.equal(again[0], new_images) and torch.equal(again[1], new_masks), must + "draw from rng alone"
+
+
+def test_the_hook_none_returns_the_very_same():
+    images, masks = hook_batch()
+    result = train.BATCH_HOOKS["none"](images, masks, None)
+    assert result[0] is images and result[1] is masks
+
+
+class FixedShare:
+    """Stand in for a numpy Generator: give every mixup one share, and random pixels."""
+
+    def __init__(self, share, seed=0):
+        self.share, self.random = share, np.random.default_rng(seed).random
+
+    def beta(self, a, b):
+        assert (a, b) == (0.4, 0.4)
+        return self.share
+
+
+@pytest.mark.parametrize(("share", "shift"), [(1.0, 0), (0.0, 1)])
+def test_mixup_with_a_share_of_1_or_0_leaves_one_of_the_two_images_whole(share, shift):
+    images, masks = hook_batch()
+    mixed_images, mixed_masks = train.mixup(images, masks, FixedShare(share))
+    assert torch.equal(mixed_images, images.roll(shift, 0)) and torch.equal(mixed_masks, masks.roll(shift, 0))
+
+
+def test_mixup_takes_images_and_pixels_of_the_mask_from_the_same_two_in_the_same_proportion():
+    images, masks = hook_batch()
+    others, other_masks = images.roll(1, 0), masks.roll(1, 0)
+    shares = []
+    for seed in range(30):
+        mixed, mixed_masks = train.mixup(images, masks, np.random.default_rng(seed))
+        difference = images - others
+        share = ((mixed - others) * difference).sum() / difference.square().sum()
+        torch.testing.assert_close(mixed, share * images + (1 - share) * others, rtol=0, atol=1e-4)
+        differ = masks != other_masks
+        own = mixed_masks[differ] == masks[differ]
+        assert ((mixed_masks == masks) | (mixed_masks == other_masks)).all()
+        assert own.float().mean().item() == pytest.approx(share.item(), abs=0.01)
+        shares.append(share.item())
+    assert min(shares) < 0.05 and max(shares) > 0.95 and 0.3 < np.mean(shares) < 0.7  # of Beta(0.4, 0.4)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_the_cross_entropy_of_mixup_is_that_of_the_mixed_labels(share):
+    generator = torch.Generator().manual_seed(0)
+    logits, masks = torch.randn(4, 8, 64, 64, generator=generator), small_batch(4, 1, 64)[1]
+    images, loss = torch.zeros(4, 3, 64, 64), common.make_loss("ce")
+    draws = [train.mixup(images, masks, FixedShare(share, seed))[1] for seed in range(100)]
+    losses = torch.stack([loss(logits, mask) for mask in draws])
+    expected = share * loss(logits, masks) + (1 - share) * loss(logits, masks.roll(1, 0))
+    error = losses.std() / 100 ** 0.5  # of their mean
+    assert error < 0.002 and losses.mean().item() == pytest.approx(expected.item(), abs=4 * error.item())
+
+
+@pytest.mark.parametrize("side", [64, 96, 128, 256])
+def test_multiscale_draws_all_sizes_from_three_to_five_quarters(side):
+    images, masks = hook_batch(2, side)
+    drawn = {train.multiscale(images, masks, np.random.default_rng(seed))[1].shape[1:] for seed in range(60)}
+    sizes = [size for size in range(32, 2 * side, 32) if 0.75 * side <= size <= 1.25 * side]
+    assert sorted(drawn) == [(size, size) for size in sizes]
+
+
+@pytest.mark.parametrize("edge", [37, 64, 91])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_multiscale_keeps_image_and_mask_aligned(edge, axis):
+    masks = torch.zeros(1, 128, 128, dtype=torch.int64)
+    masks.narrow(axis, edge, 128 - edge).fill_(common.IGNORE_INDEX)
+    images = (masks[:, None] > 0).float().repeat(1, 3, 1, 1)
+    for seed in range(10):
+        new_images, new_masks = train.multiscale(images, masks, np.random.default_rng(seed))
+        assert torch.equal(new_images[:, 0] > 0.5, new_masks == common.IGNORE_INDEX)
+        assert (new_masks > 0).float().mean().item() == pytest.approx(1 - edge / 128, abs=1 / 96)
+
+
+def assert_killed_run_ends_the_same(straight, killed):
+    """Train one run straight on; kill the other in its second epoch and carry on, to the same bytes and log."""
+    train.main(straight)
+    killed.save_every = 1
+    run_until_killed(train, killed, "backward", STEPS + 2)
+    last = torch.load(run_of(killed) / "last.pt")
+    assert (last["epoch"], last["step"]) == (1, 1)
+    train.main(killed)
+    assert (run_of(killed) / "model.pt").read_bytes() == (run_of(straight) / "model.pt").read_bytes()
+    assert read_log(run_of(killed)) == read_log(run_of(straight)) and len(read_log(run_of(killed))) == 2
+
+
+@pytest.mark.parametrize("name", train.BATCH_HOOKS)
+def test_a_run_with_each_batch_hook_ends_in_the_same_bytes_killed_or_not(line, tmp_path, monkeypatch, name):
+    hook, seen = train.BATCH_HOOKS[name], []
+
+    def noting(images, masks, rng):
+        new_images, new_masks = hook(images, masks, rng)
+        seen.append((len(images), new_masks.shape[-1], rng.random()))
+        return new_images, new_masks
+    monkeypatch.setitem(train.BATCH_HOOKS, name, noting)
+    monkeypatch.setattr(train, "batch_sides", lambda args: [args.scale])  # which calls the hook too
+    straight, killed = (line(tmp_path / each, "--epochs", 2, "--scale", 128, "--batch-hook", name) for each in "ab")
+    assert_killed_run_ends_the_same(straight, killed)
+    steps, resumed = seen[:2 * STEPS], seen[2 * STEPS:]
+    assert [n_images for n_images, _, _ in steps] == [4, 5] * 2
+    assert resumed == steps[STEPS + 1:] and len({draw for _, _, draw in steps}) == 2 * STEPS
+    assert name != "multiscale" or len({size for _, size, _ in steps}) > 1
+
+
+def test_a_size_that_a_hook_makes_and_the_model_cannot_take_is_told_before_training(line, tmp_path):
+    args = line(tmp_path, "--scale", 128, "--model", "pan/tu-test_efficientnet", "--batch-hook", "multiscale")
+    assert train.batch_sides(args) == [96, 160] and train.batch_sides(line(tmp_path)) == [SCALE]
+    with pytest.raises(UserError, match="pan/tu-test_efficientnet can't work at scale 96"):
+        train.main(args)
+    assert not (run_of(args) / "last.pt").exists()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_with_each_optimizer_ends_in_the_same_bytes_killed_or_not(line, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(train, "OPTIMIZERS", OPTIMIZERS)
+    straight, killed = (line(tmp_path / each, "--epochs", 2) for each in "ab")
+    straight.optimizer = killed.optimizer = name
+    assert_killed_run_ends_the_same(straight, killed)
+
+
+STRANGERS = {  # table -> (its option, an entry as somebody would add it)
+    "SCHEDULES": ("--schedule", '"mine": lambda t, n: 0.2 + 0.3 * t,'),
+    "OPTIMIZERS": ("--optimizer", '"mine": lambda groups, lr: __import__("torch").optim.NAdam(groups, lr=lr),'),
+    "BATCH_HOOKS": ("--batch-hook", '"mine": lambda images, masks, rng: (images + rng.random(), masks),')}
+
+
+def train_in(project, argv):
+    """Run train.py of another folder, with the libraries that are imported here already."""
+    sys.path.insert(0, str(project))
+    for name in ("common", "train"):
+        del sys.modules[name]
+    edited = importlib.import_module("train")
+    assert Path(edited.__file__).parent == Path(edited.run_recipe.__code__.co_filename).parent == project
+    for name in conftest.PICTURES:
+        setattr(edited, name, lambda *_: None)
+    edited.main(edited.parse_args(argv))
+
+
+@pytest.mark.parametrize("table", STRANGERS)
+def test_an_entry_that_is_added_to_a_table_in_a_copy_of_the_project_trains_by_its_name(
+        tiny_data, cache, tmp_path, table):
+    option, entry = STRANGERS[table]
+    project = tmp_path / "project"
+    project.mkdir()
+    for path in conftest.ROOT.glob("*.py"):
+        shutil.copy(path, project)
+    edit(project / "train.py", f"\n{table} = {{", f"\n{table} = {{{entry}\n    ")
+    argv = ["--data", tiny_data, "--exp", tmp_path / "exp", "--cache", cache, "--model", MODEL, "--scale", SCALE,
+            "--folds", 3, "--epochs", 1, "--batch", 4, "--weights", "none", "--device", "cpu", option, "mine"]
+    process = get_context("fork").Process(target=train_in, args=(project, list(map(str, argv))))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    made = common.read_json(run_folder(tmp_path / "exp", 0, MODEL, SCALE, 0) / "config.json")
+    assert made["recipe"][option.removeprefix("--").replace("-", "_")] == "mine"
+    # its code is part of what made the run, that of the others in the table isn't
+    assert [name for name in made["code"] if name.startswith(table)] == [f"{table}[mine]"]
 
 
 # ---- what a run leaves ----------------------------------------------------------------------------------------------
@@ -718,14 +1026,15 @@ def test_the_log_has_a_row_an_epoch_with_loss_rate_scores_and_iou_by_class(line,
 
 def test_the_saved_v3_is_what_the_saved_weights_score_on_the_held_out_fold(line, finished_exp, splits):
     labelled = splits[0]
-    model, state = infer.load_model(run_of(line(finished_exp)) / "model.pt")
+    loaded = common.load_model(run_of(line(finished_exp)) / "model.pt")
+    model, recipe, state = loaded.model, loaded.recipe, loaded.checkpoint
     with open(finished_exp / "folds.csv", newline="") as f:
         held_out = [int(row["image_id"]) for row in csv.DictReader(f) if row["fold"] == str(FOLD)]
     assert state["valid_ids"] == held_out and 0 < len(held_out) < len(labelled.ids)
     mious = []
     for i in map(labelled.ids.index, held_out):
         assert labelled.sizes[i] == [SCALE, SCALE]
-        image = (labelled.image(i) / 255 - state["recipe"]["mean"]) / state["recipe"]["std"]
+        image = (labelled.image(i) / 255 - recipe["mean"]) / recipe["std"]
         with torch.no_grad():
             logits = model(torch.from_numpy(image.transpose(2, 0, 1)[None]).float())
         probs = logits.softmax(1)[0].permute(1, 2, 0).numpy()
@@ -763,9 +1072,9 @@ def test_model_pt_holds_the_averaged_weights_of_the_best_epoch_of_the_later_half
     v3, seen, scores, evaluate = iter([0.9, 0.2, 0.3, 0.5, 0.5, 0.3]), [], train.scores, train.evaluate
     monkeypatch.setattr(train, "scores", lambda *args: scores(*args) | {"v3": next(v3), "v1": 0.9, "v2": 0.9})
 
-    def remember(model, *rest):
-        seen.append({k: v.clone() for k, v in model.state_dict().items()})
-        return evaluate(model, *rest)
+    def remember(run, *rest):
+        seen.append({k: v.clone() for k, v in run.ema.module.state_dict().items()})
+        return evaluate(run, *rest)
     monkeypatch.setattr(train, "evaluate", remember)
     train.main(line(tmp_path, "--epochs", 6))
     state = torch.load(run_of(line(tmp_path)) / "model.pt")
@@ -775,7 +1084,7 @@ def test_model_pt_holds_the_averaged_weights_of_the_best_epoch_of_the_later_half
 
 
 def pickled_names(path):
-    """All classes and functions that unpickling the checkpoint would call."""
+    """Return the names of all classes and functions that unpickling the checkpoint would call."""
     with zipfile.ZipFile(path) as archive:
         name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
         return {arg for code, arg, _ in pickletools.genops(archive.read(name)) if code.name in ("GLOBAL", "INST")}
@@ -813,7 +1122,7 @@ def test_a_new_model_predicts_the_class_frequencies_of_its_training_fold(splits)
 
 
 def test_training_learns_to_tell_pixels_apart_by_the_photo(line, tmp_path, splits):
-    """The loss falls clearly below the least that a prediction can have which is the same for every pixel."""
+    """Expect a loss clearly below the least that a prediction can have which is the same for every pixel."""
     train.main(line(tmp_path, "--model", "unet/tu-test_efficientnet", "--batch", 2, "--epochs", 6, "--lr", "1e-2",
                     "--augment", "none"))
     with open(tmp_path / "folds.csv", newline="") as f:
@@ -837,9 +1146,9 @@ def test_snapshots_are_the_averaged_weights_after_their_epochs_whether_resumed_o
         line, tmp_path, monkeypatch, interrupt):
     seen, evaluate = [], train.evaluate
 
-    def remember(model, *rest):
-        seen.append({k: v.clone() for k, v in model.state_dict().items()})
-        return evaluate(model, *rest)
+    def remember(run, *rest):
+        seen.append({k: v.clone() for k, v in run.ema.module.state_dict().items()})
+        return evaluate(run, *rest)
     monkeypatch.setattr(train, "evaluate", remember)
     args, resumed = line(tmp_path / "a", "--snapshots", 2), line(tmp_path / "b", "--snapshots", 2)
     train.main(args)
@@ -847,11 +1156,12 @@ def test_snapshots_are_the_averaged_weights_after_their_epochs_whether_resumed_o
     snapshots = sorted(run_of(args).glob("epoch-*.pt"))
     assert [path.name for path in snapshots] == ["epoch-002.pt", "epoch-003.pt"]
     for path, epoch in zip(snapshots, (2, 3), strict=True):
-        model, state = infer.load_model(path)
-        assert state["epoch"] == epoch and state["recipe"]["snapshots"] == 2
+        loaded = common.load_model(path)
+        state = loaded.checkpoint
+        assert state["epoch"] == epoch and loaded.recipe["snapshots"] == 2
         assert state["v3"] == float(read_log(run_of(args))[epoch - 1]["v3"])
         assert state["valid_ids"] == torch.load(run_of(args) / "model.pt")["valid_ids"]
-        weights = model.state_dict()
+        weights = loaded.model.state_dict()
         assert weights.keys() == seen[epoch - 1].keys()
         assert all(torch.equal(v, weights[k]) for k, v in seen[epoch - 1].items())
     assert not all(torch.equal(v, seen[2][k]) for k, v in seen[1].items())
@@ -921,7 +1231,7 @@ def test_an_option_changes_the_run_which_stays_the_same_with_workers_and_when_ki
 
 
 def drawn(args, epochs):
-    """(index of every training sample of some epochs, as a run's loader asks for them; bool [N, C]: their classes)."""
+    """Return the indices that a run's loader asks for in some epochs, and bool [N, C]: the classes of each image."""
     labelled, test = common.load_data(args.data, args.cache, args.paint)
     folds = common.load_folds(args.exp, labelled, args.folds)
     learn, valid = np.flatnonzero(folds != args.fold), np.flatnonzero(folds == args.fold)
@@ -959,7 +1269,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_in_parts(line, tmp_path, monkeypa
 
     def start_small(*arguments):
         run = start_run(*arguments)
-        limit_memory(run, run["model"], largest=3)
+        limit_memory(run, run.model, largest=3)
         return run
     monkeypatch.setattr(train, "start_run", start_small)
     train.main(line(tmp_path, "--epochs", 1))
@@ -988,7 +1298,7 @@ def test_a_compiled_model_trains_and_its_file_is_read_without_compiling(line, tm
     train.main(args)
     state = torch.load(run_of(args) / "model.pt")
     assert state["model"].keys() == common.build_model(MODEL, 12).state_dict().keys()
-    infer.load_model(run_of(args) / "model.pt")
+    common.load_model(run_of(args) / "model.pt")
     assert all(math.isfinite(float(row["loss"])) for row in read_log(run_of(args)))
 
 
@@ -997,7 +1307,7 @@ def test_a_compiled_model_trains_and_its_file_is_read_without_compiling(line, tm
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Folder with 8 photos of 64 x 64 that each show a plain square of one of two classes."""
+    """Return a folder with 8 photos of 64 x 64 that each show a plain square of one of two classes."""
     folder = tmp_path_factory.mktemp("shapes")
     annotations = []
     for i in range(1, 9):
@@ -1019,8 +1329,8 @@ def test_overfit_learns_its_few_images_by_heart_beside_the_normal_run(line, shap
     run_of(args).mkdir(parents=True)
     (run_of(args) / "model.pt").write_text("a normal run")
     seen, backward = [], train.backward
-    monkeypatch.setattr(train, "backward", lambda run, images, masks, device: (
-        seen.extend(zip(images.clone(), masks.clone(), strict=True)), backward(run, images, masks, device))[1])
+    monkeypatch.setattr(train, "backward", lambda run, images, masks: (
+        seen.extend(zip(images.clone(), masks.clone(), strict=True)), backward(run, images, masks))[1])
     train.main(args)
     assert {path.name for path in run_of(args).iterdir()} == {"model.pt"}
     assert (run_of(args) / "model.pt").read_text() == "a normal run"
@@ -1046,9 +1356,9 @@ def test_overfit_learns_its_few_images_by_heart_beside_the_normal_run(line, shap
 def test_overfit_that_learns_nothing_fails_with_one_line_every_time(line, shapes, tmp_path, monkeypatch):
     args = overfit_line(line, shapes, tmp_path, "--lr", 0, "--epochs", 1, "--overfit", 4)
     for _ in range(2):
-        with pytest.raises(SystemExit, match=r"v3 0\.\d+ on its own 4 training images, below 0.9.*--lr") as failure:
+        with pytest.raises(UserError, match=r"v3 0\.\d+ on its own 4 training images, below 0.9.*--lr") as failure:
             train.main(args)
-        assert isinstance(failure.value.code, str) and "\n" not in failure.value.code  # printed, and status 1
+        assert failure.value.code == 1 and "\n" not in str(failure.value)  # printed, and status 1
         assert not list(tmp_path.rglob("model.pt"))
         monkeypatch.setattr(train, "train_one_epoch", lambda *_: pytest.fail("training began"))
 
@@ -1072,7 +1382,7 @@ def test_every_loss_teaches_a_few_images_by_heart(line, shapes, tmp_path, loss):
 
 
 class Recorder:
-    """In place of a logger's module and its writer: remembers, and raises at the call `fails`."""
+    """Stand in for a logger's module and its writer: remember the rows, and raise at the call `fails`."""
 
     def __init__(self, fails=None):
         self.rows, self.fails, self.started, self.calls = [], fails, [], 0
@@ -1168,8 +1478,8 @@ def test_the_first_batch_is_shown_as_it_is_learnt_from(line, pictures, tmp_path,
     monkeypatch.setattr(train, "draw_batch", lambda path, classes, images, masks: (
         seen.append((images, masks)), conftest.PICTURES["draw_batch"](path, classes, images, masks)))
     learnt, backward = [], train.backward
-    monkeypatch.setattr(train, "backward", lambda run, images, masks, device: (
-        learnt.append(masks.clone()), backward(run, images, masks, device))[1])
+    monkeypatch.setattr(train, "backward", lambda run, images, masks: (
+        learnt.append(masks.clone()), backward(run, images, masks))[1])
     args = line(tmp_path, "--epochs", 1, "--classmix", "plain", "--classmix-prob", 1)
     train.main(args)
     (images, masks), = seen
@@ -1185,9 +1495,9 @@ def test_the_worst_the_median_and_the_best_images_are_shown_in_order(line, split
     photos = common.EvalPhotos(splits[0], list(range(14)), SCALE)
     scores = [0.5, 0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.05, 0.95, 0.15, 0.85, 0.25]
     model = common.build_model(MODEL, 12).eval()
-    run = {"ema": Namespace(module=model), "best": {"image_v3": scores, "model": model.state_dict()}}
-    info = {"classes": splits[0].classes, "recipe": {"mean": [0.5] * 3, "std": [0.5] * 3}}
-    conftest.PICTURES["draw_valid"](tmp_path / "v.png", run, photos, info, torch.device("cpu"))
+    run = Namespace(ema=Namespace(module=model), best={"image_v3": scores, "model": model.state_dict()},
+                    device=torch.device("cpu"), mean=[0.5] * 3, std=[0.5] * 3)
+    conftest.PICTURES["draw_valid"](tmp_path / "v.png", run, photos, splits[0].classes)
     sheet, height = read_picture(tmp_path / "v.png"), SUBMIT_SIZE + 18
     order = np.argsort(scores).tolist()
     shown = order[:4] + order[5:9] + order[-4:]
@@ -1225,7 +1535,7 @@ def test_a_run_that_is_stopped_before_its_last_curves_draws_them_when_it_resumes
 
 @pytest.fixture
 def pseudo(line, exp, splits):
-    """Arguments of a run of round 1 whose pseudo labels, each of one class by position, are there; image 2 is out."""
+    """Return the arguments of a run of round 1 whose pseudo labels, each of one class, are there; image 2 is out."""
     args = line(exp, "--round", 1, "--epochs", 1)
     folder, test = exp / f"r1/pseudo/f{FOLD}", splits[1]
     folder.mkdir(parents=True)
@@ -1242,12 +1552,12 @@ def pseudo(line, exp, splits):
 
 
 def folds_of(args, splits):
-    """What a recipe says of the folds in EXP/folds.csv."""
+    """Return what a recipe says of the folds in EXP/folds.csv."""
     return common.folds_hash(splits[0].ids, common.load_folds(args.exp, splits[0], args.folds))
 
 
 def check_labels(pseudo):
-    """(what names the labels, whether they break the lineage) as a run asks for them."""
+    """Return the labels' hashes and whether they break the lineage, as a run asks for them."""
     return train.check_labels(pseudo.args, pseudo.test, folds_of(pseudo.args, pseudo.splits),
                               common.Hashes(pseudo.args.cache))
 
@@ -1279,7 +1589,7 @@ def test_keep_may_be_edited_by_hand(pseudo):
     edit(pseudo.folder / "index.csv", f"{third},1", f"{third},")
     assert [i for _, i, _ in check_and_load(pseudo)[0]] == [0, 1, 3]
     edit(pseudo.folder / "index.csv", f"{third},", f"{third},yes")
-    with pytest.raises(SystemExit, match="index.csv: keep is yes"):
+    with pytest.raises(UserError, match="index.csv: keep is yes"):
         check_and_load(pseudo)
 
 
@@ -1289,12 +1599,12 @@ def test_keep_may_be_edited_by_hand(pseudo):
 def test_pseudo_labels_of_another_lineage_are_refused_by_name(pseudo, no_training, key, value):
     path = pseudo.folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(SystemExit, match=f"manifest.json: {key} is"):
+    with pytest.raises(UserError, match=f"manifest.json: {key} is"):
         train.main(pseudo.args)
     lacking = json.loads(path.read_text())
     del lacking[key]
     path.write_text(json.dumps(lacking))
-    with pytest.raises(SystemExit, match=f"manifest.json: {key} is None"):
+    with pytest.raises(UserError, match=f"manifest.json: {key} is None"):
         train.main(pseudo.args)
 
 
@@ -1309,7 +1619,7 @@ def test_a_leak_must_be_allowed_and_nothing_else_can_be(pseudo, key, value, leak
     if leak:
         assert check_labels(pseudo)[-1] is True
     else:
-        with pytest.raises(SystemExit, match=f"manifest.json: {key} is"):
+        with pytest.raises(UserError, match=f"manifest.json: {key} is"):
             check_labels(pseudo)
 
 
@@ -1320,7 +1630,7 @@ def test_labels_that_are_not_those_described_or_of_other_photos_are_refused(pseu
     path = pseudo.folder / "manifest.json"
     pseudo.args.allow_leak = True
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(SystemExit, match=f"manifest.json.* {told}"):
+    with pytest.raises(UserError, match=f"manifest.json.* {told}"):
         check_labels(pseudo)
 
 
@@ -1341,7 +1651,7 @@ def test_every_score_after_an_allowed_leak_is_marked(pseudo, capsys, tmp_path):
     args = pseudo_label.parse_args([*where, "--exp", str(tmp_path / "exp"), "--round", "2", "--fold", str(FOLD),
                                     str(run / "test.json")])
     pseudo_label.main(args)  # what such a model labels is marked too
-    manifest = common.read_json(pseudo_label.pseudo_folder(tmp_path / "exp", 2, FOLD) / "manifest.json")
+    manifest = common.read_json(common.pseudo_folder(tmp_path / "exp", 2, FOLD) / "manifest.json")
     assert manifest["contaminated"] is True
 
 
@@ -1353,7 +1663,7 @@ def test_pseudo_labels_made_before_the_folds_were_edited_are_refused(pseudo):
     check_and_load(pseudo)  # the same folds, written in another way
     other = "1" if rows[0]["fold"] == "2" else "2"
     common.write_csv(path, [row | {"fold": other if row["group"] == rows[0]["group"] else row["fold"]} for row in rows])
-    with pytest.raises(SystemExit, match="manifest.json: folds_csv is"):
+    with pytest.raises(UserError, match="manifest.json: folds_csv is"):
         check_and_load(pseudo)
 
 
@@ -1365,29 +1675,29 @@ def test_pseudo_labels_of_other_images_are_refused(pseudo, fault):
     else:
         lines = [lines[0], lines[2], lines[1], *lines[3:]] if fault == "order" else lines[:-1]
         (pseudo.folder / "index.csv").write_text("\n".join(lines) + "\n")
-    with pytest.raises(SystemExit, match="other images|another labels.npy"):
+    with pytest.raises(UserError, match="other images|another labels.npy"):
         check_and_load(pseudo)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "labels.npy", "index.csv"])
 def test_missing_pseudo_labels_are_refused_by_name(pseudo, no_training, name):
     (pseudo.folder / name).unlink()
-    with pytest.raises(SystemExit, match=name):
+    with pytest.raises(UserError, match=name):
         train.main(pseudo.args)
 
 
 def test_a_run_of_round_1_trains_on_both_and_an_edited_index_makes_it_another_recipe(
         pseudo, monkeypatch, capsys):
     seen, backward = [], train.backward
-    monkeypatch.setattr(train, "backward", lambda run, images, masks, device: (
-        seen.append(masks.clone()), backward(run, images, masks, device))[1])
+    monkeypatch.setattr(train, "backward", lambda run, images, masks: (
+        seen.append(masks.clone()), backward(run, images, masks))[1])
     train.main(pseudo.args)
     assert "9 labelled and 3 pseudo-labelled images" in capsys.readouterr().out
     masks = torch.cat(seen)
     whole = [int(mask[0, 0]) for mask in masks if (mask == mask[0, 0]).all()]
     assert len(masks) == 12 and {3, 4, 6} <= set(whole)
     edit(pseudo.folder / "index.csv", f"{pseudo.test.ids[0]},1", f"{pseudo.test.ids[0]},0")
-    with pytest.raises(SystemExit, match="pseudo .* -> "):
+    with pytest.raises(UserError, match="pseudo .* -> "):
         train.main(pseudo.args)
 
 
