@@ -10,7 +10,7 @@ SHELL       := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-# ---- knobs ------------------------------------------------------------------
+# ---- knobs ---------------------------------------------------------------------------------------
 DATA       ?= data
 EXP        ?= main
 MODELS     ?= fpn/tu-tf_efficientnet_lite0
@@ -201,7 +201,7 @@ $(filter %/submission.csv,$(TODO)): | $(filter-out %/submission.csv,$(TODO))
 	    $${python:?no Python 3.11 or newer found} -m venv .venv; \
 	    .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt; touch $@
 
-# ---- commands ---------------------------------------------------------------
+# ---- commands ------------------------------------------------------------------------------------
 .PHONY: help setup check train pseudo submit score why status compare runtimes bench sweep demo \
     test chaos test-all lint clean
 help: ## show this text
@@ -226,15 +226,15 @@ score: $(TODO) ## out-of-fold scores of members and vote, who adds what; out/EXP
 	    --report $(OUT)/report.html $(filter --mixed,$(SUBMIT_ARGS)) \
 	    $(call runs,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))
 endif
-why: | $(SETUP) ## why submit would make what it would make: for each file what differs or lacks
+why: | $(SETUP) ## why submit would make what it would make: for each file what differs or is missing
 	@$(plan) --dry --why
 status: | $(SETUP) ## which runs are done, how long the others will take, what isn't up to date
 	@$(PY) ensemble.py status $(grid) --dry
 compare: | $(SETUP) ## whether B beats A on images that both held out: A=main B=lr5, A=main/r0 ...
 	@$(run) ensemble.py compare $(data) $(filter --mixed,$(SUBMIT_ARGS)) out/$A out/$B
 runtimes: | $(SETUP) ## speed, size and memory of models and scales, in out/runtimes.csv and .png
-	@$(foreach m,$(MODEL),$(foreach s,$(SCALE),$(run) train.py $(data) --exp $(OUT) --model $m \
-	    --scale $s --batch $(BATCH) --device $(DEVICE) --runtimes out/runtimes.csv;))
+	@failed=0; $(foreach m,$(MODEL),$(foreach s,$(SCALE),$(run) train.py $(data) --exp $(OUT) --model $m \
+	    --scale $s --batch $(BATCH) --device $(DEVICE) --runtimes out/runtimes.csv || failed=1;)) exit $$failed
 bench: | $(SETUP) ## time public baselines' ways and ours in turn, here; ROWS=; out/bench.jsonl
 	$(run) tests/bench_speed.py --rows $(ROWS)
 sweep: | $(SETUP) ## try TRIALS recipes of train.py's SEARCH_SPACE on the first MODEL, SCALE, FOLD
