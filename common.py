@@ -1650,7 +1650,7 @@ def load_model(path):
     """
     import torch
     if os.path.isdir(path):
-        raise UserError(f"{path} is a folder: give its model.pt, or an epoch-*.pt")
+        raise UserError(f"{path}: is a folder; give its model.pt, or an epoch-*.pt")
     checkpoint = load_checkpoint(path)
     expected = {*DESCRIBED, "model", "classes", "valid_ids", "v3"}
     if not isinstance(checkpoint, dict) or not expected <= checkpoint.keys():

@@ -425,8 +425,8 @@ def show_progress(run, bar, loader, step, lr, images_per_s):
     loss_sum, skipped, in_a_row = run.total.tolist()
     if in_a_row >= MAX_SKIPPED:
         raise UserError(f"{MAX_SKIPPED} steps in a row without a finite gradient, the last with "
-                        f"images {images_of(loader, step)}: lower --lr; kept is "
-                        f"what was after {run.kept}; or has the loss an infinite slope?")
+                        f"images {images_of(loader, step)}: lower --lr (or has the loss an "
+                        f"infinite slope?); kept is what was after {run.kept}")
     mean_loss = loss_sum / max(1, step + 1 - skipped)
     bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{lr:.1e}", images_s=f"{images_per_s:.1f}")
 

@@ -170,7 +170,7 @@ def edit(folder, name, old, new):
 def test_help_is_the_default_and_lists_every_command_and_knob_with_its_value(fresh):
     knobs = {"LR": "7e-7", "TRAIN_ARGS": "--augment none"}
     out = make(fresh, "help", **knobs).stdout
-    commands = re.search(r"^\.PHONY: (help .*)$", MAKEFILE, re.M)[1].split()
+    commands = re.search(r"^\.PHONY: (help .*)$", MAKEFILE.replace("\\\n", ""), re.M)[1].split()
     assert out == make(fresh, **knobs).stdout
     assert len(commands) > 8 and all(re.search(rf"^  {c} +\w", out, re.M) for c in commands)
     assert len(KNOBS) > 20 and all(re.search(rf"\b{k}\b", out) for k in KNOBS)

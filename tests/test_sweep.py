@@ -59,13 +59,15 @@ def fake(monkeypatch, tmp_path):
     def put(v3_of, at=lambda call, epoch: None):
         calls = iter(range(1000))
 
-        def train_run(args, root, report=None):
+        def train_run(args, root, report=None, wait=False):
+            assert wait  # another process of the sweep may be at the same run
             call = next(calls)
             with open(tmp_path / "trace", "a") as f:
                 print(root.name, os.getpid(), file=f)
             for epoch in range(1, args.epochs + 1):
                 at(call, epoch)
-                report(epoch, v3_of(call, args, epoch))
+                if report:
+                    report(epoch, v3_of(call, args, epoch))
             return v3_of(call, args, args.epochs)
         monkeypatch.setattr(train, "train_run", train_run)
         return lambda: [line.split() for line in (tmp_path / "trace").read_text().splitlines()]
