@@ -197,8 +197,8 @@ def label_by_class(probs, args):
 '''
 RULE = 'RULES = {\n'
 SETTING = 'SETTINGS = {\n'
-EDITS = [(RULE, FUNCTION + RULE + '    "by-class": Rule(label_by_class, confident=0.45),\n'),
-         (SETTING, SETTING + '    "metal": (number(float, 0, 1), 0.99, "rule by-class: the least of metal"),\n')]
+EDITS = [(RULE, FUNCTION + RULE + '    "surer-metal": Rule(label_by_class, confident=0.45),\n'),
+         (SETTING, SETTING + '    "metal": (number(float, 0, 1), 0.99, "rule surer-metal: the least of metal"),\n')]
 
 
 @pytest.fixture
@@ -217,14 +217,14 @@ def edited(tmp_path):
 
 def test_a_rule_with_a_number_of_its_own_is_a_function_an_entry_and_a_setting(makers, edited, capsys):
     with pytest.raises(SystemExit):
-        makers.args("--rule", "by-class")
+        makers.args("--rule", "surer-metal")
     with pytest.raises(SystemExit):
         edited.parse_args(makers.line("--help"))
     usage = " ".join(capsys.readouterr().out.split())
-    assert f"{{{','.join(edited.RULES)}}}" in usage and "by rule: by-class 0.45, image 0.8, pixel 0.9" in usage
-    assert "by-class: Label the pixels that reach the threshold of their class; image: " in usage
-    assert "rule by-class: the least of metal (default: 0.99)" in usage
-    edited.main(edited.parse_args(makers.line("--rule", "by-class")))
+    assert f"{{{','.join(edited.RULES)}}}" in usage and "by rule: surer-metal 0.45, " in usage
+    assert "surer-metal: Label the pixels that reach the threshold of their class; " in usage
+    assert "rule surer-metal: the least of metal (default: 0.99)" in usage
+    edited.main(edited.parse_args(makers.line("--rule", "surer-metal")))
     votes, labels = votes_of(makers), np.load(makers.folder / "labels.npy")
     pred = votes.argmax(1)
     sure = votes.max(1) >= np.where(pred == METAL, 0.99, 0.45)
@@ -234,8 +234,8 @@ def test_a_rule_with_a_number_of_its_own_is_a_function_an_entry_and_a_setting(ma
     assert [row["keep"] for row in rows] == ["1", "0", "0", "1"]
     assert (rows[2]["reason"], float(rows[2]["unsure"]), rows[2]["seen"]) == ("no foreground", 1, str(METAL))
     recipe = common.read_json(makers.folder / "manifest.json")["recipe"]
-    assert (recipe["rule"], recipe["confident"], recipe["metal"]) == ("by-class", 0.45, 0.99)
-    edited.main(edited.parse_args(makers.line("--rule", "by-class", "--metal", "0.98")))
+    assert (recipe["rule"], recipe["confident"], recipe["metal"]) == ("surer-metal", 0.45, 0.99)
+    edited.main(edited.parse_args(makers.line("--rule", "surer-metal", "--metal", "0.98")))
     assert f"{makers.folder} is replaced: metal 0.99 -> 0.98\n" in capsys.readouterr().out
     assert keeps(makers) == ["1", "0", "1", "1"]
 
