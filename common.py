@@ -1305,12 +1305,18 @@ def split_model(name):
 
 def check_parts(model, name):
     """Raise UserError if a model lacks the parts that training and weights files need."""
+    convolution = last_convolution(model)
+    if not hasattr(model, "encoder") or convolution is None or convolution.bias is None:
+        raise UserError(f"{name}: the builder's model must have .encoder and .segmentation_head, "
+                        "whose last convolution has a bias, as those of `assemble` have")
+
+
+def last_convolution(model):
+    """Return the last convolution of a model's segmentation head, or None if it has none."""
     from torch.nn import Conv2d, Module
     head = getattr(model, "segmentation_head", Module())
     convolutions = [module for module in head.modules() if isinstance(module, Conv2d)]
-    if not hasattr(model, "encoder") or not convolutions or convolutions[-1].bias is None:
-        raise UserError(f"{name}: the builder's model must have .encoder and .segmentation_head, "
-                        "whose last convolution has a bias, as those of `assemble` have")
+    return convolutions[-1] if convolutions else None
 
 
 def encoder_weights_options(encoder, weights):
@@ -1951,8 +1957,8 @@ BESIDE = {
     "labels_hash", "labels_recipe", "library_versions", "load_folds", "lock", "move_aside",
     "move_mark", "name_fault", "named", "number", "overlay", "project_files", "provenance",
     "raise_faults", "read_csv", "read_description", "read_folds", "read_json", "recipe_changes",
-    "run_code", "run_folder", "run_recipe", "run_script", "short_hash", "store_code", "store_id",
-    "store_recipe", "tune_process", "version_changes", "whole_manifest", "write_csv",
+    "run_code", "run_folder", "run_recipe", "run_script", "settings_of", "short_hash", "store_code",
+    "store_id", "store_recipe", "tune_process", "version_changes", "whole_manifest", "write_csv",
     "write_description", "write_json", "write_page", "write_sheet"}
 DERIVED = ("mean", "std")  # keys of a recipe that follow from its other keys
 VERSIONS = ("torch", "timm", "segmentation-models-pytorch", "albumentations")  # only shown
@@ -2210,6 +2216,11 @@ def library_versions():
 # ---- what made it: recipes and code of each kind of artefact -------------------------------------
 
 
+def settings_of(args):
+    """Return {name: value} of a script's arguments that decide its result."""
+    return {name: getattr(args, name) for name in args.decides}
+
+
 def run_recipe(args, data, folds, hashes, pseudo=None, labels=None, contaminated=False):
     """Return everything but code that decides the result of a run, as plain values.
 
@@ -2217,8 +2228,7 @@ def run_recipe(args, data, folds, hashes, pseudo=None, labels=None, contaminated
     folds_hash; hashes: a Hashes; pseudo, labels, contaminated: what check_labels says of the pseudo
     labels that the run learns from, if it learns from any.
     """
-    recipe = {name: getattr(args, name) for name in args.decides}
-    recipe |= {"data": data, "folds_csv": folds}
+    recipe = settings_of(args) | {"data": data, "folds_csv": folds}
     if args.weights not in ("imagenet", "none"):
         recipe["weights"] = hashes(args.weights)  # the content of the file counts, not its name
     if args.round and not args.overfit:
@@ -2240,8 +2250,7 @@ def store_recipe(args, split, checkpoints, data):
 
     args: of infer.py; checkpoints: the hashes of their files; data: fingerprint of the split.
     """
-    settings = {name: getattr(args, name) for name in args.decides}
-    return settings | {"split": split, "checkpoints": checkpoints, "data": data}
+    return settings_of(args) | {"split": split, "checkpoints": checkpoints, "data": data}
 
 
 def store_code(model, tta):
@@ -2257,8 +2266,8 @@ def labels_recipe(args, data, folds, paint, makers):
 
     data: fingerprint of the test photos; folds: folds_hash; makers: the store_id of each store.
     """
-    settings = {name: getattr(args, name) for name in args.decides}
-    return settings | {"paint": paint, "data": data, "folds_csv": folds, "makers": sorted(makers)}
+    parents = {"paint": paint, "data": data, "folds_csv": folds, "makers": sorted(makers)}
+    return settings_of(args) | parents
 
 
 def labels_code(makers, rule):
@@ -2738,6 +2747,17 @@ def number(kind, low, high=math.inf, step=None):
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}{steps}")
         return value
     parse.__name__ = kind.__name__
+    return parse
+
+
+def checked(check):
+    """Return an argparse type that keeps the text; check(text) raises UserError for a wrong one."""
+    def parse(text):
+        try:
+            check(text)
+        except UserError as e:
+            raise argparse.ArgumentTypeError(str(e)) from None
+        return text
     return parse
 
 

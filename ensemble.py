@@ -47,8 +47,9 @@ from common import (
     labels_hash, labels_recipe, library_versions, load_data, lock, make_folds, move_aside, named,
     number, open_store, overlay, provenance, pseudo_folder, read_csv, read_description, read_folds,
     read_json, read_probs, recipe_changes, run_code, run_folder, run_recipe, run_script, scores,
-    short_hash, store_code, store_id, store_recipe, tile_url, tta_name, version_changes,
-    whole_manifest, write_coco, write_description, write_json, write_page, write_sheet)
+    settings_of, short_hash, store_code, store_id, store_recipe, tile_url, tta_name,
+    version_changes, whole_manifest, write_coco, write_description, write_json, write_page,
+    write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byte first: x86 and ARM
@@ -1225,8 +1226,7 @@ def soft_recipe(args, test, train, runs, valid_infos, test_infos):
     for run, valid, info in zip(runs, valid_infos, test_infos, strict=True):
         hashes = f"{valid['files']['valid.npy']} {info['files']['test.npy']}"
         stores.append(f"{run_name(run)} {hashes} {info['tta']}")
-    settings = {name: getattr(args, name) for name in args.decides}
-    return settings | {"test": test, "train": train, "stores": stores}
+    return settings_of(args) | {"test": test, "train": train, "stores": stores}
 
 
 def already_made(args, recipe, step, hashes):
@@ -1336,9 +1336,8 @@ def hard(args):
     voters = []
     for path in args.runs:
         voters.append(short_hash(stores[path][1]["files"]) if path in stores else hashes(path))
-    settings = {name: getattr(args, name) for name in args.decides}
-    settings["weights"] = weights.tolist()  # equal weights too as numbers
-    recipe = settings | {"test": test.fingerprint, "voters": voters}
+    recipe = settings_of(args) | {"test": test.fingerprint, "voters": voters}
+    recipe["weights"] = weights.tolist()  # equal weights too as numbers
     is_made, wanted = already_made(args, recipe, "voted", hashes)
     if not is_made:
         masks = [masks_of(path, stores.get(path), args, test) for path in args.runs]

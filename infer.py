@@ -12,7 +12,6 @@ The same line again carries on where it was interrupted, and does nothing when a
 replaces is kept in the folder replaced/ until the next time. Photos other than those of the
 competition need --out FOLDER. Under torchrun all processes share the work.
 """
-import argparse
 import json
 import math
 import os
@@ -24,10 +23,10 @@ from tqdm import tqdm
 
 from common import (
     FROM_RECIPE, RUN_PLACE, STORE_KEYS, SUBMIT_SIZE, TTA, VIEWS, EvalPhotos, Hashes, Parser,
-    UserError, accepted_code, atomic_write, check_output, check_space, claim_device, code_hashes,
-    decide, keep_code, load_data, load_model, lock, move_aside, normalise, number, open_store,
-    predict_probs, provenance, ranks, read_description, resize_probs, run_script, short_hash,
-    store_code, store_recipe, tta_name, tta_views, write_description, write_npy_header)
+    UserError, accepted_code, atomic_write, check_output, check_space, checked, claim_device,
+    code_hashes, decide, keep_code, load_data, load_model, lock, move_aside, normalise, number,
+    open_store, predict_probs, provenance, ranks, read_description, resize_probs, run_script,
+    short_hash, store_code, store_recipe, tta_name, tta_views, write_description, write_npy_header)
 
 # what decides no result; see BESIDE in common.py
 BESIDE = {"parts_folder", "write_store"}
@@ -41,7 +40,8 @@ def parse_args(argv=None):
                       help="model.pt of train.py, or epoch-*.pt of one run, whose probabilities "
                       "are averaged")
     what.add_argument("--split", choices=("valid", "test"), nargs="+", default=["valid", "test"])
-    what.add_argument("--tta", type=checked_tta, default="flip", metavar="SET|VIEW,VIEW+VIEW,...",
+    what.add_argument("--tta", type=checked(tta_views), default="flip",
+                      metavar="SET|VIEW,VIEW+VIEW,...",
                       help="views whose probabilities are averaged: "
                       f"{', '.join(TTA)}, or a list of {', '.join(VIEWS)}; + does one after "
                       "another")
@@ -65,15 +65,6 @@ def parse_args(argv=None):
                         help="print these arguments as JSON and stop: make asks so")
     parser.set_defaults(decides=["tta", "tta_scales"])
     return parser.parse_args(argv)
-
-
-def checked_tta(text):
-    """Return `text` if it is a set or a list of views: an argparse type that only checks."""
-    try:
-        tta_views(text)
-    except UserError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
-    return text
 
 
 # ---- models and photos ---------------------------------------------------------------------------

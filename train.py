@@ -32,13 +32,13 @@ from tqdm import tqdm
 from common import (
     AUGMENTATIONS, COLOURS, DECODERS, DERIVED, DESCRIBED, HOOK, IGNORE_INDEX, LOSSES, PAINT_ORDERS,
     STEP, STRIDE, EpochBatches, EvalPhotos, Hashes, Parser, TrainSamples, UserError, amp,
-    atomic_write, build_model, check_labels, check_output, check_space, claim_device, code_of,
-    confusion, decide, different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls,
-    folds_hash, image_miou, keep_code, load_checkpoint, load_data, load_folds, load_labels, lock,
-    make_augmentation, make_loss, move_aside, named, normalise, number, overlay, provenance, ranks,
-    rare_odds, read_csv, read_description, recipe_changes, resize_probs, run_code, run_recipe,
-    run_script, save_checkpoint, scores, split_model, tile_url, write_csv, write_description,
-    write_page, write_sheet)
+    atomic_write, build_model, check_labels, check_output, check_space, checked, claim_device,
+    code_of, confusion, decide, different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls,
+    folds_hash, image_miou, keep_code, last_convolution, load_checkpoint, load_data, load_folds,
+    load_labels, lock, make_augmentation, make_loss, move_aside, named, normalise, number, overlay,
+    provenance, ranks, rare_odds, read_csv, read_description, recipe_changes, resize_probs,
+    run_code, run_folder, run_recipe, run_script, save_checkpoint, scores, split_model, tile_url,
+    write_csv, write_description, write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
@@ -165,7 +165,7 @@ def parse_args(argv=None):
     run = parser.add_argument_group("what to train")
     run.add_argument("--data", type=Path, required=True, help="the competition's folder")
     run.add_argument("--exp", type=Path, required=True, help="folder of the experiment, out/EXP")
-    run.add_argument("--model", type=model_name, default="fpn/tu-tf_efficientnet_lite0",
+    run.add_argument("--model", type=checked(split_model), default="fpn/tu-tf_efficientnet_lite0",
                      metavar="DECODER/ENCODER",
                      help=f"decoder: {', '.join(DECODERS)}; encoder: "
                      "segmentation-models-pytorch's, or tu- and timm's")
@@ -227,15 +227,6 @@ def add_system_arguments(system):
     system.add_argument("--logger", choices=LOGGERS, help="besides log.csv")
     system.add_argument("--show-args", action="store_true",
                         help="print these arguments as JSON and stop: make asks so")
-
-
-def model_name(text):
-    """Return `text` if it is DECODER/ENCODER: an argparse type that only checks."""
-    try:
-        split_model(text)
-    except UserError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
-    return text
 
 
 def check_args(args, n_ranks):
@@ -552,10 +543,9 @@ def set_prior(model, pixels):
     Else the first epochs find out that nearly all is background (Lin et al. 2017, section 4.1).
     """
     import torch
-    convolutions = [module for module in model.segmentation_head.modules()
-                    if isinstance(module, torch.nn.Conv2d)]
     with torch.no_grad():
-        convolutions[-1].bias.copy_(torch.tensor((pixels + 1) / (pixels + 1).sum()).log())
+        frequencies = torch.tensor((pixels + 1) / (pixels + 1).sum())
+        last_convolution(model).bias.copy_(frequencies.log())
 
 
 def try_model(model, args):
@@ -801,7 +791,7 @@ def train_run(args, root, report=None, wait=False):
     train, test = load_data(args.data, args.cache, args.paint, args.cache_images)
     folds = load_folds(args.exp, train, args.folds)
     train_indices, valid_indices = split_by_fold(args, train, folds)
-    out = root / f"r{args.round}" / args.model / f"s{args.scale}" / f"f{args.fold}"
+    out = run_folder(root, args.round, args.model, args.scale, args.fold)
     first = ranks()[0] == 0
     hashes, epochs = Hashes(args.cache), snapshot_epochs(args)
     with lock(out, wait=wait) if first else nullcontext():
@@ -869,7 +859,7 @@ def warn_of_absent_classes(args, classes, pixels, train_indices, valid_indices):
     """Warn of classes that no training or no validation image has; pixels [N, C]."""
     for name, indices in (("training", train_indices), ("validation", valid_indices)):
         counts = pixels[indices].sum(0)
-        absent = [name for name, count in zip(classes, counts, strict=True) if not count]
+        absent = [c for c, count in zip(classes, counts, strict=True) if not count]
         if absent:
             print(f"warning: no {name} image of fold {args.fold} has {', '.join(absent)}")
 
@@ -908,8 +898,8 @@ def keeps_done(done, info, out, epochs, args, hashes):
     missing = [name for name in model_files(epochs) if not (out / name).exists()]
     if action == "make" or missing:
         return False
-    described = read_description(out / "config.json", hashes)
-    if ranks()[0] == 0 and (action == "kept" or not described):
+    is_described = "files" in done  # model.pt, which find_done reads without config.json, has none
+    if ranks()[0] == 0 and (action == "kept" or not is_described):
         keep_code(args.exp)
         write_config(out, done, epochs, hashes)
     return True
@@ -1342,16 +1332,16 @@ class Sweep:
 
 def with_values(args, values):
     """Return train.py's arguments with `values` put over them; raise UserError if one can't be."""
-    checked = {}
+    parsed = {}
     for name, value in values.items():
-        kind = model_name if name == "model" else RECIPE[name][0]
+        kind = checked(split_model) if name == "model" else RECIPE[name][0]
         try:
             if isinstance(kind, tuple) and value not in kind:
                 raise ValueError(f"{value!r} is none of {', '.join(map(str, kind))}")
-            checked[name] = value if isinstance(kind, tuple) else kind(str(value))
+            parsed[name] = value if isinstance(kind, tuple) else kind(str(value))
         except (ValueError, argparse.ArgumentTypeError) as e:
             raise UserError(f"train.py's SEARCH_SPACE: {name}: {e}") from None
-    run = argparse.Namespace(**vars(args) | checked)
+    run = argparse.Namespace(**vars(args) | parsed)
     try:
         check_args(run, 1)
     except UserError as e:
