@@ -43,6 +43,7 @@ ROWS       ?= all
 GPUS       ?= 1
 LAUNCH     ?=
 DEVICE     ?= auto
+PER_GPU    ?= 1
 PY         ?= .venv/bin/python
 CODE       ?=
 about.DATA        := folder of the competition, with train.json and test.json
@@ -71,11 +72,12 @@ about.ROWS        := what bench measures: all, or some with commas between them
 about.GPUS        := processes, each with a GPU, of one run; on a CPU as many processes
 about.LAUNCH      := goes before every command that computes, such as srun --gpus=1
 about.DEVICE      := auto takes an idle GPU, or the CPU
+about.PER_GPU     := jobs of make -j that may share a GPU, 1 to 9
 about.PY          := python to use; PY=python takes the current environment
 about.CODE        := after an edit of a script: new makes anew what it made, keep keeps it
 KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT EPOCHS BATCH LR \
     SEED WEIGHTS TTA VOTE A B IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS SNAPSHOTS \
-    TRIALS ROWS GPUS LAUNCH DEVICE PY CODE
+    TRIALS ROWS GPUS LAUNCH DEVICE PER_GPU PY CODE
 
 # ---- knobs are checked first, all of them; the plan below checks what only scripts know ----------
 given := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
@@ -105,6 +107,7 @@ legal.CODE   := (new|keep)?
 legal.NFOLDS := [2-9]|10
 legal.ROUNDS := [0-9]
 legal.ROUND  := [0-9]?
+legal.PER_GPU := [1-9]
 legal.SNAPSHOTS := 0|[1-9][0-9]*
 $(foreach v,GPUS TRIALS EPOCHS BATCH,$(eval legal.$v := [1-9][0-9]*))
 legal   = $(if $(filter legal.$1,$(.VARIABLES)),$(legal.$1),$(text))
@@ -132,6 +135,7 @@ train  := --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --seed $(SEED) --weight
 infer  := --tta $(TTA) $(INFER_ARGS)
 submit := --weights $(VOTE) --image-id $(IMAGE_ID) --batch $(BATCH) $(SUBMIT_ARGS)
 code   := $(if $(CODE),--code $(CODE))
+device := --device $(DEVICE) --per-gpu $(PER_GPU)
 run    := $(strip $(LAUNCH) $(PY))
 torchrun := -m torch.distributed.run --standalone --nproc-per-node $(GPUS)
 ranked := $(run)$(if $(filter-out 1,$(GPUS)), $(torchrun))
@@ -170,10 +174,10 @@ labels = $(OUT)/$(call part,1)/pseudo/$(call part,5)/manifest.json
 $(filter %/model.pt,$(TODO)): | $$(filter %/folds.csv $$(labels),$(TODO))
 	$(ranked) train.py $(data) $(split) --round $(patsubst r%,%,$(call part,1)) \
 	    --model $(call part,2)/$(call part,3) --scale $(patsubst s%,%,$(call part,4)) \
-	    --fold $(patsubst f%,%,$(call part,5)) $(train) --device $(DEVICE) --replace $(code)
+	    --fold $(patsubst f%,%,$(call part,5)) $(train) $(device) --replace $(code)
 
 $(filter %/test.json,$(TODO)): | $$(filter $$(@D)/model.pt,$(TODO))
-	$(ranked) infer.py $(data) $(infer) --device $(DEVICE) --replace $(code) \
+	$(ranked) infer.py $(data) $(infer) $(device) --replace $(code) \
 	    --checkpoint $(@D)/$(if $(filter 0,$(SNAPSHOTS)),model.pt,epoch-*.pt)
 
 # the labels that a round learns from are by the models of the round before and the same fold
@@ -203,7 +207,7 @@ $(filter %/submission.csv,$(TODO)): | $(filter-out %/submission.csv,$(TODO))
 
 # ---- commands ------------------------------------------------------------------------------------
 .PHONY: help setup check train pseudo submit score why status compare runtimes bench sweep demo \
-    test chaos test-all lint clean
+    test chaos test-gpu test-all lint clean
 help: ## show this text
 	@echo 'usage: make COMMAND [KNOB=VALUE ...]'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -234,13 +238,13 @@ compare: | $(SETUP) ## whether B beats A on images that both held out: A=main B=
 	@$(run) ensemble.py compare $(data) $(filter --mixed,$(SUBMIT_ARGS)) out/$A out/$B
 runtimes: | $(SETUP) ## speed, size and memory of models and scales, in out/runtimes.csv and .png
 	@failed=0; $(foreach m,$(MODEL),$(foreach s,$(SCALE),$(run) train.py $(data) --exp $(OUT) --model $m \
-	    --scale $s --batch $(BATCH) --device $(DEVICE) --runtimes out/runtimes.csv || failed=1;)) exit $$failed
+	    --scale $s --batch $(BATCH) $(device) --runtimes out/runtimes.csv || failed=1;)) exit $$failed
 bench: | $(SETUP) ## time public baselines' ways and ours in turn, here; ROWS=; out/bench.jsonl
 	$(run) tests/bench_speed.py --rows $(ROWS)
 sweep: | $(SETUP) ## try TRIALS recipes of train.py's SEARCH_SPACE on the first MODEL, SCALE, FOLD
 	$(run) train.py --sweep $(TRIALS) $(data) $(split) --model $(firstword $(MODEL)) \
 	    --scale $(firstword $(SCALE)) --fold $(firstword $(FOLD)) --round $(or $(ROUND),0) $(train) \
-	    --device $(DEVICE) $(code)
+	    $(device) $(code)
 demo: | $(SETUP) ## draw a small dataset and run the whole graph on it, in out/demo
 	$(PY) tests/demo_data.py out/demo/data
 	$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j2) submit DATA=out/demo/data \
@@ -251,6 +255,8 @@ test: | $(SETUP) ## quick tests: unit, property and end to end
 	$(PY) -m pytest -q -m 'not slow'
 chaos: | $(SETUP) ## kill the whole graph at 30 random moments and compare what it ends in
 	$(PY) -m pytest -q -s tests/test_chaos.py
+test-gpu: | $(SETUP) ## the tests that need a GPU, in two minutes
+	$(PY) -m pytest -q -rs -m gpu tests/test_gpu.py
 test-all: | $(SETUP) ## all tests
 	$(PY) -m pytest -q
 lint: | $(SETUP) ## ruff

@@ -42,7 +42,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolEx
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from itertools import accumulate, count, cycle
+from itertools import accumulate, count, cycle, product
 from multiprocessing import get_context
 from pathlib import Path
 from textwrap import shorten
@@ -1396,12 +1396,20 @@ def encoder_mean_std(name):
 
 def normalise(images, mean, std):
     """Return float32 [B, 3, H, W] in channels_last memory from uint8 [B, H, W, 3]."""
-    import torch
-    width = images.shape[2]
+    mean, std = (colour_row(tuple(values), images.shape[2], images.device)
+                 for values in (mean, std))
+    return images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
 
-    def as_row(values):  # [W, 3]: a row at a time is several times faster than a pixel at a time
-        return torch.tensor(values, device=images.device).mul(255).repeat(width, 1)
-    return images.float().sub_(as_row(mean)).div_(as_row(std)).permute(0, 3, 1, 2)
+
+@cache  # to copy a few numbers to a GPU the CPU waits until all its work is done
+def colour_row(values, width, device):
+    """Return three values of 0..1 as a row of pixels, float32 [width, 3] of 0..255.
+
+    A row at a time is several times faster than a pixel at a time.
+    """
+    import torch
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).mul(255).repeat(width, 1)
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -1949,13 +1957,14 @@ STEPS = {
 # in a file's BESIDE, so an edit of them, or of what only they use, makes nothing stale.
 BESIDE = {
     "DESCRIBED", "LABEL_FILES", "LINEAGE", "RUN_PLACE", "STORE_KEYS", "Hashes", "Help", "Parser",
-    "UserError", "accepted_code", "atomic_write", "cache_folder", "changes", "check_files",
-    "check_labels", "check_output", "check_place", "check_space", "check_unchanged", "claim_device",
-    "clean", "code_changes", "code_hashes", "code_of", "code_question", "code_state", "data_files",
-    "decide", "different_keys", "file_hash", "fingerprint", "folds_hash", "git_commit", "has_kinds",
-    "idle_gpu", "is_description", "is_run", "keep_code", "label_settings", "labels_code",
-    "labels_hash", "labels_recipe", "library_versions", "load_folds", "lock", "move_aside",
-    "move_mark", "name_fault", "named", "number", "overlay", "project_files", "provenance",
+    "UserError", "accepted_code", "atomic_write", "cache_folder", "changes", "check_device",
+    "check_files", "check_labels", "check_output", "check_place", "check_space", "check_unchanged",
+    "claim_device", "clean", "code_changes", "code_hashes", "code_of", "code_question",
+    "code_state", "data_files", "decide", "different_keys", "file_hash", "fingerprint",
+    "folds_hash", "gpu_of_rank", "git_commit", "has_kinds", "idle_gpu", "is_description", "is_run",
+    "keep_code", "label_settings", "labels_code", "labels_hash", "labels_recipe",
+    "library_versions", "load_folds", "loader_workers", "lock", "move_aside", "move_mark",
+    "name_fault", "named", "number", "overlay", "project_files", "provenance",
     "raise_faults", "read_csv", "read_description", "read_folds", "read_json", "recipe_changes",
     "run_code", "run_folder", "run_recipe", "run_script", "settings_of", "short_hash", "store_code",
     "store_id", "store_recipe", "tune_process", "version_changes", "whole_manifest", "write_csv",
@@ -2532,6 +2541,8 @@ def save_checkpoint(path, previous=None, **state):
         try:
             torch.save(state, scratch)
         except RuntimeError as e:  # torch's own for a write that failed
+            if "CUDA" in str(e):  # an error of the GPU, which is asked for the tensors
+                raise
             reason = str(e).splitlines()[0]
             text = f"can't be written, is the disk full? ({reason})"
             raise OSError(None, text, str(path)) from None
@@ -2883,53 +2894,102 @@ def ranks():
 
 
 @cache  # a second claim of the same process would wait for the first
-def claim_device(name="auto"):
+def claim_device(name="auto", per_gpu=1):
     """Return the torch device of this process; "auto" is an idle GPU, or the CPU without GPUs.
 
-    The GPU is held until the process ends. Under torchrun each process gets a GPU of its own, or
-    the CPU, and waits for the others to join. Raises UserError if there is no such device.
+    The GPU is held until the process ends; `per_gpu` processes may hold it at once. Under torchrun
+    the processes wait for each other to join: with "auto" or "cuda" each gets a GPU of its own, a
+    device with a number is shared by all. Raises UserError if the device isn't there or can't work.
     """
     import torch
-    use_cuda, n_ranks = torch.cuda.is_available() and name != "cpu", ranks()[1]
-    if use_cuda and n_ranks == 1 and name == "auto":
-        return idle_gpu()
-    if use_cuda and n_ranks > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    n_ranks, has_gpu = ranks()[1], torch.cuda.is_available()
+    own_gpu = n_ranks > 1 and has_gpu and name in ("auto", "cuda")
+    if own_gpu:
+        name = gpu_of_rank()
     elif name == "auto":
-        name = "cpu"
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from None
-    if n_ranks > 1:
-        if use_cuda:
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if use_cuda else "gloo")
+        name = idle_gpu(per_gpu) if has_gpu else "cpu"
+    device = check_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if own_gpu:
+        torch.distributed.init_process_group("nccl", device_id=device)
+    elif n_ranks > 1:  # nccl refuses two processes on one GPU
+        torch.distributed.init_process_group("gloo")
     return device
 
 
-def idle_gpu():
-    """Return the first GPU that no other process of this user holds, and hold it.
+def gpu_of_rank():
+    """Return the name of this process's own GPU under torchrun; raise UserError if it has none."""
+    import torch
+    n_gpus, n_processes = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if n_processes > n_gpus:
+        raise UserError(f"{n_processes} processes, but {n_gpus} GPU(s) on this machine: start as "
+                        "many as there are GPUs (make: GPUS=n), or let all of them share one with "
+                        "--device cuda:0 (make: DEVICE=cuda:0)")
+    return f"cuda:{os.environ['LOCAL_RANK']}"
 
-    Waits until there is one. It is released when the process ends.
+
+def check_device(name):
+    """Return the torch device `name`; raise UserError if it isn't there or can't compute.
+
+    A torch that was built for older or newer GPUs has no kernels for this one. Without this check
+    the first computation would end in a traceback.
+    """
+    import torch
+    try:
+        return run_kernel(name)
+    except (RuntimeError, AssertionError) as e:
+        text = first_line(str(e))
+    if "no kernel image is available" in text:
+        major, minor = torch.cuda.get_device_capability(name)
+        text = (f"{torch.cuda.get_device_name(name)} has compute capability {major}.{minor} "
+                f"(sm_{major}{minor}), torch {torch.__version__} was built for "
+                f"{', '.join(torch.cuda.get_arch_list())}: install a build of torch for this GPU, "
+                "or take --device cpu (make: DEVICE=cpu)")
+    raise UserError(f"--device {name}: {text}")
+
+
+def run_kernel(name):
+    """Compute something small on the device `name`, wait for the result and return the device."""
+    import torch
+    result = torch.ones(1, device=name).add_(1)
+    result.item()
+    return result.device
+
+
+def idle_gpu(per_gpu):
+    """Return the name of a GPU that fewer than `per_gpu` processes of this user hold, and hold it.
+
+    Each GPU has `per_gpu` slots; the first slots of all GPUs are taken before the second ones.
+    Waits until one is free. It is released when the process ends.
     """
     import torch
     waiting = False
     while True:
-        for index in range(torch.cuda.device_count()):
+        for slot, index in product(range(per_gpu), range(torch.cuda.device_count())):
             uuid = torch.cuda.get_device_properties(index).uuid
             # kept as an attribute: a lock that nothing refers to is released
-            idle_gpu.lock = lock(Path(tempfile.gettempdir()) / f"gpu-{uuid}-{os.getuid()}")
+            idle_gpu.lock = lock(Path(tempfile.gettempdir()) / f"gpu-{uuid}-{os.getuid()}",
+                                 name=f".{slot}.lock" if slot else ".lock")
             try:
                 idle_gpu.lock.__enter__()  # without an exit: held until the process ends
             except UserError:
                 continue
-            torch.cuda.set_device(index)
-            return torch.device("cuda", index)
+            return f"cuda:{index}"
         if not waiting:
             print("all GPUs are taken: waiting for one", flush=True)
         waiting = True
         time.sleep(5)
+
+
+def loader_workers(wanted, cuda):
+    """Return how many processes a loader has: `wanted` or, if None, as many as the device needs.
+
+    A GPU waits for photos without them; on a CPU they would only take cores from the training.
+    """
+    if wanted is not None:
+        return wanted
+    return min(8, len(os.sched_getaffinity(0))) if cuda else 0
 
 
 def amp(device):

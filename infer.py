@@ -24,9 +24,10 @@ from tqdm import tqdm
 from common import (
     FROM_RECIPE, RUN_PLACE, STORE_KEYS, SUBMIT_SIZE, TTA, VIEWS, EvalPhotos, Hashes, Parser,
     UserError, accepted_code, atomic_write, check_output, check_space, checked, claim_device,
-    code_hashes, decide, keep_code, load_data, load_model, lock, move_aside, normalise, number,
-    open_store, predict_probs, provenance, ranks, read_description, resize_probs, run_script,
-    short_hash, store_code, store_recipe, tta_name, tta_views, write_description, write_npy_header)
+    code_hashes, decide, keep_code, load_data, load_model, loader_workers, lock, move_aside,
+    normalise, number, open_store, predict_probs, provenance, ranks, read_description, resize_probs,
+    run_script, short_hash, store_code, store_recipe, tta_name, tta_views, write_description,
+    write_npy_header)
 
 # what decides no result; see BESIDE in common.py
 BESIDE = {"parts_folder", "write_store"}
@@ -60,7 +61,10 @@ def parse_args(argv=None):
                         help="painted masks, shared by experiments")
     system.add_argument("--device", default="auto",
                         help="auto takes the first idle GPU, or the CPU")
-    system.add_argument("--workers", type=number(int, 0), default=0, help="loader processes")
+    system.add_argument("--per-gpu", type=number(int, 1), default=1, metavar="N",
+                        help="jobs that may share a GPU that auto takes")
+    system.add_argument("--workers", type=number(int, 0),
+                        help="of the loader; none on a CPU, else one a core up to 8")
     system.add_argument("--show-args", action="store_true",
                         help="print these arguments as JSON and stop: make asks so")
     parser.set_defaults(decides=["tta", "tta_scales"])
@@ -197,7 +201,10 @@ def predict_split(models, split, indices, path, info, args, device, hashes):
     written = sum(part.stat().st_size for part in batches if part.exists())
     check_space(path.parent, 2 * math.prod(shape) - written)  # the batches and the store
     missing = {part: batches[part] for part in list(batches)[rank::n_ranks] if not part.exists()}
-    predict_batches(models, photos, missing, path, args, device)
+    try:
+        predict_batches(models, photos, missing, path, args, device)
+    except torch.OutOfMemoryError as e:
+        raise UserError(f"out of memory: lower --batch (make: INFER_ARGS) ({e})") from None
     if n_ranks > 1:
         torch.distributed.barrier()
     if rank == 0:
@@ -208,26 +215,38 @@ def predict_batches(models, photos, batches, path, args, device):
     """Predict batches of `photos`, an EvalPhotos, into a file each: uint8 [B, C, S, S].
 
     S is SUBMIT_SIZE. models: [TrainedModel]. batches: {file: items of `photos`}. path: the store,
-    for the progress bar.
+    for the progress bar. A GPU works on a batch while the one before it is written.
     """
     import torch
     from torch.utils.data import DataLoader
     recipe, views = models[0].recipe, tta_views(args.tta)
     networks = [trained.model for trained in models]
-    loader = DataLoader(photos, batch_sampler=list(batches.values()), num_workers=args.workers,
-                        pin_memory=device.type == "cuda",
-                        multiprocessing_context="fork" if args.workers else None)
+    cuda = device.type == "cuda"
+    workers = loader_workers(args.workers, cuda)
+    loader = DataLoader(photos, batch_sampler=list(batches.values()), num_workers=workers,
+                        pin_memory=cuda, multiprocessing_context="fork" if workers else None)
     progress = tqdm(loader, str(path), disable=True if ranks()[0] else None)
+    previous = None  # what write_batch gets of the batch before
     for (part, items), (images, _) in zip(batches.items(), progress, strict=True):
         images = normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"])
         probs = resize_probs(predict_probs(networks, images, views, args.tta_scales))
-        stored = (probs * 255).round_().to(torch.uint8).cpu().numpy()
-        for row, item in enumerate(items):
-            if photos.split.faults[photos.indices[item]] is not None:  # it can't be read
-                stored[row] = 0
-                stored[row, 0] = 255  # surely background
-        with atomic_write(part) as scratch:
-            scratch.write_bytes(stored)
+        stored = (probs * 255).round_().to(torch.uint8)  # a GPU has only begun with it
+        if previous:
+            write_batch(*previous)
+        faults = [photos.split.faults[photos.indices[item]] for item in items]
+        previous = part, stored.cpu().numpy(), faults
+    if previous:
+        write_batch(*previous)
+
+
+def write_batch(part, stored, faults):
+    """Write a batch, uint8 [B, C, S, S], to the file `part`; faults: of each photo, or None."""
+    for row, fault in enumerate(faults):
+        if fault is not None:  # it can't be read
+            stored[row] = 0
+            stored[row, 0] = 255  # surely background
+    with atomic_write(part) as scratch:
+        scratch.write_bytes(stored)
 
 
 def join_parts(path, shape, parts, info, hashes):
@@ -273,7 +292,7 @@ def predict(args, folder):
             print(f"{path} is there and was made like this: nothing to do")
             continue
         keep_code(exp)
-        device = claim_device(args.device)  # which may wait for a GPU
+        device = claim_device(args.device, args.per_gpu)  # which may wait for a GPU
         for trained in models:
             trained.model.to(device)
         predict_split(models, split, indices, path, info, args, device, hashes)

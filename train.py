@@ -3,9 +3,9 @@
     python train.py --data DATA --exp out/main --scale 512 --fold 0
 
 Writes EXP/rROUND/MODEL/sSCALE/fFOLD/: batch.png (the first batch), log.csv, curves.png, last.pt
-after every epoch and, when training is done, valid.png (the worst, median and best images),
-model.pt and, last, config.json, which says what made it. The same line again resumes after an
-interruption and does nothing when the run is done. When an edited script would make it otherwise,
+once a minute and, when training is done, valid.png (the worst, median and best images), model.pt
+and, last, config.json, which says what made it. The same line again resumes after an interruption
+and does nothing when the run is done. When an edited script would make it otherwise,
 --code says what is to happen. --snapshots K also keeps K epoch-*.pt.
 
 Other jobs: --check looks at the data, --overfit N tries whether a model learns at all, --sweep N
@@ -22,7 +22,7 @@ import time
 import warnings
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from textwrap import shorten
 
@@ -35,10 +35,10 @@ from common import (
     atomic_write, build_model, check_labels, check_output, check_space, checked, claim_device,
     code_of, confusion, decide, different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls,
     folds_hash, image_miou, keep_code, last_convolution, load_checkpoint, load_data, load_folds,
-    load_labels, lock, make_augmentation, make_loss, move_aside, named, normalise, number, overlay,
-    provenance, ranks, rare_odds, read_csv, read_description, recipe_changes, resize_probs,
-    run_code, run_folder, run_recipe, run_script, save_checkpoint, scores, split_model, tile_url,
-    write_csv, write_description, write_page, write_sheet)
+    load_labels, loader_workers, lock, make_augmentation, make_loss, move_aside, named, normalise,
+    number, overlay, provenance, ranks, rare_odds, read_csv, read_description, recipe_changes,
+    resize_probs, run_code, run_folder, run_recipe, run_script, save_checkpoint, scores,
+    split_model, tile_url, write_csv, write_description, write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
@@ -211,8 +211,9 @@ def add_system_arguments(system):
     system.add_argument("--code", choices=("new", "keep"),
                         help="where other code has made a run, or begun it: train it anew, or keep "
                         "it as it is and carry on")
-    system.add_argument("--save-every", type=number(int, 0), default=0, metavar="N",
-                        help="write last.pt after every N steps, not only after an epoch")
+    system.add_argument("--save-every", type=number(float, 0), default=60, metavar="SECONDS",
+                        help="write last.pt after a step or an epoch if so many have passed; 0: "
+                        "after each epoch")
     system.add_argument("--cache", type=Path, default=Path("out/cache"),
                         help="painted masks, shared by experiments")
     system.add_argument("--cache-images", action="store_true",
@@ -220,10 +221,12 @@ def add_system_arguments(system):
                         "less to compute")
     system.add_argument("--device", default="auto",
                         help="auto takes the first idle GPU, or the CPU")
+    system.add_argument("--per-gpu", type=number(int, 1), default=1, metavar="N",
+                        help="jobs that may share a GPU that auto takes")
     system.add_argument("--workers", type=number(int, 0),
                         help="of the loader; none on a CPU, else one a core up to 8")
     system.add_argument("--compile", action="store_true",
-                        help="torch.compile the model: slow to start, then faster")
+                        help="torch.compile the model and the loss: slow to start, then faster")
     system.add_argument("--logger", choices=LOGGERS, help="besides log.csv")
     system.add_argument("--show-args", action="store_true",
                         help="print these arguments as JSON and stop: make asks so")
@@ -265,8 +268,34 @@ class Run:
     log: list = field(default_factory=list)  # a row of log.csv for each epoch
     best: dict | None = None  # what model.pt is to have: the epoch that is kept
     kept: str = "the start"  # what last.pt holds, for people
+    saved_at: float = field(default_factory=time.monotonic)  # when last.pt was last written
     drawing_seconds: float = 0.0
     logger: object = None
+
+    # what every step goes through, looked up once: to find it by name takes milliseconds
+    @cached_property
+    def parameters(self):
+        return list(self.model.parameters())
+
+    @cached_property
+    def buffers(self):
+        return by_dtype(self.model.buffers())
+
+    @cached_property
+    def weights(self):
+        return by_dtype(self.model.state_dict().values())
+
+    @cached_property
+    def averages(self):
+        return by_dtype(self.ema.module.state_dict().values())
+
+
+def by_dtype(tensors):
+    """Return {dtype: its tensors in their order}."""
+    groups = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return groups
 
 
 # last.pt holds the state_dict() of these attributes of a Run, and those in PLACE as they are
@@ -287,19 +316,16 @@ def train_step(run, images, masks, lr, step, n_steps, args):
     rng = np.random.default_rng([HOOK, args.seed, run.epoch, step])  # the same on all ranks
     images, masks = BATCH_HOOKS[args.batch_hook](images, masks, rng)
 
-    # batch norm's statistics, which the forward pass changes: a bad step puts them back
-    buffers = [buffer.clone() for buffer in run.model.buffers()]
+    statistics = copy_buffers(run.buffers)  # of batch norm, which the forward pass changes
     run.optimizer.zero_grad(set_to_none=True)
     loss = backward(run, images, masks)
     if ranks()[1] > 1:
         torch.distributed.all_reduce(loss.div_(ranks()[1]))
     run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip or math.inf)
-    is_bad = ~norm.isfinite()  # the same on all ranks
+    is_bad = ~clip_gradients(run.parameters, args.clip).isfinite()  # the same on all ranks
     step_unless(is_bad, run.optimizer, run.scaler)
-    for buffer, before in zip(run.model.buffers(), buffers, strict=True):
-        buffer.copy_(before.where(is_bad, buffer))
-    run.ema.update(run.model, step=run.epoch * n_steps + step + 1)
+    restore_buffers_if(is_bad, run.buffers, statistics)
+    update_averages(run, run.epoch * n_steps + step + 1)
     return loss, is_bad
 
 
@@ -350,11 +376,51 @@ def step_unless(is_bad, optimizer, scaler):
     scaler.update()
 
 
+def clip_gradients(parameters, largest):
+    """Scale the gradients so that their norm is at most `largest`, 0: any; return their norm."""
+    import torch
+    if largest:
+        return torch.nn.utils.clip_grad_norm_(parameters, largest)
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def copy_buffers(buffers):
+    """Return a copy of buffers, of by_dtype, as one flat tensor for each dtype.
+
+    One by one a GPU would spend more time on starting these kernels than on a small model.
+    """
+    from torch._utils import _flatten_dense_tensors  # of one tensor it is a view
+    return {dtype: _flatten_dense_tensors(tensors).clone() for dtype, tensors in buffers.items()}
+
+
+def restore_buffers_if(is_bad, buffers, copies):
+    """Give buffers what copy_buffers has kept where `is_bad`, a bool tensor, is true."""
+    import torch
+    from torch._utils import _unflatten_dense_tensors
+    for dtype, present in copy_buffers(buffers).items():
+        kept = copies[dtype].where(is_bad, present)
+        torch._foreach_copy_(buffers[dtype], _unflatten_dense_tensors(kept, buffers[dtype]))
+
+
+def update_averages(run, n_steps):
+    """Move the averages towards the weights after `n_steps` of the run, as ModelEmaV3.update does.
+
+    That looks all of them up by name, and starts a kernel for each of batch norm's counters.
+    """
+    import torch
+    decay = run.ema.get_decay(n_steps)
+    for dtype, averages in run.averages.items():
+        if dtype.is_floating_point:
+            torch._foreach_lerp_(averages, run.weights[dtype], 1 - decay)
+        else:
+            torch._foreach_copy_(averages, run.weights[dtype])
+
+
 def train_one_epoch(run, loader, args, save=None, show_batch=None):
     """Train from step run.step of an epoch to its end; return what log.csv says of it.
 
-    save(steps done) is called as --save-every says, show_batch(images, masks) before the first step
-    of a run.
+    save(steps done) is called when --save-every says so, show_batch(images, masks) before the first
+    step of a run.
     """
     run.model.train()
     rank, n_ranks = ranks()
@@ -378,12 +444,12 @@ def train_one_epoch(run, loader, args, save=None, show_batch=None):
         if step % 10 == 9:  # looking at every step would make a GPU wait
             images_per_s = n_images / (time.time() - started)
             show_progress(run, bar, loader, step, lr, images_per_s)
-        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < n_steps:
+        if save and args.save_every and step + 1 < n_steps and save_is_due(run, args):
             save(step + 1)
         batch_wanted = time.time()
     share_buffers(run)
+    loss_sum, skipped, _ = run.total.tolist()  # waits for the GPU
     seconds = time.time() - started
-    loss_sum, skipped, _ = run.total.tolist()
     mean_loss = loss_sum / (n_steps - skipped) if skipped < n_steps else math.nan
     return {"loss": mean_loss, "lr": lr, "skipped": int(skipped),
             "images_per_s": n_images * n_ranks / seconds, "waiting": waited / seconds}
@@ -458,31 +524,47 @@ def evaluate(run, loader, n_classes):
 
 
 def validate(run, loader, args, classes):
-    """Return the scores by name, the IoUs by name, and what model.pt has if this epoch is kept."""
+    """Return the scores by name, the IoUs by name, and the v3 of each validation image."""
     counts = evaluate(run, loader, len(classes))
     result = scores(counts, args.batch)
     v = {name: float(result[name]) for name in ("v1", "v2", "v3")}
     iou = {f"iou {name}": float(x) for name, x in zip(classes, result["iou"], strict=True)}
-    weights = {key: value.detach().clone() for key, value in run.ema.module.state_dict().items()}
-    return v, iou, {"epoch": run.epoch + 1, "v3": v["v3"], "image_v3": image_miou(counts).tolist(),
-                    "model": weights}
+    return v, iou, image_miou(counts).tolist()
 
 
 # ---- the start of a run --------------------------------------------------------------------------
 
 
+def loader_class():
+    """Return a DataLoader whose workers can begin before their batches are asked for.
+
+    Else a GPU has nothing to do until the first batch of each epoch and validation is made.
+    """
+    from torch.utils.data import DataLoader
+
+    class EarlyLoader(DataLoader):
+        begun = None
+
+        def begin(self):
+            self.begun = super().__iter__()
+
+        def __iter__(self):
+            if self.begun is None:
+                self.begin()
+            begun, self.begun = self.begun, None
+            return begun
+    return EarlyLoader
+
+
 def make_loaders(args, train, test, train_indices, valid_indices, cuda):
     """Return the DataLoaders for training and validation; indices are positions in `train`."""
     import torch
-    from torch.utils.data import DataLoader
     entries, present, n_pseudo = training_entries(args, train, test, train_indices)
     rank, n_ranks = ranks()
     if len(entries) < 2 * n_ranks:
         raise UserError(f"{len(entries)} training images: batch norm needs 2 for each of {n_ranks} "
                         "process(es)")
-    workers = args.workers
-    if workers is None:
-        workers = min(8, os.cpu_count()) if cuda else 0
+    workers = loader_workers(args.workers, cuda)
     # a generator of its own: starting workers would draw from the global one
     options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": cuda,
                "multiprocessing_context": "fork" if workers else None,
@@ -494,8 +576,9 @@ def make_loaders(args, train, test, train_indices, valid_indices, cuda):
     mix = classmix_settings(args, np.array(train.pixels)[train_indices])
     samples = TrainSamples(entries, make_augmentation(args.augment, args.scale), args.seed, mix)
     photos = EvalPhotos(train, valid_indices[rank::n_ranks].tolist(), args.scale)
-    return (DataLoader(samples, batch_sampler=batches, collate_fn=tuple, **options),
-            DataLoader(photos, args.batch, **options))
+    loader = loader_class()
+    return (loader(samples, batch_sampler=batches, collate_fn=tuple, **options),
+            loader(photos, args.batch, **options))
 
 
 def training_entries(args, train, test, train_indices):
@@ -548,17 +631,20 @@ def set_prior(model, pixels):
         last_convolution(model).bias.copy_(frequencies.log())
 
 
-def try_model(model, args):
-    """Raise UserError if the model can't work at this scale; freeze what its logits don't need."""
+def try_model(model, name, sides, device):
+    """Raise UserError if the model can't work at these sides; freeze what its logits don't need."""
     import torch
-    for side in batch_sides(args):
+    for side in sides:
         try:
-            logits = model.eval()(torch.zeros(1, 3, side, side))
+            logits = model.eval()(torch.zeros(1, 3, side, side, device=device))
             logits.sum().backward()
+        except torch.OutOfMemoryError:
+            raise UserError("out of memory for one image: lower --scale, or is another process on "
+                            "this GPU?") from None
         except (RuntimeError, ValueError, AssertionError) as e:  # too few pixels; a fixed size
-            raise UserError(f"{args.model} can't work at scale {side}: {e}") from None
+            raise UserError(f"{name} can't work at scale {side}: {e}") from None
         if logits.shape[2:] != (side, side):
-            raise UserError(f"{args.model} makes {list(logits.shape[2:])} of {side} x {side}: "
+            raise UserError(f"{name} makes {list(logits.shape[2:])} of {side} x {side}: "
                             "`upsampling` must be the stride of the decoder's map")
     for parameter in model.parameters():  # DDP would wait for a gradient that never comes
         parameter.requires_grad_(parameter.grad is not None)
@@ -583,9 +669,12 @@ def start_run(args, classes, pixels, resume, device):
     from timm.utils import ModelEmaV3
     torch.manual_seed(args.seed)
     model = build_model(args.model, len(classes), "none" if resume else args.weights)
-    try_model(model, args)
-    set_prior(model, pixels)
     model = model.to(device, memory_format=torch.channels_last)
+    sides = batch_sides(args)
+    try_model(model, args.model, sides, device)
+    # cuDNN tries which algorithm is fastest, for each size of a batch: not for sizes that change
+    torch.backends.cudnn.benchmark = len(sides) == 1
+    set_prior(model, pixels)
     gpus = [device.index] if device.type == "cuda" else None
     forward = model
     if ranks()[1] > 1:
@@ -595,9 +684,10 @@ def start_run(args, classes, pixels, resume, device):
     groups = parameter_groups(model, args.encoder_lr, args.weight_decay)
     is_half = amp(device).fast_dtype == torch.float16
     mean, std = encoder_mean_std(args.model)
+    loss = make_loss(args.loss, args.loss_ratio, args.label_smoothing, weights)
     run = Run(
         model=model, forward=torch.compile(forward) if args.compile else forward,
-        loss=make_loss(args.loss, args.loss_ratio, args.label_smoothing, weights),
+        loss=torch.compile(loss) if args.compile else loss,
         optimizer=OPTIMIZERS[args.optimizer](groups, args.lr),
         scaler=torch.amp.GradScaler(device.type, enabled=is_half),
         ema=ModelEmaV3(model, decay=args.ema, use_warmup=True), device=device, mean=mean, std=std,
@@ -642,38 +732,48 @@ def fit(run, loaders, args, info, out, report):
     """
     train_loader, valid_loader = loaders
     rank = ranks()[0]
+    begin_epoch(train_loader, run.epoch, run.step)
     save = partial(save_last, run, info, out)
     show_batch = None if rank else partial(draw_batch, out / "batch.png", info["classes"])
     while run.epoch < args.epochs and not is_overfitted(run, args):
         started = time.time()
-        train_loader.batch_sampler.epoch = run.epoch
-        train_loader.batch_sampler.first = run.step
+        valid_loader.begin()
         row = {"epoch": run.epoch + 1,
                **train_one_epoch(run, train_loader, args, save, show_batch)}
         if not math.isfinite(row["loss"]):
             raise UserError(f"{out}: the loss of epoch {row['epoch']} is {row['loss']}: lower "
                             f"--lr; kept is what was after {run.kept}")
-        v, iou, epoch_model = validate(run, valid_loader, args, info["classes"])
+        if run.epoch + 1 < args.epochs:
+            begin_epoch(train_loader, run.epoch + 1)
+        v, iou, image_v3 = validate(run, valid_loader, args, info["classes"])
         row |= v | {"seconds": time.time() - started}
         if info["recipe"]["contaminated"]:
             row["contaminated"] = 1
         row |= iou
         run.log.append(row)
-        run.epoch += 1
+        run.epoch, run.step = run.epoch + 1, 0
         run.total.zero_()
         # early on a model that calls nearly all background often has the best v3
         is_late = args.overfit or 2 * row["epoch"] > args.epochs
         if is_late and (run.best is None or v["v3"] > run.best["v3"]):
-            run.best = epoch_model
+            run.best = epoch_model(run, v["v3"], image_v3)
         check_folder(out)
         if rank == 0:
-            save_epoch(run, args, info, out, epoch_model)
-        save_last(run, info, out)
+            save_epoch(run, args, info, out, v["v3"], image_v3)
+        is_last = run.epoch == args.epochs or is_overfitted(run, args)
+        if is_last or save_is_due(run, args):
+            save_last(run, info, out)
         if rank == 0:
             log_row(run, row, args, info["recipe"], out)
             draw_some_curves(run, args, out)
         if report:
             report(row["epoch"], row["v3"])
+
+
+def begin_epoch(loader, epoch, first=0):
+    """Let a loader's workers begin with an epoch, from its batch `first` on."""
+    loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, first
+    loader.begin()
 
 
 def is_overfitted(run, args):
@@ -687,17 +787,29 @@ def check_folder(out):
         raise UserError(f"{out} was removed: training stops")
 
 
-def save_epoch(run, args, info, out, epoch_model):
+def epoch_model(run, v3, image_v3):
+    """Return what model.pt or a snapshot of this epoch has: the averaged weights and its scores."""
+    weights = {key: value.detach().to("cpu", copy=True)
+               for key, value in run.ema.module.state_dict().items()}
+    return {"epoch": run.epoch, "v3": v3, "image_v3": image_v3, "model": weights}
+
+
+def save_epoch(run, args, info, out, v3, image_v3):
     """Write an epoch's snapshot, if --snapshots wants it, and its row of log.csv.
 
     This comes before save_last: an epoch that counts as done is in the log.
     """
-    if epoch_model["epoch"] in snapshot_epochs(args):
-        snapshot = out / f"last-epoch-{epoch_model['epoch']:03}.pt"
-        save_checkpoint(snapshot, **info, **epoch_model)
+    if run.epoch in snapshot_epochs(args):
+        snapshot = out / f"last-epoch-{run.epoch:03}.pt"
+        save_checkpoint(snapshot, **info, **epoch_model(run, v3, image_v3))
     # the log of a finished run that this one replaces stays beside its model until then
     log = "last.csv" if (out / "model.pt").exists() else "log.csv"
     write_csv(out / log, run.log)
+
+
+def save_is_due(run, args):
+    """Return whether --save-every seconds have passed since last.pt was written."""
+    return time.monotonic() - run.saved_at >= args.save_every
 
 
 def save_last(run, info, out, step=0):
@@ -709,7 +821,7 @@ def save_last(run, info, out, step=0):
         place = {name: getattr(run, name) for name in PLACE} | {"kept": kept}
         states = {name: getattr(run, name).state_dict() for name in STATES}
         save_checkpoint(out / "last.pt", previous=out / "last-1.pt", **info, **place, **states)
-    run.kept = kept
+    run.kept, run.saved_at = kept, time.monotonic()
 
 
 def snapshot_epochs(args):
@@ -802,7 +914,7 @@ def train_run(args, root, report=None, wait=False):
             print(f"{out}/model.pt is there and has this recipe: nothing to do")
             return done["v3"]
         resume = choose_resume(out, info, args, hashes)
-        device = claim_device(args.device)
+        device = claim_device(args.device, args.per_gpu)
         if first:  # other ranks have read what is moved here, as claim_device waits for them
             begin(out, info, args, resume)
         loaders = make_loaders(args, train, test, train_indices, valid_indices,
@@ -1398,7 +1510,7 @@ def run_sweep(args):
         raise UserError("--sweep: start it in several processes without torchrun, which share it")
     sweep = Sweep(args)
     if len(sweep.trials(sweep.complete, sweep.pruned)) < args.sweep:
-        claim_device(args.device)
+        claim_device(args.device, args.per_gpu)
         if "model" not in sweep.space:  # what no trial could build ends the sweep, not each trial
             build_model(args.model, sweep.n_classes, args.weights)
     sweep.run_trials()
@@ -1439,7 +1551,7 @@ def runtimes(args):
     if path.suffix == ".png":
         raise UserError(f"--runtimes {path}: that is the picture's name; give the table another "
                         "ending")
-    device = claim_device(args.device)
+    device = claim_device(args.device, args.per_gpu)
     check_output(args.data, path, path.with_suffix(".png"))
     row = {"model": args.model, "scale": args.scale, "batch": args.batch}
     row |= dict.fromkeys(RUNTIMES, "") | {"device": device_name(device), "reason": ""}

@@ -118,6 +118,7 @@ def line(tiny_data, cache):
         return train.parse_args(["--data", str(tiny_data), "--exp", str(exp), "--cache", str(cache), "--model", MODEL,
                                  "--scale", str(SCALE), "--fold", str(FOLD), "--folds", "3", "--epochs", str(EPOCHS),
                                  "--batch", "4", "--lr", "1e-3", "--weights", "none", "--device", "cpu",
+                                 "--save-every", "0",
                                  *map(str, more)])
     return parse
 

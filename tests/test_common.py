@@ -1,4 +1,4 @@
-"""Test losses, metrics, TTA, stores, batches, augmentation, ClassMix, checkpoints and how a script ends."""
+"""Test losses, metrics, TTA, stores, batches, augmentation, ClassMix, checkpoints, devices and how a script ends."""
 import math
 import os
 import pickle
@@ -6,9 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
 from argparse import Namespace
 from contextlib import contextmanager
+from multiprocessing import get_context
+from types import SimpleNamespace
 
 import albumentations as A
 import cv2
@@ -988,6 +992,151 @@ def test_a_file_that_is_no_checkpoint_or_missing_is_refused_by_name(tmp_path):
             common.load_checkpoint(tmp_path / "x.pt")
     with pytest.raises(UserError, match="y.pt: no such"):
         common.load_checkpoint(tmp_path / "y.pt")
+
+
+# ---- devices --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch, tmp_path):
+    """Return a function (n) that lets torch have n GPUs, whose locks are in tmp_path and whose kernels do nothing."""
+    def pretend(n):
+        answers = {"is_available": n > 0, "device_count": n, "set_device": None, "get_device_capability": (7, 5),
+                   "get_device_name": "Tesla T4", "get_arch_list": ["sm_80", "sm_90"]}
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"id{index}"))
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setattr(common, "run_kernel", torch.device)
+    common.claim_device.cache_clear()
+    yield pretend
+    common.claim_device.cache_clear()
+
+
+@pytest.fixture
+def start_job(monkeypatch):
+    """Return a function (per_gpu) that forks a job; it returns the process and the end of a pipe where its GPU comes.
+
+    The job looks for a GPU twenty times a second, holds it and waits to be killed.
+    """
+    fork, sleep, processes = get_context("fork"), time.sleep, []
+    monkeypatch.setattr(time, "sleep", lambda _: sleep(0.05))
+
+    def work(pipe, per_gpu):
+        pipe.send(common.idle_gpu(per_gpu))
+        signal.pause()
+
+    def start(per_gpu):
+        ours, theirs = fork.Pipe()
+        process = fork.Process(target=work, args=(theirs, per_gpu))
+        process.start()
+        processes.append(process)
+        return process, ours
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("per_gpu, taken", [
+    (1, ["cuda:0", "cuda:1"]), (2, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"])])
+@pytest.mark.parametrize("killed", [0, 1])
+def test_jobs_take_idle_gpus_first_then_share_them_and_one_too_many_waits(gpus, start_job, capfd, tmp_path, per_gpu,
+                                                                          taken, killed):
+    gpus(2)
+    jobs = []
+    for name in taken:
+        jobs.append(start_job(per_gpu))
+        assert jobs[-1][1].poll(20) and jobs[-1][1].recv() == name
+    _, waiting = start_job(per_gpu)
+    assert not waiting.poll(0.5)
+    jobs[killed][0].kill()
+    assert waiting.poll(20) and waiting.recv() == taken[killed]
+    assert capfd.readouterr().out == "all GPUs are taken: waiting for one\n"
+    locks = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.lock")}
+    assert {str(path) for path in locks} == {
+        f"gpu-id{index}-{os.getuid()}/{name}" for index in (0, 1) for name in (".lock", ".1.lock")[:per_gpu]}
+
+
+def test_a_claimed_gpu_is_one_of_as_many_slots_as_are_asked_for(gpus, start_job, monkeypatch):
+    gpus(1)
+    _, first = start_job(1)
+    assert first.poll(20) and first.recv() == "cuda:0"
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits for the first slot"))
+    assert common.claim_device("auto", 2) == torch.device("cuda:0")
+
+
+NO_KERNEL = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might"
+
+
+@pytest.mark.parametrize("name, n_ranks, told", [("auto", 1, "cuda:0"), ("cuda:1", 1, "cuda:1"), ("auto", 2, "cuda:1"),
+                                                 ("cuda:0", 2, "cuda:0")])
+def test_a_gpu_that_torch_was_not_built_for_is_one_line_that_says_what_to_do(gpus, monkeypatch, name, n_ranks, told):
+    def fail(_):
+        raise torch.AcceleratorError(NO_KERNEL)
+    gpus(2)
+    monkeypatch.setattr(common, "run_kernel", fail)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("the ranks joined"))
+    for key, value in {"LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(key, str(value))
+    with as_rank(1, n_ranks), pytest.raises(UserError) as caught:
+        common.claim_device(name)
+    assert str(caught.value) == (
+        f"--device {told}: Tesla T4 has compute capability 7.5 (sm_75), torch {torch.__version__} was built for sm_80, "
+        "sm_90: install a build of torch for this GPU, or take --device cpu (make: DEVICE=cpu)")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory.\nmore"), AssertionError("CUDA out of memory.")])
+def test_a_gpu_that_does_not_work_is_one_line(gpus, monkeypatch, error):
+    def fail(_):
+        raise error
+    gpus(1)
+    monkeypatch.setattr(common, "run_kernel", fail)
+    with pytest.raises(UserError, match=r"^--device cuda:0: CUDA out of memory\.$"):
+        common.claim_device("auto")
+
+
+def test_a_device_computes_before_it_is_used(monkeypatch):
+    common.claim_device.cache_clear()
+    assert common.claim_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="^--device meta: "):  # it is a device of torch that computes nothing
+        common.claim_device("meta")
+
+
+@pytest.mark.parametrize("name, n_gpus, device, backend", [
+    ("auto", 4, "cuda:3", "nccl"), ("cuda", 5, "cuda:3", "nccl"), ("auto", 0, "cpu", "gloo"), ("cpu", 4, "cpu", "gloo"),
+    ("cuda:0", 1, "cuda:0", "gloo"), ("cuda:0", 4, "cuda:0", "gloo"), ("cuda:1", 2, "cuda:1", "gloo")])
+def test_a_rank_has_a_gpu_of_its_own_unless_all_are_to_share_one(gpus, monkeypatch, name, n_gpus, device, backend):
+    joined, current = [], []
+    gpus(n_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *how, **more: joined.append((how, more)))
+    for key, value in {"LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(key, str(value))
+    with as_rank(7, 8):  # the second of two machines
+        assert common.claim_device(name) == torch.device(device)
+    assert joined == [((backend,), {"device_id": torch.device(device)} if backend == "nccl" else {})]
+    assert current == [torch.device(device)] * (device != "cpu")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_more_ranks_than_gpus_are_one_line_that_says_what_to_do(gpus, monkeypatch, name):
+    gpus(1)
+    for key, value in {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(key, str(value))
+    with as_rank(0, 2), pytest.raises(UserError) as caught:
+        common.claim_device(name)
+    assert str(caught.value) == (
+        "2 processes, but 1 GPU(s) on this machine: start as many as there are GPUs (make: GPUS=n), or let all of them "
+        "share one with --device cuda:0 (make: DEVICE=cuda:0)")
+
+
+@pytest.mark.parametrize("wanted, cuda, n_cores, workers", [
+    (None, True, 16, 8), (None, True, 3, 3), (None, False, 16, 0), (0, True, 16, 0), (12, True, 4, 12),
+    (2, False, 1, 2)])
+def test_loader_processes_are_as_many_as_the_device_needs_unless_told(monkeypatch, wanted, cuda, n_cores, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(n_cores)))
+    assert common.loader_workers(wanted, cuda) == workers
 
 
 # ---- how a script ends ----------------------------------------------------------------------------------------------

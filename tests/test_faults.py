@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from contextlib import suppress
+from itertools import chain, repeat
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -297,12 +298,14 @@ def test_killed_between_any_two_renames_a_replacement_loses_neither_the_new_run_
 # ---- stopped in the middle of an epoch ------------------------------------------------------------------------------
 
 
+EACH_STEP = 1e-9  # seconds
 OPTIONS = ["--sampler", "rare", "--classmix", "weighted", "--optimizer", "sgd", "--accumulate", 2, "--clip", 1]
 
 
 @pytest.mark.parametrize(("every", "more", "first", "second"), [
-    (1, [], "step 3 of epoch 2", "step 1 of epoch 3"), (2, OPTIONS, "step 2 of epoch 2", "epoch 2"),
-    pytest.param(3, ["--workers", 2], "step 3 of epoch 2", "epoch 2", marks=pytest.mark.slow)])
+    (EACH_STEP, [], "step 3 of epoch 2", "step 1 of epoch 3"), (60, [], "the start", "the start"),
+    (EACH_STEP, OPTIONS, "step 3 of epoch 2", "step 1 of epoch 3"), (0, OPTIONS, "epoch 1", "epoch 1"),
+    pytest.param(EACH_STEP, ["--workers", 2], "step 3 of epoch 2", "step 1 of epoch 3", marks=pytest.mark.slow)])
 def test_a_run_stopped_in_an_epoch_loses_only_the_steps_since_it_was_saved_and_ends_in_the_same_bytes(
         line, finished, tmp_path, monkeypatch, capsys, every, more, first, second):
     straight, args = finished, line(tmp_path / "stopped", "--save-every", every, *more)
@@ -321,6 +324,16 @@ def test_a_run_stopped_in_an_epoch_loses_only_the_steps_since_it_was_saved_and_e
             logs.append([{k: v for k, v in row.items() if k not in ("images_per_s", "waiting", "seconds")}
                          for row in csv.DictReader(f)])
     assert logs[0] == logs[1]
+
+
+def test_a_run_that_was_saved_only_in_the_middle_of_an_epoch_goes_on_with_all_steps(
+        line, finished, tmp_path, monkeypatch):
+    args = line(tmp_path, "--save-every", 60)
+    is_due = chain([False, True], repeat(False))
+    monkeypatch.setattr(train, "save_is_due", lambda run, args: next(is_due))
+    assert stop(args, monkeypatch, "backward", STEPS * 2 + 1).endswith("kept is what was after step 2 of epoch 1")
+    train.main(args)
+    assert model_bytes(args) == model_bytes(finished)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

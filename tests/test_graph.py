@@ -196,6 +196,7 @@ SHELLS = ("$$(touch pwned)", "`touch pwned`", "; touch pwned", "x & touch pwned"
     *(({knob: ""}, f" {knob} is empty") for knob in KNOBS if knob not in ("ROUND", "CODE", "LAUNCH", "A", "B")
       and "_ARGS" not in knob),
     *(({knob: value}, f"{knob}={value}") for knob, value in (
+        ("PER_GPU", 0), ("PER_GPU", 10),
         ("GPUS", 0), ("GPUS", "x"), ("GPUS", "2 2"), ("GPUS", "1.5"), ("GPUS", "'"), ("TRIALS", -1), ("TRIALS", 0),
         ("SNAPSHOTS", -1), ("SNAPSHOTS", "two"), ("SNAPSHOTS", "01"), ("ROUNDS", 10), ("ROUND", "x"), ("ROUND", 12),
         ("NFOLDS", 11), ("NFOLDS", 1), ("CODE", "old"), ("EPOCHS", "x"), ("EXP", "my exp"), ("EXP", "*"), ("EXP", "/"),
@@ -252,12 +253,13 @@ def test_every_knob_reaches_the_script_that_reads_it(fresh):
     knobs = {"DATA": "new", "EXP": "e", "MODELS": "unet/b", "SCALES": 96, "FOLDS": 3, "NFOLDS": 4, "PAINT": "order",
              "EPOCHS": 17, "BATCH": 9, "LR": "2e-5", "SEED": 11, "WEIGHTS": "w.pth", "TTA": "none", "DEVICE": "cpu",
              "IMAGE_ID": "file_name", "TRAIN_ARGS": "--augment none --ema 0.5", "INFER_ARGS": "--batch 13",
-             "PSEUDO_ARGS": "--confident 0.75", "SNAPSHOTS": 6, "VOTE": "3", "CODE": "keep", "LAUNCH": "env A=b"}
+             "PER_GPU": 7, "PSEUDO_ARGS": "--confident 0.75", "SNAPSHOTS": 6, "VOTE": "3", "CODE": "keep",
+             "LAUNCH": "env A=b"}
     values = {}
     for script, *argv in calls(fresh, "submit", "check", **knobs):
         values.setdefault(script, set()).update(argv)
-    wanted = {"train.py": "new out/e unet/b 96 3 4 order 17 9 2e-5 11 w.pth cpu none 0.5 out/cache 0 1 6 keep",
-              "infer.py": "new none 13 cpu out/cache keep", "pseudo_label.py": "new out/e 3 0.75 out/cache 1 keep",
+    wanted = {"train.py": "new out/e unet/b 96 3 4 order 17 9 2e-5 11 w.pth cpu 7 none 0.5 out/cache 0 1 6 keep",
+              "infer.py": "new none 13 cpu 7 out/cache keep", "pseudo_label.py": "new out/e 3 0.75 out/cache 1 keep",
               "ensemble.py": "new file_name 9 out/e/submission.csv out/cache soft 3 keep"}
     assert set(values) == set(wanted)
     for script, text in wanted.items():
@@ -685,6 +687,12 @@ def test_training_and_prediction_get_their_processes_and_the_rest_one(fresh):
 def test_failure_of_the_launcher_stops_make(fresh):
     assert "Error 1" in make(fresh, "submit", code=2, LAUNCH="false").stderr
     assert not list((fresh / "out").rglob("*.pt"))
+
+
+@pytest.mark.parametrize("goal, n_jobs", [("submit", 8), ("sweep", 1), ("runtimes", 1)])
+def test_every_job_that_takes_a_gpu_knows_how_many_may_share_it(untouched, goal, n_jobs):
+    jobs = [argv for argv in calls(untouched, goal, PER_GPU=3) if "--device" in argv]
+    assert [argv[argv.index("--per-gpu") + 1] for argv in jobs] == ["3"] * n_jobs
 
 
 @pytest.mark.parametrize("jobs, gpus, threads", [

@@ -212,6 +212,14 @@ def test_a_folder_that_is_not_there_is_not_made(tiny_data, cache, tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
+def test_too_little_memory_is_one_line(tiny_data, cache, fresh, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(infer, "predict_probs", fail)
+    with pytest.raises(UserError, match=r"^out of memory: lower --batch \(make: INFER_ARGS\) \(CUDA out of memory\."):
+        infer.main(infer_line(tiny_data, cache, fresh))
+
+
 # ---- carries on or does nothing -------------------------------------------------------------------------------------
 
 
@@ -251,13 +259,14 @@ def assert_same_stores(folder, expected):
 # 5 images of valid and 4 of test in batches of 3: four calls
 @pytest.mark.parametrize(("name", "call", "kept", "left"), [
     ("predict_probs", 1, {}, [3, 2, 3, 1]),
-    ("predict_probs", 2, {".valid.parts": ["000000"]}, [2, 3, 1]),
+    ("predict_probs", 2, {}, [3, 2, 3, 1]),  # a batch is written after the next one is predicted
     ("atomic_write", 2, {".valid.parts": ["000000"]}, [2, 3, 1]),  # the second batch was predicted but not written
     ("atomic_write", 3, {".valid.parts": ["000000", "000003"]}, [3, 1]),  # as the store is begun
     ("write_npy_header", 1, {".valid.parts": ["000000", "000003"]}, [3, 1]),
     ("write_store", 1, {".valid.parts": ["000000", "000003"]}, [3, 1]),  # the .npy stands without its .json
     ("predict_probs", 3, {}, [3, 1]),
-    ("predict_probs", 4, {".test.parts": ["000000"]}, [1]),
+    ("predict_probs", 4, {}, [3, 1]),
+    ("atomic_write", 5, {".test.parts": ["000000"]}, [1]),
     ("write_store", 2, {".test.parts": ["000000", "000003"]}, [])])
 def test_a_killed_prediction_carries_on_to_the_same_bytes_with_the_missing_batches_alone(
         tiny_data, cache, trained, fresh, predicted, name, call, kept, left):
@@ -266,6 +275,15 @@ def test_a_killed_prediction_carries_on_to_the_same_bytes_with_the_missing_batch
     assert {folder: files for folder, files in parts(fresh).items() if files} == kept
     infer.main(args)
     assert predicted == left
+    assert_same_stores(fresh, trained)
+
+
+def test_the_device_decides_how_many_loader_processes_there_are_and_the_bytes_are_the_same(
+        tiny_data, cache, trained, fresh, monkeypatch):
+    asked = []
+    monkeypatch.setattr(infer, "loader_workers", lambda *given: asked.append(given) or 1)
+    infer.main(infer_line(tiny_data, cache, fresh))
+    assert asked == [(None, False)] * 2
     assert_same_stores(fresh, trained)
 
 
@@ -289,7 +307,7 @@ def test_batches_of_a_store_that_was_finished_as_the_process_was_killed_are_remo
                          ids=" ".join)
 def test_batches_of_another_prediction_are_not_used_and_are_gone_at_the_end(
         tiny_data, cache, trained, fresh, predicted, stale):
-    run_until_killed(infer, infer_line(tiny_data, cache, fresh, *stale), "predict_probs", 2)
+    run_until_killed(infer, infer_line(tiny_data, cache, fresh, *stale), "atomic_write", 2)
     assert sum(map(len, parts(fresh).values())) == 1
     infer.main(infer_line(tiny_data, cache, fresh))
     assert predicted == [3, 2, 3, 1]
@@ -301,7 +319,8 @@ def test_batches_of_other_weights_are_not_used(tiny_data, cache, trained, fresh,
     shutil.copy(fresh / "epoch-001.pt", fresh / "model.pt")
     if common.file_hash(fresh / "kept.pt") == common.file_hash(fresh / "model.pt"):
         shutil.copy(fresh / "epoch-002.pt", fresh / "model.pt")
-    run_until_killed(infer, infer_line(tiny_data, cache, fresh), "predict_probs", 2)
+    run_until_killed(infer, infer_line(tiny_data, cache, fresh), "atomic_write", 2)
+    assert sum(map(len, parts(fresh).values())) == 1
     shutil.move(fresh / "kept.pt", fresh / "model.pt")
     infer.main(infer_line(tiny_data, cache, fresh))
     assert predicted == [3, 2, 3, 1]

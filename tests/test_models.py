@@ -60,12 +60,10 @@ def test_every_decoder_makes_logits_of_the_inputs_size(decoder):
 def test_a_train_steps_gradient_reaches_every_part_of_every_decoder(decoder):
     """Try a few initial weights: a ReLU that is 0 everywhere passes no gradient on, by chance."""
     side, unreached = SMALLEST.get(decoder, 64), None
-    args = train.parse_args(["--data", "d", "--exp", "e", "--model", f"{decoder}/{encoder_of(decoder)}", "--scale",
-                             str(side)])
     for seed in range(5):
         torch.manual_seed(seed)
         model = build(decoder)
-        train.try_model(model, args)
+        train.try_model(model, decoder, [side], torch.device("cpu"))
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         assert not [name for name in frozen if not name.startswith("encoder.")]  # only maps that a decoder leaves out
         mask = torch.randint(5, (4, side, side))

@@ -156,6 +156,7 @@ RUN = "r0/unet/tu-mobilenetv3_small_100/s64/f0"
 def train_line(folder, data):
     return ["--data", str(data), "--exp", str(folder), "--model", "unet/tu-mobilenetv3_small_100", "--scale", "64",
             "--weights", "none", "--epochs", "3", "--batch", "4", "--folds", "2", "--cache", str(folder / "cache"),
+            "--save-every", "0",
             "--sampler", "rare", "--classmix", "weighted", "--class-weights", "inverse", "--snapshots", "2"]
 
 

@@ -313,7 +313,7 @@ def test_one_setting_tried_with_two_seeds_is_no_second_best(sweep, fake, monkeyp
 
 def test_make_passes_its_knobs(tiny_data):
     knobs = {"DATA": tiny_data, "EXP": "e", "MODELS": "unet/b fpn/a", "SCALE": 96, "FOLDS": "2 1", "EPOCHS": 7,
-             "TRIALS": 11, "LAUNCH": "nice -n 5", "PY": sys.executable, "TRAIN_ARGS": "--ema 0.5"}
+             "TRIALS": 11, "LAUNCH": "nice -n 5", "PY": sys.executable, "TRAIN_ARGS": "--ema 0.5", "PER_GPU": 2}
     plan = subprocess.run(["make", "-n", "sweep", *(f"{k}={v}" for k, v in knobs.items())], cwd=ROOT, text=True,
                           capture_output=True, check=True, env={"PATH": os.environ["PATH"]})
     assert plan.stderr == ""
@@ -321,6 +321,7 @@ def test_make_passes_its_knobs(tiny_data):
     assert line[:5] == ["nice", "-n", "5", sys.executable, "train.py"]
     args = train.parse_args(line[5:])
     assert (args.sweep, args.model, args.scale, args.fold, args.device) == (11, "unet/b", 96, 2, "auto")
+    assert args.per_gpu == 2
     assert (args.epochs, args.ema, str(args.exp), args.data) == (7, 0.5, "out/e", tiny_data)
 
 
@@ -328,6 +329,7 @@ def test_process_claims_its_gpu_once(monkeypatch, tmp_path):
     import torch
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(common.time, "sleep", lambda _: pytest.fail("the process waits for its own GPU"))
+    monkeypatch.setattr(common, "run_kernel", torch.device)
     for name, value in {"is_available": True, "device_count": 1, "set_device": None,
                         "get_device_properties": SimpleNamespace(uuid="a")}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)

@@ -156,11 +156,10 @@ def test_a_resumed_run_trains_only_the_epochs_that_were_lost_and_counts_steps_on
     args = line(tmp_path)
     start_and_stop(args, monkeypatch, interrupt, "backward", STEPS * 2 + 2)
     trained, train_one_epoch = [], train.train_one_epoch
-    steps, update = [], timm.utils.ModelEmaV3.update
+    steps, update = [], train.update_averages
     monkeypatch.setattr(train, "train_one_epoch",
                         lambda run, *rest: trained.append(run.epoch + 1) or train_one_epoch(run, *rest))
-    monkeypatch.setattr(timm.utils.ModelEmaV3, "update",
-                        lambda self, model, step: steps.append(step) or update(self, model, step))
+    monkeypatch.setattr(train, "update_averages", lambda run, n_steps: steps.append(n_steps) or update(run, n_steps))
     train.main(args)
     assert trained == [3] and steps == [STEPS * 2 + 1, STEPS * 3]  # the average's decay rises with the step
 
@@ -517,11 +516,11 @@ def small_net(seed=0):
 
 
 def small_run(net, loss="ce", parts=1, optimizer=None, mean=(0.4,) * 3, std=(0.2,) * 3):
-    """Return a train.Run of `net` at its start, without an average of the weights."""
+    """Return a train.Run of `net` at its start."""
     if optimizer is None:
         optimizer = torch.optim.SGD(train.parameter_groups(net, 1.0, 0.0), lr=0.1, fused=True)
     return train.Run(net, net, common.make_loss(loss), optimizer, torch.amp.GradScaler("cpu", enabled=False),
-                     Namespace(update=lambda *_, **__: None), CPU, mean, std, parts, torch.zeros(3))
+                     timm.utils.ModelEmaV3(net), CPU, mean, std, parts, torch.zeros(3))
 
 
 def small_batch(n_images, seed=0, size=8):
@@ -924,7 +923,7 @@ def test_multiscale_keeps_image_and_mask_aligned(edge, axis):
 def assert_killed_run_ends_the_same(straight, killed):
     """Train one run straight on; kill the other in its second epoch and carry on, to the same bytes and log."""
     train.main(straight)
-    killed.save_every = 1
+    killed.save_every = 1e-9  # seconds: after each step
     run_until_killed(train, killed, "backward", STEPS + 2)
     last = torch.load(run_of(killed) / "last.pt")
     assert (last["epoch"], last["step"]) == (1, 1)
@@ -1280,15 +1279,18 @@ def test_a_run_that_runs_out_of_memory_goes_on_in_parts(line, tmp_path, monkeypa
 
 
 def test_compile_changes_neither_the_weights_nor_their_names(line, finished_exp, tmp_path, monkeypatch):
-    compiled, calls = [], []
+    calls = []
 
-    def compile_model(model):
-        compiled.append(model)
-        return lambda images: calls.append(len(images)) or model(images)
-    monkeypatch.setattr(torch, "compile", compile_model)
+    def compile_function(function):
+        calls.append([])
+        return lambda images, *mask: calls[is_loss(mask)].append(len(images)) or function(images, *mask)
+
+    def is_loss(mask):
+        return 0 if mask else 1  # the loss is compiled first
+    monkeypatch.setattr(torch, "compile", compile_function)
     args = line(tmp_path, "--compile")
     run_and_keep(args)
-    assert len(compiled) == 1 and calls == [4, 5] * EPOCHS  # evaluated is the average, as it is
+    assert calls == [[4, 5] * EPOCHS] * 2  # evaluated is the average, as it is
     assert_same_run(args, line(finished_exp))
 
 
@@ -1511,7 +1513,7 @@ def test_the_worst_the_median_and_the_best_images_are_shown_in_order(line, split
 def test_curves_are_drawn_after_each_epoch_unless_that_would_cost_2_percent(line, tmp_path, monkeypatch):
     drawn, clock = [], iter(range(0, 10 ** 9, 50))  # whatever is timed takes 50 seconds or a multiple of it
     monkeypatch.setattr(train, "draw_curves", lambda path, log: drawn.append(len(log)))
-    monkeypatch.setattr(train, "time", Namespace(time=lambda: next(clock)))
+    monkeypatch.setattr(train, "time", Namespace(time=lambda: next(clock), monotonic=lambda: 0))
     train.main(line(tmp_path, "--epochs", 4))
     assert drawn == [1, 4]
 
