@@ -255,8 +255,10 @@ test: | $(SETUP) ## quick tests: unit, property and end to end
 	$(PY) -m pytest -q -m 'not slow'
 chaos: | $(SETUP) ## kill the whole graph at 30 random moments and compare what it ends in
 	$(PY) -m pytest -q -s tests/test_chaos.py
+# a test that a signal can't end, since it waits for the GPU, ends the process after 100 s
 test-gpu: | $(SETUP) ## the tests that need a GPU, in two minutes
-	$(PY) -m pytest -q -rs -m gpu tests/test_gpu.py
+	$(PY) -m pytest -v --tb=short --durations=15 -o faulthandler_timeout=100 \
+	    -o faulthandler_exit_on_timeout=true -m gpu tests/test_gpu.py
 test-all: | $(SETUP) ## all tests
 	$(PY) -m pytest -q
 lint: | $(SETUP) ## ruff

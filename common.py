@@ -212,6 +212,14 @@ class EvalPhotos:
         return resize_image(self.split.image(index), self.scale), self.split.truth(index)
 
 
+def full_batch(items, size):
+    """Return a batch's items filled up to `size` with the last one; who predicts them drops those.
+
+    A GPU needs seconds to prepare for each batch size that it meets.
+    """
+    return [*items, *[items[-1]] * (size - len(items))]
+
+
 def as_photo(image):
     """Return a photo as numpy; raise UserError if it isn't uint8 [H, W, 3], or empty."""
     image = np.asarray(image)
@@ -286,14 +294,14 @@ def draw_label(probs, u):
 class EpochBatches:
     """Batches of keys (epoch, index) for a DataLoader, in an order drawn from (seed, epoch).
 
-    Set `epoch` before each pass. With `odds` [N] images are drawn by them, else each comes once.
+    Set `epoch` before each pass. In an epoch each image comes once, or with `odds` [N] images are
+    drawn by them. Every batch is full: the last one is filled up with images that come again.
 
     The last `n_pseudo` of the images have pseudo labels. With a `ratio` every batch has that many
     of them for each labelled image, and an epoch goes once through the labelled ones; from the
     epoch `labelled_from` on only labelled images come.
 
-    Each rank gets its share of every batch. A last batch that would leave a rank fewer than two
-    images, which batch norm needs, joins the batch before it.
+    Each rank gets its share of every batch.
     """
     first = 0  # the number of the batch to begin at
 
@@ -320,22 +328,17 @@ class EpochBatches:
         return [(labelled, n_labelled), (pseudo, self.batch_size - n_labelled)]
 
     def __len__(self):
-        (images, share), *others = self.sources()
-        n_batches, left = divmod(len(images), share)
-        last_batch = left + sum(other_share for _, other_share in others)
-        if left and last_batch >= 2 * self.n_ranks:
-            n_batches += 1
-        return max(1, n_batches)
+        images, share = self.sources()[0]
+        return math.ceil(len(images) / share)
 
     def __iter__(self):
         rng = np.random.default_rng([ORDER, self.seed, self.epoch])
         n_batches = len(self)
         parts = []  # of each source its share of every batch
         for images, share in self.sources():
-            n_drawn = share * n_batches if parts else len(images)
-            order = self.draw_order(images, n_drawn, rng)
-            parts.append(np.split(order, share * np.arange(1, n_batches)))
-        batches = [np.concatenate(shares) for shares in zip(*parts, strict=True)]
+            order = self.draw_order(images, n_batches * share, rng)
+            parts.append(order.reshape(n_batches, share))
+        batches = np.concatenate(parts, axis=1)
         for batch in batches[self.first:]:
             own = batch[self.rank::self.n_ranks].tolist()
             yield [(self.epoch, index) for index in own]

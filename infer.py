@@ -24,10 +24,10 @@ from tqdm import tqdm
 from common import (
     FROM_RECIPE, RUN_PLACE, STORE_KEYS, SUBMIT_SIZE, TTA, VIEWS, EvalPhotos, Hashes, Parser,
     UserError, accepted_code, atomic_write, check_output, check_space, checked, claim_device,
-    code_hashes, decide, keep_code, load_data, load_model, loader_workers, lock, move_aside,
-    normalise, number, open_store, predict_probs, provenance, ranks, read_description, resize_probs,
-    run_script, short_hash, store_code, store_recipe, tta_name, tta_views, write_description,
-    write_npy_header)
+    code_hashes, decide, full_batch, keep_code, load_data, load_model, loader_workers, lock,
+    move_aside, normalise, number, open_store, predict_probs, provenance, ranks, read_description,
+    resize_probs, run_script, short_hash, store_code, store_recipe, tta_name, tta_views,
+    write_description, write_npy_header)
 
 # what decides no result; see BESIDE in common.py
 BESIDE = {"parts_folder", "write_store"}
@@ -223,8 +223,10 @@ def predict_batches(models, photos, batches, path, args, device):
     networks = [trained.model for trained in models]
     cuda = device.type == "cuda"
     workers = loader_workers(args.workers, cuda)
-    loader = DataLoader(photos, batch_sampler=list(batches.values()), num_workers=workers,
-                        pin_memory=cuda, multiprocessing_context="fork" if workers else None)
+    size = min(args.batch, len(photos))
+    full_batches = [full_batch(items, size) for items in batches.values()]
+    loader = DataLoader(photos, batch_sampler=full_batches, num_workers=workers, pin_memory=cuda,
+                        multiprocessing_context="fork" if workers else None)
     progress = tqdm(loader, str(path), disable=True if ranks()[0] else None)
     previous = None  # what write_batch gets of the batch before
     for (part, items), (images, _) in zip(batches.items(), progress, strict=True):
@@ -234,7 +236,7 @@ def predict_batches(models, photos, batches, path, args, device):
         if previous:
             write_batch(*previous)
         faults = [photos.split.faults[photos.indices[item]] for item in items]
-        previous = part, stored.cpu().numpy(), faults
+        previous = part, stored[:len(items)].cpu().numpy(), faults
     if previous:
         write_batch(*previous)
 

@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,11 +35,11 @@ from common import (
     STEP, STRIDE, EpochBatches, EvalPhotos, Hashes, Parser, TrainSamples, UserError, amp,
     atomic_write, build_model, check_labels, check_output, check_space, checked, claim_device,
     code_of, confusion, decide, different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls,
-    folds_hash, image_miou, keep_code, last_convolution, load_checkpoint, load_data, load_folds,
-    load_labels, loader_workers, lock, make_augmentation, make_loss, move_aside, named, normalise,
-    number, overlay, provenance, ranks, rare_odds, read_csv, read_description, recipe_changes,
-    resize_probs, run_code, run_folder, run_recipe, run_script, save_checkpoint, scores,
-    split_model, tile_url, write_csv, write_description, write_page, write_sheet)
+    folds_hash, full_batch, image_miou, keep_code, last_convolution, load_checkpoint, load_data,
+    load_folds, load_labels, loader_workers, lock, make_augmentation, make_loss, move_aside, named,
+    normalise, number, overlay, provenance, ranks, rare_odds, read_csv, read_description,
+    recipe_changes, resize_probs, run_code, run_folder, run_recipe, run_script, save_checkpoint,
+    scores, split_model, tile_url, write_csv, write_description, write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
@@ -227,6 +228,8 @@ def add_system_arguments(system):
                         help="of the loader; none on a CPU, else one a core up to 8")
     system.add_argument("--compile", action="store_true",
                         help="torch.compile the model and the loss: slow to start, then faster")
+    system.add_argument("--cuda-graph", action="store_true",
+                        help="start each step on the GPU by one call: faster if batches are small")
     system.add_argument("--logger", choices=LOGGERS, help="besides log.csv")
     system.add_argument("--show-args", action="store_true",
                         help="print these arguments as JSON and stop: make asks so")
@@ -241,6 +244,8 @@ def check_args(args, n_ranks):
     if args.batch < 2 * n_ranks:
         raise UserError(f"--batch {args.batch}: batch norm needs 2 images a process, of which "
                         f"there are {n_ranks}")
+    if args.cuda_graph and n_ranks > 1:
+        raise UserError("--cuda-graph: only a run of one process can have it")
     n_snapshots = len(snapshot_epochs(args))
     if n_snapshots < args.snapshots:
         raise UserError(f"--snapshots {args.snapshots}: this run has only {n_snapshots} to keep")
@@ -268,6 +273,7 @@ class Run:
     log: list = field(default_factory=list)  # a row of log.csv for each epoch
     best: dict | None = None  # what model.pt is to have: the epoch that is kept
     kept: str = "the start"  # what last.pt holds, for people
+    graphs: dict = field(default_factory=dict)  # of replay_update, by the shape of the batch
     saved_at: float = field(default_factory=time.monotonic)  # when last.pt was last written
     drawing_seconds: float = 0.0
     logger: object = None
@@ -276,6 +282,11 @@ class Run:
     @cached_property
     def parameters(self):
         return list(self.model.parameters())
+
+    @cached_property
+    def graph_pool(self):  # of memory, for the graphs of all shapes
+        import torch
+        return torch.cuda.graph_pool_handle()
 
     @cached_property
     def buffers(self):
@@ -309,13 +320,20 @@ def train_step(run, images, masks, lr, step, n_steps, args):
     images uint8 [B, H, W, 3], masks uint8 [B, H, W]. A bad step, whose gradient isn't finite,
     changes nothing but the average of the weights. Both results are tensors on the device.
     """
-    import torch
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["factor"]
     images, masks = normalise(images, run.mean, run.std), masks.long()
     rng = np.random.default_rng([HOOK, args.seed, run.epoch, step])  # the same on all ranks
     images, masks = BATCH_HOOKS[args.batch_hook](images, masks, rng)
+    update = replay_update if args.cuda_graph else update_weights
+    loss, is_bad = update(run, images, masks, args)
+    update_averages(run, run.epoch * n_steps + step + 1)
+    return loss, is_bad
 
+
+def update_weights(run, images, masks, args):
+    """Learn from a batch as it goes into the model; return its loss and whether it was bad."""
+    import torch
     statistics = copy_buffers(run.buffers)  # of batch norm, which the forward pass changes
     run.optimizer.zero_grad(set_to_none=True)
     loss = backward(run, images, masks)
@@ -325,7 +343,6 @@ def train_step(run, images, masks, lr, step, n_steps, args):
     is_bad = ~clip_gradients(run.parameters, args.clip).isfinite()  # the same on all ranks
     step_unless(is_bad, run.optimizer, run.scaler)
     restore_buffers_if(is_bad, run.buffers, statistics)
-    update_averages(run, run.epoch * n_steps + step + 1)
     return loss, is_bad
 
 
@@ -374,6 +391,58 @@ def step_unless(is_bad, optimizer, scaler):
     elif scaler.is_enabled() or not is_bad:  # a scaler looks for itself
         scaler.step(optimizer)
     scaler.update()
+
+
+class UpdateGraph:
+    """update_weights on batches of one shape, as a CUDA graph: recorded once, then replayed.
+
+    Else the CPU starts some 2,000 kernels in a step, one by one, which takes longer than a small
+    batch takes the GPU.
+    """
+
+    def __init__(self, run, images, masks, args):
+        import torch
+        self.images, self.masks = images.clone(), masks.clone()
+        self.groups = run.optimizer.param_groups
+        self.rates = [torch.zeros((), device=run.device) for _ in self.groups]
+        rates = [group["lr"] for group in self.groups]
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            for group, rate in zip(self.groups, self.rates, strict=True):
+                group |= {"lr": rate, "capturable": True}
+            # thread_local: the loader's thread pins memory meanwhile
+            with torch.cuda.graph(self.graph, run.graph_pool, capture_error_mode="thread_local"):
+                self.result = update_weights(run, self.images, self.masks, args)
+        except RuntimeError as e:
+            raise UserError("this model, loss or optimizer can't be recorded as a graph, since it "
+                            f"waits for the GPU in a step: leave out --cuda-graph ({e})") from None
+        finally:
+            for group, rate in zip(self.groups, rates, strict=True):
+                group |= {"lr": rate, "capturable": False}
+
+    def __call__(self, images, masks):
+        """Do what update_weights does; the result stands until the next call."""
+        self.images.copy_(images)
+        self.masks.copy_(masks)
+        for group, rate in zip(self.groups, self.rates, strict=True):
+            rate.fill_(group["lr"])
+        self.graph.replay()
+        return self.result
+
+
+def replay_update(run, images, masks, args):
+    """Do what update_weights does, from the second batch of one shape on by a CUDA graph.
+
+    The first batch finds the algorithms and makes the optimizer's state; at the second it is
+    recorded, which computes nothing.
+    """
+    key = (images.shape, run.parts)
+    if key not in run.graphs:
+        run.graphs[key] = None
+        return update_weights(run, images, masks, args)
+    if run.graphs[key] is None:
+        run.graphs[key] = UpdateGraph(run, images, masks, args)
+    return run.graphs[key](images, masks)
 
 
 def clip_gradients(parameters, largest):
@@ -515,6 +584,7 @@ def evaluate(run, loader, n_classes):
         preds = predict(run.ema.module, images, run)
         for pred, truth in zip(preds, truths.numpy(), strict=True):
             counts.append(confusion(pred, truth, n_classes))
+    del counts[len(loader.dataset):]  # what filled up the last batch
     shares = [counts] * n_ranks
     if n_ranks > 1:
         import torch
@@ -561,9 +631,6 @@ def make_loaders(args, train, test, train_indices, valid_indices, cuda):
     import torch
     entries, present, n_pseudo = training_entries(args, train, test, train_indices)
     rank, n_ranks = ranks()
-    if len(entries) < 2 * n_ranks:
-        raise UserError(f"{len(entries)} training images: batch norm needs 2 for each of {n_ranks} "
-                        "process(es)")
     workers = loader_workers(args.workers, cuda)
     # a generator of its own: starting workers would draw from the global one
     options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": cuda,
@@ -578,7 +645,14 @@ def make_loaders(args, train, test, train_indices, valid_indices, cuda):
     photos = EvalPhotos(train, valid_indices[rank::n_ranks].tolist(), args.scale)
     loader = loader_class()
     return (loader(samples, batch_sampler=batches, collate_fn=tuple, **options),
-            loader(photos, args.batch, **options))
+            loader(photos, batch_sampler=eval_batches(len(photos), args.batch), **options))
+
+
+def eval_batches(n_images, size):
+    """Return batches of the numbers of images; the last one is filled up."""
+    size = max(1, min(size, n_images))  # a process may have none of few images
+    return [full_batch(range(first, min(first + size, n_images)), size)
+            for first in range(0, n_images, size)]
 
 
 def training_entries(args, train, test, train_indices):
@@ -631,24 +705,24 @@ def set_prior(model, pixels):
         last_convolution(model).bias.copy_(frequencies.log())
 
 
-def try_model(model, name, sides, device):
-    """Raise UserError if the model can't work at these sides; freeze what its logits don't need."""
+def try_model(model, name, sides):
+    """Raise UserError if the model can't work at these sides; freeze what its logits don't need.
+
+    Tried is a copy on "meta", where nothing is computed.
+    """
     import torch
+    copy = deepcopy(model).to("meta").eval()
     for side in sides:
         try:
-            logits = model.eval()(torch.zeros(1, 3, side, side, device=device))
+            logits = copy(torch.zeros(1, 3, side, side, device="meta"))
             logits.sum().backward()
-        except torch.OutOfMemoryError:
-            raise UserError("out of memory for one image: lower --scale, or is another process on "
-                            "this GPU?") from None
         except (RuntimeError, ValueError, AssertionError) as e:  # too few pixels; a fixed size
             raise UserError(f"{name} can't work at scale {side}: {e}") from None
         if logits.shape[2:] != (side, side):
             raise UserError(f"{name} makes {list(logits.shape[2:])} of {side} x {side}: "
                             "`upsampling` must be the stride of the decoder's map")
-    for parameter in model.parameters():  # DDP would wait for a gradient that never comes
-        parameter.requires_grad_(parameter.grad is not None)
-    model.zero_grad()
+    for parameter, tried in zip(model.parameters(), copy.parameters(), strict=True):
+        parameter.requires_grad_(tried.grad is not None)  # DDP would wait for one that never comes
 
 
 def batch_sides(args):
@@ -667,14 +741,13 @@ def start_run(args, classes, pixels, resume, device):
     """Return a Run, new or as `resume`, of find_last, holds it; pixels [C]: of training images."""
     import torch
     from timm.utils import ModelEmaV3
+    if args.cuda_graph and device.type != "cuda":
+        raise UserError("--cuda-graph: there is no GPU that could record it")
     torch.manual_seed(args.seed)
     model = build_model(args.model, len(classes), "none" if resume else args.weights)
-    model = model.to(device, memory_format=torch.channels_last)
-    sides = batch_sides(args)
-    try_model(model, args.model, sides, device)
-    # cuDNN tries which algorithm is fastest, for each size of a batch: not for sizes that change
-    torch.backends.cudnn.benchmark = len(sides) == 1
+    try_model(model, args.model, batch_sides(args))
     set_prior(model, pixels)
+    model = model.to(device, memory_format=torch.channels_last)
     gpus = [device.index] if device.type == "cuda" else None
     forward = model
     if ranks()[1] > 1:

@@ -190,13 +190,12 @@ def plain_steps(model, batch, device):
     images, masks = batch[0].permute(0, 3, 1, 2).float().div(255).contiguous(), batch[1].long()
 
     def take(n):
-        with torch.backends.cudnn.flags(enabled=True):  # train.py sets some of them for the whole process
-            for _ in range(n):
-                optimizer.zero_grad()
-                value = loss(net(images.to(device)), masks.to(device))
-                value.backward()
-                optimizer.step()
-                value.item()
+        for _ in range(n):
+            optimizer.zero_grad()
+            value = loss(net(images.to(device)), masks.to(device))
+            value.backward()
+            optimizer.step()
+            value.item()
         wait(device)
     return take
 
@@ -213,10 +212,14 @@ def step_rows(model, scale, batch, device, rounds, turn, peak):
     ours(3)
     memory = train.peak_mb(device) / 1000
     ways = {"ours": ours, "bare": bare_steps(model, data, run), "plain": plain_steps(model, data, device)}
+    if device.type == "cuda":
+        ways["graph"] = our_steps(*start(model, scale, batch, device, "--cuda-graph"))
     times = step_seconds(ways, rounds, turn)
     name = f"{model} x{batch}"
     yield faster(f"{name}, bare", times, batch, 0.95, "bare")
     yield faster(f"{name}, plain", times, batch, 2, "plain")
+    if "graph" in ways:
+        yield faster(f"{name}, --cuda-graph", times, batch, 1, "ours", ours="graph")
     speed = batch / statistics.median(times["ours"])
     card = train.device_name(device)
     if (model, batch) in TARGETS and ("H100" in card or "H200" in card):
@@ -344,14 +347,12 @@ def gpu_infer(device, data=None, model=NARROW, scale=512, rounds=5, turn=TURN):
 
     Its parts are timed in a run of their own, which waits for the GPU after each of them.
     """
-    import torch
     data = data or photos()
     free(device)
     parts = ("normalise", "predict_probs", "resize_probs", "write_batch", "join_parts")
     with tempfile.TemporaryDirectory(dir=bench_rows.OUT) as folder:
         folder = Path(folder)
         checkpoint = train_model(data, folder, device, model=model, scale=scale, epochs=1) / "model.pt"
-        torch.backends.cudnn.benchmark = False  # train.py has set it for this process, of which infer.py has its own
         infer_once(data, checkpoint, folder / "warm", device)
         whole = infer_once(data, checkpoint, folder / "whole", device, "predict_split")["predict_split"]
         spent = infer_once(data, checkpoint, folder / "parts", device, "predict_split", *parts)

@@ -27,7 +27,7 @@ import train
 from common import UserError
 
 torch.set_num_threads(1)  # for nets this small a second thread would only wait for the first
-STEPS = 4  # of an epoch: 9 training images in batches of 2, the last one of 3
+STEPS = 5  # of an epoch: 9 training images in batches of 2, the last one filled up
 
 
 @pytest.fixture(scope="module")
@@ -303,16 +303,16 @@ OPTIONS = ["--sampler", "rare", "--classmix", "weighted", "--optimizer", "sgd", 
 
 
 @pytest.mark.parametrize(("every", "more", "first", "second"), [
-    (EACH_STEP, [], "step 3 of epoch 2", "step 1 of epoch 3"), (60, [], "the start", "the start"),
-    (EACH_STEP, OPTIONS, "step 3 of epoch 2", "step 1 of epoch 3"), (0, OPTIONS, "epoch 1", "epoch 1"),
-    pytest.param(EACH_STEP, ["--workers", 2], "step 3 of epoch 2", "step 1 of epoch 3", marks=pytest.mark.slow)])
+    (EACH_STEP, [], "step 4 of epoch 2", "step 1 of epoch 3"), (60, [], "the start", "the start"),
+    (EACH_STEP, OPTIONS, "step 4 of epoch 2", "step 1 of epoch 3"), (0, OPTIONS, "epoch 1", "epoch 1"),
+    pytest.param(EACH_STEP, ["--workers", 2], "step 4 of epoch 2", "step 1 of epoch 3", marks=pytest.mark.slow)])
 def test_a_run_stopped_in_an_epoch_loses_only_the_steps_since_it_was_saved_and_ends_in_the_same_bytes(
         line, finished, tmp_path, monkeypatch, capsys, every, more, first, second):
     straight, args = finished, line(tmp_path / "stopped", "--save-every", every, *more)
     if more == OPTIONS:
         straight = line(tmp_path / "straight", *OPTIONS)
         train.main(straight)
-    for call, position in ((STEPS + 4, first), (3, second)):  # at step 4 of epoch 2; then the third of those left
+    for call, position in ((STEPS * 2, first), (3, second)):  # the last step of epoch 2; then the third left
         said = stop(args, monkeypatch, "backward", call)
         assert said == f"{run_of(args)}: interrupted, kept is what was after {position}"
     capsys.readouterr()
@@ -451,13 +451,13 @@ def test_parts_found_by_running_out_of_memory_are_kept_for_the_resumed_run(line,
         return run
     with monkeypatch.context() as patch:
         patch.setattr(train, "start_run", start_in_parts)
-        stop(args, patch, "backward", 3)
+        stop(args, patch, "backward", 4)  # the first of epoch 2
     seen = []
     at_call(monkeypatch, train, "backward", 0, None)
     backward = train.backward
     monkeypatch.setattr(train, "backward", lambda run, *rest: seen.append(run.parts) or backward(run, *rest))
     train.main(args)
-    assert seen == [2] * 4
+    assert seen == [2] * 6
 
 
 def test_an_abandoned_replacement_leaves_the_config_and_log_of_the_model_that_is_there(

@@ -231,10 +231,15 @@ def no_prediction(monkeypatch):
 
 @pytest.fixture
 def predicted(monkeypatch):
-    """The number of images in every batch that is predicted."""
-    batches, predict_probs = [], infer.predict_probs
+    """The number of photos in every batch that is predicted: a GPU prepares itself for one size, so all have that."""
+    batches, sizes, predict_probs = [], set(), infer.predict_probs
+
+    def n_photos(images):
+        sizes.add(len(images))
+        assert len(sizes) == 1  # the last ones of a split are filled up
+        return len(images.unique(dim=0))
     monkeypatch.setattr(infer, "predict_probs", lambda models, images, *how: (
-        batches.append(len(images)), predict_probs(models, images, *how))[1])
+        batches.append(n_photos(images)), predict_probs(models, images, *how))[1])
     return batches
 
 

@@ -63,7 +63,7 @@ def test_a_train_steps_gradient_reaches_every_part_of_every_decoder(decoder):
     for seed in range(5):
         torch.manual_seed(seed)
         model = build(decoder)
-        train.try_model(model, decoder, [side], torch.device("cpu"))
+        train.try_model(model, decoder, [side])
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         assert not [name for name in frozen if not name.startswith("encoder.")]  # only maps that a decoder leaves out
         mask = torch.randint(5, (4, side, side))

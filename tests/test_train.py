@@ -9,7 +9,7 @@ import shutil
 import sys
 import zipfile
 from argparse import Namespace
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from fractions import Fraction
 from functools import partial
 from multiprocessing import get_context
@@ -37,7 +37,7 @@ from common import SUBMIT_SIZE, UserError
 torch.set_num_threads(1)  # for nets this small a second thread would only wait for the first
 SPEED = ("images_per_s", "waiting", "seconds")  # what a log has that is never the same twice
 FINISHED = ("config.json", "log.csv", "epoch-002.pt", "epoch-003.pt", "model.pt")  # of a run with two snapshots
-STEPS = 2  # of an epoch of the runs below: their 9 training images in batches of 4 are two steps, the last one of 5
+STEPS = 3  # of an epoch of the runs below: their 9 training images in batches of 4, the last one filled up
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,8 @@ def test_a_resumed_run_trains_only_the_epochs_that_were_lost_and_counts_steps_on
                         lambda run, *rest: trained.append(run.epoch + 1) or train_one_epoch(run, *rest))
     monkeypatch.setattr(train, "update_averages", lambda run, n_steps: steps.append(n_steps) or update(run, n_steps))
     train.main(args)
-    assert trained == [3] and steps == [STEPS * 2 + 1, STEPS * 3]  # the average's decay rises with the step
+    # the average's decay rises with the step
+    assert trained == [3] and steps == list(range(STEPS * 2 + 1, STEPS * 3 + 1))
 
 
 def test_the_same_line_again_does_nothing(line, exp, no_training, capsys):
@@ -352,22 +353,27 @@ def test_check_writes_the_folds_and_a_page_and_trains_nothing(line, tmp_path, no
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5))
-def test_batches_hold_every_image_once_an_epoch_and_no_tail_of_one(n_images, batch_size, seed, epoch):
+def test_batches_are_full_and_hold_every_image_of_an_epoch(n_images, batch_size, seed, epoch):
     batches = common.EpochBatches(n_images, batch_size, seed)
     batches.epoch = epoch
     listed = list(batches)
-    assert len(listed) == len(batches)
-    assert sorted(index for batch in listed for _, index in batch) == list(range(n_images))
-    assert {key[0] for batch in listed for key in batch} == {epoch}
-    sizes = [len(batch) for batch in listed]
-    assert all(size == batch_size for size in sizes[:-1])
-    if batch_size > 1 and n_images > 1:
-        assert 2 <= sizes[-1] <= batch_size + 1
+    assert len(listed) == len(batches) == math.ceil(n_images / batch_size)
+    assert {len(batch) for batch in listed} == {batch_size}
+    times = Counter(key for batch in listed for key in batch)
+    assert times.keys() == {(epoch, index) for index in range(n_images)}
+    assert max(times.values()) <= math.ceil(len(listed) * batch_size / n_images)
+    batches.first = len(listed) // 2  # where a stopped run goes on
+    assert list(batches) == listed[batches.first:]
 
 
-def test_a_tail_of_one_image_joins_the_batch_before():
-    assert [len(batch) for batch in common.EpochBatches(7, 3, 0)] == [3, 4]
-    assert [len(batch) for batch in common.EpochBatches(8, 3, 0)] == [3, 3, 2]
+def test_the_images_that_fill_the_last_batch_are_drawn_anew_in_each_epoch():
+    batches, fillings = common.EpochBatches(20, 16, 0), []
+    for batches.epoch in range(5):
+        order = [index for batch in batches for _, index in batch]
+        assert sorted(order[:20]) == list(range(20))  # first each image once
+        fillings.append(order[20:])
+        assert fillings[-1] != order[:12] and set(fillings[-1]) != set(order[:12])
+    assert len({tuple(sorted(filling)) for filling in fillings}) == 5
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
@@ -778,7 +784,7 @@ def norm_step(run, seed, fault=None):
     if fault == "gradient":  # of a loss that is finite
         run.loss = lambda logits, mask: loss(logits, mask) + (logits * 0).sqrt().sum()
     images = images.permute(0, 2, 3, 1).mul(40).byte()
-    args = settings(batch_hook="none", clip=0.0, seed=0)
+    args = settings(batch_hook="none", clip=0.0, seed=0, cuda_graph=False)
     value, bad = train.train_step(run, images, masks.byte(), 0.05, 0, 1, args)
     run.loss, run.mean = loss, mean
     assert value.isfinite() == (fault != "input")
@@ -945,7 +951,7 @@ def test_a_run_with_each_batch_hook_ends_in_the_same_bytes_killed_or_not(line, t
     straight, killed = (line(tmp_path / each, "--epochs", 2, "--scale", 128, "--batch-hook", name) for each in "ab")
     assert_killed_run_ends_the_same(straight, killed)
     steps, resumed = seen[:2 * STEPS], seen[2 * STEPS:]
-    assert [n_images for n_images, _, _ in steps] == [4, 5] * 2
+    assert [n_images for n_images, _, _ in steps] == [4] * 2 * STEPS
     assert resumed == steps[STEPS + 1:] and len({draw for _, _, draw in steps}) == 2 * STEPS
     assert name != "multiscale" or len({size for _, size, _ in steps}) > 1
 
@@ -1247,7 +1253,7 @@ def test_the_rare_sampler_draws_images_with_a_rare_class_oftener(line, exp):
     rarest = np.array([present.sum(0)[image].min() for image in present])  # images with the rarest class of each
     expected = 1 / rarest / (1 / rarest).sum()
     assert times / times.sum() == pytest.approx(expected, abs=0.02) and np.ptp(expected) > 0.06
-    assert sorted(drawn(line(exp), range(1))[0]) == list(range(len(present)))
+    assert sorted(drawn(line(exp), range(1))[0][:len(present)]) == list(range(len(present)))
 
 
 def test_inverse_class_weights_are_of_the_training_folds_pixels(line, exp, splits, monkeypatch):
@@ -1275,6 +1281,40 @@ def test_a_run_that_runs_out_of_memory_goes_on_in_parts(line, tmp_path, monkeypa
     assert "in 2 parts" in capsys.readouterr().out and (run_of(line(tmp_path)) / "model.pt").exists()
 
 
+# ---- validation's batches, one graph for a step ---------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_validation_has_each_image_once_in_batches_of_one_size_the_last_filled_up(n_images, size):
+    batches = train.eval_batches(n_images, size)
+    items = np.concatenate(batches)
+    assert {len(batch) for batch in batches} == {min(size, n_images)}
+    assert items[:n_images].tolist() == list(range(n_images)) and set(items[n_images:]) <= {n_images - 1}
+    assert len(items) - n_images < size
+    assert train.eval_batches(7, 3) == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
+    assert train.eval_batches(0, 3) == []  # of a process that has none of few images
+
+
+def test_what_fills_up_validations_last_batch_does_not_count(line, tmp_path, monkeypatch):
+    counted, sizes, predict = [], [], train.predict
+    monkeypatch.setattr(train, "scores", lambda counts, size: counted.append(len(counts)) or common.scores(
+        counts, size))
+    monkeypatch.setattr(train, "predict", lambda model, images, run: sizes.append(len(images)) or predict(
+        model, images, run))
+    args = line(tmp_path, "--epochs", 1, "--batch", 3)
+    train.main(args)
+    assert counted == [5] and sizes[:2] == [3, 3]
+    assert len(common.load_checkpoint(run_of(args) / "model.pt")["image_v3"]) == 5
+
+
+def test_a_graph_of_a_step_is_refused_without_a_gpu_and_with_several_processes(line, tmp_path):
+    args = line(tmp_path, "--cuda-graph")
+    with pytest.raises(UserError, match="^--cuda-graph: there is no GPU"):
+        train.main(args)
+    with pytest.raises(UserError, match="^--cuda-graph: only a run of one process"):
+        train.check_args(args, 2)
+
+
 # ---- torch.compile --------------------------------------------------------------------------------------------------
 
 
@@ -1290,13 +1330,13 @@ def test_compile_changes_neither_the_weights_nor_their_names(line, finished_exp,
     monkeypatch.setattr(torch, "compile", compile_function)
     args = line(tmp_path, "--compile")
     run_and_keep(args)
-    assert calls == [[4, 5] * EPOCHS] * 2  # evaluated is the average, as it is
+    assert calls == [[4] * STEPS * EPOCHS] * 2  # one size; evaluated is the average, as it is
     assert_same_run(args, line(finished_exp))
 
 
 @pytest.mark.slow
 def test_a_compiled_model_trains_and_its_file_is_read_without_compiling(line, tmp_path):
-    args = line(tmp_path, "--compile", "--epochs", 2, "--batch", 9)  # one batch size: it compiles anew for another
+    args = line(tmp_path, "--compile", "--epochs", 2)
     train.main(args)
     state = torch.load(run_of(args) / "model.pt")
     assert state["model"].keys() == common.build_model(MODEL, 12).state_dict().keys()
