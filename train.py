@@ -371,7 +371,9 @@ def backward(run, images, masks):
             run.scaler.scale(loss).backward()
             total += loss.detach()
         return total
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:  # torch.OutOfMemoryError is one
+        if not lacks_memory(e):
+            raise
         if n_parts >= len(images) // 2 or ranks()[1] > 1:
             text = f"out of memory: lower --scale or --batch, or raise --accumulate ({e})"
             raise UserError(text) from None
@@ -381,6 +383,15 @@ def backward(run, images, masks):
     run.optimizer.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     return backward(run, images, masks)
+
+
+def lacks_memory(error):
+    """Return whether an error is for lack of GPU memory; torch's libraries have words of their own.
+
+    cuDNN finds no "engine" when none gets the memory that it needs.
+    """
+    words = "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine"
+    return any(word in str(error) for word in words)
 
 
 def step_unless(is_bad, optimizer, scaler):

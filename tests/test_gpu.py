@@ -536,7 +536,7 @@ def assert_same_learning(losses, expected):
     """Check that the loss fell as it did on the CPU.
 
     The CPU's own bfloat16 is up to 0.029 of the fall away from its float32 in a step, and 0.010 at the end. With a
-    third or three times the learning rate an SGD is at least 0.15 away.
+    third or three times the learning rate an SGD is at least 0.11 away in a step.
     """
     end, expected_end = losses[-4:].mean(), expected[-4:].mean()
     fall = expected[0] - expected_end
@@ -658,18 +658,18 @@ def epochs_in(text):
     return [int(n) for n in re.findall(r" epoch (\d+)/\d+ loss ", text)]
 
 
+def test_a_job_waits_until_the_gpu_is_let_go(killed):
+    script, _ = killed
+    script.wait_for(" epoch 1/")
+    assert not epochs_in(script.text.partition("waiting for one")[0])
+
+
 def test_two_processes_share_the_gpu_over_gloo(jobs, argv, tmp_path):
     """The mean cross-entropy of two halves is that of the whole; a region loss of them would be another one."""
     folder, scripts, _ = jobs
     alone = train_here(argv(tmp_path, "--loss", "ce"))
     assert epochs_in(scripts["two"].finish()) == list(range(1, EPOCHS + 1))
     assert_same_log(run_in(folder / "two"), alone, largest=0.2, mean=0.06)
-
-
-def test_a_job_waits_until_the_gpu_is_let_go(killed):
-    script, _ = killed
-    script.wait_for(" epoch 1/")
-    assert not epochs_in(script.text.partition("waiting for one")[0])
 
 
 def test_a_killed_run_carries_on_where_it_was(killed, plain, argv, capsys):
