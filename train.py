@@ -228,8 +228,6 @@ def add_system_arguments(system):
                         help="of the loader; none on a CPU, else one a core up to 8")
     system.add_argument("--compile", action="store_true",
                         help="torch.compile the model and the loss: slow to start, then faster")
-    system.add_argument("--cuda-graph", action="store_true",
-                        help="start each step on the GPU by one call: faster if batches are small")
     system.add_argument("--logger", choices=LOGGERS, help="besides log.csv")
     system.add_argument("--show-args", action="store_true",
                         help="print these arguments as JSON and stop: make asks so")
@@ -244,8 +242,6 @@ def check_args(args, n_ranks):
     if args.batch < 2 * n_ranks:
         raise UserError(f"--batch {args.batch}: batch norm needs 2 images a process, of which "
                         f"there are {n_ranks}")
-    if args.cuda_graph and n_ranks > 1:
-        raise UserError("--cuda-graph: only a run of one process can have it")
     n_snapshots = len(snapshot_epochs(args))
     if n_snapshots < args.snapshots:
         raise UserError(f"--snapshots {args.snapshots}: this run has only {n_snapshots} to keep")
@@ -273,7 +269,6 @@ class Run:
     log: list = field(default_factory=list)  # a row of log.csv for each epoch
     best: dict | None = None  # what model.pt is to have: the epoch that is kept
     kept: str = "the start"  # what last.pt holds, for people
-    graphs: dict = field(default_factory=dict)  # of replay_update, by the shape of the batch
     saved_at: float = field(default_factory=time.monotonic)  # when last.pt was last written
     drawing_seconds: float = 0.0
     logger: object = None
@@ -282,11 +277,6 @@ class Run:
     @cached_property
     def parameters(self):
         return list(self.model.parameters())
-
-    @cached_property
-    def graph_pool(self):  # of memory, for the graphs of all shapes
-        import torch
-        return torch.cuda.graph_pool_handle()
 
     @cached_property
     def buffers(self):
@@ -320,20 +310,13 @@ def train_step(run, images, masks, lr, step, n_steps, args):
     images uint8 [B, H, W, 3], masks uint8 [B, H, W]. A bad step, whose gradient isn't finite,
     changes nothing but the average of the weights. Both results are tensors on the device.
     """
+    import torch
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["factor"]
     images, masks = normalise(images, run.mean, run.std), masks.long()
     rng = np.random.default_rng([HOOK, args.seed, run.epoch, step])  # the same on all ranks
     images, masks = BATCH_HOOKS[args.batch_hook](images, masks, rng)
-    update = replay_update if args.cuda_graph else update_weights
-    loss, is_bad = update(run, images, masks, args)
-    update_averages(run, run.epoch * n_steps + step + 1)
-    return loss, is_bad
 
-
-def update_weights(run, images, masks, args):
-    """Learn from a batch as it goes into the model; return its loss and whether it was bad."""
-    import torch
     statistics = copy_buffers(run.buffers)  # of batch norm, which the forward pass changes
     run.optimizer.zero_grad(set_to_none=True)
     loss = backward(run, images, masks)
@@ -343,6 +326,7 @@ def update_weights(run, images, masks, args):
     is_bad = ~clip_gradients(run.parameters, args.clip).isfinite()  # the same on all ranks
     step_unless(is_bad, run.optimizer, run.scaler)
     restore_buffers_if(is_bad, run.buffers, statistics)
+    update_averages(run, run.epoch * n_steps + step + 1)
     return loss, is_bad
 
 
@@ -402,58 +386,6 @@ def step_unless(is_bad, optimizer, scaler):
     elif scaler.is_enabled() or not is_bad:  # a scaler looks for itself
         scaler.step(optimizer)
     scaler.update()
-
-
-class UpdateGraph:
-    """update_weights on batches of one shape, as a CUDA graph: recorded once, then replayed.
-
-    Else the CPU starts some 2,000 kernels in a step, one by one, which takes longer than a small
-    batch takes the GPU.
-    """
-
-    def __init__(self, run, images, masks, args):
-        import torch
-        self.images, self.masks = images.clone(), masks.clone()
-        self.groups = run.optimizer.param_groups
-        self.rates = [torch.zeros((), device=run.device) for _ in self.groups]
-        rates = [group["lr"] for group in self.groups]
-        self.graph = torch.cuda.CUDAGraph()
-        try:
-            for group, rate in zip(self.groups, self.rates, strict=True):
-                group |= {"lr": rate, "capturable": True}
-            # thread_local: the loader's thread pins memory meanwhile
-            with torch.cuda.graph(self.graph, run.graph_pool, capture_error_mode="thread_local"):
-                self.result = update_weights(run, self.images, self.masks, args)
-        except RuntimeError as e:
-            raise UserError("this model, loss or optimizer can't be recorded as a graph, since it "
-                            f"waits for the GPU in a step: leave out --cuda-graph ({e})") from None
-        finally:
-            for group, rate in zip(self.groups, rates, strict=True):
-                group |= {"lr": rate, "capturable": False}
-
-    def __call__(self, images, masks):
-        """Do what update_weights does; the result stands until the next call."""
-        self.images.copy_(images)
-        self.masks.copy_(masks)
-        for group, rate in zip(self.groups, self.rates, strict=True):
-            rate.fill_(group["lr"])
-        self.graph.replay()
-        return self.result
-
-
-def replay_update(run, images, masks, args):
-    """Do what update_weights does, from the second batch of one shape on by a CUDA graph.
-
-    The first batch finds the algorithms and makes the optimizer's state; at the second it is
-    recorded, which computes nothing.
-    """
-    key = (images.shape, run.parts)
-    if key not in run.graphs:
-        run.graphs[key] = None
-        return update_weights(run, images, masks, args)
-    if run.graphs[key] is None:
-        run.graphs[key] = UpdateGraph(run, images, masks, args)
-    return run.graphs[key](images, masks)
 
 
 def clip_gradients(parameters, largest):
@@ -752,8 +684,6 @@ def start_run(args, classes, pixels, resume, device):
     """Return a Run, new or as `resume`, of find_last, holds it; pixels [C]: of training images."""
     import torch
     from timm.utils import ModelEmaV3
-    if args.cuda_graph and device.type != "cuda":
-        raise UserError("--cuda-graph: there is no GPU that could record it")
     torch.manual_seed(args.seed)
     model = build_model(args.model, len(classes), "none" if resume else args.weights)
     try_model(model, args.model, batch_sides(args))

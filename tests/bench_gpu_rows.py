@@ -206,20 +206,19 @@ def step_rows(model, scale, batch, device, rounds, turn, peak):
     free(device)
     run, args, data = start(model, scale, batch, device)
     ours = our_steps(run, args, data)
-    ours(3)  # the first step also tries algorithms, which takes more memory
+    started = time.perf_counter()
+    ours(1)
+    yield note(f"{model} x{batch}, the first step", time.perf_counter() - started, "s")
+    ours(3)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     ours(3)
     memory = train.peak_mb(device) / 1000
     ways = {"ours": ours, "bare": bare_steps(model, data, run), "plain": plain_steps(model, data, device)}
-    if device.type == "cuda":
-        ways["graph"] = our_steps(*start(model, scale, batch, device, "--cuda-graph"))
     times = step_seconds(ways, rounds, turn)
     name = f"{model} x{batch}"
     yield faster(f"{name}, bare", times, batch, 0.95, "bare")
     yield faster(f"{name}, plain", times, batch, 2, "plain")
-    if "graph" in ways:
-        yield faster(f"{name}, --cuda-graph", times, batch, 1, "ours", ours="graph")
     speed = batch / statistics.median(times["ours"])
     card = train.device_name(device)
     if (model, batch) in TARGETS and ("H100" in card or "H200" in card):
@@ -230,7 +229,7 @@ def step_rows(model, scale, batch, device, rounds, turn, peak):
     yield note(name, memory, "GB at most")
 
 
-def gpu(device, models=MODELS, batches=BATCHES, scale=512, rounds=5, turn=TURN, side=8192):
+def gpu(device, models=MODELS, batches=BATCHES, scale=512, rounds=3, turn=TURN, side=8192):
     """Time train.py's steps against bare ones and a plain script's, in turn; limit: the card's TFLOP/s."""
     peak = matmul_tflops(device, side)
     yield note(f"matrix product of {side}, bfloat16", peak, "TFLOP/s")

@@ -784,7 +784,7 @@ def norm_step(run, seed, fault=None):
     if fault == "gradient":  # of a loss that is finite
         run.loss = lambda logits, mask: loss(logits, mask) + (logits * 0).sqrt().sum()
     images = images.permute(0, 2, 3, 1).mul(40).byte()
-    args = settings(batch_hook="none", clip=0.0, seed=0, cuda_graph=False)
+    args = settings(batch_hook="none", clip=0.0, seed=0)
     value, bad = train.train_step(run, images, masks.byte(), 0.05, 0, 1, args)
     run.loss, run.mean = loss, mean
     assert value.isfinite() == (fault != "input")
@@ -1281,7 +1281,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_in_parts(line, tmp_path, monkeypa
     assert "in 2 parts" in capsys.readouterr().out and (run_of(line(tmp_path)) / "model.pt").exists()
 
 
-# ---- validation's batches, one graph for a step ---------------------------------------------------------------------
+# ---- validation's batches -------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 40), st.integers(1, 12))
@@ -1305,14 +1305,6 @@ def test_what_fills_up_validations_last_batch_does_not_count(line, tmp_path, mon
     train.main(args)
     assert counted == [5] and sizes[:2] == [3, 3]
     assert len(common.load_checkpoint(run_of(args) / "model.pt")["image_v3"]) == 5
-
-
-def test_a_graph_of_a_step_is_refused_without_a_gpu_and_with_several_processes(line, tmp_path):
-    args = line(tmp_path, "--cuda-graph")
-    with pytest.raises(UserError, match="^--cuda-graph: there is no GPU"):
-        train.main(args)
-    with pytest.raises(UserError, match="^--cuda-graph: only a run of one process"):
-        train.check_args(args, 2)
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------
