@@ -23,6 +23,7 @@ SCALE      ?= $(SCALES)
 FOLD       ?= $(FOLDS)
 ROUND      ?=
 PAINT      ?= area
+ORIENTATION ?= shown
 EPOCHS     ?= 40
 BATCH      ?= 8
 LR         ?= 2e-3
@@ -55,6 +56,7 @@ about.ROUNDS      := rounds of pseudo labels before the submission: once the mod
 about.ROUND       := the one round of train (default 0), pseudo (1) or score (ROUNDS)
 about.NFOLDS      := folds that the training images are split into
 about.PAINT       := which object wins where they overlap: area (the smaller), id, order
+about.ORIENTATION := of photos that EXIF turns to the same size: shown (turned) or stored
 about.EPOCHS      := of every run
 about.BATCH       := images in a training step
 about.LR          := peak learning rate
@@ -75,9 +77,9 @@ about.DEVICE      := auto takes an idle GPU, or the CPU
 about.PER_GPU     := jobs of make -j that may share a GPU, 1 to 9
 about.PY          := python to use; PY=python takes the current environment
 about.CODE        := after an edit of a script: new makes anew what it made, keep keeps it
-KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT EPOCHS BATCH LR \
-    SEED WEIGHTS TTA VOTE A B IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS SNAPSHOTS \
-    TRIALS ROWS GPUS LAUNCH DEVICE PER_GPU PY CODE
+KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT ORIENTATION \
+    EPOCHS BATCH LR SEED WEIGHTS TTA VOTE A B IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS \
+    SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH DEVICE PER_GPU PY CODE
 
 # ---- knobs are checked first, all of them; the plan below checks what only scripts know ----------
 given := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
@@ -99,7 +101,6 @@ quote  = '$(subst ','\'',$1)'
 # means anything to a shell
 text         := [A-Za-z0-9 ._=+,:/@-]*
 piece        := [A-Za-z0-9_=+-][A-Za-z0-9._=+-]*
-legal.DATA   := .*
 legal.EXP    := $(piece)(/$(piece))*
 legal.A      := ($(legal.EXP))?
 legal.B      := ($(legal.EXP))?
@@ -112,7 +113,7 @@ legal.SNAPSHOTS := 0|[1-9][0-9]*
 $(foreach v,GPUS TRIALS EPOCHS BATCH,$(eval legal.$v := [1-9][0-9]*))
 legal   = $(if $(filter legal.$1,$(.VARIABLES)),$(legal.$1),$(text))
 matches = p='$(call legal,$1)'; [[ $(call quote,$($1)) =~ ^($$p)$$ ]]
-wrong  := $(strip $(shell $(foreach v,$(KNOBS),$(call matches,$v) || echo $(call quote,$v=$($v));)))
+wrong  := $(strip $(shell $(foreach v,$(filter-out DATA,$(KNOBS)),$(call matches,$v) || echo $(call quote,$v=$($v));)))
 $(if $(wrong),$(error $(wrong) can not be: numbers are whole, CODE is new or keep, no part of EXP \
     begins with a dot, and quotes and other signs that a shell knows have no place in a knob but \
     DATA))
@@ -129,7 +130,7 @@ $(if $(filter compare,$(wanted)),$(foreach v,A B,$(if $(call scored,$($v)),,$(er
 # ---- what the scripts are given ------------------------------------------------------------------
 OUT    := out/$(EXP)
 data   := --data $(call quote,$(DATA)) --cache out/cache
-split  := --exp $(OUT) --folds $(NFOLDS) --paint $(PAINT)
+split  := --exp $(OUT) --folds $(NFOLDS) --paint $(PAINT) --orientation $(ORIENTATION)
 train  := --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) \
           --snapshots $(SNAPSHOTS) $(TRAIN_ARGS)
 infer  := --tta $(TTA) $(INFER_ARGS)
@@ -151,8 +152,8 @@ export OMP_NUM_THREADS = $(shell n=$$(( $(cores) / $(jobs) / $(GPUS) )); echo $$
 # what it is made from.
 SETUP := $(filter .venv/.installed,$(PY:.venv/bin/python=.venv/.installed))
 first := $(if $(SETUP),$(shell [ .venv/.installed -nt requirements.txt ] || echo yes))
-grid  := $(data) --exp $(OUT) --paint $(PAINT) --nfolds $(NFOLDS) --rounds $(ROUNDS) \
-    $(ROUND:%=--round %) --gpus $(GPUS) $(code) \
+grid  := $(data) --exp $(OUT) --paint $(PAINT) --orientation $(ORIENTATION) --nfolds $(NFOLDS) \
+    --rounds $(ROUNDS) $(ROUND:%=--round %) --gpus $(GPUS) $(code) \
     --models '$(MODELS)' --scales '$(SCALES)' --folds '$(FOLDS)' \
     --pick-models '$(MODEL)' --pick-scales '$(SCALE)' --pick-folds '$(FOLD)' \
     --train-args='$(train)' --infer-args='$(infer)' --pseudo-args='$(PSEUDO_ARGS)' \
@@ -212,7 +213,7 @@ help: ## show this text
 	@echo 'usage: make COMMAND [KNOB=VALUE ...]'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo 'knobs, with their values now:'
-	@printf '  %-10s %-30s %s\n' $(foreach k,$(KNOBS),$(if $(filter about.$k,$(.VARIABLES)),\
+	@printf '  %-11s %-30s %s\n' $(foreach k,$(KNOBS),$(if $(filter about.$k,$(.VARIABLES)),\
 	    $k $(call quote,$($k)) '$(about.$k)'))
 setup: .venv/.installed ## make .venv from requirements.txt, once; every command that needs it does
 check: | $(SETUP) ## check the data and list all faults at once; out/EXP/data.html

@@ -17,7 +17,9 @@ import ast
 import base64
 import csv
 import ctypes
+import errno
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -31,21 +33,27 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
+import unicodedata
+import warnings
 import zipfile
 from collections import defaultdict
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import accumulate, count, cycle, product
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from textwrap import shorten
+from urllib.parse import unquote
 
 import numpy as np
 from tqdm import tqdm
@@ -93,7 +101,10 @@ class Split:
     photos: np.ndarray | None  # the decoded photos likewise, 3 bytes a pixel; None if not cached
     faults: list  # what is wrong with the photo, or None; only test photos may have a fault
     odd: list  # ids of the annotations with a polygon that leaves the photo or has no area
-    fingerprint: str  # a line that names the JSON, the paint order and the photos' content
+    turns: list  # what reading_way says of the photo's EXIF orientation
+    flat: list  # whether nearly all of the photo is of one grey
+    orientation: str  # how photos are read whose "turns" is "open"
+    fingerprint: str  # a line that names the JSON, the settings and the photos' content
 
     def image(self, index):
         """Return the photo, uint8 RGB [H, W, 3]; a black one if it has a fault.
@@ -106,7 +117,8 @@ class Split:
             start, end = 3 * self.starts[index], 3 * self.starts[index + 1]
             return np.asarray(self.photos[start:end]).reshape(*self.sizes[index], 3)
         try:
-            return read_image(self.root / self.file_names[index], *self.sizes[index])
+            path = self.root / self.file_names[index]
+            return read_image(path, *self.sizes[index], self.orientation)
         except OSError as e:
             name = f"image {self.ids[index]} ({self.file_names[index]})"
             raise OSError(f"{name} has changed: {e.strerror}; run the same again") from None
@@ -143,7 +155,7 @@ def pixel_starts(sizes):
     return [0, *accumulate(map(math.prod, sizes))]
 
 
-def load_data(data, cache, paint="area", decoded=False):
+def load_data(data, cache, paint="area", orientation="shown", decoded=False):
     """Check the folder `data` in one pass and return its (train, test) Splits.
 
     Raises UserError that lists all faults at once. A test photo that can't be read only brings a
@@ -157,13 +169,16 @@ def load_data(data, cache, paint="area", decoded=False):
     data, hashes = Path(data), Hashes(cache)
     check_output(data, cache)
     paths = data_files(data)
-    folder = cache_folder(cache, paths, paint, hashes)
+    settings = (paint, orientation)
+    folder = cache_folder(cache, paths, settings, hashes)
     splits = open_cache(folder, data, hashes)
     if splits is None or (decoded and splits[0].photos is None):
         with lock(folder, wait=True):  # the first process builds, the others wait for it
-            splits = open_cache(folder, data, hashes) or build_cache(folder, paths, paint, hashes)
+            splits = open_cache(folder, data, hashes)
+            splits = splits or build_cache(folder, paths, settings, hashes)
             if decoded and splits and splits[0].photos is None:
                 write_photos(folder / "photos.npy", splits[0])
+                write_checksums(folder, hashes)
                 splits = open_cache(folder, data, hashes)
     hashes.save()
     if splits is None:
@@ -366,21 +381,25 @@ def rare_odds(present):
 # field of a Split in index.json -> key of a photo's dict, as read_coco and check_photo fill it
 PHOTO_KEYS = {
     "ids": "id", "file_names": "file_name", "sizes": "size", "pixels": "pixels",
-    "objects": "painted", "digests": "digest", "faults": "fault", "odd": "odd"}
+    "objects": "painted", "digests": "digest", "faults": "fault", "odd": "odd",
+    "turns": "turn", "flat": "flat"}
 
 
-def cache_folder(cache, paths, paint, hashes):
-    """Return the folder in `cache` for two JSON files and a paint order, named also by the code."""
+def cache_folder(cache, paths, settings, hashes):
+    """Return the folder in `cache` for two JSON files and settings, named also by the code.
+
+    settings: (paint order, orientation).
+    """
     json_hashes = [hashes(path) for path in paths]
-    return Path(cache) / short_hash(json_hashes, paint, code_of("masks"))
+    return Path(cache) / short_hash(json_hashes, settings, code_of("masks"))
 
 
-def fingerprint(json_hash, paint, digests):
+def fingerprint(json_hash, settings, digests):
     """Return a line that names the content of a split.
 
-    digests: hashes of its photos, "" where one is missing.
+    settings: as in cache_folder; digests: hashes of its photos, "" where one is missing.
     """
-    return f"{json_hash} {paint} {short_hash(*digests)}"
+    return f"{json_hash} {' '.join(settings)} {short_hash(*digests)}"
 
 
 def open_cache(folder, data, hashes):
@@ -388,27 +407,48 @@ def open_cache(folder, data, hashes):
 
     Return None if the cache isn't whole or if a photo was changed or removed since.
     """
-    photos = None
-    try:
-        index = json.loads((folder / "index.json").read_bytes())
-        masks = np.load(folder / "masks.npy", mmap_mode="r")
-        if (folder / "photos.npy").exists():
-            photos = np.load(folder / "photos.npy", mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # EOFError: an empty .npy
+    index, arrays = read_index_json(folder, hashes), {}
+    for name in ("masks.npy", "photos.npy"):
+        if is_as_written(folder / name, hashes):
+            arrays[name] = np.load(folder / name, mmap_mode="r")
+    if index is None or "masks.npy" not in arrays:
         return None
     for entry in index.values():
         paths = [f"{data}/{name}" for name in entry["file_names"]]
         if hashes.of_all(paths) != entry["digests"]:
             return None
+    masks, photos = arrays["masks.npy"], arrays.get("photos.npy")
     train = Split(root=data, masks=masks, photos=photos, **index["train"])
     test = Split(root=data, masks=None, photos=None, **index["test"])
     return train, test
 
 
-def build_cache(folder, paths, paint, hashes):
+def read_index_json(folder, hashes):
+    """Return the index.json of a folder of the cache, or None if it isn't as it was written."""
+    path = folder / "index.json"
+    return read_json(path) if is_as_written(path, hashes) else None
+
+
+def is_as_written(path, hashes):
+    """Return whether a file of the cache has the hash that write_checksums wrote.
+
+    A cache is trusted with masks, sizes and class names: a damaged one would train on wrong labels.
+    Hashes reads the file only if it has changed since it was last hashed.
+    """
+    checksums = read_own_json(path.parent / "checksums.json", {path.name: str})
+    return bool(checksums) and hashes(path) == checksums[path.name] != ""
+
+
+def write_checksums(folder, hashes):
+    """Write checksums.json, last of all: a folder of the cache counts only with it."""
+    names = ("index.json", "masks.npy", "photos.npy")
+    write_json(folder / "checksums.json", {name: hashes(folder / name) for name in names})
+
+
+def build_cache(folder, paths, settings, hashes):
     """Check the data, fill `folder` and return open_cache of it.
 
-    masks.npy is written first and index.json last. Raises UserError that lists all faults.
+    The checksums are written last. Raises UserError that lists all faults.
     """
     check_files()  # else the workers would paint with other code than the folder is named for
     root = paths[0].parent
@@ -421,13 +461,16 @@ def build_cache(folder, paths, paint, hashes):
     with atomic_write(folder / "masks.npy") as scratch:
         if not faults:
             begin_masks(scratch, train)
-        check = partial(check_photo, root, paint, len(categories) + 1, scratch)
+        check = partial(check_photo, root, settings, len(categories) + 1, scratch)
         check_photos(train + test, check, hashes)
+        if not faults:
+            faults += two_truths(train, scratch)
         raise_faults(faults, train, test)
     classes = [BACKGROUND, *categories.values()]
-    index = {"train": index_entry(train, classes, hashes(paths[0]), paint),
-             "test": index_entry(test, classes, hashes(paths[1]), paint)}
+    index = {"train": index_entry(train, classes, hashes(paths[0]), settings),
+             "test": index_entry(test, classes, hashes(paths[1]), settings)}
     write_json(folder / "index.json", index)
+    write_checksums(folder, hashes)
     return open_cache(folder, root, hashes)
 
 
@@ -445,7 +488,7 @@ def check_photos(photos, check, hashes):
 
     The photos are shared out to one process for each core.
     """
-    pool_options = {"mp_context": get_context("forkserver"), "initializer": tune_process}
+    pool_options = {"mp_context": get_context("forkserver"), "initializer": begin_worker}
     try:
         with without_main(), ProcessPoolExecutor(**pool_options) as pool:
             results = pool.map(check, photos, chunksize=8)
@@ -460,21 +503,24 @@ def check_photos(photos, check, hashes):
         raise UserError(message) from None
 
 
-def check_photo(root, paint, n_classes, masks, photo):
+def check_photo(root, settings, n_classes, masks, photo):
     """Check a photo and paint its mask; return what there is to know about it, as a dict.
 
     "fault" is what is wrong with it or None, "digest" the hash of its content, "" if it can't be
-    read, "key" that of Hashes before it was read. The mask of a faultless photo with an "offset"
-    is written there in the file `masks`; "pixels" and "painted" are then from paint_mask.
+    read, "key" that of Hashes before it was read, "turn" and "flat" are from check_image. The mask
+    of a faultless photo with an "offset" is written there in the file `masks`; "pixels" and
+    "painted" are then from paint_mask. settings: as in cache_folder.
     """
-    path = root / photo["file_name"]
-    facts = {"fault": None, "digest": "", "key": None}
+    path, (paint, orientation) = root / photo["file_name"], settings
+    facts = {"fault": None, "digest": "", "key": None, "turn": "", "flat": False}
     with suppress(OSError):  # check_image says what is wrong with the file
         facts |= {"key": Hashes.key(path), "digest": file_hash(path)}
     try:
-        check_image(path, *photo["size"])
+        facts |= check_image(path, *photo["size"], orientation)
     except OSError as e:
-        facts["fault"] = f"image {photo['id']} ({photo['file_name']}) {e.strerror}"
+        other = None if os.path.exists(path) else other_spelling(root, photo["file_name"])
+        hint = f"; there is {other}: write both names alike" if other else ""
+        facts["fault"] = f"image {photo['id']} ({photo['file_name']}) {e.strerror}{hint}"
         return facts
     if "offset" not in photo:
         return facts
@@ -483,6 +529,52 @@ def check_photo(root, paint, n_classes, masks, photo):
         f.seek(photo["offset"])
         f.write(mask)
     return facts | {"pixels": pixels, "painted": {"sizes": sizes, "covered": covered}}
+
+
+def other_spelling(root, name):
+    """Return the file below `root` whose name differs from `name` as `plain` says, or None.
+
+    A backslash counts as a slash, and %20 as the space that it stands for.
+    """
+    path = ""
+    for part in os.path.normpath(unquote(name.replace("\\", "/"))).split("/"):
+        folder = root / path
+        try:
+            names = names_by_spelling(folder, os.stat(folder).st_mtime_ns)
+        except OSError:  # no folder, or not for us
+            return None
+        if plain(part) not in names:
+            return None
+        path = os.path.join(path, names[plain(part)])
+    return clean(path)
+
+
+@cache
+def names_by_spelling(folder, _):
+    """Return {plain name: name} of what is in a folder; the time of its change is for the cache."""
+    return {plain(unquote(name)): name for name in os.listdir(folder)}
+
+
+def two_truths(photos, masks):
+    """Return a fault for each training photo that has an earlier one's content but another mask.
+
+    masks: the file that begin_masks began, with the masks painted.
+    """
+    faults, first, content = [], {}, np.memmap(masks, np.uint8, "r")
+
+    def truth(photo):
+        return content[photo["offset"]:photo["offset"] + math.prod(photo["size"])]
+
+    for photo in photos:
+        if photo["fault"]:  # then it has no mask
+            continue
+        other = first.setdefault(photo["digest"], photo)
+        if photo["size"] != other["size"] or not np.array_equal(truth(photo), truth(other)):
+            faults.append(
+                f"training image {photo['id']} ({photo['file_name']}) is the same photo as "
+                f"image {other['id']} ({other['file_name']}), with another mask: "
+                "leave one of them, with the objects of both")
+    return faults
 
 
 def raise_faults(faults, train, test):
@@ -499,14 +591,15 @@ def raise_faults(faults, train, test):
         raise UserError("\n".join([*lines, count_line]))
 
 
-def index_entry(photos, classes, json_hash, paint):
+def index_entry(photos, classes, json_hash, settings):
     """Return the part of index.json for train or test: the fields of a Split but its arrays."""
     entry = {}
     for field, key in PHOTO_KEYS.items():
         entry[field] = [photo[key] for photo in photos if key in photo]
     entry["groups"] = merge_groups(photos, entry["digests"])
     entry["classes"] = classes
-    entry["fingerprint"] = fingerprint(json_hash, paint, entry["digests"])
+    entry["orientation"] = settings[1]
+    entry["fingerprint"] = fingerprint(json_hash, settings, entry["digests"])
     return entry
 
 
@@ -603,13 +696,11 @@ def read_folds(path, ids, n_folds):
     twice or if the numbers of the folds leave one out.
     """
     fold_of_image = {}
-    for line, row in enumerate(read_csv(path, ("image_id", "fold")), 2):
-        image_id, text = row["image_id"].strip(), row["fold"].strip()
-        if not image_id and not text:
-            continue
+    for line, row in read_rows(path, ("image_id", "fold")):
+        image_id, text = row["image_id"], row["fold"]
         if image_id in fold_of_image:
             raise UserError(f"{path} line {line}: image {clean(image_id)} is listed twice")
-        if not text.isdecimal():
+        if not re.fullmatch("[0-9]{1,9}", text):
             raise UserError(f"{path} line {line}: the fold of image {clean(image_id)} is "
                             f"{clean(text)!r}, no number")
         fold_of_image[image_id] = int(text)
@@ -648,6 +739,8 @@ def folds_hash(ids, folds):
 # control characters, ends of lines, changes of direction and lone surrogates: a terminal obeys some
 # of them, and some files can't hold others
 UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# characters that nobody sees, though Unicode calls them letters, marks or signs
+INVISIBLE = re.compile("[\u034f\u115f\u1160\u2800\ufe00-\ufe0f]")
 # COCO's 64 characters to Python's digits in base 32; the second half are the same digits again
 RLE_DIGITS = {ord("0") + i: "0123456789abcdefghijklmnopqrstuv"[i % 32] for i in range(64)}
 
@@ -683,31 +776,59 @@ def read_images(coco, root, faults):
         name = clean(image.get("file_name"))
         size = (image.get("height"), image.get("width"))
         group = image.get("group")
-        checks = (name_fault(image.get("file_name"), root), id_fault, size_fault(*size))
+        checks = (name_fault(image.get("file_name"), root), id_fault, size_fault(*size),
+                  group_fault(group))
         image_faults = [fault for fault in checks if fault]
         faults += [f"image {clean(image.get('id'))} ({name}) {fault}" for fault in image_faults]
         if not id_fault:
             photos[image["id"]] = {
                 "id": image["id"], "file_name": name, "size": size, "objects": [], "odd": [],
-                "group": "" if group is None else clean(group), "faulty": bool(image_faults)}
+                "group": "" if group is None else clean(str(group)), "faulty": bool(image_faults)}
     return photos
+
+
+def group_fault(group):
+    """Return what is wrong with the group of a photo, or None.
+
+    NaN, as pandas writes where there is none, would put all such photos into one group. Of lists
+    and objects `clean` shows the start alone, by which different groups would be the same.
+    """
+    if group is None or isinstance(group, (str, int)):
+        return None
+    return f"has the group {clean(group)}, neither text nor a whole number nor null"
 
 
 def read_categories(coco, faults):
     """Return {category id: name}, sorted by id; add to `faults`."""
-    names = {}
-    for category in coco["categories"]:
-        if isinstance(category, dict):
-            category_id, name = category.get("id"), category.get("name")
-            if type(category_id) is int and isinstance(name, str):
-                names[category_id] = clean(name)[:100]
-    if len(set(names.values())) < len(coco["categories"]):
-        faults.append("every category needs a whole number as id and a name, all different")
-    if BACKGROUND in names.values():
-        faults.append(f"category {BACKGROUND}: it is class 0 without being listed; remove it")
-    if not 0 < len(names) < MAX_CLASSES:
+    names, taken = {}, {}
+    for category, id_fault in checked_entries(coco, "categories", faults):
+        category_id, name = category.get("id"), category.get("name")
+        shown = clean(name)[:100]
+        if fault := id_fault or category_fault(name, shown, taken):
+            faults.append(f"category {clean(category_id)} ({shown}) {fault}")
+        if not id_fault:
+            names[category_id] = shown
+            taken |= dict.fromkeys((plain(str(name)), plain(shown)), category_id)
+    if len(names) >= MAX_CLASSES:
         faults.append(f"{len(names)} categories; 1 to {MAX_CLASSES - 1} can be told apart")
     return dict(sorted(names.items()))
+
+
+def category_fault(name, shown, taken):
+    """Return what is wrong with the name of a category, or None.
+
+    shown: the name as it is shown; taken: {plain name: id} of the categories before, for both.
+    """
+    if not isinstance(name, str) or not plain(name):
+        return "has no name"
+    if "".join(filter(str.isalpha, plain(name))) == plain(BACKGROUND):
+        return ("is the background, which is class 0 without being listed: remove it and its "
+                "annotations")
+    other = taken.get(plain(name), taken.get(plain(shown)))
+    if other is None:
+        return None
+    return (f"has the name of category {other}, where case, spaces, invisible characters and what "
+            "follows the first 100 don't count: rename one, or remove one without annotations")
 
 
 def add_objects(coco, photos, class_ids, faults):
@@ -728,7 +849,8 @@ def add_objects(coco, photos, class_ids, faults):
 def checked_entries(coco, key, faults):
     """Yield (entry, what is wrong with its id or None) for each JSON object in coco[key].
 
-    Add to `faults` whatever in the list is no object, and an empty list. End at MAX_FAULTS faults.
+    A whole number may be written as 3.0 and comes as 3. Add to `faults` whatever in the list is no
+    object, and an empty list. End at MAX_FAULTS faults.
     """
     ids = set()
     if not coco[key]:
@@ -738,13 +860,35 @@ def checked_entries(coco, key, faults):
             return
         if not isinstance(entry, dict):
             faults.append(f"{key}[{position}] is not an object")
-        elif type(entry.get("id")) is not int or abs(entry["id"]) >= 2 ** 63:
+            continue
+        entry = whole_numbers(entry)
+        if type(entry.get("id")) is not int or abs(entry["id"]) >= 2 ** 63:
             yield entry, "has no whole number of 64 bits as id"
         elif entry["id"] in ids:
-            yield entry, f"has an id that another {key.removesuffix('s')} has too"
+            yield entry, f"has an id that another of the {key} has too"
         else:
             ids.add(entry["id"])
             yield entry, None
+
+
+def whole_numbers(entry):
+    """Return an object of the JSON with its values such as 3.0 as 3; some tools write all so."""
+    return {key: whole(value) for key, value in entry.items()}
+
+
+def whole(value):
+    """Return 3 for 3.0, any other value as it is; from 2 ** 53 on a float may be another number."""
+    is_whole = type(value) is float and value.is_integer() and abs(value) < 2 ** 53
+    return int(value) if is_whole else value
+
+
+def plain(text):
+    """Return a name without what the eye hardly sees: case, spaces, invisible characters, forms.
+
+    Letters with an accent, for one, are spelt in two ways, and macOS takes the other way.
+    """
+    text = INVISIBLE.sub("", unicodedata.normalize("NFKC", text.casefold()))
+    return "".join(c for c in text if unicodedata.category(c)[0] not in "CZ")
 
 
 def clean(value):
@@ -762,8 +906,12 @@ def name_fault(name, root):
         return "has no file_name"
     if UNSAFE.search(name) or len(name) > 500:
         return "has an impossible file_name: with control characters or over 500 long"
-    inside = Path(os.path.realpath(root / name)).is_relative_to(os.path.realpath(root))
-    return None if inside else "has a file_name that leads out of DATA"
+    # a link in DATA may lead anywhere, as its user laid it, but not together with ..
+    inside = ".." not in Path(name).parts or Path(
+        os.path.realpath(root / name)).is_relative_to(os.path.realpath(root))
+    if inside and not os.path.isabs(name):
+        return None
+    return "has a file_name that leads out of DATA"
 
 
 def size_fault(height, width):
@@ -771,7 +919,7 @@ def size_fault(height, width):
     possible = all(type(side) is int and 0 < side < 2 ** 16 for side in (height, width))
     if possible and height * width <= MAX_PIXELS:
         return None
-    return (f"of height and width {clean((height, width))}: not from 1 to 65535, "
+    return (f"of height and width {clean((height, width))}: not whole numbers from 1 to 65535, "
             f"or over {MAX_PIXELS} pixels of memory")
 
 
@@ -850,6 +998,8 @@ def rle_counts(counts):
     """
     if isinstance(counts, str):
         counts = decompress_counts(counts)
+    elif isinstance(counts, list):
+        counts = [whole(length) for length in counts]
     if not isinstance(counts, list):
         return None
     valid = all(type(length) is int and 0 <= length < 2 ** 32 for length in counts)
@@ -879,7 +1029,15 @@ def decompress_counts(text):
 # ---- data: painting masks, reading photos --------------------------------------------------------
 
 PAINT_ORDERS = ("area", "id", "order")
+ORIENTATIONS = ("shown", "stored")  # turned as the EXIF orientation asks viewers to, or not
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+         6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF orientation -> Pillow's name
+FLAT = 16  # a photo of which 98% lie within so many of 256 greys shows next to nothing
 PHOTO_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")  # Pillow starts programs for others
+# what stands in the first bytes of formats that people have, but that need more libraries
+OTHER_FORMATS = {
+    b"ftypavi": "AVIF", b"ftyphei": "HEIC", b"ftyphev": "HEIC", b"ftypmif1": "HEIC or AVIF",
+    b"ftypmsf1": "HEIC or AVIF", b"JXL \r\n": "JPEG XL", b"jP  \r\n": "JPEG 2000", b"8BPS": "PSD"}
 
 
 def paint_mask(objects, height, width, paint, n_classes):
@@ -940,63 +1098,139 @@ def paint_object(columns, rle, class_id, n_classes):
     return below
 
 
-def read_image(path, height, width):
+def read_image(path, height, width, orientation="shown"):
     """Return the photo as uint8 RGB [height, width, 3].
 
     Grey, palette and CMYK are converted, alpha is dropped; of 16 bits the upper 8 are kept, of
     several pages or frames the first. The content decides on the format, not the name's ending.
-    Raises OSError that says what is wrong with the photo; damage inside a JPEG is no error here.
+    orientation: as in reading_way. Raises OSError that says what is wrong with the photo; damage
+    inside a JPEG is no error here.
     """
     with open_photo(path) as photo:
-        if (photo.format, photo.mode, photo.size) == ("JPEG", "RGB", (width, height)):
-            pixels = decode_jpeg(path)
-            if pixels is not None:
-                return pixels
-        return np.array(fit_photo(photo, height, width).convert("RGB"))
+        way, _ = reading_way(photo, height, width, orientation)
+        if (photo.format, photo.mode, way) != ("JPEG", "RGB", "stored"):
+            return np.array(convert_photo(photo, way).convert("RGB"))
+    pixels = decode_jpeg(path)
+    if pixels is not None:
+        return pixels
+    with open_photo(path) as photo:
+        return np.array(photo)
 
 
-def check_image(path, height, width):
-    """Raise OSError that says what is wrong with a photo, as read_image does, and in damaged data.
+def check_image(path, height, width, orientation="shown"):
+    """Return what `make check` warns of in a photo: {"turn": of reading_way, "flat": a bool}.
 
-    If the size is wrong only the header is read. A JPEG is decoded at an eighth of its size: that
-    goes through all of its data, finds what a full decode does and takes half the time.
+    Raises OSError that says what is wrong with it, as read_image does, and in damaged data. If the
+    size is wrong only the header is read. A JPEG is decoded at an eighth of its size: that goes
+    through all of its data, finds what a full decode does and takes half the time.
     """
     with open_photo(path) as photo:
-        photo = fit_photo(photo, height, width)
+        way, turn = reading_way(photo, height, width, orientation)
+        photo = convert_photo(photo, way)
         photo.draft(None, (1, 1))
-        photo.load()
+        counts = np.cumsum(photo.convert("L").histogram())
+        low, high = np.searchsorted(counts, counts[-1] * np.array([0.01, 0.99]))
+        return {"turn": turn, "flat": bool(high - low < FLAT)}
 
 
 @contextmanager
 def open_photo(path):
     """Yield the photo opened by Pillow; any error in the block becomes an OSError that says why."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
     try:
         if not os.path.isfile(path):
             raise ValueError("is missing")
         with Image.open(path, formats=PHOTO_FORMATS) as photo:
             photo.info.pop("transparency", None)  # Pillow warns that it is dropped
+            # 16 bits a channel, which Pillow tells only until it has read them
+            photo.info["deep"] = photo.mode.startswith("I") or ";16" in str(photo.tile)
             yield photo
+    except UnidentifiedImageError:
+        raise OSError(None, unknown_format(path), str(path)) from None
     except Exception as e:  # decoders raise many types on damaged files
         raise OSError(None, clean(str(e) or type(e).__name__), str(path)) from None
 
 
-def fit_photo(photo, height, width):
-    """Return a photo of Pillow with the size that the JSON says and at most 8 bits a channel.
+def unknown_format(path):
+    """Return what is wrong with a photo of none of PHOTO_FORMATS."""
+    with open(path, "rb") as f:
+        start = f.read(32)
+    for mark, name in OTHER_FORMATS.items():
+        if mark in start:
+            return f"is {name}, which is not read: convert it to JPEG or PNG"
+    return f"cannot identify it: it must be {', '.join(PHOTO_FORMATS)}"
 
-    It is turned by its EXIF orientation only if it doesn't have that size as stored. Raises
-    ValueError if it can't be used.
+
+def reading_way(photo, height, width, orientation):
+    """Return (way, turn): how a photo of Pillow is read and what its EXIF orientation is to that.
+
+    way: "shown", turned as the EXIF orientation says, or "stored", as the pixels lie in the file.
+    The size in the JSON decides, or `orientation` where the photo has that size both ways. turn:
+    "" if the two ways are one, "open" if the size can't decide, else the way that it decides on.
+    Raises ValueError if the photo doesn't have the size.
     """
-    from PIL import Image, ImageOps
-    stored = photo.size
-    if stored != (width, height) and stored == (height, width):
-        photo = ImageOps.exif_transpose(photo)
-    if photo.size != (width, height):
+    asked, stored, exif = (width, height), photo.size, 1
+    if asked in (stored, stored[::-1]):  # else it is refused, before more than its header is read
+        exif = exif_orientation(photo)
+    shown = stored[::-1] if exif >= 5 else stored  # from 5 on it is a quarter turn
+    if asked not in (stored, shown):
         raise ValueError(f"is {stored[0]}x{stored[1]}, the JSON says {width}x{height}")
+    if exif == 1:
+        return "stored", ""
+    if stored == shown:
+        return orientation, "open"
+    way = "shown" if asked == shown else "stored"
+    return way, way
+
+
+def exif_orientation(photo):
+    """Return the EXIF orientation of a photo of Pillow: 1, as stored, or 2 to 8, turned.
+
+    Raises ValueError for a TIFF that has one: Pillow turns some TIFFs by itself and others not.
+    """
+    if photo.format == "PNG":
+        photo.load()  # its EXIF may stand behind the pixels
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            exif = photo.getexif().get(0x0112)
+    except (SyntaxError, ValueError, TypeError, LookupError, struct.error):
+        return 1  # what is damaged turns nothing, as in viewers
+    if exif not in range(2, 9):
+        return 1
+    if photo.format == "TIFF":
+        raise ValueError(f"is a TIFF with the orientation {exif}: save it upright, without it")
+    return exif
+
+
+def convert_photo(photo, way):
+    """Return a photo of Pillow, turned as reading_way says, with at most 8 bits a channel.
+
+    Raises ValueError if nobody can tell which of its values is white.
+    """
+    from PIL import Image
     if photo.mode == "F":
         raise ValueError("has fractions as pixels, of which nobody knows what is white")
-    if photo.mode.startswith("I"):  # 16 bits a pixel
-        photo = Image.fromarray((np.asarray(photo) >> 8).clip(0, 255).astype(np.uint8))
+    if way == "shown":
+        photo = photo.transpose(Image.Transpose[TURNS[exif_orientation(photo)]])
+    return upper_bits(photo) if photo.info["deep"] else photo
+
+
+def upper_bits(photo):
+    """Return the upper 8 of 16 bits a channel; of colours Pillow has already dropped the others.
+
+    Cameras put 10, 12 or 14 bits into 16, which would become a few nearly black values: ValueError
+    is raised if no value reaches a quarter of white.
+    """
+    from PIL import Image
+    cure = "nobody can tell which is white: convert it to 8 bits"
+    if photo.mode.startswith("I"):
+        pixels = np.asarray(photo)
+        if pixels.min() < 0 or pixels.max() > 0xFFFF:
+            raise ValueError(f"has values from {pixels.min()} to {pixels.max()}, {cure}")
+        photo = Image.fromarray((pixels >> 8).astype(np.uint8))
+    brightest = int(np.asarray(photo.convert("RGB")).max())
+    if brightest < 64:
+        raise ValueError(f"has 16 bits a channel but no value above {brightest << 8 | 255}, {cure}")
     return photo
 
 
@@ -1006,6 +1240,8 @@ def decode_jpeg(path):
     The pixels are those of Pillow, in two thirds of its time.
     """
     import cv2
+    if not hasattr(cv2, "IMREAD_COLOR_RGB"):
+        raise UserError(f"OpenCV {cv2.__version__} is too old: install what requirements.txt says")
     content = np.fromfile(path, np.uint8)
     if content[-2:].tobytes() != b"\xff\xd9":  # the mark of the end
         return None
@@ -1029,6 +1265,22 @@ def crop_and_turn(A, size):
     """Crop a quarter to all of the photo, then flip and turn it into one of its 8 orientations."""
     import cv2
 
+    class Crop(A.RandomResizedCrop):
+        """Crop the same shares of the sides from photos of any shape, those from a square photo.
+
+        So a crop is squashed about as much as the whole photo is in prediction. albumentations
+        finds no crop in a photo wider than 5:1 and takes its centre: nothing learns from the ends.
+        """
+
+        def get_params_dependent_on_data(self, params, data):
+            height, width = params["shape"][:2]
+            side = max(height, width)
+            square = super().get_params_dependent_on_data({"shape": (side, side)}, data)
+            left, top, right, bottom = square["crop_coords"]
+            return {"crop_coords": (left * width // side, top * height // side,
+                                    math.ceil(right * width / side),
+                                    math.ceil(bottom * height / side))}
+
     class D4(A.D4):
         """Do what albumentations' D4 does, by cv2 in a tenth of numpy's time to transpose."""
 
@@ -1038,7 +1290,7 @@ def crop_and_turn(A, size):
             axes = {"v": 0, "r90": 0, "h": 1, "r270": 1, "r180": -1, "hvt": -1}
             axis = axes.get(group_element)
             return img if axis is None else cv2.flip(img, axis)
-    return [A.RandomResizedCrop(size, scale=(0.25, 1), **resampling()), D4(p=1)]
+    return [Crop(size, scale=(0.25, 1), **resampling()), D4(p=1)]
 
 
 def colours(A):
@@ -1303,6 +1555,8 @@ def split_model(name):
     decoder, _, encoder = name.partition("/")
     if decoder not in DECODERS or not encoder:
         raise UserError(f"{name!r} is not DECODER/ENCODER with a decoder of {', '.join(DECODERS)}")
+    if not re.fullmatch(r"\w[\w.-]*", encoder, re.ASCII):  # it names a folder
+        raise UserError(f"{name!r}: an encoder's name has letters, digits, '_', '.' and '-' alone")
     return decoder, encoder
 
 
@@ -1382,6 +1636,27 @@ def padded(model):
     return model
 
 
+def try_sides(model, name, sides, asked=""):
+    """Raise UserError if a model can't work at one of these sides; return the copy that has tried.
+
+    It is on "meta", where nothing is computed, and has a gradient for each parameter that the
+    logits need. Some encoders take images of one size alone. asked: what asks for these sides.
+    """
+    import torch
+    copy = deepcopy(model).to("meta").eval()
+    for side in sides:
+        try:
+            logits = copy(torch.zeros(1, 3, side, side, device="meta"))
+            logits.sum().backward()
+        except (RuntimeError, ValueError, AssertionError) as e:  # too few pixels; a fixed size
+            reason = shorten(str(e), 300)
+            raise UserError(f"{name} can't work at scale {side}{asked}: {reason}") from None
+        if logits.shape[2:] != (side, side):
+            raise UserError(f"{name} makes {list(logits.shape[2:])} of {side} x {side}: "
+                            "`upsampling` must be the stride of the decoder's map")
+    return copy
+
+
 def encoder_mean_std(name):
     """Return the (mean, std) by RGB channel, of values 0..1, that an encoder was pretrained with.
 
@@ -1459,13 +1734,18 @@ def lovasz_loss(log_probs, log_true, target, labelled):
     return loss(log_probs, mask).sum()  # of no labelled pixel it is empty, and its sum 0
 
 
+def pixel_weights(target, labelled, weights):
+    """Return what each pixel weighs in a loss over pixels, [B, H, W]: its class's weight, or 1."""
+    return labelled if weights is None else weights[target] * labelled
+
+
 def pixel_loss(log_probs, log_true, target, labelled, smoothing, weights, gamma):
     """Return the cross-entropy, the mean over labelled pixels weighted by class.
 
     Smoothing and weights are torch's. gamma > 0 turns down pixels that are right already by
     (1 - probability) ** gamma: focal loss (Lin et al. 2017).
     """
-    weight = labelled if weights is None else weights[target] * labelled
+    weight = pixel_weights(target, labelled, weights)
     loss = -log_true * weight
     if gamma:
         loss = loss * (1 - log_true.exp()) ** gamma
@@ -1597,7 +1877,13 @@ def tta_name(args):
     """Return the views and scales of infer.py's arguments as text: "flip" or "flip x 1,0.5"."""
     if args.tta_scales == [1]:
         return args.tta
-    return f"{args.tta} x {','.join(f'{scale:g}' for scale in args.tta_scales)}"
+    scales = [str(scale).removesuffix(".0") for scale in args.tta_scales]  # all digits: it is a key
+    return f"{args.tta} x {','.join(scales)}"
+
+
+def tta_sides(scale, tta_scales):
+    """Return the different sides at which predict_probs asks a model of this scale."""
+    return sorted({round(scale * tta_scale) for tta_scale in tta_scales})
 
 
 def apply_view(x, view):
@@ -1706,10 +1992,15 @@ def predict_photo(trained, image, tta="flip", tta_scales=(1.0,)):
 
 # where a run and its stores lie: EXP, round, model, scale, fold
 RUN_PLACE = re.compile(r"(.*)/r(\d)/([^/]+/[^/]+)/s(\d+)/f(\d+)")
-# what a store's JSON says of its run's recipe, and what it says besides DESCRIBED
-FROM_RECIPE = ("model", "scale", "round", "fold", "folds_csv", "seed", "paint", "contaminated")
-STORE_KEYS = ("image_ids", "classes", "split", "tta", "checkpoints", "data", "unreadable", "run",
-              "files", *FROM_RECIPE)
+# what a store's JSON says of its run's recipe, and what it says besides DESCRIBED; see has_kinds
+FROM_RECIPE = {"model": str, "scale": int, "round": int, "fold": int, "folds_csv": str,
+               "seed": int, "paint": str, "orientation": str, "contaminated": bool}
+RUN_KINDS = {"recipe": dict, "code": dict, "codes": [str], "state": str, "commit": str,
+             "kept_under": [str]}
+STORE_KINDS = {
+    "image_ids": [int], "classes": [str], "split": str, "tta": str,
+    "checkpoints": [{"file": str, "hash": str, "epoch": int}], "data": str, "unreadable": [int],
+    "run": RUN_KINDS, "files": {str: str}, **FROM_RECIPE}
 
 
 def run_folder(exp, round_, model, scale, fold):
@@ -1727,10 +2018,11 @@ def open_store(path, hashes):
     info, npy = read_json(path), path.with_suffix(".npy")
     try:
         probs = np.load(npy, mmap_mode="r")
-        if missing := [key for key in (*DESCRIBED, *STORE_KEYS) if key not in info]:
+        kinds = DESCRIPTION_KINDS | STORE_KINDS
+        if missing := [key for key in kinds if key not in info]:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        if not is_description(info) or not is_run(info["run"]):
-            raise ValueError("what made it is not said as it should be")
+        if wrong := [key for key in kinds if not has_kinds(info, {key: kinds[key]})]:
+            raise ValueError(f"not as it was written are {', '.join(wrong)}")
         shape = (len(info["image_ids"]), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE)
     except (OSError, EOFError, ValueError, TypeError) as e:
         raise UserError(f"{path}: not a whole store: {e}; run infer.py again") from None
@@ -1751,13 +2043,6 @@ def check_place(path, info):
     if place and place.groups()[1:] != run:
         raise UserError(f"{path} is of round {run[0]}, {run[1]}, scale {run[2]}, fold {run[3]}: "
                         "it was moved or copied into the folder of another run")
-
-
-def is_run(run):
-    """Return whether the "run" of a store's JSON has all that infer.py's run_of writes."""
-    kinds = {"recipe": dict, "code": dict, "codes": list, "state": str, "commit": str,
-             "kept_under": list}
-    return has_kinds(run, kinds)
 
 
 def store_id(info):
@@ -1789,6 +2074,8 @@ def read_probs(store, i):
 # index.csv, whose column keep a user may edit, and manifest.json, which is written last.
 
 LABEL_FILES = ("manifest.json", "labels.npy", "index.csv")
+# some of what manifest.json says besides DESCRIBED; photos: {class: {outcome: how many}}
+MANIFEST_KINDS = {"round": int, "fold": int, "contaminated": bool, "photos": {str: {str: int}}}
 # where these differ, a validation image may have trained a model that made the labels
 LINEAGE = ("round", "fold", "folds_csv")
 
@@ -1799,11 +2086,22 @@ def pseudo_folder(exp, round_, fold):
 
 
 def read_index(folder):
-    """Return the rows of index.csv; raises UserError when a `keep` is no decision."""
-    rows = read_csv(folder / "index.csv", ("image_id", "keep", "reason", "classes"))
-    if wrong := sorted({row["keep"] for row in rows} - {"0", "1", ""}):
-        raise UserError(f"{folder}/index.csv: keep is {', '.join(wrong)}; it must be 0 or 1, or "
-                        "empty for the rule's")
+    """Return {image id: row} of index.csv, whose rows may have been sorted otherwise.
+
+    Raises UserError when a `keep` is no decision or `classes` are no ids.
+    """
+    path, rows = folder / "index.csv", {}
+    for line, row in read_rows(path, ("image_id", "keep", "reason", "classes")):
+        image_id, decisions = row["image_id"], {row["keep"], row.setdefault("by_hand", "")}
+        if wrong := sorted(decisions - {"0", "1", ""}):
+            raise UserError(f"{path}: keep is {clean(wrong[0])} in line {line}; it must be 0 or 1, "
+                            "or empty for the rule's")
+        if not re.fullmatch("[0-9 ]{0,999}", row["classes"]):
+            raise UserError(f"{path} line {line}: classes are {clean(row['classes'])!r}, not ids "
+                            "with blanks between; run make pseudo again")
+        if image_id in rows:
+            raise UserError(f"{path} line {line}: image {clean(image_id)} is listed twice")
+        rows[image_id] = row
     return rows
 
 
@@ -1818,7 +2116,8 @@ def is_kept(row):
 
 def labels_hash(folder, hashes):
     """Return a hash of the masks in `folder` and of which photos are kept, by rule or by hand."""
-    kept_ids = [row["image_id"] for row in read_index(folder) if is_kept(row)]
+    kept_ids = [image_id for image_id, row in read_index(folder).items() if is_kept(row)]
+    kept_ids.sort(key=lambda image_id: (len(image_id), image_id))  # in the order of the numbers
     return short_hash(hashes(folder / "labels.npy"), kept_ids)
 
 
@@ -1877,7 +2176,7 @@ def whole_manifest(folder, hashes):
     if not (folder / "index.csv").exists():
         return None
     manifest = read_description(folder / "manifest.json", hashes)
-    is_whole = manifest and not manifest["touched"] and "contaminated" in manifest
+    is_whole = has_kinds(manifest, MANIFEST_KINDS) and not manifest["touched"]
     return manifest if is_whole else None
 
 
@@ -1888,15 +2187,18 @@ def load_labels(args, test):
     """
     folder = pseudo_folder(args.exp, args.round, args.fold)
     rows, labels = read_index(folder), np.load(folder / "labels.npy", mmap_mode="r")
-    listed_ids = [row["image_id"] for row in rows]
-    if listed_ids != [str(i) for i in test.ids] or len(labels) != len(rows):
+    if rows.keys() != {str(i) for i in test.ids} or len(labels) != len(rows):
         raise UserError(f"{folder}/index.csv lists other images than test.json; run make pseudo "
                         "again")
     entries, class_ids = [], []
-    for i, row in enumerate(rows):
+    for i, image_id in enumerate(test.ids):
+        row = rows[str(image_id)]
         if is_kept(row) and not test.faults[i]:
             entries.append((test, i, labels[i]))
             class_ids.append([int(class_id) for class_id in row["classes"].split()])
+            if max(class_ids[-1], default=0) >= len(test.classes):
+                raise UserError(f"{folder}/index.csv: image {image_id} has classes that DATA "
+                                f"doesn't have, {row['classes']}; run make pseudo again")
     return entries, class_ids
 
 
@@ -1959,19 +2261,21 @@ STEPS = {
 # These names show, keep and guard results and decide none. The search for code stops at the names
 # in a file's BESIDE, so an edit of them, or of what only they use, makes nothing stale.
 BESIDE = {
-    "DESCRIBED", "LABEL_FILES", "LINEAGE", "RUN_PLACE", "STORE_KEYS", "Hashes", "Help", "Parser",
-    "UserError", "accepted_code", "atomic_write", "cache_folder", "changes", "check_device",
-    "check_files", "check_labels", "check_output", "check_place", "check_space", "check_unchanged",
-    "claim_device", "clean", "code_changes", "code_hashes", "code_of", "code_question",
-    "code_state", "data_files", "decide", "different_keys", "file_hash", "fingerprint",
-    "folds_hash", "gpu_of_rank", "git_commit", "has_kinds", "idle_gpu", "is_description", "is_run",
-    "keep_code", "label_settings", "labels_code", "labels_hash", "labels_recipe",
-    "library_versions", "load_folds", "loader_workers", "lock", "move_aside", "move_mark",
-    "name_fault", "named", "number", "overlay", "project_files", "provenance",
-    "raise_faults", "read_csv", "read_description", "read_folds", "read_json", "recipe_changes",
-    "run_code", "run_folder", "run_recipe", "run_script", "settings_of", "short_hash", "store_code",
-    "store_id", "store_recipe", "tune_process", "version_changes", "whole_manifest", "write_csv",
-    "write_description", "write_json", "write_page", "write_sheet"}
+    "DESCRIBED", "Hashes", "Help", "LABEL_FILES", "LINEAGE", "Parser", "RUN_PLACE", "STORE_KINDS",
+    "UserError", "accepted_code", "atomic_write", "batch_bytes", "begin_worker", "cache_folder",
+    "category_fault", "changes", "check_device", "check_files", "check_labels", "check_output",
+    "check_place", "check_shared_memory", "check_space", "check_unchanged", "claim_device", "clean",
+    "code_changes", "code_hashes", "code_of", "code_question", "code_state", "data_files", "decide",
+    "different_keys", "file_hash", "fingerprint", "folds_hash", "git_commit", "gpu_of_rank",
+    "has_kinds", "idle_gpu", "is_as_written", "keep_code", "label_settings", "labels_code",
+    "labels_hash", "labels_recipe", "library_versions", "load_folds", "loader_options",
+    "loader_workers", "lock", "move_aside", "move_mark", "name_fault", "named", "number",
+    "other_spelling", "overlay", "plain", "project_files", "provenance", "raise_faults", "read_csv",
+    "read_description", "read_folds", "read_index_json", "read_json", "read_numbers",
+    "read_own_json", "read_rows", "recipe_changes", "run_code", "run_folder", "run_recipe",
+    "run_script", "settings_of", "short_hash", "store_code", "store_id", "store_recipe",
+    "tune_process", "two_truths", "unknown_format", "version_changes", "whole_manifest",
+    "write_checksums", "write_csv", "write_description", "write_json", "write_page", "write_sheet"}
 DERIVED = ("mean", "std")  # keys of a recipe that follow from its other keys
 VERSIONS = ("torch", "timm", "segmentation-models-pytorch", "albumentations")  # only shown
 
@@ -1979,7 +2283,7 @@ VERSIONS = ("torch", "timm", "segmentation-models-pytorch", "albumentations")  #
 DESCRIBED = ("recipe", "code", "state", "commit", "versions", "kept_under")
 # what the JSON holds that describes an artefact, as write_description writes it
 DESCRIPTION_KINDS = {"recipe": dict, "code": dict, "state": str, "commit": str, "versions": dict,
-                     "kept_under": list, "files": dict}
+                     "kept_under": [{"code": dict, "state": str}], "files": {str: str}}
 
 
 @cache
@@ -2308,13 +2612,32 @@ def provenance(recipe, code):
 
 
 def has_kinds(value, kinds):
-    """Return whether `value`, of a parsed JSON, is a dict with such values; kinds: {key: type}."""
-    return isinstance(value, dict) and all(isinstance(value.get(key), kinds[key]) for key in kinds)
+    """Return whether a value of a parsed JSON is of these kinds, at every depth.
+
+    kinds: a type; [kinds of each item]; {key: kinds of its value}, which may have other keys too;
+    {str: kinds of every value}.
+    """
+    if isinstance(kinds, type):
+        return isinstance(value, kinds)
+    if isinstance(kinds, list):
+        return isinstance(value, list) and all(has_kinds(item, kinds[0]) for item in value)
+    if not isinstance(value, dict):
+        return False
+    if str in kinds:
+        return all(has_kinds(item, kinds[str]) for item in value.values())
+    return all(key in value and has_kinds(value[key], kinds[key]) for key in kinds)
 
 
-def is_description(value):
-    """Return whether a parsed JSON holds what provenance returns, and the hashes of its files."""
-    return has_kinds(value, DESCRIPTION_KINDS)
+def read_own_json(path, kinds):
+    """Return the JSON in `path`, or None if it is missing, damaged or not of `kinds` (has_kinds).
+
+    It is for files that the project has written and makes anew if they aren't right.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if has_kinds(value, kinds) else None
 
 
 def read_description(path, hashes):
@@ -2324,11 +2647,8 @@ def read_description(path, hashes):
     the ones described, as after an edit by hand. Returns None if the JSON or a file that it names
     is missing, or if an older version of the project wrote it.
     """
-    try:
-        description = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not is_description(description):
+    description = read_own_json(path, DESCRIPTION_KINDS)
+    if description is None:
         return None
     files = {name: hashes(path.parent / name) for name in description["files"]}
     if not all(files.values()):
@@ -2454,24 +2774,43 @@ def decide(path, description, wanted, code=None, replace=True):
 
 # ---- files ---------------------------------------------------------------------------------------
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, quota, largest size of a file
+
 
 @contextmanager
 def atomic_write(path):
-    """Yield a scratch path beside `path`; when the block succeeds, flush and rename it."""
+    """Yield a new scratch file beside `path`; when the block succeeds, flush and rename it.
+
+    No other writer has a file of this name. It is locked until then, so that a scratch file without
+    a lock is known as that of a killed writer: the next writer of `path` removes it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
+    remove_leftovers(path)
+    scratch = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        yield scratch
+        with open(scratch, "xb") as f:  # x: it is new, and no link to another file
+            fcntl.flock(f, fcntl.LOCK_EX)
+            yield scratch
         with open(scratch, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(scratch, path)
     except OSError as e:
-        if e.strerror:
-            e.filename = e.filename or str(path)  # the error of a full disk names no file
+        # the error of a full disk names no file; others that name none may be of other files
+        if e.filename == str(scratch) or e.filename is None and e.errno in DISK_FULL:
+            e.filename = str(path)
         raise
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def remove_leftovers(path):
+    """Remove the scratch files that killed writers of `path` have left."""
+    for scratch in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
+        # BlockingIOError: its writer lives
+        with suppress(OSError), open(scratch, "rb+", opener=open_no_link) as f:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            scratch.unlink()
 
 
 def write_json(path, value):
@@ -2487,16 +2826,20 @@ def read_json(path):
     Raises UserError if the file is missing, no JSON or too large for the memory.
     """
     try:
-        size = os.path.getsize(path)
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if size * 40 > memory:  # the parsed values take up to 35 times as much as the text
-            raise UserError(f"{path}: {size} bytes of JSON are too many for {memory} bytes of "
-                            "memory")
+        check_size(path, "JSON")
         return json.loads(Path(path).read_bytes())
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError, MemoryError) as e:
         raise UserError(f"{path}: not JSON: {str(e) or 'out of memory'}") from None
+
+
+def check_size(path, kind):
+    """Raise UserError if a file of JSON or CSV would not fit in the memory when it is parsed."""
+    size = os.path.getsize(path)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size * 40 > memory:  # the parsed values take up to 35 times as much as the text
+        raise UserError(f"{path}: {size} bytes of {kind} are too many for {memory} bytes of memory")
 
 
 def write_csv(path, rows):
@@ -2508,20 +2851,51 @@ def write_csv(path, rows):
 
 
 def read_csv(path, columns):
-    """Return the rows of a CSV as dicts of strings, "" for a cell that is missing.
+    """Return the rows of a CSV as dicts of strings; read_rows says what of."""
+    return [row for _, row in read_rows(path, columns)]
 
-    Raises UserError if the file is missing, no CSV or without one of `columns`.
+
+def read_rows(path, columns):
+    """Return [(number of the line, dict of strings)] for the rows of a CSV.
+
+    What a spreadsheet does is harmless: semicolons or tabs for commas, a byte order mark, blanks
+    around cells, cells that are missing, rows without any text. Raises UserError if the file is
+    missing, no CSV or without one of `columns`.
     """
+    rows = []
     try:
+        check_size(path, "CSV")
         with open(path, newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f, restval="")
-            rows, names = list(reader), reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path}: {e}") from None
+            header = f.readline()
+            f.seek(0)
+            reader = csv.DictReader(f, restval="", delimiter=max(",;\t", key=header.count))
+            names = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            for row in reader:
+                cells = {name: row[name].strip() for name in names}
+                if any(cells.values()):
+                    rows.append((reader.line_num, cells))
+    except (OSError, UnicodeDecodeError, csv.Error, MemoryError) as e:
+        raise UserError(f"{path}: {str(e) or 'out of memory'}") from None
     missing = [column for column in columns if column not in names]
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)} in its first line")
     return rows
+
+
+def read_numbers(path, columns):
+    """Return the rows of read_csv with floats in `columns`; raise UserError for what is none."""
+    rows = read_rows(path, columns)
+    for line, row in rows:
+        for column in columns:
+            text = row[column]
+            try:
+                row[column] = float(text)
+            except ValueError:
+                row[column] = math.nan
+            if not math.isfinite(row[column]):
+                raise UserError(f"{path} line {line}: {column} is {clean(text)!r}, no number: mend "
+                                "or remove the file")
+    return [row for _, row in rows]
 
 
 def write_npy_header(f, shape):
@@ -2542,7 +2916,8 @@ def save_checkpoint(path, previous=None, **state):
     import torch
     with atomic_write(path) as scratch:
         try:
-            torch.save(state, scratch)
+            with open(scratch, "wb") as f:  # torch would write the name of a path into the file
+                torch.save(state, f)
         except RuntimeError as e:  # torch's own for a write that failed
             if "CUDA" in str(e):  # an error of the GPU, which is asked for the tensors
                 raise
@@ -2656,24 +3031,48 @@ def lock(folder, wait=False, name=".lock"):
     """Hold a lock on `folder` or, with name=".FILE.lock", on that file in it.
 
     When the process dies the kernel releases the lock. If another process holds it, this one waits
-    if `wait` is True, else UserError names the holder.
+    if `wait` is True and says for whom, else UserError names the holder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "a+") as f:
+    with open(folder / name, "a+", opener=open_no_link) as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0)
             holder = f.read().strip() or "another process"
             held = folder / name.removesuffix(".lock").lstrip(".")
-            raise UserError(f"{held} is in use by {holder}: wait for it or stop it") from None
+            if not wait:
+                raise UserError(f"{held} is in use by {holder}: wait for it or stop it") from None
+            print(f"waiting for {holder}, which works on {held}", flush=True)
+            fcntl.flock(f, fcntl.LOCK_EX)
         f.truncate(0)
         f.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         f.flush()
         # else the loader processes of a killed run would keep the lock for seconds
         os.register_at_fork(after_in_child=f.close)
         yield
+
+
+def open_no_link(path, flags):
+    """Open a file as `open` does, but no link: another user may have put it there."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def own_folder(name):
+    """Make and return the folder NAME-UID among the temporary files, of this user alone.
+
+    Other users can guess its name. UserError is raised if one of them could write there.
+    """
+    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    if not is_own or status.st_mode & 0o077:
+        raise UserError(f"{folder}: must be a folder of yours that nobody else may enter: remove "
+                        "it, or set TMPDIR to a folder of yours")
+    return folder
 
 
 def check_output(data, *outputs, inputs=()):
@@ -2731,6 +3130,12 @@ def move_mark(path):
 
 # ---- processes and devices -----------------------------------------------------------------------
 
+# what Python says of the surroundings of a process -> what to do
+CURES = {
+    "Too many open files": "raise the limit with ulimit -n, or lower --workers",
+    "No usable temporary directory": "set TMPDIR to a folder that can be written",
+    "AF_UNIX path too long": "set TMPDIR to a folder with a shorter name"}
+
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help that shows the docstring as it stands and every default."""
@@ -2741,6 +3146,15 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(**{"allow_abbrev": False, "formatter_class": Help} | options)
+
+    def parse_args(self, args=None, namespace=None):
+        """Parse as argparse does, but refuse bytes that aren't UTF-8: no JSON could hold them."""
+        args = sys.argv[1:] if args is None else args
+        for text in args:
+            if re.search("[\ud800-\udfff]", text):  # Python's stand-ins for such bytes
+                self.error(f"{clean(text)}: is not UTF-8: rename the file or folder, or give a "
+                           "symbolic link to it")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         """End the process with exit code 2 and one line, without the usage."""
@@ -2783,6 +3197,7 @@ def run_script(main, args):
     KeyboardInterrupt. The process is tuned first, so torch must not be imported yet.
     """
     tune_process()
+    mend_streams()
     project_files()  # read now: what is edited later has no part in the results
     rank, n_ranks = ranks()
     if n_ranks > 1:
@@ -2801,8 +3216,23 @@ def run_script(main, args):
             raise
         is_interrupted = code in (130, 143)
         if rank == 0 or not is_interrupted:  # all ranks are interrupted: one line is enough
-            print(line, file=sys.stderr)
+            with suppress(OSError):  # its reader may be gone
+                print(line, file=sys.stderr)
         raise SystemExit(code) from None
+
+
+def mend_streams():
+    """Open /dev/null as stdin, stdout or stderr if that was closed, as by 2>&-.
+
+    Else the next files would get their numbers, and what libraries say would be written into them.
+    A letter that stdout can't show is escaped, as it is on stderr anyway.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest that is free
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 def interrupt(signal_number, _):
@@ -2812,6 +3242,14 @@ def interrupt(signal_number, _):
     """
     signal.signal(signal_number, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+# how libraries say that memory or address space is used up, where it is no MemoryError
+MEMORY_WORDS = ("failed to map segment", "annot allocate memory", "can't allocate memory",
+                "can't start new thread")
+# of torch's messages when a loader process dies, is stuck or has no room for its batch
+LOADER_WORDS = ("DataLoader worker (", "DataLoader timed out", "Pin memory thread exited",
+                "shared memory(shm)", "shared memory object", "Too many open files. Comm")
 
 
 def stop_reason(error, terminated):
@@ -2827,11 +3265,18 @@ def stop_reason(error, terminated):
         line = f"{first_line(text) or 'interrupted'}; the same command carries on"
         return line, 143 if terminated else 130
     # torch notices a dead loader process, or by chance first that its end of a pipe is gone
-    if text.startswith("DataLoader worker") or isinstance(error, ConnectionResetError):
-        return (f"a loader process died: {first_line(text) or 'interrupted'}; too little memory? "
-                "Lower --workers; the same command carries on"), 1
+    lost_connection = isinstance(error, ConnectionResetError | ConnectionRefusedError)
+    if lost_connection or any(words in text for words in LOADER_WORDS):
+        return (f"a loader process failed: {first_line(text) or 'interrupted'}; too little memory, "
+                "/dev/shm full or a slow disk? Lower --workers; the same command carries on"), 1
+    if isinstance(error, MemoryError) or any(words in text for words in MEMORY_WORDS):
+        return (f"out of memory or of address space: {first_line(text) or 'no more to be had'}; "
+                "raise the limit (ulimit -v) or free some; the same command carries on"), 1
     if not isinstance(error, OSError):
         return None, 1
+    for words, cure in CURES.items():
+        if words in text:
+            return f"{text}: {cure}", 1
     if error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}", 1
     return text, 1
@@ -2873,6 +3318,20 @@ def tune_process():
         mallopt(top_pad, 2 ** 26)
 
 
+def begin_worker():
+    """Tune a worker process, and end it when the process that started it dies.
+
+    A killed process can't end its workers, which would wait for ever.
+    """
+    tune_process()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    parent_process().join()
+    os._exit(1)
+
+
 @contextmanager
 def without_main():
     """Hide the main module while worker processes start.
@@ -2888,12 +3347,19 @@ def without_main():
         sys.modules["__main__"] = main
 
 
+# what torchrun tells each of its processes
+TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
 def ranks():
     """Return (rank of this process, number of processes) under torchrun, (0, 1) without it.
 
-    Only rank 0 is to print and write.
+    Only rank 0 is to print and write. Some of the variables alone, left behind by another program,
+    are no torchrun: a process would wait for others that never come.
     """
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not os.environ.keys() >= TORCHRUN:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 @cache  # a second claim of the same process would wait for the first
@@ -2967,20 +3433,21 @@ def idle_gpu(per_gpu):
     Waits until one is free. It is released when the process ends.
     """
     import torch
-    waiting = False
+    waiting, folder = False, own_folder("gpus")
     while True:
+        holders = []
         for slot, index in product(range(per_gpu), range(torch.cuda.device_count())):
-            uuid = torch.cuda.get_device_properties(index).uuid
+            name = f".{torch.cuda.get_device_properties(index).uuid}.{slot}.lock"
             # kept as an attribute: a lock that nothing refers to is released
-            idle_gpu.lock = lock(Path(tempfile.gettempdir()) / f"gpu-{uuid}-{os.getuid()}",
-                                 name=f".{slot}.lock" if slot else ".lock")
+            idle_gpu.lock = lock(folder, name=name)
             try:
                 idle_gpu.lock.__enter__()  # without an exit: held until the process ends
             except UserError:
+                holders.append((folder / name).read_text().strip())
                 continue
             return f"cuda:{index}"
         if not waiting:
-            print("all GPUs are taken: waiting for one", flush=True)
+            print(f"all GPUs are taken: waiting for one of {', '.join(holders)}", flush=True)
         waiting = True
         time.sleep(5)
 
@@ -2993,6 +3460,42 @@ def loader_workers(wanted, cuda):
     if wanted is not None:
         return wanted
     return min(8, len(os.sched_getaffinity(0))) if cuda else 0
+
+
+def loader_options(workers, cuda):
+    """Return what all DataLoaders with so many processes are given.
+
+    A process that is stuck would let the run wait for ever without the timeout, in seconds: a batch
+    from a slow disk takes far less.
+    """
+    return {"num_workers": workers, "pin_memory": cuda, "timeout": 300 if workers else 0,
+            "multiprocessing_context": "fork" if workers else None}
+
+
+def batch_bytes(n_images, scale, mask_side):
+    """Return the bytes of a batch of square images and masks."""
+    return n_images * (3 * scale ** 2 + mask_side ** 2)
+
+
+def check_shared_memory(workers, *loaders):
+    """Raise UserError if /dev/shm has no room for the batches that loader processes put there.
+
+    loaders: (bytes of a batch, number of batches) of each that is at work at the same time. Of a
+    loader two batches for each process may wait there, while one is in use and one is taken.
+    Queues, locks and pages that aren't full take less than 128 KB more for each process.
+    """
+    folder = Path("/dev/shm")
+    if not workers or not folder.is_dir():
+        return
+    n_processes = int(os.environ["LOCAL_WORLD_SIZE"]) if ranks()[1] > 1 else 1
+    needed = 2 ** 17 * workers * len(loaders)
+    needed += sum(size * min(n_batches, 2 * workers + 2) for size, n_batches in loaders)
+    needed, free = n_processes * needed, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{folder}: {workers} loader processes want {needed:,} bytes there for "
+                        f"their batches, {free:,} are free: lower --workers or --batch (make: "
+                        "BATCH, TRAIN_ARGS, INFER_ARGS), or give a container more, as with docker "
+                        f"run --shm-size={math.ceil(needed / 2 ** 30)}g")
 
 
 def amp(device):

@@ -30,30 +30,33 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import nullcontext, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from common import (
-    BACKGROUND, DERIVED, RUN_PLACE, STORE_KEYS, SUBMIT_SIZE, Hashes, Help, Parser, UserError,
-    accepted_code, atomic_write, cache_folder, changes, check_output, check_space, check_unchanged,
-    class_iou, clean, code_hashes, code_of, code_question, code_state, confusion, data_files,
-    decide, different_keys, draw_bars, draw_heat, figure_urls, fingerprint, folds_hash,
-    foreground_ids, image_miou, is_description, is_run, keep_code, label_settings, labels_code,
-    labels_hash, labels_recipe, library_versions, load_data, lock, make_folds, move_aside, named,
-    number, open_store, overlay, provenance, pseudo_folder, read_csv, read_description, read_folds,
-    read_json, read_probs, recipe_changes, run_code, run_folder, run_recipe, run_script, scores,
-    settings_of, short_hash, store_code, store_id, store_recipe, tile_url, tta_name,
-    version_changes, whole_manifest, write_coco, write_description, write_json, write_page,
-    write_sheet)
+    BACKGROUND, DERIVED, DESCRIPTION_KINDS, MANIFEST_KINDS, RUN_PLACE, STORE_KINDS, SUBMIT_SIZE,
+    TORCHRUN, Hashes, Help, Parser, UserError, accepted_code, atomic_write, build_model,
+    cache_folder, changes, check_output, check_space, check_unchanged, class_iou, clean,
+    code_hashes, code_of, code_question, code_state, confusion, data_files, decide, different_keys,
+    draw_bars, draw_heat, figure_urls, fingerprint, folds_hash, foreground_ids, image_miou,
+    keep_code, label_settings, labels_code, labels_hash, labels_recipe, library_versions, load_data,
+    lock, make_folds, move_aside, named, number, open_store, overlay, provenance, pseudo_folder,
+    read_description, read_folds, read_index_json, read_json, read_numbers, read_own_json,
+    read_probs, recipe_changes, run_code, run_folder, run_recipe, run_script, scores, settings_of,
+    short_hash, store_code, store_id, store_recipe, tile_url, try_sides, tta_name, tta_sides,
+    version_changes, whole_manifest, whole_numbers, write_coco, write_description, write_json,
+    write_page, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byte first: x86 and ARM
+MAX_ROW = 64 * SUBMIT_SIZE ** 2  # bytes of a row of a submission: 64 for each id with its blanks
 MAX_PICKS = 30  # of the greedy selection of weights
+LEAST_WEIGHT = 1e-4  # of the largest: what weighs less is lost where a vote is summed in float32
 THUMBNAILS = 128_000_000  # bytes for the small probabilities that weights and biases are fitted on
 BIASES = (-1.4, -1, -0.7, -0.35, 0.35, 0.7, 1, 1.4)  # tried for each class
 AREAS = (0, *(2 ** np.arange(4, 12)))  # up to 3% of the image: a larger one fits its own images
@@ -63,9 +66,10 @@ CONTAMINATED = "CONTAMINATED: pseudo labels' makers have seen these images (--al
 BY_FOLD = ("fold", "pseudo", "contaminated")  # where the recipes of a member's folds may differ
 # what decides no result; see BESIDE in common.py
 BESIDE = {
-    "TAKEN", "already_made", "check_classes", "check_one_member", "check_store", "describe_params",
-    "difference", "explain", "made_file", "pixel_fault", "run_name", "sample_pictures",
-    "scratch_folder", "show", "show_scores", "soft_recipe", "tell_unread", "write_made"}
+    "TAKEN", "already_made", "check_classes", "check_names", "check_one_member", "check_store",
+    "describe_params", "difference", "explain", "made_file", "no_formula", "pixel_fault",
+    "run_name", "sample_pictures", "scratch_folder", "show", "show_scores", "soft_recipe",
+    "tell_unread", "write_made"}
 
 
 # ---- options -------------------------------------------------------------------------------------
@@ -124,6 +128,7 @@ def add_grid(grid):
     """Add the options by which make describes an experiment."""
     grid.add_argument("--exp", type=Path, required=True)
     grid.add_argument("--paint", default="area")
+    grid.add_argument("--orientation", default="shown")
     grid.add_argument("--nfolds", type=number(int, 2, 10), default=5)
     grid.add_argument("--gpus", type=number(int, 1), default=1)
     grid.add_argument("--rounds", type=number(int, 0, 9), default=0)
@@ -150,9 +155,12 @@ def vote_weights(text):
         weights = [float(word) for word in text.split(",")]
     except ValueError:
         weights = [math.nan]
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights):
+    largest = max(weights)
+    in_range = all(weight == 0 or LEAST_WEIGHT * largest <= weight for weight in weights)
+    if not all(map(math.isfinite, weights)) or not in_range or largest <= 0:
         raise argparse.ArgumentTypeError(
-            f"{text}: weights are numbers from 0, not all 0, with commas between them")
+            f"{text}: weights are numbers from 0, not all 0, none of them below {LEAST_WEIGHT:g} "
+            "of the largest, with commas between them")
     return weights
 
 
@@ -251,7 +259,7 @@ def member_weights(args, voters):
     if len(args.weights) != len(voters):
         raise UserError(f"{len(args.weights)} weights for {len(voters)} voters: "
                         f"{', '.join(map(str, voters))}")
-    return np.array(args.weights)
+    return np.array(args.weights) / max(args.weights)  # as they are float32 may not hold them
 
 
 # ---- the vote ------------------------------------------------------------------------------------
@@ -313,7 +321,8 @@ class OutOfFold:
         self.names, self.cache = list(members), args.cache
         self.infos = [next(iter(folds.values()))[1] for folds in members.values()]
         self.contaminated = any(info["contaminated"] for info in self.store_infos)
-        self.train, self.test = load_data(args.data, args.cache, self.infos[0]["paint"])
+        settings = self.infos[0]["paint"], self.infos[0]["orientation"]
+        self.train, self.test = load_data(args.data, args.cache, *settings)
         self.classes = self.train.classes
         check_classes(self.infos[0]["classes"], self.classes, runs[0], args.data)
         if self.infos[0]["data"] != self.train.fingerprint:
@@ -697,7 +706,16 @@ def show(args, oof, name, title, cells):
     print(f"\n{title}\n{text}")
     if args.tables:
         with atomic_write(args.tables / f"{name}.csv") as scratch:
-            table.to_csv(scratch, index=False)
+            table.map(no_formula).to_csv(scratch, index=False)
+
+
+def no_formula(cell):
+    """Return a cell of a table, a text behind a ' where a spreadsheet would compute it.
+
+    So a class is named that is called "=1+1"; the names come from the data.
+    """
+    is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@"))
+    return f"'{cell}" if is_formula else cell
 
 
 def show_scores(args, oof, member_counts, used, counts, tried):
@@ -887,26 +905,46 @@ def write_masks(args, test, preds, pictures=()):
 
 def image_names(args, test):
     """Return what names the test images in the submission."""
+    check_names(args, test.file_names)
     return test.file_names if args.image_id == "file_name" else [str(i) for i in test.ids]
 
 
+def check_names(args, file_names):
+    """Raise UserError if file names are to name the test images and two images have the same."""
+    repeated = [name for name, times in Counter(map(str, file_names)).items() if times > 1]
+    if args.image_id == "file_name" and repeated:
+        raise UserError(f"test.json: several images have the file_name {clean(repeated[0])}, which "
+                        "can't name them in the submission: take IMAGE_ID=id (--image-id id)")
+
+
 def csv_rows(f):
-    """Yield the rows of a CSV opened in binary as bytes; csv, which is slow, reads quotes alone."""
-    for line in f:
-        if b'"' in line:
-            lines = (part.decode("utf-8-sig", "replace").replace("\r", "")
-                     for part in itertools.chain([line], f))
-            yield [cell.encode() for cell in next(csv.reader(lines))]
-        else:
+    """Yield the rows of a CSV opened in binary as bytes; csv, which is slow, reads quotes alone.
+
+    Raises UserError for a row of more than MAX_ROW bytes, as behind a quote that is left open.
+    """
+    csv.field_size_limit(MAX_ROW)
+    lines = iter(partial(f.readline, MAX_ROW), b"")
+    for line_number, line in enumerate(lines, 1):
+        place = f"{f.name} line {line_number}"
+        if len(line) == MAX_ROW:
+            raise UserError(f"{place}: longer than {MAX_ROW} bytes: no row of a submission")
+        if b'"' not in line:
             yield line.rstrip(b"\r\n").split(b",", 1)  # a second comma is no class id
+            continue
+        texts = (part.decode("utf-8-sig", "replace").replace("\r", "")
+                 for part in itertools.chain([line], lines))
+        try:
+            yield [cell.encode() for cell in next(csv.reader(texts))]
+        except csv.Error as e:
+            raise UserError(f"{place}: {e}: is a quote left open?") from None
 
 
 def read_submission(path, names, n_classes):
     """Yield (what is wrong or None, mask uint8 [SUBMIT_SIZE, SUBMIT_SIZE]) of each row of `names`.
 
-    A byte order mark, CRLF and more spaces than needed between and around the ids are harmless.
+    A byte order mark, CRLF, blank lines at the end and more spaces than needed between and around
+    the ids are harmless.
     """
-    csv.field_size_limit(2 ** 31 - 1)
     with open(path, "rb", buffering=2 ** 20) as f:
         rows = csv_rows(f)
         header = b",".join(next(rows, [])).decode("utf-8-sig", errors="replace")
@@ -915,6 +953,8 @@ def read_submission(path, names, n_classes):
                    None)
             return
         for line, (name, row) in enumerate(itertools.zip_longest(names, rows), 2):
+            if name is None and not b"".join(row).strip():
+                continue  # a blank line at the end
             row_name = row and row[0].decode(errors="replace")
             if row_name != name or len(row) != 2:
                 text = "missing"
@@ -1050,7 +1090,9 @@ def pseudo_counts(runs):
     rows = []
     for exp in sorted({Path(place[1]) for place in places if place}):
         for path in sorted(exp.glob("r[0-9]/pseudo/f*/manifest.json")):
-            manifest = read_json(path)
+            manifest = read_own_json(path, MANIFEST_KINDS)
+            if manifest is None:
+                raise UserError(f"{path}: damaged: run make pseudo again")
             photos = manifest["photos"]
             row = {"round": manifest["round"], "fold": manifest["fold"]}
             row |= photos.get(BACKGROUND, {})
@@ -1327,8 +1369,8 @@ def hard(args):
     stores = {path: open_store(path / "test.json", hashes) for path in args.runs if path.is_dir()}
     infos = [info for _, info in stores.values()]
     weights = member_weights(args, args.runs)
-    paint = [info["paint"] for info in infos[:1]]
-    _, test = load_data(args.data, args.cache, *paint)
+    settings = (infos[0]["paint"], infos[0]["orientation"]) if infos else ()
+    _, test = load_data(args.data, args.cache, *settings)
     for path, (_, info) in stores.items():
         if info["data"] != test.fingerprint:
             raise UserError(f"{path}/test.json was made on other data than is in {args.data} now: "
@@ -1475,7 +1517,7 @@ class Answers:
         """
         for path, answer in self.new.items():
             with suppress(OSError):
-                write_json(path, answer)
+                write_json(path, {"answer": answer, "hash": short_hash(answer)})
         self.new = {}
         for folder in self.folder.parent.glob("*"):
             if folder != self.folder:
@@ -1484,10 +1526,10 @@ class Answers:
 
 def remembered_answer(path):
     """Return the answer in the file `path`; None if there is none or its --weights file is gone."""
-    try:
-        answer = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    remembered = read_own_json(path, {"answer": dict, "hash": str})
+    if remembered is None or short_hash(remembered["answer"]) != remembered["hash"]:
         return None
+    answer = remembered["answer"]
     weights = answer.get("weights", "none")
     return answer if weights in ("imagenet", "none") or Path(weights).is_file() else None
 
@@ -1495,7 +1537,7 @@ def remembered_answer(path):
 def start_script(script, line, n_processes):
     """Start a script that checks its arguments as one of `n_processes`, and prints them as JSON."""
     command = [sys.executable, str(Path(__file__).with_name(script)), *line, "--show-args"]
-    env = os.environ | {"WORLD_SIZE": str(n_processes), "RANK": "0"}
+    env = os.environ | dict.fromkeys(TORCHRUN, "0") | {"WORLD_SIZE": str(n_processes)}
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
 
@@ -1521,7 +1563,8 @@ def script_lines(args):
         grid += ["--model", model]
     for scale in (*args.scales, *args.pick_scales):
         grid += ["--scale", scale]
-    split = ["--fold", args.folds[0], "--folds", str(args.nfolds), "--paint", args.paint]
+    split = ["--fold", args.folds[0], "--folds", str(args.nfolds), "--paint", args.paint,
+             "--orientation", args.orientation]
     return {
         "train.py": [*cache, *exp, *grid, *split, *args.train_args.split()],
         "infer.py": [*cache, "--checkpoint", "model.pt", *args.infer_args.split()],
@@ -1539,8 +1582,8 @@ def read_arguments(args, answers):
     model = [*args.models, *args.pick_models][-1]
     scale = [*args.scales, *args.pick_scales][-1]
     forbid("TRAIN_ARGS", train, **paths, exp=str(args.exp), model=model, scale=int(scale),
-           fold=int(args.folds[0]), folds=args.nfolds, round=0, paint=args.paint, check=False,
-           overfit=0, sweep=0, runtimes=None)
+           fold=int(args.folds[0]), folds=args.nfolds, round=0, paint=args.paint,
+           orientation=args.orientation, check=False, overfit=0, sweep=0, runtimes=None)
     forbid("INFER_ARGS", infer, **paths, checkpoint=["model.pt"], out=None, split=["valid", "test"])
     forbid("PSEUDO_ARGS", pseudo, **paths, exp=str(args.exp), round=1, fold=0, stores=["x"])
     out = args.exp / "submission.csv"
@@ -1601,6 +1644,13 @@ def check_encoders(models):
                             "with tu-")
 
 
+def check_tta_scales(models, tta_scales):
+    """Raise UserError if one of these (model, scale) can't predict at a size of --tta-scales."""
+    for model, scale in models:
+        try_sides(build_model(model, 1), model, tta_sides(scale, tta_scales),
+                  f" (INFER_ARGS: --tta-scales times {scale})")
+
+
 # ---- what make asks: the plan --------------------------------------------------------------------
 
 
@@ -1642,21 +1692,22 @@ class Plan:
         The index is that of the cache if just these photos have been checked, else None.
         """
         paths = data_files(self.args.data)
-        folder = cache_folder(self.args.cache, paths, self.args.paint, self.hashes)
-        try:
-            index = json.loads((folder / "index.json").read_bytes())
+        settings = self.args.paint, self.args.orientation
+        folder = cache_folder(self.args.cache, paths, settings, self.hashes)
+        index = read_index_json(folder, self.hashes)
+        if index:
             names = [index[split]["file_names"] for split in ("train", "test")]
             ids = index["train"]["ids"]
             checked = {split: index[split]["digests"] for split in ("train", "test")}
-        except (OSError, ValueError, KeyError, TypeError):
-            index = None
+        else:
             listed = [images_in(path) for path in paths]
             names = [[image.get("file_name") for image in images] for images in listed]
             ids = [image.get("id") for image in listed[0]]
+        check_names(self.submit_args, names[1])
         data = {"ids": ids}
         for split, path, file_names in zip(("train", "test"), paths, names, strict=True):
             digests = self.hashes.of_all([f"{self.args.data}/{name}" for name in file_names])
-            data[split] = fingerprint(self.hashes(path), self.args.paint, digests)
+            data[split] = fingerprint(self.hashes(path), settings, digests)
             if index and digests != checked[split]:
                 index = None
         return data | {"index": index}
@@ -1771,17 +1822,13 @@ class Plan:
         Its .npy is not read: it must have the size, and not be one that Hashes remembers to be
         another.
         """
-        try:
-            info = json.loads(path.read_bytes())
-            npy = path.with_suffix(".npy")
-            size = len(info["image_ids"]) * len(info["classes"]) * SUBMIT_SIZE ** 2
-            digest = self.hashes.remembered(npy)
-            is_whole = os.path.getsize(npy) > size and digest in (None, info["files"][npy.name])
-            has_keys = info.keys() >= set(STORE_KEYS)
-            is_known = has_keys and is_description(info) and is_run(info["run"])
-            return info if is_whole and is_known else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        info, npy = read_own_json(path, DESCRIPTION_KINDS | STORE_KINDS), path.with_suffix(".npy")
+        if info is None or not npy.is_file():
             return None
+        size = len(info["image_ids"]) * len(info["classes"]) * SUBMIT_SIZE ** 2
+        digest = self.hashes.remembered(npy)
+        is_whole = npy.stat().st_size > size and digest in (None, info["files"].get(npy.name))
+        return info if is_whole else None
 
     def judge_labels(self, round_, fold):
         """Return (labels_hash, label_settings, contaminated) of pseudo labels; None if to be made.
@@ -1873,7 +1920,8 @@ def images_in(path):
     """Return the objects in the list images of a COCO file that nobody has checked yet."""
     coco = read_json(path)
     images = coco.get("images") if isinstance(coco, dict) else None
-    return [i for i in images if isinstance(i, dict)] if isinstance(images, list) else []
+    listed = images if isinstance(images, list) else []
+    return [whole_numbers(image) for image in listed if isinstance(image, dict)]
 
 
 def plan(args):
@@ -1897,9 +1945,11 @@ def plan(args):
         raise UserError("\n".join(current.questions()))
     places = [RUN_PLACE.fullmatch(os.path.abspath(path.parent))
               for path in current.to_make if path.name == "model.pt"]
-    models = {place[3] for place in places if place}
+    models = sorted({(place[3], int(place[4])) for place in places if place})
     if models and not args.dry:  # seconds, but hours would be lost if the last had no encoder
-        check_encoders(sorted(models))
+        check_encoders([model for model, _ in models])
+        if current.infer_args.tta_scales != [1]:
+            check_tta_scales(models, current.infer_args.tta_scales)
     if not args.dry:
         current.save()
     print("\n".join(map(str, current.to_make)))
@@ -1931,7 +1981,7 @@ def status(args):
         folder = run_folder(args.exp, round_, model, scale, fold)
         state, epochs, log = run_state(current, folder)
         grid[f"r{round_}/{model}/s{scale}"][f"f{fold}"] = state
-        seconds[model, scale] += [float(row["seconds"]) for row in log]
+        seconds[model, scale] += [row["seconds"] for row in log]
         epochs_left.append(((model, scale), epochs))
     print(pd.DataFrame(grid).T.to_string())
     medians = {kind: np.median(times) for kind, times in seconds.items() if times}
@@ -1950,7 +2000,7 @@ def run_state(current, run):
     stale = {*current.to_make, *itertools.chain(*current.to_decide.values())}
     paths = [run / "last.csv", run / "log.csv"]  # last.csv: of one that replaces another
     logs = [path for path in paths if path.exists()]
-    log = read_csv(logs[0], ("seconds",)) if logs else []
+    log = read_numbers(logs[0], ("seconds",)) if logs else []
     is_stale = run / "model.pt" in stale
     is_trained = (run / "model.pt").exists() and not (is_stale and (run / "last.pt").exists())
     if not is_trained:

@@ -22,12 +22,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import (
-    FROM_RECIPE, RUN_PLACE, STORE_KEYS, SUBMIT_SIZE, TTA, VIEWS, EvalPhotos, Hashes, Parser,
-    UserError, accepted_code, atomic_write, check_output, check_space, checked, claim_device,
-    code_hashes, decide, full_batch, keep_code, load_data, load_model, loader_workers, lock,
-    move_aside, normalise, number, open_store, predict_probs, provenance, ranks, read_description,
-    resize_probs, run_script, short_hash, store_code, store_recipe, tta_name, tta_views,
-    write_description, write_npy_header)
+    FROM_RECIPE, RUN_PLACE, STORE_KINDS, SUBMIT_SIZE, TTA, VIEWS, EvalPhotos, Hashes, Parser,
+    UserError, accepted_code, atomic_write, batch_bytes, check_output, check_shared_memory,
+    check_space, checked, claim_device, code_hashes, decide, full_batch, keep_code, load_data,
+    load_model, loader_options, loader_workers, lock, move_aside, normalise, number, open_store,
+    predict_probs, provenance, ranks, read_description, resize_probs, run_script, short_hash,
+    store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views, write_description,
+    write_npy_header)
 
 # what decides no result; see BESIDE in common.py
 BESIDE = {"parts_folder", "write_store"}
@@ -95,7 +96,10 @@ def load_photos(args, trained):
     Raises UserError when DATA isn't what the model was trained on.
     """
     path, recipe, checkpoint = args.checkpoint[0], trained.recipe, trained.checkpoint
-    train, test = load_data(args.data, args.cache, recipe["paint"])
+    if missing := FROM_RECIPE.keys() - recipe.keys():
+        raise UserError(f"{path}: its recipe lacks {', '.join(sorted(missing))}: it is by an older "
+                        "train.py; train it again")
+    train, test = load_data(args.data, args.cache, recipe["paint"], recipe["orientation"])
     if trained.classes != train.classes:
         raise UserError(f"{path} knows the classes {trained.classes}, DATA has {train.classes}")
     photos = {"test": (test, range(len(test.ids)))}
@@ -147,7 +151,7 @@ def run_of(folder, trained, hashes):
 
 def write_store(path, info):
     """Write the JSON of a store."""
-    write_description(path, info, **{key: info[key] for key in STORE_KEYS})
+    write_description(path, info, **{key: info[key] for key in STORE_KINDS})
 
 
 def is_up_to_date(path, info, args, hashes, exp):
@@ -225,8 +229,9 @@ def predict_batches(models, photos, batches, path, args, device):
     workers = loader_workers(args.workers, cuda)
     size = min(args.batch, len(photos))
     full_batches = [full_batch(items, size) for items in batches.values()]
-    loader = DataLoader(photos, batch_sampler=full_batches, num_workers=workers, pin_memory=cuda,
-                        multiprocessing_context="fork" if workers else None)
+    n_bytes = batch_bytes(size, recipe["scale"], SUBMIT_SIZE)
+    check_shared_memory(workers, (n_bytes, len(full_batches)))
+    loader = DataLoader(photos, batch_sampler=full_batches, **loader_options(workers, cuda))
     progress = tqdm(loader, str(path), disable=True if ranks()[0] else None)
     previous = None  # what write_batch gets of the batch before
     for (part, items), (images, _) in zip(batches.items(), progress, strict=True):
@@ -283,6 +288,9 @@ def predict(args, folder):
     """Write the stores of args.split into `folder`, those that aren't there and up to date."""
     hashes = Hashes(args.cache)
     models, checkpoints = load_models(args.checkpoint, hashes)
+    recipe = models[0].recipe
+    try_sides(models[0].model, recipe["model"], tta_sides(recipe["scale"], args.tta_scales),
+              f" (--tta-scales times {recipe['scale']})")
     photos = load_photos(args, models[0])
     run = run_of(args.checkpoint[0].parent, models[0], hashes)
     exp = experiment_folder(folder)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from common import (
     BACKGROUND, IGNORE_INDEX, LINEAGE, Hashes, Parser, UserError, atomic_write, by_rule,
     check_output, check_unchanged, decide, foreground_ids, keep_code, labels_code, labels_recipe,
-    load_data, lock, move_aside, number, open_store, overlay, provenance, pseudo_folder, read_csv,
+    load_data, lock, move_aside, number, open_store, overlay, provenance, pseudo_folder, read_index,
     read_probs, run_script, store_id, whole_manifest, write_coco, write_csv, write_description,
     write_npy_header, write_sheet)
 
@@ -240,15 +240,15 @@ def soft_label(probs, label):
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def hand_decisions(path):
-    """Return {image_id: keep} for the rows of an index.csv whose `keep` was ever changed by hand.
+def hand_decisions(folder):
+    """Return {image_id: keep} for the rows of index.csv whose `keep` was ever changed by hand.
 
     `by_hand` holds what was decided before; a `keep` that differs from it, or from the rule where
     there is none, is a new decision. An empty `keep` takes a decision back.
     """
     decisions = {}
-    rows = read_csv(path, ("image_id", "keep", "reason", "by_hand")) if path.exists() else ()
-    for row in rows:
+    rows = read_index(folder) if (folder / "index.csv").exists() else {}
+    for row in rows.values():
         written = row["by_hand"] or by_rule(row)
         decision = row["by_hand"] if row["keep"] == written else row["keep"]
         if decision:
@@ -399,7 +399,7 @@ def make_labels(folder, args, test, stores, infos, wanted, contaminated, hashes)
     stores, infos: the makers' stores and their JSONs. wanted: what provenance says of the labels.
     Decisions that were made by hand in index.csv stay.
     """
-    by_hand = hand_decisions(folder / "index.csv")
+    by_hand = hand_decisions(folder)
     rows = write_labels(folder / "new-labels.npy", test, stores, by_hand, args)
     check_unchanged(args.stores, infos)
     counts = count_reasons(rows, test.classes)
@@ -426,7 +426,7 @@ def main(args):
     opened = [open_store(path, hashes) for path in args.stores]
     stores = [store for store, _ in opened]
     infos = [info for _, info in opened]
-    _, test = load_data(args.data, args.cache, infos[0]["paint"])
+    _, test = load_data(args.data, args.cache, infos[0]["paint"], infos[0]["orientation"])
     contaminated = check_makers(args, infos, test)
     recipe = labels_recipe(args, test.fingerprint, infos[0]["folds_csv"], infos[0]["paint"],
                            [store_id(info) for info in infos])

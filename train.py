@@ -21,7 +21,6 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,25 +30,28 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (
-    AUGMENTATIONS, COLOURS, DECODERS, DERIVED, DESCRIBED, HOOK, IGNORE_INDEX, LOSSES, PAINT_ORDERS,
-    STEP, STRIDE, EpochBatches, EvalPhotos, Hashes, Parser, TrainSamples, UserError, amp,
-    atomic_write, build_model, check_labels, check_output, check_space, checked, claim_device,
-    code_of, confusion, decide, different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls,
-    folds_hash, full_batch, image_miou, keep_code, last_convolution, load_checkpoint, load_data,
-    load_folds, load_labels, loader_workers, lock, make_augmentation, make_loss, move_aside, named,
-    normalise, number, overlay, provenance, ranks, rare_odds, read_csv, read_description,
-    recipe_changes, resize_probs, run_code, run_folder, run_recipe, run_script, save_checkpoint,
-    scores, split_model, tile_url, write_csv, write_description, write_page, write_sheet)
+    AUGMENTATIONS, COLOURS, DECODERS, DERIVED, DESCRIBED, HOOK, IGNORE_INDEX, LOSSES, ORIENTATIONS,
+    PAINT_ORDERS, STEP, STRIDE, SUBMIT_SIZE, EpochBatches, EvalPhotos, Hashes, Parser, TrainSamples,
+    UserError, amp, atomic_write, batch_bytes, build_model, check_labels, check_output,
+    check_shared_memory, check_space, checked, claim_device, code_of, confusion, decide,
+    different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls, folds_hash, full_batch,
+    has_kinds, image_miou, keep_code, last_convolution, load_checkpoint, load_data, load_folds,
+    load_labels, loader_options, loader_workers, lock, make_augmentation, make_loss, move_aside,
+    named, normalise, number, overlay, pixel_weights, provenance, ranks, rare_odds, read_csv,
+    read_description, read_image, recipe_changes, resize_probs, run_code, run_folder, run_recipe,
+    run_script, save_checkpoint, scores, split_model, tile_url, try_sides, write_csv,
+    write_description, write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
 LOGGERS = ("tensorboard", "wandb")
+CONFIG_KINDS = {"classes": [str], "epoch": int, "v3": float}  # see has_kinds; besides DESCRIBED
 # what decides no result; see BESIDE in common.py
 BESIDE = {
-    "begin", "check_args", "check_folder", "check_run_space", "choose_resume", "describe_run",
-    "draw_batch", "draw_curves", "draw_some_curves", "draw_valid", "find_done", "find_last",
-    "images_of", "keeps_done", "log_row", "model_files", "show_progress", "start_logger",
-    "warn_of_absent_classes", "write_config"}
+    "CONFIG_KINDS", "begin", "check_args", "check_folder", "check_run_space", "choose_resume",
+    "describe_run", "draw_batch", "draw_curves", "draw_some_curves", "draw_valid", "find_done",
+    "find_last", "images_of", "in_shared_memory", "keeps_done", "log_row", "model_files",
+    "show_progress", "start_logger", "warn_of_absent_classes", "write_config"}
 
 # ---- what to try: schedules, optimizers, batch hooks ---------------------------------------------
 
@@ -178,6 +180,9 @@ def parse_args(argv=None):
                      help="from 1: also learns EXP/rROUND/pseudo/fFOLD")
     run.add_argument("--paint", choices=PAINT_ORDERS, default="area",
                      help="which object wins where they overlap")
+    run.add_argument("--orientation", choices=ORIENTATIONS, default="shown",
+                     help="how photos are read that EXIF turns without changing their size; most "
+                     "labelling tools draw on the turned photo")
     run.add_argument("--allow-leak", action="store_true",
                      help="learn also from pseudo labels whose makers may have trained on this "
                      "fold; marks every later score as contaminated")
@@ -200,8 +205,8 @@ def parse_args(argv=None):
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         recipe.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
     add_system_arguments(parser.add_argument_group("system: none of these decides the recipe"))
-    parser.set_defaults(decides=["model", "scale", "fold", "folds", "round", "paint", "overfit",
-                                 *RECIPE])
+    parser.set_defaults(decides=["model", "scale", "fold", "folds", "round", "paint",
+                                 "orientation", "overfit", *RECIPE])
     return parser.parse_args(argv)
 
 
@@ -264,6 +269,7 @@ class Run:
     std: tuple
     parts: int  # in which a batch goes through the model
     total: object  # float32 [3] of this epoch: sum of losses, skipped steps, skipped in a row
+    class_weights: object = None  # float32 [C], of the loss's pixels
     epoch: int = 0  # epochs done
     step: int = 0  # steps of this epoch that are done and saved
     log: list = field(default_factory=list)  # a row of log.csv for each epoch
@@ -341,17 +347,20 @@ def learning_rate(progress, args):
 def backward(run, images, masks):
     """Add up the gradients of a batch, part after part; return its loss.
 
-    When a GPU's memory is too small for a part, the parts are halved from then on.
+    Each part counts by its share of what a loss averages over; see loss_shares. When a GPU's memory
+    is too small for a part, the parts are halved from then on.
     """
     import torch
     n_parts = max(1, min(run.parts, len(images) // 2))  # batch norm needs two images
     try:
         total = 0
-        parts = zip(images.tensor_split(n_parts), masks.tensor_split(n_parts), strict=True)
-        for part_images, part_masks in parts:
+        mask_parts = masks.tensor_split(n_parts)
+        shares = loss_shares(mask_parts, run.class_weights)
+        parts = zip(images.tensor_split(n_parts), mask_parts, shares, strict=True)
+        for part_images, part_masks, share in parts:
             with amp(run.device):
                 logits = run.forward(part_images)
-            loss = run.loss(logits, part_masks) * (len(part_images) / len(images))
+            loss = run.loss(logits, part_masks) * share
             run.scaler.scale(loss).backward()
             total += loss.detach()
         return total
@@ -367,6 +376,26 @@ def backward(run, images, masks):
     run.optimizer.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     return backward(run, images, masks)
+
+
+def loss_shares(mask_parts, weights):
+    """Return the share of each part of a batch in its loss, [parts]: that of its labelled pixels.
+
+    They count by class with class weights, float [C] or None. So a loss over pixels has the
+    gradient of the whole batch. One over regions becomes the mean of its parts' losses, since no
+    part sees the others' regions. With several processes the batch is that of all of them, and the
+    shares are multiplied by their number, by which DistributedDataParallel divides.
+    """
+    import torch
+    sums = []
+    for masks in mask_parts:
+        labelled = masks != IGNORE_INDEX
+        sums.append(pixel_weights(masks.where(labelled, 0), labelled, weights).sum())
+    sums = torch.stack(sums)
+    total, n_ranks = sums.sum(), ranks()[1]
+    if n_ranks > 1:
+        torch.distributed.all_reduce(total)
+    return n_ranks * sums / total.clamp(min=1e-6)  # without a labelled pixel the loss is 0
 
 
 def lacks_memory(error):
@@ -575,10 +604,9 @@ def make_loaders(args, train, test, train_indices, valid_indices, cuda):
     entries, present, n_pseudo = training_entries(args, train, test, train_indices)
     rank, n_ranks = ranks()
     workers = loader_workers(args.workers, cuda)
+    options = loader_options(workers, cuda) | {"persistent_workers": workers > 0}
     # a generator of its own: starting workers would draw from the global one
-    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": cuda,
-               "multiprocessing_context": "fork" if workers else None,
-               "generator": torch.Generator()}
+    options["generator"] = torch.Generator()
     odds = rare_odds(present) if args.sampler == "rare" else None
     labelled_from = round(args.epochs * (1 - args.labelled_only))
     batches = EpochBatches(len(entries), args.batch, args.seed, odds, n_pseudo, args.pseudo_ratio,
@@ -586,9 +614,25 @@ def make_loaders(args, train, test, train_indices, valid_indices, cuda):
     mix = classmix_settings(args, np.array(train.pixels)[train_indices])
     samples = TrainSamples(entries, make_augmentation(args.augment, args.scale), args.seed, mix)
     photos = EvalPhotos(train, valid_indices[rank::n_ranks].tolist(), args.scale)
+    photo_batches = eval_batches(len(photos), args.batch)
+    share = math.ceil(args.batch / n_ranks)
+    check_shared_memory(workers, (batch_bytes(share, args.scale, args.scale), len(batches)),
+                        (batch_bytes(args.batch, args.scale, SUBMIT_SIZE), len(photo_batches)))
     loader = loader_class()
-    return (loader(samples, batch_sampler=batches, collate_fn=tuple, **options),
-            loader(photos, batch_sampler=eval_batches(len(photos), args.batch), **options))
+    return (loader(samples, batch_sampler=batches, collate_fn=in_shared_memory, **options),
+            loader(photos, batch_sampler=photo_batches, **options))
+
+
+def in_shared_memory(batch):
+    """Return a batch of tensors as a tuple, which a loader process has put into shared memory.
+
+    Later torch would do so in a thread whose errors reach nobody, and the run would wait for ever.
+    """
+    import torch
+    if torch.utils.data.get_worker_info():  # of the main process there is none
+        for tensor in batch:
+            tensor.share_memory_()
+    return tuple(batch)
 
 
 def eval_batches(n_images, size):
@@ -649,35 +693,22 @@ def set_prior(model, pixels):
 
 
 def try_model(model, name, sides):
-    """Raise UserError if the model can't work at these sides; freeze what its logits don't need.
-
-    Tried is a copy on "meta", where nothing is computed.
-    """
-    import torch
-    copy = deepcopy(model).to("meta").eval()
-    for side in sides:
-        try:
-            logits = copy(torch.zeros(1, 3, side, side, device="meta"))
-            logits.sum().backward()
-        except (RuntimeError, ValueError, AssertionError) as e:  # too few pixels; a fixed size
-            raise UserError(f"{name} can't work at scale {side}: {e}") from None
-        if logits.shape[2:] != (side, side):
-            raise UserError(f"{name} makes {list(logits.shape[2:])} of {side} x {side}: "
-                            "`upsampling` must be the stride of the decoder's map")
+    """Raise UserError if the model can't work at these sides; freeze what its logits don't need."""
+    copy = try_sides(model, name, sides)
     for parameter, tried in zip(model.parameters(), copy.parameters(), strict=True):
         parameter.requires_grad_(tried.grad is not None)  # DDP would wait for one that never comes
 
 
 def batch_sides(args):
-    """Return the smallest and largest side of batches after the batch hook, tried 30 times."""
+    """Return the sides of photos in validation, and of batches after 30 calls of the batch hook."""
     import torch
     images = torch.zeros(2, 3, args.scale, args.scale)
     masks = torch.zeros(2, args.scale, args.scale, dtype=torch.int64)
-    sides = set()
+    sides = {args.scale}
     for seed in range(30):
         hooked, _ = BATCH_HOOKS[args.batch_hook](images, masks, np.random.default_rng(seed))
         sides.add(hooked.shape[-1])
-    return sorted({min(sides), max(sides)})
+    return sorted(sides)
 
 
 def start_run(args, classes, pixels, resume, device):
@@ -705,7 +736,7 @@ def start_run(args, classes, pixels, resume, device):
         optimizer=OPTIMIZERS[args.optimizer](groups, args.lr),
         scaler=torch.amp.GradScaler(device.type, enabled=is_half),
         ema=ModelEmaV3(model, decay=args.ema, use_warmup=True), device=device, mean=mean, std=std,
-        parts=args.accumulate, total=torch.zeros(3))
+        parts=args.accumulate, total=torch.zeros(3), class_weights=weights)
     if resume:
         restore(run, *resume)
     run.total = run.total.to(device)
@@ -914,7 +945,7 @@ def train_run(args, root, report=None, wait=False):
     is an error.
     """
     check_output(args.data, args.exp)
-    train, test = load_data(args.data, args.cache, args.paint, args.cache_images)
+    train, test = load_data(args.data, args.cache, args.paint, args.orientation, args.cache_images)
     folds = load_folds(args.exp, train, args.folds)
     train_indices, valid_indices = split_by_fold(args, train, folds)
     out = run_folder(root, args.round, args.model, args.scale, args.fold)
@@ -1010,7 +1041,7 @@ def find_done(out, hashes):
     if not (out / "model.pt").exists():
         return None
     done = read_description(out / "config.json", hashes)
-    if not done:  # killed before it was written, or damaged
+    if not has_kinds(done, CONFIG_KINDS):  # killed before it was written, or damaged
         done = load_checkpoint(out / "model.pt")
         if not isinstance(done, dict) or not done.keys() >= set(DESCRIBED):
             raise UserError(f"{out}/model.pt: not a checkpoint of this train.py: take another "
@@ -1179,7 +1210,7 @@ def draw_valid(path, run, photos, classes):
 
 def check(args):
     """Print the data's sizes, classes and folds and write data.html, or stop with its faults."""
-    train, test = load_data(args.data, args.cache, args.paint)
+    train, test = load_data(args.data, args.cache, args.paint, args.orientation)
     folds = load_folds(args.exp, train, args.folds, renew=True)
     unread = sum(fault is not None for fault in test.faults)
     verdict = "no faults"
@@ -1191,15 +1222,35 @@ def check(args):
     if odd := sum(train.odd, []):
         print(f"warning: {len(odd)} annotation(s) have a polygon that leaves the photo, where it's "
               f"clipped, or without area: {', '.join(map(str, odd[:9]))}")
+    warn_of_photos(train, test)
     pixels = np.array(train.pixels)
     for class_id, name in enumerate(train.classes):
         present, share = pixels[:, class_id] > 0, pixels[:, class_id].sum() / pixels.sum()
         print(f"  {class_id:3} {name:20} {present.sum():6} images {share:8.3%} of pixels")
         absent = [fold for fold in range(args.folds) if not present[folds == fold].any()]
-        if absent:
+        if not present.any():
+            print("      warning: no training image has it: if it is no class, such as the root "
+                  "of an export's categories, remove it from both JSON files")
+        elif absent:
             print(f"      warning: no image of fold {', '.join(map(str, absent))} has it")
     write_data_page(args, train, test, folds)
     print(f"{args.exp}/data.html: a look at them")
+
+
+def warn_of_photos(train, test):
+    """Warn of photos that may be read in the wrong way, and of those that show next to nothing."""
+    names, turns = train.file_names + test.file_names, train.turns + test.turns
+    turned = [name for name, turn in zip(names, turns, strict=True) if turn == "open"]
+    flat = [name for name, is_flat in zip(names, train.flat + test.flat, strict=True) if is_flat]
+    if turned:
+        print(f"warning: {len(turned)} photo(s) are turned by EXIF, and the JSON's size doesn't "
+              f"say whether their masks are too: read as {train.orientation}: "
+              f"{', '.join(turned[:9])}; data.html has them both ways: set ORIENTATION to "
+              f"{' or '.join(ORIENTATIONS)} (where the size does say it, {turns.count('shown')} "
+              f"are shown and {turns.count('stored')} stored)")
+    if flat:
+        print(f"warning: {len(flat)} photo(s) are nearly of one grey: {', '.join(flat[:9])}: look "
+              "at them; if they should show more, convert them to 8 bits with their whole range")
 
 
 def write_data_page(args, train, test, folds):
@@ -1216,7 +1267,7 @@ def write_data_page(args, train, test, folds):
         by_fold[f"photos of fold {fold}"] = present[folds == fold].sum(0)
     table = pd.DataFrame({"class": names, "photos": present.sum(0), "objects": objects,
                           "pixels": pixels.sum(0), "share of pixels": shares["pixels"], **by_fold})
-    equal = equal_photos(train, test)
+    equal, turned = equal_photos(train, test), turned_photos(train)
     write_page(args.exp / "data.html", f"Data: {args.data}", [
         {"title": "classes", "table": table, "figures": data_figures(names, present, shares, sizes),
          "note": f"{len(train.ids)} photos for training, {len(test.ids)} for the test."},
@@ -1226,6 +1277,9 @@ def write_data_page(args, train, test, folds):
         {"title": "equal photos", "table": equal.head(200),
          "note": f"{len(equal)} photos have the content of another; those for training are kept in "
                  "one fold."},
+        {"title": "orientation", "cards": turned,
+         "note": f"{train.turns.count('open')} photos for training are turned by EXIF without a "
+                 "change of size. ORIENTATION says how they are read: as their masks fit."},
         {"title": "samples", "cards": sample_photos(train, present),
          "note": "Of each class photos spread evenly over those that have it."}], names)
 
@@ -1294,6 +1348,21 @@ def sample_photos(train, present, n=6):
             share = f"{(truth == class_id).mean():.2%} of the photo"
             cards.append({"text": train.file_names[i], "classes": [class_id],
                           "tiles": [(share, tile_url(shown))]})
+    return cards
+
+
+def turned_photos(train, n=24):
+    """Return cards of up to `n` photos whose turn is open, with their masks both ways."""
+    cards = []
+    indices = [i for i, turn in enumerate(train.turns) if turn == "open"]
+    for i in indices[:n]:
+        tiles = []
+        for way in ORIENTATIONS:
+            image = read_image(train.root / train.file_names[i], *train.sizes[i], way)
+            title = f"{way}, as it is read" if way == train.orientation else way
+            tiles.append((title, tile_url(overlay(image, train.truth(i), 0.4))))
+        classes = sorted({class_id for class_id, _ in train.objects[i]["sizes"]})
+        cards.append({"text": train.file_names[i], "classes": classes, "tiles": tiles})
     return cards
 
 
@@ -1500,7 +1569,7 @@ def search_space(args):
 
 def fixed_values(args, space):
     """Return (what all trials of a sweep share: their recipe and the space, number of classes)."""
-    train, test = load_data(args.data, args.cache, args.paint)
+    train, test = load_data(args.data, args.cache, args.paint, args.orientation)
     folds = load_folds(args.exp, train, args.folds)
     recipe = describe_run(args, train, test, folds, Hashes(args.cache))["recipe"]
     fixed = {key: value for key, value in recipe.items() if key not in (*space, *DERIVED)}

@@ -309,11 +309,13 @@ class Made(ensemble.Plan):
         target = path.with_name(by_name.get(path.name, path.name.replace("test", split)))
         data = path.with_name({"manifest.json": "labels.npy", "test.json": f"{split}.npy"}.get(path.name, path.name))
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = dict.fromkeys(common.STORE_KEYS, "") | dict(zip(common.DESCRIBED, (
+        values = {int: 0, bool: False, str: ""}
+        made = {key: values.get(kind) if isinstance(kind, type) else [] for key, kind in common.STORE_KINDS.items()}
+        made |= dict(zip(common.DESCRIBED, (
             recipe, code, "5ta7e", "", dict.fromkeys(common.VERSIONS, "1"), []), strict=True))
         ids = self.data["index"]["train" if split == "valid" else "test"]["ids"]
         made |= {"image_ids": ids[::5] if split == "valid" else ids, "classes": list(map(str, range(N_CLASSES))),
-                 "contaminated": False}
+                 "photos": {}}
         with open(data, "wb") as f:
             f.write(str(path).encode())
             if data.suffix == ".npy":  # sparse: it has the size alone

@@ -2,8 +2,10 @@
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,7 @@ from argparse import Namespace
 from collections import Counter
 from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
 from types import SimpleNamespace
 
 import albumentations as A
@@ -520,10 +523,13 @@ def test_open_store_refuses_a_store_in_the_folder_of_another_run(store, hashes, 
 
 
 @contextmanager
-def as_rank(rank, n_ranks):
+def as_rank(rank, n_ranks, **variables):
+    """Be one of the processes of torchrun on one machine, or as `variables` say."""
+    place = {"RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n_ranks,
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RANK", str(rank))
-        patch.setenv("WORLD_SIZE", str(n_ranks))
+        for name, value in (place | variables).items():
+            patch.setenv(name, str(value))
         yield
 
 
@@ -539,12 +545,18 @@ def rank_batches(n_ranks, n_images, batch_size, seed, odds=None, epoch=0):
     return found
 
 
-def test_ranks_are_those_of_torchrun(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_ranks_are_those_of_torchrun():
     assert common.ranks() == (0, 1)
     with as_rank(2, 3):
         assert common.ranks() == (2, 3)
+
+
+@pytest.mark.parametrize("left", [["RANK"], ["WORLD_SIZE"], ["RANK", "WORLD_SIZE"], ["MASTER_ADDR", "MASTER_PORT"],
+                                  ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]])
+def test_variables_that_another_program_has_left_are_no_torchrun(monkeypatch, left):
+    for name in left:
+        monkeypatch.setenv(name, "x" if name == "MASTER_ADDR" else "4")
+    assert common.ranks() == (0, 1)
 
 
 @given(st.integers(1, 4), st.integers(1, 60), st.integers(0, 9), st.integers(0, 2 ** 31 - 1), st.integers(0, 99))
@@ -656,8 +668,8 @@ def apply(transforms, image, mask, seed):
 
 def test_geometry_is_all_that_a_recipe_does_to_a_mask():
     kinds = {name: [type(t).__name__ for t in geometry(name, 32)] for name in common.AUGMENTATIONS}
-    expected = {"none": ["Resize"], "flip": ["Resize", "HorizontalFlip"], "basic": ["RandomResizedCrop", "D4"],
-                "colour": ["RandomResizedCrop", "D4"], "strong": ["RandomResizedCrop", "D4", "OneOf", "CoarseDropout"]}
+    expected = {"none": ["Resize"], "flip": ["Resize", "HorizontalFlip"], "basic": ["Crop", "D4"],
+                "colour": ["Crop", "D4"], "strong": ["Crop", "D4", "OneOf", "CoarseDropout"]}
     assert expected.items() <= kinds.items()
 
 
@@ -739,6 +751,40 @@ def test_a_recipe_turns_and_mirrors_in_all_the_ways_it_says(name, n):
         steps = [np.median(moved[8:] - moved[:-8]), np.median(moved[:, 8:] - moved[:, :-8])]  # 2 y is steeper than x
         seen.append((steps[0] > 0, steps[1] > 0, abs(steps[0]) > abs(steps[1])))
     assert len(set(seen)) == n and min(map(seen.count, seen)) >= 4
+
+
+SHAPES = [(96, 96), (480, 640), (64, 400), (400, 64), (300, 2000), (20, 1500), (1500, 15)]
+
+
+def blocks(height, width):
+    """Return a mask that tells the 15 x 15 blocks of a photo apart: ids 0 to 224."""
+    return (15 * (np.arange(height)[:, None] * 15 // height) + np.arange(width) * 15 // width).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", ["basic", "colour", "strong"])
+def test_samples_show_photos_of_any_shape_alike_and_to_their_ends(name):
+    augment, n_epochs, shares = common.make_augmentation(name, 64), 150, []
+    for shape in SHAPES:
+        mask, seen = blocks(*shape), np.zeros((n_epochs, 256), bool)
+        for epoch in range(n_epochs):
+            moved = augment(mask[..., None].repeat(3, 2), mask, np.random.default_rng([epoch, *shape]))[1]
+            seen[epoch, moved] = True
+        seen = seen[:, :225].reshape(-1, 15, 15)
+        assert seen[:40].any(0).all()  # after 40 epochs each part of the photo
+        ends = seen.mean(0)[[0, 0, -1, -1], [0, -1, 0, -1]]
+        assert ends.min() > 0.07 and seen.mean(0)[7, 7] > 0.8  # corners are in few crops, the middle in nearly all
+        shares.append(seen.mean())
+    assert min(shares) > 0.5 and max(shares) - min(shares) < 0.1
+
+
+def test_square_photos_are_cropped_as_albumentations_does():
+    crops = common.AUGMENTATIONS["basic"](A, (32, 32))[0], A.RandomResizedCrop((32, 32), scale=(0.25, 1))
+    for seed in range(50):
+        boxes = []
+        for crop in crops:
+            crop.set_random_seed(seed)
+            boxes.append(crop.get_params_dependent_on_data({"shape": (96, 96, 3)}, {})["crop_coords"])
+        assert boxes[0] == boxes[1]
 
 
 @pytest.mark.parametrize("name", common.AUGMENTATIONS)
@@ -1046,10 +1092,34 @@ def test_jobs_take_idle_gpus_first_then_share_them_and_one_too_many_waits(gpus, 
     assert not waiting.poll(0.5)
     jobs[killed][0].kill()
     assert waiting.poll(20) and waiting.recv() == taken[killed]
-    assert capfd.readouterr().out == "all GPUs are taken: waiting for one\n"
+    holders = [f"pid {process.pid} on {socket.gethostname()}" for process, _ in jobs]
+    assert capfd.readouterr().out == f"all GPUs are taken: waiting for one of {', '.join(holders)}\n"
     locks = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.lock")}
     assert {str(path) for path in locks} == {
-        f"gpu-id{index}-{os.getuid()}/{name}" for index in (0, 1) for name in (".lock", ".1.lock")[:per_gpu]}
+        f"gpus-{os.getuid()}/.id{index}.{slot}.lock" for index in (0, 1) for slot in range(per_gpu)}
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda folder: folder.mkdir(mode=0o755), lambda folder: (folder.mkdir(), folder.chmod(0o720)),
+    lambda folder: folder.touch(0o600), lambda folder: folder.symlink_to("nowhere"),
+    lambda folder: folder.symlink_to(folder.with_name("mine")),
+    lambda folder: (folder.mkdir(mode=0o700), os.chown(folder, 12345, -1))])
+def test_gpus_are_held_in_a_folder_of_this_user_alone(gpus, tmp_path, spoil):
+    gpus(1)
+    (tmp_path / "mine").mkdir(mode=0o700)
+    folder = tmp_path / f"gpus-{os.getuid()}"
+    try:
+        spoil(folder)
+    except PermissionError as e:
+        pytest.skip(f"only root may give a folder away: {e}")
+    with pytest.raises(UserError, match=f"^{folder}: must be a folder of yours that nobody else may enter: remove it"):
+        common.idle_gpu(1)
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_the_folder_of_the_locks_lets_nobody_else_in(gpus, tmp_path):
+    gpus(1)
+    assert common.own_folder("gpus").stat().st_mode & 0o777 == 0o700 and common.own_folder("gpus").parent == tmp_path
 
 
 def test_a_claimed_gpu_is_one_of_as_many_slots_as_are_asked_for(gpus, start_job, monkeypatch):
@@ -1071,9 +1141,7 @@ def test_a_gpu_that_torch_was_not_built_for_is_one_line_that_says_what_to_do(gpu
     gpus(2)
     monkeypatch.setattr(common, "run_kernel", fail)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("the ranks joined"))
-    for key, value in {"LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
-        monkeypatch.setenv(key, str(value))
-    with as_rank(1, n_ranks), pytest.raises(UserError) as caught:
+    with as_rank(1, n_ranks, LOCAL_WORLD_SIZE=2), pytest.raises(UserError) as caught:
         common.claim_device(name)
     assert str(caught.value) == (
         f"--device {told}: Tesla T4 has compute capability 7.5 (sm_75), torch {torch.__version__} was built for sm_80, "
@@ -1105,19 +1173,15 @@ def test_a_rank_has_a_gpu_of_its_own_unless_all_are_to_share_one(gpus, monkeypat
     gpus(n_gpus)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *how, **more: joined.append((how, more)))
-    for key, value in {"LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 4}.items():
-        monkeypatch.setenv(key, str(value))
-    with as_rank(7, 8):  # the second of two machines
+    with as_rank(7, 8, LOCAL_RANK=3, LOCAL_WORLD_SIZE=4):  # the second of two machines
         assert common.claim_device(name) == torch.device(device)
     assert joined == [((backend,), {"device_id": torch.device(device)} if backend == "nccl" else {})]
     assert current == [torch.device(device)] * (device != "cpu")
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
-def test_more_ranks_than_gpus_are_one_line_that_says_what_to_do(gpus, monkeypatch, name):
+def test_more_ranks_than_gpus_are_one_line_that_says_what_to_do(gpus, name):
     gpus(1)
-    for key, value in {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
-        monkeypatch.setenv(key, str(value))
     with as_rank(0, 2), pytest.raises(UserError) as caught:
         common.claim_device(name)
     assert str(caught.value) == (
@@ -1133,7 +1197,94 @@ def test_loader_processes_are_as_many_as_the_device_needs_unless_told(monkeypatc
     assert common.loader_workers(wanted, cuda) == workers
 
 
+@pytest.fixture
+def shared_memory(monkeypatch):
+    """Return a function that says how many bytes /dev/shm has free; None: there is no such folder."""
+    def have(free):
+        folder_is_there = Path.is_dir
+        monkeypatch.setattr(Path, "is_dir", lambda path: folder_is_there(path) and (
+            free is not None or str(path) != "/dev/shm"))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    return have
+
+
+@pytest.mark.parametrize("workers, loaders, n_ranks, needed", [
+    (1, [(100, 99)], 1, 400), (3, [(100, 99)], 1, 800), (3, [(100, 2)], 1, 200), (3, [(100, 99), (7, 99)], 1, 856),
+    (3, [(100, 99), (7, 5)], 1, 835), (3, [(100, 99)], 4, 3200),
+    (8, [(common.batch_bytes(8, 512, 512), 99), (common.batch_bytes(8, 512, SUBMIT_SIZE), 99)], 1,
+     18 * 8 * (4 * 512 ** 2 + 3 * 512 ** 2 + 256 ** 2))])
+def test_shared_memory_must_have_room_for_what_loader_processes_make_ahead(
+        shared_memory, workers, loaders, n_ranks, needed):
+    needed += 128 * 1024 * workers * len(loaders) * n_ranks  # for queues
+    shared_memory(needed)
+    with as_rank(0, n_ranks):
+        common.check_shared_memory(workers, *loaders)
+        shared_memory(needed - 1)
+        with pytest.raises(UserError) as refusal:
+            common.check_shared_memory(workers, *loaders)
+    assert str(refusal.value) == (
+        f"/dev/shm: {workers} loader processes want {needed:,} bytes there for their batches, {needed - 1:,} are free: "
+        "lower --workers or --batch (make: BATCH, TRAIN_ARGS, INFER_ARGS), or give a container more, as with docker "
+        "run --shm-size=1g")
+
+
+def test_shared_memory_is_not_asked_for_without_processes_or_where_there_is_none(shared_memory):
+    shared_memory(0)
+    common.check_shared_memory(0, (100, 99))
+    shared_memory(None)
+    common.check_shared_memory(8, (100, 99))
+
+
 # ---- how a script ends ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [
+    "DataLoader worker (pid 7) is killed by signal: Killed. ", "DataLoader worker (pid(s) 7) exited unexpectedly",
+    "DataLoader timed out after 300 seconds", "Pin memory thread exited unexpectedly",
+    "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
+    "unable to open shared memory object </torch_1_2_3> in read-write mode: Too many open files (24)",
+    "Too many open files. Communication with the workers is no longer possible.",
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out"])
+@pytest.mark.parametrize("in_loader", [False, True])
+def test_what_a_loader_process_fails_of_is_one_line_that_says_what_to_do(text, in_loader):
+    raised = f"Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n" \
+             f'  File "x.py", line 1, in y\nRuntimeError: {text}\n'
+    line, code = common.stop_reason(RuntimeError(raised if in_loader else text), False)
+    assert code == 1 and line == (f"a loader process failed: {text.strip()}; too little memory, /dev/shm full or a "
+                                  "slow disk? Lower --workers; the same command carries on")
+
+
+@pytest.mark.parametrize("text", ["out of resource: shared memory, Required: 131072", "an own augmentation's mistake"])
+def test_another_error_is_no_loaders(text):
+    assert common.stop_reason(RuntimeError(text), False) == (None, 1)
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), MemoryError("Unable to allocate 1 GiB"), OSError(12, "Cannot allocate memory"),
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"), RuntimeError("can't start new thread"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
+def test_too_little_memory_or_address_space_ends_in_one_line(error):
+    line, code = common.stop_reason(error, False)
+    assert line.startswith("out of memory or of address space: ") and "ulimit -v" in line and code == 1
+
+
+@pytest.mark.parametrize(("limit", "needs"), [(900_000, "bytes(10 ** 9)"), (600_000, '__import__("torch")')])
+def test_little_address_space_is_one_line(limit, needs):
+    code = f"import common; common.run_script(lambda _: {needs}, None)"
+    done = subprocess.run(["bash", "-c", f"ulimit -v {limit}; exec {sys.executable} -c '{code}'"], cwd=ROOT,
+                          env=os.environ | {"OPENBLAS_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch("out of memory or of address space: .*; raise the limit .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("name", [b"d\xff", b"gr\xfcn/d"])
+@pytest.mark.parametrize("script", ["train.py", "ensemble.py"])
+def test_a_path_that_is_not_utf_8_is_refused_in_one_line(script, name):
+    more = [b"score", b"run"] if script == "ensemble.py" else [b"--check"]
+    done = subprocess.run([sys.executable, script, *more, b"--data", name], cwd=ROOT, capture_output=True)
+    assert done.returncode == 2 and done.stdout == b""
+    assert re.fullmatch(rf"{script}: error: .*\\udcf.*: is not UTF-8: rename the file or folder, or give a symbolic "
+                        "link to it\n", done.stderr.decode())
 
 
 def run_python(code, cwd=ROOT):
@@ -1207,10 +1358,57 @@ def with_code(error, code):
     (KeyboardInterrupt("x: kept is epoch 2"), 130, "x: kept is epoch 2; the same command carries on\n"),
     (FileNotFoundError(2, "No such file", "a.png"), 1, "a.png: No such file\n"), (OSError("odd"), 1, "odd\n"),
     (with_code(OSError("HTTP Error 404"), 404), 1, "HTTP Error 404\n"),  # as urllib's, whose code is no exit code
-    (RuntimeError("DataLoader worker (pid 7) is killed"), 1, "a loader process died: DataLoader worker (pid 7) is "
-     "killed; too little memory? Lower --workers; the same command carries on\n")])
+    (RuntimeError("DataLoader worker (pid 7) is killed"), 1, "a loader process failed: DataLoader worker (pid 7) is "
+     "killed; too little memory, /dev/shm full or a slow disk? Lower --workers; the same command carries on\n")])
 def test_what_stops_a_script_is_a_line_and_an_exit_code(end, error, code, told):
     assert end(error) == (code, told)
+
+
+@pytest.mark.parametrize(("error", "told"), [
+    (OSError(24, "Too many open files", "a.png"),
+     "[Errno 24] Too many open files: 'a.png': raise the limit with ulimit -n, or lower --workers\n"),
+    (OSError("AF_UNIX path too long"), "AF_UNIX path too long: set TMPDIR to a folder with a shorter name\n")])
+def test_what_is_wrong_with_the_surroundings_of_a_process_is_told_with_a_cure(end, error, told):
+    assert end(error) == (1, told)
+
+
+def test_a_folder_for_temporary_files_is_asked_for_where_there_is_none(end, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+    with pytest.raises(FileNotFoundError) as raised:
+        tempfile.gettempdir()
+    assert end(raised.value)[1].endswith("directory found in ['/proc']: set TMPDIR to a folder that can be written\n")
+
+
+CLOSED = """
+import os, sys
+import common
+def main(args):
+    print("begun \\u00e4", flush=True)
+    with open(sys.argv[1], "w") as f:
+        f.write("content")
+        f.flush()
+        os.system("echo of a library >&2; echo of a library")
+    common.tqdm([], disable=None)
+    raise common.UserError("mend it", 3)
+common.run_script(main, None)
+"""
+
+
+@pytest.mark.parametrize(("streams", "out", "err"), [
+    ("2>&-", "begun ä\nof a library\n", ""), (">&-", "", "of a library\nmend it\n"), ("<&- >&- 2>&-", "", ""),
+    ("2>/dev/full", "begun ä\nof a library\n", ""), ("", "begun ä\nof a library\n", "of a library\nmend it\n")])
+def test_closed_streams_change_neither_the_exit_code_nor_a_file(tmp_path, streams, out, err):
+    command = ["sh", "-c", f'exec "$0" -c "$1" "$2" {streams}', sys.executable, CLOSED, tmp_path / "file"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONUTF8": "1"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, out, err)
+    assert (tmp_path / "file").read_text() == "content"
+
+
+def test_a_letter_that_the_terminal_lacks_is_escaped(tmp_path):
+    command = [sys.executable, "-c", CLOSED, tmp_path / "file"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 3 and done.stdout.startswith(b"begun \\xe4\n")
 
 
 def test_after_sigterm_other_errors_are_what_follows_from_it_but_a_user_error_is_told(end):

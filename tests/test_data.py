@@ -1,9 +1,13 @@
 """Test files, and data from the competition's folder to masks and folds; pycocotools is the reference for shapes."""
 import copy
+import errno
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -13,7 +17,8 @@ import sys
 import unicodedata
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from contextlib import nullcontext
+from itertools import groupby, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +47,7 @@ TRIANGLE = [[1, 1, 6, 1, 6, 6]]
 def load(tmp_path, monkeypatch):
     """Return load_data with this test's own cache, and threads instead of processes, which take a second to start."""
     monkeypatch.setattr(common, "ProcessPoolExecutor", lambda **_: ThreadPoolExecutor(2), raising=False)
-    return lambda data, paint="area": common.load_data(data, tmp_path / "cache", paint)
+    return lambda data, *settings, **options: common.load_data(data, tmp_path / "cache", *settings, **options)
 
 
 @pytest.fixture
@@ -138,6 +143,55 @@ def test_atomic_write_flushes_before_it_renames(tmp_path, monkeypatch):
     assert calls == ["fsync", "replace"]
 
 
+def test_two_writers_of_one_file_publish_each_what_it_wrote(tmp_path):
+    path = tmp_path / "a[1].txt"
+    with common.atomic_write(path) as first:
+        first.write_text("the first, long")
+        with common.atomic_write(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second" and first.read_text() == "the first, long"
+    assert path.read_text() == "the first, long" and os.listdir(tmp_path) == ["a[1].txt"]
+
+
+def test_what_a_killed_writer_leaves_goes_with_the_next_write_and_other_files_stay(tmp_path):
+    code = "import os, sys, common\nwith common.atomic_write(sys.argv[1]): os.kill(os.getpid(), 9)"
+    with start_python(code, tmp_path / "a[1].txt") as killed:
+        killed.communicate()
+    (tmp_path / ".a1.txt.01234567.tmp").write_text("another's")
+    assert len(list(tmp_path.glob(".*.tmp"))) == 2
+    (tmp_path / ".a[1].txt.tmp").write_text("no name of a scratch file")
+    common.write_json(tmp_path / "a[1].txt", 1)
+    assert sorted(os.listdir(tmp_path)) == [".a1.txt.01234567.tmp", ".a[1].txt.tmp", "a[1].txt"]
+
+
+def test_a_scratch_file_is_never_a_link(tmp_path, monkeypatch):
+    (tmp_path / "victim").write_text("precious")
+    monkeypatch.setattr(os, "urandom", bytes)
+    (tmp_path / ".a.txt.00000000.tmp").symlink_to("victim")
+    with pytest.raises(FileExistsError), common.atomic_write(tmp_path / "a.txt") as scratch:
+        scratch.write_text("new")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize(("error", "told"), [
+    (OSError(errno.ENOSPC, "No space left"), "{path}: No space left"), (OSError(errno.EFBIG, "Large"), "{path}: Large"),
+    (OSError(errno.EDQUOT, "Quota"), "{path}: Quota"), (OSError(errno.EIO, "broken"), "[Errno 5] broken"),
+    (OSError(errno.EACCES, "not yours", "b.png"), "b.png: not yours"),
+    (OSError(errno.ENOSPC, "No space left", "b.png"), "b.png: No space left"),
+    (OSError("b.png is odd"), "b.png is odd")])
+def test_only_an_error_of_writing_is_told_as_one_of_the_file(tmp_path, capsys, error, told):
+    def write():
+        with common.atomic_write(tmp_path / "a.txt"):
+            raise error
+    assert error_line(write, capsys) == told.format(path=tmp_path / "a.txt")
+
+
+def test_a_file_in_a_place_where_none_can_be_is_named_itself_and_not_its_scratch_file(tmp_path, capsys):
+    (tmp_path / "a.json").mkdir()
+    assert error_line(lambda: common.write_json(tmp_path / "a.json", 1), capsys) == f"{tmp_path}/a.json: Is a directory"
+    assert error_line(lambda: common.write_json("/proc/a.json", 1), capsys).startswith("/proc/a.json: ")
+
+
 def test_json_comes_back_as_written(tmp_path):
     value = {"classes": ["Background", "Glasflasche, grün"], "lr": 1e-3, "ids": [3, 10]}
     common.write_json(tmp_path / "a.json", value)
@@ -181,6 +235,44 @@ def test_file_hash_is_the_start_of_sha256(tmp_path):
     assert common.file_hash(tmp_path / "a") == "ba7816bf8f01cfea"
 
 
+SPREADSHEETS = {
+    "semicolons": lambda text: text.replace(",", ";"), "tabs": lambda text: text.replace(",", "\t"),
+    "a byte order mark and CRLF": lambda text: "\ufeff" + text.replace("\n", "\r\n"),
+    "blank rows": lambda text: text.replace("\n", "\n,,\n\n") + "\n , ,\n",
+    "an empty column": lambda text: text.replace("\n", ",\n"), "blanks": lambda text: text.replace(",", " , ")}
+
+
+@pytest.mark.parametrize("change", SPREADSHEETS)
+def test_what_a_spreadsheet_does_to_a_csv_is_harmless(tmp_path, change):
+    (tmp_path / "a.csv").write_text(SPREADSHEETS[change]("image_id,keep,note\n3,1,a b\n10,,\n"), newline="")
+    rows = common.read_csv(tmp_path / "a.csv", ("image_id", "keep"))
+    expected = [{"image_id": "3", "keep": "1", "note": "a b"}, {"image_id": "10", "keep": "", "note": ""}]
+    assert [{name: row[name] for name in expected[0]} for row in rows] == expected
+
+
+def test_lines_are_counted_with_those_that_are_blank(tmp_path):
+    (tmp_path / "a.csv").write_text('a,b\n\n,\n1,"x\ny"\n2,z\n')
+    assert [line for line, _ in common.read_rows(tmp_path / "a.csv", ("a",))] == [5, 6]
+
+
+@pytest.mark.parametrize("content", [b'a,b\n1,"' + b"x\n" * 200_000, b"a,b\n" + b"1" * 200_000])
+def test_an_open_quote_or_an_endless_line_of_a_csv_is_one_line(tmp_path, content):
+    limit = common.csv.field_size_limit(131072)
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.csv: field larger than field limit"):
+        common.read_csv(tmp_path / "a.csv", ("a",))
+    common.csv.field_size_limit(limit)
+
+
+@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "1,5"])
+def test_a_cell_that_is_no_number_is_named_by_its_line(tmp_path, text):
+    (tmp_path / "log.csv").write_text(f'epoch,seconds\n1,2.5\n2,"{text}"\n')
+    with pytest.raises(UserError, match=rf"log\.csv line 3: seconds is '{text}', no number: mend or remove the file"):
+        common.read_numbers(tmp_path / "log.csv", ("seconds",))
+    (tmp_path / "log.csv").write_text("epoch,seconds\n1,2.5\n")
+    assert common.read_numbers(tmp_path / "log.csv", ("seconds",)) == [{"epoch": "1", "seconds": 2.5}]
+
+
 def test_the_folder_of_pseudo_labels():
     assert str(common.pseudo_folder("out/a", 1, 3)) == "out/a/r1/pseudo/f3"
 
@@ -216,27 +308,36 @@ def test_lock_is_free_after_a_failure_inside(tmp_path):
             raise KeyError
 
 
-WAIT = """import fcntl, sys, common
-flock = fcntl.flock
-def say_when_held(f, how):
-    try:
-        flock(f, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print("waiting", flush=True)
-        flock(f, how)
-fcntl.flock = say_when_held
+WAIT = """import sys, common
 with common.lock(sys.argv[1], wait=True), open(sys.argv[2], "a") as f:
     f.write("waiter")"""
 
 
-def test_lock_can_wait_for_its_turn(tmp_path):
+def test_lock_can_wait_for_its_turn_and_says_once_for_whom(tmp_path):
     with common.lock(tmp_path):
         waiter = start_python(WAIT, tmp_path, tmp_path / "order.txt")
-        assert waiter.stdout.readline() == "waiting\n"
+        holder = f"pid {os.getpid()} on {socket.gethostname()}"
+        assert select.select([waiter.stdout], [], [], 20)[0], "it says nothing"
+        assert waiter.stdout.readline() == f"waiting for {holder}, which works on {tmp_path}\n"
         (tmp_path / "order.txt").write_text("holder ")
-    waiter.communicate()
-    assert waiter.returncode == 0
+    assert waiter.communicate()[0] == "" and waiter.returncode == 0
     assert (tmp_path / "order.txt").read_text() == "holder waiter"
+
+
+def test_a_lock_through_a_link_is_refused_and_what_it_leads_to_stays(tmp_path, capsys):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".lock").symlink_to("victim")
+    assert error_line(lambda: common.lock(tmp_path).__enter__(), capsys).startswith(f"{tmp_path}/.lock: ")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_checkpoint_has_the_same_bytes_each_time(tmp_path):
+    import torch
+    written = set()
+    for _ in range(2):
+        common.save_checkpoint(tmp_path / "a.pt", model={"w": torch.arange(3.)})
+        written.add((tmp_path / "a.pt").read_bytes())
+    assert len(written) == 1
 
 
 def test_checkpoint_of_tensors_and_plain_values_comes_back(tmp_path):
@@ -345,9 +446,9 @@ def test_rgb_is_read_as_stored(tmp_path):
     ("RGBA", (10, 20, 30, 0), "a.png", (10, 20, 30)),
     ("CMYK", (0, 255, 255, 0), "a.tif", (255, 0, 0)),
     ("CMYK", (0, 255, 255, 0), "a.jpg", (255, 0, 0)),
-    ("I;16", 0x1234, "a.png", (0x12, 0x12, 0x12)),
+    ("I;16", 0x5634, "a.png", (0x56, 0x56, 0x56)),
     ("I;16", 0xFFFF, "a.tif", (255, 255, 255)),
-    ("I", 0x1234, "a.tif", (0x12, 0x12, 0x12))])
+    ("I", 0x5634, "a.tif", (0x56, 0x56, 0x56))])
 def test_other_kinds_of_photo_become_rgb(tmp_path, mode, colour, name, expected):
     Image.new(mode, (5, 3), colour).save(tmp_path / name)
     image = common.read_image(tmp_path / name, 3, 5)
@@ -363,22 +464,117 @@ def test_palette_photo_gets_the_colours_of_its_palette(tmp_path, transparency):
     assert np.array_equal(common.read_image(tmp_path / "a.png", 3, 5), np.tile(np.uint8((10, 20, 30)), (3, 5, 1)))
 
 
-@pytest.mark.parametrize("ending", ["png", "jpg"])
-@pytest.mark.parametrize(("orientation", "asked", "turns"), [
-    pytest.param(1, (16, 32), 0, id="upright"),
-    pytest.param(6, (32, 16), -1, id="turned clockwise to the size in the JSON"),
-    pytest.param(8, (32, 16), 1, id="turned counterclockwise to the size in the JSON"),
-    pytest.param(6, (16, 32), 0, id="left as stored when the JSON has that size"),
-    pytest.param(3, (16, 32), 0, id="never turned upside down")])
-def test_exif_orientation_is_obeyed_only_when_the_size_asks_for_it(tmp_path, ending, orientation, asked, turns):
-    stored = np.zeros((16, 32, 3), np.uint8)
-    stored[:8, :16] = 255  # white top left quarter
-    exif = Image.Exif()
-    exif[0x0112] = orientation
+# EXIF orientation -> what a viewer makes of the pixels in the file
+VIEWED = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
+          6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90}
+
+
+def write_turned(path, height, width, exif):
+    """Write a photo of blocks of noise with this EXIF orientation; return its pixels as they are in the file."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
+    pixels, tags = pixels.repeat(4, 0).repeat(4, 1), Image.Exif()
+    tags[0x0112] = exif
+    options = {"lossless": True} if path.suffix == ".webp" else {"quality": 100, "dpi": (72, 72)}
+    Image.fromarray(pixels).save(path, exif=tags, **options)
+    with Image.open(path) as photo:
+        return np.array(photo.convert("RGB"))
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("stored_size", [(16, 32), (32, 32)])
+@pytest.mark.parametrize("exif", VIEWED)
+def test_exif_turns_a_photo_as_the_size_says_and_as_the_setting_says_where_the_size_cannot(
+        tmp_path, ending, stored_size, exif):
     path = tmp_path / f"a.{ending}"
-    Image.fromarray(stored).save(path, exif=exif, quality=100)
-    image = common.read_image(path, *asked)
-    assert np.abs(image.astype(int) - np.rot90(stored, turns)).max() <= 3
+    stored = write_turned(path, *stored_size, exif)
+    ways = {"stored": stored, "shown": VIEWED[exif](stored)}
+    for setting, asked in itertools.product(common.ORIENTATIONS, {stored_size, stored_size[::-1]}):
+        fitting = [way for way, pixels in ways.items() if pixels.shape[:2] == asked]
+        if not fitting:
+            with pytest.raises(OSError, match="the JSON says"):
+                common.read_image(path, *asked, setting)
+            continue
+        way, = fitting if len(fitting) == 1 else [setting]
+        assert np.array_equal(common.read_image(path, *asked, setting), ways[way])
+        turn = "" if exif == 1 else "open" if len(fitting) == 2 else way
+        assert common.check_image(path, *asked, setting)["turn"] == turn
+
+
+def test_a_tiff_with_an_orientation_is_refused_as_libraries_read_it_differently(tmp_path):
+    for exif in range(1, 9):
+        write_turned(tmp_path / "a.tif", 16, 16, exif)
+        for read in (common.read_image, common.check_image):
+            with pytest.raises(OSError, match=f"orientation {exif}: save it upright") if exif > 1 else nullcontext():
+                read(tmp_path / "a.tif", 16, 16)
+
+
+def test_damaged_exif_turns_nothing(tmp_path):
+    pixels = write_turned(tmp_path / "a.jpg", 16, 16, 6)
+    content = (tmp_path / "a.jpg").read_bytes()
+    start = content.index(b"Exif\0\0") + 6
+    (tmp_path / "a.jpg").write_bytes(content[:start] + b"XX" + content[start + 2:])
+    assert np.array_equal(common.read_image(tmp_path / "a.jpg", 16, 16), pixels)
+    assert common.check_image(tmp_path / "a.jpg", 16, 16)["turn"] == ""
+
+
+def test_the_orientation_decides_what_a_split_reads_and_is_part_of_its_fingerprint(data, tmp_path, load):
+    stored = write_turned(data / "batch_01/0011.png", 8, 8, 3)
+    splits = {way: load(data, orientation=way, decoded=way == "stored") for way in common.ORIENTATIONS}
+    for way, expected in (("stored", stored), ("shown", stored[::-1, ::-1])):
+        train, test = splits[way]
+        assert np.array_equal(train.image(0), expected) and train.turns == ["open", ""] and test.turns == [""]
+    fingerprints = {split.fingerprint for pair in splits.values() for split in pair}
+    assert len(fingerprints) == 4
+    assert np.array_equal(load(data)[0].image(0), stored[::-1, ::-1])  # as viewers and most labelling tools show it
+
+
+def test_the_check_names_photos_whose_turn_is_open_and_shows_them_both_ways(data, tmp_path, load, capsys):
+    write_turned(data / "batch_01/0011.png", 8, 8, 3)
+    train_split, test = load(data, orientation="stored")
+    train.warn_of_photos(train_split, test)
+    out = capsys.readouterr().out
+    assert "1 photo(s) are turned by EXIF" in out and "read as stored: batch_01/0011.png; " in out
+    card, = train.turned_photos(train_split)
+    assert card["text"] == "batch_01/0011.png" and card["classes"] == [1]
+    assert [title for title, _ in card["tiles"]] == ["shown", "stored, as it is read"]
+    assert len({url for _, url in card["tiles"]}) == 2
+
+
+@pytest.mark.parametrize("colours", [1, 3, 4])
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_sixteen_bits_that_hold_fewer_are_refused_with_the_cure(tmp_path, bits, ending, colours):
+    path, ramp = tmp_path / f"a.{ending}", np.linspace(0, 2 ** bits - 1, 256).astype(np.uint16).reshape(16, 16)
+    opaque = np.full_like(ramp, 0xFFFF)
+    cv2.imwrite(str(path), ramp if colours == 1 else np.dstack([ramp, ramp, ramp, opaque][:colours]))
+    if bits == 16:
+        assert np.array_equal(common.read_image(path, 16, 16)[..., 1], ramp >> 8)
+        assert common.check_image(path, 16, 16) == {"turn": "", "flat": False}
+        return
+    for read in (common.read_image, common.check_image):
+        with pytest.raises(OSError, match=f"no value above {2 ** bits - 1}, .*convert it to 8 bits"):
+            read(path, 16, 16)
+
+
+def test_whole_numbers_beyond_sixteen_bits_are_refused(tmp_path):
+    for low, high in ((0, 70_000), (-5, 40_000)):
+        Image.fromarray(np.linspace(low, high, 256).astype(np.int32).reshape(16, 16)).save(tmp_path / "a.tif")
+        with pytest.raises(OSError, match=f"values from {low} to {high}, .*convert it to 8 bits"):
+            common.read_image(tmp_path / "a.tif", 16, 16)
+
+
+def test_twelve_bits_with_a_stuck_pixel_are_taken_for_flat(tmp_path):
+    ramp = np.linspace(0, 4095, 400).astype(np.uint16).reshape(20, 20)
+    ramp[3, 3] = 0xFFFF
+    cv2.imwrite(str(tmp_path / "a.png"), ramp)
+    assert common.check_image(tmp_path / "a.png", 20, 20)["flat"]
+
+
+def test_the_check_names_photos_that_show_next_to_nothing(data, load, capsys):
+    Image.new("RGB", (8, 8), (0, 0, 9)).save(data / "batch_01/9000.png")
+    train.warn_of_photos(*load(data))
+    out = capsys.readouterr().out
+    assert "1 photo(s) are nearly of one grey: batch_01/9000.png: look at them" in out
 
 
 def test_photo_of_another_size_is_refused_naming_both_sizes(tmp_path):
@@ -725,6 +921,10 @@ def category(**values):
     return lambda train, test, data: [coco["categories"][0].update(values) for coco in (train, test)]
 
 
+def starts_with(content):
+    return photo(lambda path: path.write_bytes(content + bytes(1000)))
+
+
 def cut_jpeg(train, test, data):
     train["images"][0]["file_name"] = "batch_01/0011.jpg"
     write_photo(data / "batch_01/0011.jpg", 8, 8, seed=11)
@@ -736,10 +936,30 @@ def photo_beside_data(train, test, data):
     write_photo(data.parent / "out.png", 8, 8, seed=11)
 
 
-def photo_elsewhere(train, test, data):
-    write_photo(data.parent / "out.png", 8, 8, seed=11)
+def photo_beside_a_linked_folder(train, test, data):
+    (data.parent / "far/photos").mkdir(parents=True)
+    (data / "batch_02").symlink_to(data.parent / "far/photos")
+    train["images"][0]["file_name"] = "batch_02/../out.png"  # without the link it would be DATA/out.png
+    write_photo(data.parent / "far/out.png", 8, 8, seed=11)
+
+
+def absolute_name(train, test, data):
+    train["images"][0]["file_name"] = str(data / "batch_01/0011.png")
+
+
+def broken_link(train, test, data):
     (data / "batch_01/0011.png").unlink()
-    (data / "batch_01/0011.png").symlink_to(data.parent / "out.png")
+    (data / "batch_01/0011.png").symlink_to("nowhere.png")
+
+
+def same_photo(name, category):
+    """Return a change that lists the first photo once more, with an object of this category."""
+    def change(train, test, data):
+        train["images"].append({**train["images"][0], "id": 13, "file_name": name})
+        train["annotations"].append({"id": 3, "image_id": 13, "category_id": category, "segmentation": TRIANGLE})
+        if not (data / name).exists():
+            shutil.copy(data / "batch_01/0011.png", data / name)
+    return change
 
 
 def photo_of_itself(train, test, data):
@@ -787,6 +1007,8 @@ FOREIGN = "".join(chr(ord(c) + 64) for c in compressed(np.zeros((8, 8)))["counts
 PHOTO, OBJECT = ("11", "0011.png"), ("annotation 1",)
 # what is wrong: (change(train, test, data), what the message must say)
 FAULTS = {
+    "group NaN": (image(group=math.nan), ("image 11", "has the group nan, neither text nor a whole number nor null")),
+    "group a list": (image(group=list(range(9))), ("image 11", "has the group [0, 1, 2, 3, 4, 5, ...]")),
     "photo missing": (photo(os.unlink), (*PHOTO, "missing")),
     "photo is a folder": (image(file_name="batch_01"), ("11", "batch_01")),
     "photo under a photo": (image(file_name="batch_01/0012.png/a.png"), ("11", "0012.png/a.png")),
@@ -803,7 +1025,13 @@ FAULTS = {
     "photo is a program for a printer": (photo(lambda path: path.write_text(EPS)), (*PHOTO, "cannot identify")),
     "photo with fractions": (photo(lambda path: Image.new("F", (8, 8), 0.5).save(path, format="tiff")),
                              (*PHOTO, "fractions")),
-    "photo linked from elsewhere": (photo_elsewhere, (*PHOTO, "out of DATA")),
+    "photo linked to nothing": (broken_link, (*PHOTO, "is missing")),
+    "photo in AVIF": (starts_with(b"\0\0\0\x1cftypavif"), (*PHOTO, "is AVIF", "convert it to JPEG or PNG")),
+    "photo in HEIC": (starts_with(b"\0\0\0\x18ftypheic"), (*PHOTO, "is HEIC", "convert it to JPEG or PNG")),
+    "photo in HEIC of another kind": (starts_with(b"\0\0\0\x18ftypmif1"), (*PHOTO, "is HEIC or AVIF", "convert")),
+    **{f"photo listed again as {name} with other objects": (
+        same_photo(name, 1), (f"image 13 ({name}) is the same photo as image 11 (batch_01/0011.png)", "leave one"))
+       for name in ("batch_01/0011.png", "./batch_01//0011.png", "batch_01/copy.png")},
     "photo linked to itself": (photo_of_itself, PHOTO),
     "photo is a pipe": (photo_as_pipe, (*PHOTO, "missing")),
     "file name not in UTF-8": (photo_in_latin_1, ("image 11", r"\udce9.png", "impossible")),
@@ -818,6 +1046,8 @@ FAULTS = {
     "width a string": (image(width="8"), PHOTO),
     "height absent": (image(height=None), PHOTO),
     "file name leads out": (photo_beside_data, ("11", "../out.png", "out of DATA")),
+    "file name leads out by a link and ..": (photo_beside_a_linked_folder, ("image 11", "out of DATA")),
+    "file name absolute, in DATA": (absolute_name, ("image 11", "out of DATA")),
     "file name absolute": (image(file_name="/etc/hostname"), ("11", "/etc/hostname", "out of DATA")),
     "file name absent": (image(file_name=None), ("image 11", "file_name")),
     "file name empty": (image(file_name=""), ("image 11", "file_name")),
@@ -833,12 +1063,20 @@ FAULTS = {
     "no images": (lambda train, test, data: train["images"].clear(), ("train.json", "no images")),
     "no test images": (lambda train, test, data: test["images"].clear(), ("test.json", "no images")),
     "no categories": (lambda train, test, data: [coco["categories"].clear() for coco in (train, test)],
-                      ("train.json", "0 categories")),
+                      ("train.json: no categories", "test.json: no categories")),
     "more classes than a byte holds": (many_categories, ("train.json", "300 categories")),
-    "category id twice": (category(id=1), ("train.json", "every category")),
-    "category name twice": (category(name="Metal"), ("train.json", "every category")),
-    "category without name": (category(name=None), ("train.json", "every category")),
-    "category id a string": (category(id="0"), ("train.json", "every category")),
+    "category not an object": (lambda train, test, data: train["categories"].append(7), ("categories[2]",)),
+    "category id twice": (category(id=1), ("train.json: category 1 (Metal)", "another of the categories")),
+    "category without name": (category(name=None), ("train.json: category 0 (None)", "no name")),
+    "category name of spaces": (category(name=" \u200b\u3164"), ("train.json: category 0 (", "no name")),
+    "category id a string": (category(id="0"), ("train.json: category 0 (Paper) has no whole number",)),
+    **{f"category name {ascii(name)}": (category(name=name), ("category 1 (Metal) has the name of category 0",))
+       for name in ("Metal", "metal", " Metal ", "Me\u200btal", "Metal\ufe0f", "\u202eMetal", "\uff2detal", "Met al")},
+    "category names alike in the first 100 characters": (
+        lambda train, test, data: [c.update(name=100 * "a" + str(c["id"])) for c in train["categories"]],
+        ("has the name of category 0", "first 100")),
+    **{f"category named {ascii(name)}": (category(name=name), ("train.json: category 0 (", "is the background"))
+       for name in ("Background", "background", "_background_", "Background ", "BACK-GROUND", "back\u200bground")},
     "other categories in test": (lambda train, test, data: test["categories"].pop(), ("train.json", "test.json")),
     "other names in test": (lambda train, test, data: test["categories"][0].update(name="Glass"),
                             ("train.json", "test.json")),
@@ -899,6 +1137,79 @@ def test_fault_is_named(data, load, fault):
     change, words = FAULTS[fault]
     text = refusal(load, with_faults(data, change))
     assert [word for word in words if word not in text] == []
+
+
+@pytest.mark.parametrize("names", [("Paper", "Paper pack"), ("C", "C++"), ("a1", "a2"), ("Back", "Ground")])
+def test_names_that_differ_are_no_fault(data, load, names):
+    def rename(train, test, data):
+        for category in [*train["categories"], *test["categories"]]:
+            category["name"] = names[category["id"]]
+    assert load(with_faults(data, rename))[0].classes[1:] == list(names)
+
+
+@pytest.mark.parametrize("linked", ["batch_01", "batch_01/0011.png", "train.json"])
+def test_what_lies_in_data_may_be_a_link_to_anywhere(data, load, linked):
+    photo = common.read_image(data / "batch_01/0011.png", 8, 8)
+    (data / linked).rename(data.parent / "elsewhere")
+    (data / linked).symlink_to(data.parent / "elsewhere")
+    assert np.array_equal(load(data)[0].image(0), photo)
+
+
+@pytest.mark.parametrize("spelt", [
+    r"batch_01\\a bé.png", "batch_01/a%20bé.png", "batch_01/A Bé.PNG", "Batch_01/a bé.png",
+    "batch_01/a bé.png", "./BATCH_01%2Fa%20bé.png", "batch_01/a bé.png "])
+def test_a_photo_that_is_there_under_another_spelling_is_named(data, load, spelt):
+    (data / "batch_01/0011.png").rename(data / "batch_01/a bé.png")
+    text = refusal(load, with_faults(data, image(file_name=spelt)))
+    assert f"image 11 ({spelt}) is missing; there is batch_01/a bé.png: write both names alike" in text
+    names = [path.name for path in (data / "batch_01").iterdir()]
+    (data / "batch_01/a bé.png").rename(data / "batch_01/other.png")
+    assert len(names) == 3 and "there is" not in refusal(load, data)
+
+
+@pytest.mark.parametrize("name", ["batch_01/0011.png", "batch_01/copy.png"])
+def test_one_photo_twice_with_one_mask_is_no_fault(data, load, name):
+    train = load(with_faults(data, same_photo(name, 0)))[0]
+    assert train.ids == [11, 12, 13] and train.groups[0] == train.groups[2] != train.groups[1]
+
+
+def test_two_test_images_of_one_file_are_no_fault(three, load):
+    edit(three / "test.json", lambda coco: coco["images"][1].update(coco["images"][0], id=71))
+    assert load(three)[1].file_names[:2] == ["batch_01/0070.png"] * 2
+
+
+def floats(value):
+    """Return a parsed JSON with all whole numbers as floats."""
+    if isinstance(value, dict):
+        return {key: floats(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [floats(inner) for inner in value]
+    return float(value) if type(value) is int else value
+
+
+def test_whole_numbers_may_be_written_as_floats(sound, tmp_path, load):
+    folder = shutil.copytree(sound[0], tmp_path / "data")
+    as_written = load(folder)
+    for name in ("train.json", "test.json"):
+        (folder / name).write_text(json.dumps(floats(json.loads((folder / name).read_text()))))
+    assert '"height": 8.0' in (folder / "train.json").read_text()
+    for before, after in zip(as_written, load(folder), strict=True):
+        assert all(repr(getattr(after, key)) == repr(getattr(before, key))
+                   for key in ("ids", "sizes", "classes", "groups", "pixels", "objects", "odd", "faults"))
+    assert np.array_equal(as_written[0].masks, load(folder)[0].masks)
+
+
+def test_a_float_too_large_to_be_exact_is_no_id(data, load):
+    assert "image 9007199254740992.0 (" in refusal(load, with_faults(data, image(id=2.0 ** 53)))
+
+
+def test_old_opencv_is_no_fault_of_the_photo(data, load, monkeypatch):
+    cut_jpeg({"images": [{}]}, None, data)
+    write_photo(data / "batch_01/0011.jpg", 8, 8, seed=11)
+    train = load(with_faults(data, image(file_name="batch_01/0011.jpg")))[0]
+    monkeypatch.delattr(cv2, "IMREAD_COLOR_RGB")
+    with pytest.raises(UserError, match=r"OpenCV .* is too old"):
+        train.image(0)
 
 
 @pytest.mark.parametrize("content", ["", "{", "null", "[]", "{}", '{"images": [], "categories": {}}', "\udcff"])
@@ -1050,7 +1361,7 @@ def set_time(path, seconds):
 
 
 def test_changed_photo_is_noticed(tmp_path, load):
-    data = write_coco(tmp_path / "data", [(11, 8, 8), (12, 8, 8)], [(11, 0, TRIANGLE)])
+    data = write_coco(tmp_path / "data", [(11, 8, 8), (12, 8, 8)], [(11, 0, TRIANGLE), (12, 0, TRIANGLE)])
     path = data / "batch_01/0011.png"
     set_time(path, 1000)
     assert len(set(load(data)[0].groups)) == 2
@@ -1084,9 +1395,53 @@ def test_cache_whose_building_was_killed_is_built_again(data, tmp_path, load):
     assert killed.returncode == -signal.SIGKILL
     masks, = (tmp_path / "cache").rglob("masks.npy")
     masks.write_bytes(b"torn")
-    masks.with_name(".masks.npy.tmp").write_bytes(b"torn")
+    masks.with_name(".masks.npy.01234567.tmp").write_bytes(b"torn")
     train, _ = load(data)
-    assert [int(train.mask(i).max()) for i in range(2)] == [1, 2]
+    assert [int(train.mask(i).max()) for i in range(2)] == [1, 2] and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_processes_that_check_photos_end_when_the_one_that_started_them_is_killed():
+    code = """import common
+common.check_photos(["import time; print('begun', flush=True); time.sleep(60)"] * 16, exec, None)"""
+    with start_python(code) as killed:
+        assert killed.stdout.readline() == "begun\n"
+        killed.kill()
+        killed.communicate(timeout=20)  # stdout ends when the last process that has it does
+
+
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+CACHE_DAMAGE = {
+    "a bit of the masks": lambda folder: flip_bit(folder / "masks.npy"),
+    "a bit of the photos": lambda folder: flip_bit(folder / "photos.npy"),
+    "the masks cut": lambda folder: os.truncate(folder / "masks.npy", 60),
+    "class names swapped": lambda folder: (folder / "index.json").write_text(
+        (folder / "index.json").read_text().replace("Paper", "?").replace("Metal", "Paper").replace("?", "Metal")),
+    **{f"{name} {text}": lambda folder, name=name, text=text: (folder / name).write_text(text)
+       for name in ("index.json", "checksums.json") for text in ("[]", "{}", "", "[" * 9999, '{"index.json": []}')},
+    "no checksums": lambda folder: (folder / "checksums.json").unlink()}
+
+
+@pytest.mark.parametrize("damage", CACHE_DAMAGE)
+def test_a_damaged_cache_is_made_anew(data, tmp_path, load, damage):
+    load(data)
+    before, _ = common.load_data(data, tmp_path / "cache", decoded=True)
+    masks, photos = np.array(before.masks), np.array(before.photos)
+    CACHE_DAMAGE[damage](next((tmp_path / "cache").rglob("index.json")).parent)
+    for _ in range(2):
+        after, _ = common.load_data(data, tmp_path / "cache", decoded=True)
+        assert after.classes == before.classes == ["Background", "Paper", "Metal"] and after.sizes == before.sizes
+        assert np.array_equal(after.masks, masks) and np.array_equal(after.photos, photos)
+
+
+def test_the_masks_are_read_for_their_checksum_only_when_they_have_changed(data, load, monkeypatch):
+    load(data)
+    monkeypatch.setattr(common, "file_hash", lambda path: pytest.fail(f"{path} was read"))
+    load(data)
 
 
 # ---- test photos that can't be read ---------------------------------------------------------------------------------
@@ -1133,6 +1488,16 @@ def test_check_tells_how_many_test_photos_cannot_be_read(three, tmp_path, capsys
     lines = capsys.readouterr().out.splitlines()
     assert "image 70 (batch_01/0070.png) is missing" in lines[0] and "image 72 (" in lines[1]
     assert "2 test photo(s) can't be read" in lines[2] and "no faults" not in lines[2]
+
+
+def test_check_names_a_category_that_nothing_has(data, tmp_path, capsys):
+    for name in ("train.json", "test.json"):
+        edit(data / name, lambda coco: coco["categories"].append({"id": 7, "name": "trash", "supercategory": "none"}))
+    train.main(train.parse_args(["--check", "--data", str(data), "--exp", str(tmp_path / "exp"), "--folds", "2",
+                                 "--cache", str(tmp_path / "cache")]))
+    lines = capsys.readouterr().out.splitlines()
+    warned = [before for before, line in pairwise(lines) if "no training image has it" in line]
+    assert [line.split()[:2] for line in warned] == [["3", "trash"]]
 
 
 def test_faults_of_test_photos_are_listed_with_the_others_and_stop_all_when_no_photo_is_left(three, load):

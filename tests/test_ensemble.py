@@ -805,6 +805,36 @@ def test_a_remembered_answer_does_not_outlive_its_file_of_weights(tiny_data, cac
         plan(tiny_data, cache, exp, train_args=f"--weights {weights}")
 
 
+@pytest.mark.parametrize("text", ["[]", '{"answer": {}, "hash": "0"}'])
+def test_a_damaged_answer_is_asked_for_again(tiny_data, cache, exp, tmp_path, asked, text):
+    own = shutil.copytree(cache, tmp_path / "cache")
+    first = plan(tiny_data, own, exp)
+    answers = list((own / "arguments").rglob("*.json"))
+    for path in answers:
+        path.write_text(text)
+    asked.clear()
+    assert plan(tiny_data, own, exp) == first and len(asked) == 3
+
+
+@pytest.mark.parametrize(("name", "text"), [("index.json", "[]"), ("index.json", '{"train": {}, "test": {}}'),
+                                            ("checksums.json", "{}")])
+def test_a_plan_takes_no_damaged_cache_for_one(tiny_data, cache, exp, tmp_path, name, text):
+    own = shutil.copytree(cache, tmp_path / "cache")
+    expected = plan(tiny_data, own, exp)
+    for path in own.rglob(name):
+        path.write_text(text)
+    assert {*expected} <= {*plan(tiny_data, own, exp)}
+
+
+def test_status_names_a_damaged_log(tiny_data, cache, exp):
+    folder = run_folder(exp, 0, "unet/a", 64, 0)
+    write_log(folder / "log.csv", 2, "")
+    with pytest.raises(UserError, match="f0/log.csv line 2: seconds is '', no number: mend or remove the file"):
+        status(tiny_data, cache, exp, "unet/a")
+    (folder / "log.csv").unlink()
+    assert status(tiny_data, cache, exp, "unet/a")[0][1] == ["r0/unet/a/s64", "missing", "missing"]
+
+
 def test_of_what_a_script_says_its_last_line_is_its_own_but_a_traceback_is_shown_whole():
     assert ensemble.own_line("some warning\n  of two lines\ntrain.py: error: x\n") == "train.py: error: x"
     for code in ("1 / 0", "def ("):
@@ -829,6 +859,16 @@ def test_status_of_what_nothing_is_known_of_yet(tiny_data, cache, exp):
     table, (left, *_) = status(tiny_data, cache, exp, "unet/c unet/d", rounds=1)
     assert table[1] == ["r0/unet/c/s64", "missing", "epoch", "1"]
     assert left.startswith("31 epochs are left: about 0 h 31 min")  # of others by those that are known
+
+
+@pytest.mark.parametrize(("cell", "shown"), [
+    ("=1+1", "'=1+1"), ("+a", "'+a"), ("-a", "'-a"), ("@a", "'@a"), ("a=1", "a=1"), ("", ""), (-0.5, "-0.5")])
+def test_a_table_holds_nothing_that_a_spreadsheet_computes(tmp_path, cell, shown, capsys):
+    args = Namespace(tables=tmp_path)
+    ensemble.show(args, Namespace(tables=[], contaminated=False), "t", "title", {"class": [cell], "n": [-2]})
+    with open(tmp_path / "t.csv", newline="") as f:
+        assert list(csv.reader(f)) == [["class", "n"], [shown, "-2"]]
+    assert "'" not in capsys.readouterr().out
 
 
 def test_score_prints_every_table_and_keeps_it(tiny_data, cache, experiments, tmp_path, capsys):
@@ -901,7 +941,8 @@ def test_weights_that_are_not_one_for_each_member_are_refused(
         run_ensemble(tiny_data, cache, command, "--weights", weights, *out, *runs_of(experiments, "good/r0/*/*/*/f*"))
 
 
-@pytest.mark.parametrize("weights", ["-1,2", "0,0", "nan,1", "inf,1", "a,b", "1,,2", "", "fitted"])
+@pytest.mark.parametrize("weights", ["-1,2", "0,0", "nan,1", "1,nan", "inf,1", "a,b", "1,,2", "", "fitted", "1,1e-5",
+                                     "1e-46,1", "1e20,1e15,3"])
 def test_weights_that_are_none_are_refused(weights, capsys):
     with pytest.raises(SystemExit):
         ensemble.parse_args(["score", "--data", "d", f"--weights={weights}", "run"])
@@ -919,6 +960,15 @@ def test_given_weights_decide_the_submission(tiny_data, cache, splits, experimen
     assert (np.take_along_axis(total, ids[:, None], 1)[:, 0] > total.max(1) - 1e-3).all()
     for other in (a0 + a1 + b0, (a0 + a1) / 2 + b0, a0 + a1 + 3 * b0):
         assert (ids != other.reshape(4, 12, -1).argmax(1)).mean() > 0.02
+
+
+@pytest.mark.parametrize("scale", ["1e-46", "5e-324", "1e-30", "1e30", "1e308"])
+@pytest.mark.parametrize("command", ["soft", "hard"])
+def test_weights_of_any_size_vote_by_their_ratio(tiny_data, cache, experiments, tmp_path, command, scale):
+    runs = runs_of(experiments, "good/r0/*/*/*/f0")
+    for name, weights in (("a", "1,1"), ("b", f"{scale},{scale}")):
+        run_ensemble(tiny_data, cache, command, "--weights", weights, "--out", tmp_path / f"{name}.csv", *runs)
+    assert read_ids(tmp_path / "a.csv") == read_ids(tmp_path / "b.csv") and any(map(any, read_ids(tmp_path / "a.csv")))
 
 
 # ---- submissions that vote ------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What goes wrong while a run is on: damaged checkpoints, signals, lost loaders, full disks, no network, NaN."""
 import csv
+import ctypes
 import errno
 import math
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from contextlib import suppress
 from itertools import chain, repeat
@@ -64,7 +66,8 @@ def at_call(patch, owner, name, call, act):
 
 
 @pytest.mark.parametrize(("number", "said"), [
-    (errno.ECONNRESET, "a loader process died: .*reset by peer; too little memory[^\n]*"),  # its pipe broke first
+    (errno.ECONNRESET, "a loader process failed: .*reset by peer; too little memory[^\n]*"),  # its pipe broke first
+    (errno.ECONNREFUSED, "a loader process failed: .*refused; too little memory[^\n]*"),
     (errno.ENOSPC, r"\[Errno 28\] No space left on device")])
 def test_an_error_without_a_file_is_a_line_without_one(number, said, capsys):
     def main(_):
@@ -560,8 +563,68 @@ def test_an_epoch_without_a_finite_step_ends_the_run_and_keeps_the_epoch_before(
 def test_a_killed_loader_process_is_one_line(line, tmp_path):
     args = line(tmp_path / "exp", "--workers", 1)
     code, said = script_in_a_fork(train.main, args, tmp_path / "notes", common.Split, "image", 5, kill_me)
-    assert code == 1 and len(said.splitlines()) == 1
-    assert said.startswith("a loader process died: ") and "--workers" in said
+    assert code == 1 and len(said.splitlines()) == 1, said
+    assert said.startswith("a loader process failed: ") and "--workers" in said
+
+
+@pytest.mark.parametrize("script", [train, infer])
+def test_a_loader_process_that_is_stuck_is_one_line_and_not_for_ever(
+        line, tiny_data, cache, finished, tmp_path, monkeypatch, script):
+    """A process that waits for a lost disk doesn't die."""
+    options = common.loader_options
+    monkeypatch.setattr(script, "loader_options", lambda *given: options(*given) | {"timeout": 1})
+    args = line(tmp_path / "exp", "--workers", 1)
+    if script == infer:
+        args = infer_line(tiny_data, cache, shutil.copytree(run_of(finished), tmp_path / "run"), "--workers", 1)
+    started = time.monotonic()
+    code, said = script_in_a_fork(script.main, args, tmp_path / "notes", common.Split, "image", 3,
+                                  lambda: time.sleep(300))
+    assert code == 1 and said == (
+        "a loader process failed: DataLoader timed out after 1 seconds; too little memory, /dev/shm full or a slow "
+        "disk? Lower --workers; the same command carries on\n") and time.monotonic() - started < 60
+
+
+@pytest.fixture
+def small_shared_memory():
+    """Return a function (main, kilobytes) -> main with a /dev/shm of that size, which only it sees."""
+    mount = "mount --make-rprivate / && mount -t tmpfs -o size={}k tmpfs /dev/shm"
+    done = subprocess.run(["unshare", "-m", "sh", "-c", mount.format(64)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mounting a small /dev/shm is not permitted here: {done.stderr.strip()}")
+
+    def with_small(main, kilobytes):
+        def run(args):
+            new_mounts = 0x20000  # CLONE_NEWNS in sched.h
+            ctypes.CDLL(None).unshare(new_mounts)
+            subprocess.run(["sh", "-c", mount.format(kilobytes)], check=True)
+            main(args)
+        return run
+    return with_small
+
+
+@pytest.mark.parametrize(("script", "kilobytes"), [(train, 300), (infer, 160)])  # room for queues, not for validation
+@pytest.mark.parametrize("is_filled_later", [False, True])  # by another job
+def test_a_small_shared_memory_is_one_line_and_no_run_waits_for_ever(
+        line, tiny_data, cache, finished, tmp_path, monkeypatch, small_shared_memory, script,
+        kilobytes, is_filled_later):
+    args = line(tmp_path / "exp", "--workers", 2)
+    if script == infer:
+        args = infer_line(tiny_data, cache, shutil.copytree(run_of(finished), tmp_path / "run"), "--workers", 2)
+    if is_filled_later:
+        monkeypatch.setattr(script, "check_shared_memory", lambda *_: None)
+    code, said = script_in_a_fork(small_shared_memory(script.main, kilobytes), args, tmp_path / "notes")
+    assert code == 1 and len(said.splitlines()) == 1, said
+    assert "--workers" in said and said.startswith(
+        "a loader process failed: unable to allocate shared memory" if is_filled_later else "/dev/shm: 2 loader pro")
+
+
+def test_shared_memory_of_just_the_size_that_is_asked_for_is_enough(line, finished, tmp_path, small_shared_memory):
+    args = line(tmp_path / "exp", "--workers", 2)
+    small_main = small_shared_memory(train.main, 64)
+    _, said = script_in_a_fork(small_main, args, tmp_path / "notes")
+    wanted = int(re.search("want ([0-9,]+) bytes", said)[1].replace(",", ""))
+    code, said = script_in_a_fork(small_shared_memory(train.main, math.ceil(wanted / 1024)), args, tmp_path / "more")
+    assert code == 0 and model_bytes(args) == model_bytes(finished), said
 
 
 @pytest.mark.parametrize(("workers", "damage"), [(1, "cut"), (0, "gone")])

@@ -174,7 +174,7 @@ def test_help_is_the_default_and_lists_every_command_and_knob_with_its_value(fre
     assert out == make(fresh, **knobs).stdout
     assert len(commands) > 8 and all(re.search(rf"^  {c} +\w", out, re.M) for c in commands)
     assert len(KNOBS) > 20 and all(re.search(rf"\b{k}\b", out) for k in KNOBS)
-    for line in (" LR +7e-7 +peak", f" MODELS +{MODEL} +DEC", " TRAIN_ARGS --augment none +more"):
+    for line in (" LR +7e-7 +peak", f" MODELS +{MODEL} +DEC", " TRAIN_ARGS +--augment none +more"):
         assert re.search(f"^ {line}", out, re.M)
 
 
@@ -215,6 +215,8 @@ SHELLS = ("$$(touch pwned)", "`touch pwned`", "; touch pwned", "x & touch pwned"
     ({"PSEUDO_ARGS": "--rule best"}, "--rule"), ({"SUBMIT_ARGS": "--cocoo"}, "--cocoo"),
     ({"TRAIN_ARGS": "--fold 1"}, "TRAIN_ARGS sets --fold"), ({"TRAIN_ARGS": "--overfit 2"}, "--overfit"),
     ({"INFER_ARGS": "--out x"}, "INFER_ARGS sets --out"), ({"SUBMIT_ARGS": "--out x.csv"}, "SUBMIT_ARGS sets --out"),
+    ({"MODELS": "pan/tu-test_efficientnet", "SCALES": 128, "INFER_ARGS": "--tta-scales 1 0.5"},
+     "pan/tu-test_efficientnet can't work at scale 64 (INFER_ARGS: --tta-scales times 128): "),
     ({"SNAPSHOTS": 3}, "--snapshots 3"), ({"DATA": "nosuch"}, "nosuch: no such folder"), ({"PAINT": "last"}, "--paint"),
     *(({knob: text}, knob) for knob in ("LR", "TRAIN_ARGS", "LAUNCH", "EXP", "PY", "MODELS") for text in SHELLS)])
 def test_mistaken_knob_is_an_error_of_one_line_that_names_it_and_nothing_is_written(untouched, knobs, message):
@@ -228,6 +230,27 @@ def test_missing_data_is_told_in_one_line_before_anything_runs(fresh, name):
     (fresh / "data" / name).unlink()
     done = make(fresh, "submit", code=2)
     assert len(said(done)) == 1 and f"no data/{name}" in done.stderr and not (fresh / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "submit", "why"])
+def test_file_names_that_can_not_name_the_rows_are_told_before_anything_runs(fresh, command):
+    test = json.loads((fresh / "data/test.json").read_text())
+    name = test["images"][2]["file_name"] = test["images"][0]["file_name"]
+    (fresh / "data/test.json").write_text(json.dumps(test))
+    done = make(fresh, command, code=2, IMAGE_ID="file_name")
+    assert len(said(done)) == 1 and f"several images have the file_name {name}" in done.stderr
+    assert "IMAGE_ID=id" in done.stderr and not (fresh / "out").exists()
+    assert make(fresh, "-n", command).stderr == ""
+
+
+def test_ids_written_as_floats_are_those_of_the_folds(fresh):
+    coco = json.loads((fresh / "data/train.json").read_text())
+    for image in coco["images"]:
+        image["id"] = float(image["id"])
+    (fresh / "data/train.json").write_text(json.dumps(coco))
+    make(fresh, "check")
+    shutil.rmtree(fresh / "out/cache")  # else the plan takes the ids from there
+    assert "folds.csv: the data has changed or hasn't been checked yet" in make(fresh, "why").stdout
 
 
 @pytest.mark.parametrize("name", ["my data", "a(b)&'c'", "x#y", "with=equals", "50%;touch pwned"])
@@ -251,14 +274,15 @@ def test_every_knob_reaches_the_script_that_reads_it(fresh):
     shutil.copytree(fresh / "data", fresh / "new")
     (fresh / "w.pth").touch()
     knobs = {"DATA": "new", "EXP": "e", "MODELS": "unet/b", "SCALES": 96, "FOLDS": 3, "NFOLDS": 4, "PAINT": "order",
-             "EPOCHS": 17, "BATCH": 9, "LR": "2e-5", "SEED": 11, "WEIGHTS": "w.pth", "TTA": "none", "DEVICE": "cpu",
-             "IMAGE_ID": "file_name", "TRAIN_ARGS": "--augment none --ema 0.5", "INFER_ARGS": "--batch 13",
+             "ORIENTATION": "stored", "EPOCHS": 17, "BATCH": 9, "LR": "2e-5", "SEED": 11, "WEIGHTS": "w.pth",
+             "TTA": "none", "DEVICE": "cpu", "IMAGE_ID": "file_name", "INFER_ARGS": "--batch 13",
+             "TRAIN_ARGS": "--augment none --ema 0.5",
              "PER_GPU": 7, "PSEUDO_ARGS": "--confident 0.75", "SNAPSHOTS": 6, "VOTE": "3", "CODE": "keep",
              "LAUNCH": "env A=b"}
     values = {}
     for script, *argv in calls(fresh, "submit", "check", **knobs):
         values.setdefault(script, set()).update(argv)
-    wanted = {"train.py": "new out/e unet/b 96 3 4 order 17 9 2e-5 11 w.pth cpu 7 none 0.5 out/cache 0 1 6 keep",
+    wanted = {"train.py": "new out/e unet/b 96 3 4 order stored 17 9 2e-5 11 w.pth cpu 7 none 0.5 out/cache 0 1 6 keep",
               "infer.py": "new none 13 cpu 7 out/cache keep", "pseudo_label.py": "new out/e 3 0.75 out/cache 1 keep",
               "ensemble.py": "new file_name 9 out/e/submission.csv out/cache soft 3 keep"}
     assert set(values) == set(wanted)
@@ -324,7 +348,8 @@ def test_deleted_stores_of_an_old_round_are_made_again_only_when_its_labels_are(
 @pytest.mark.parametrize("knobs, if_changed, grid", [
     *(({knob: value}, FROM_TRAIN, {}) for knob, value in (
         ("EPOCHS", 3), ("BATCH", 5), ("LR", "4e-3"), ("SEED", 1), ("TRAIN_ARGS", "--augment none"), ("SNAPSHOTS", 1))),
-    ({"PAINT": "id"}, EVERYTHING, {}), ({"DATA": "./data"}, [], {}), ({"LR": "0.003"}, [], {}),
+    ({"PAINT": "id"}, EVERYTHING, {}), ({"ORIENTATION": "stored"}, EVERYTHING, {}), ({"DATA": "./data"}, [], {}),
+    ({"LR": "0.003"}, [], {}),
     ({"TTA": "none"}, FROM_INFER, {}), ({"INFER_ARGS": "--batch 4"}, [], {}),
     ({"PSEUDO_ARGS": "--confident 0.9"}, FROM_LABELS, {}),
     *((knob, ["submit"], {}) for knob in ({"FOLDS": 0}, {"ROUNDS": 0}, {"IMAGE_ID": "file_name"}, {"VOTE": "equal"})),

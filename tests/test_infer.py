@@ -8,6 +8,7 @@ import signal
 import subprocess
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -37,8 +38,8 @@ def trained(tiny_data, cache, tmp_path_factory):
                                  "--fold", "1", "--lr", "1e-2", "--device", "cpu", "--snapshots", "2"]))
     folder = run_folder(exp, 0, MODEL, SCALE, 1)
     infer.main(infer_line(tiny_data, cache, folder))
-    # epoch-001.pt, epoch-002.pt and model.pt differ
-    assert len({common.file_hash(path) for path in folder.glob("*.pt")}) == 3
+    # epoch-001.pt and model.pt, which has epoch 2 as epoch-002.pt has, differ
+    assert len({common.file_hash(path) for path in folder.glob("*.pt")}) > 1
     return folder
 
 
@@ -120,7 +121,8 @@ def test_a_stores_json_says_what_made_it(trained, splits):
             "classes": CLASSES, "split": name, "tta": "flip", "unreadable": [],
             "checkpoints": [{"file": "model.pt", "hash": checkpoint, "epoch": state["epoch"]}],
             "data": split.fingerprint, "model": MODEL, "scale": SCALE, "round": 0, "fold": 1,
-            "folds_csv": common.folds_hash(splits[0].ids, folds), "seed": 0, "paint": "area", "contaminated": False}
+            "folds_csv": common.folds_hash(splits[0].ids, folds), "seed": 0, "paint": "area",
+            "orientation": "shown", "contaminated": False}
 
 
 def test_the_batch_size_changes_the_store_by_rounding_alone(tiny_data, cache, run):
@@ -395,6 +397,26 @@ def test_other_scales_make_another_store_whose_name_has_them(tiny_data, cache, r
     assert (info["tta"], info["recipe"]["tta"], info["recipe"]["tta_scales"]) == ("flip x 1,0.5", "flip", [1.0, 0.5])
 
 
+def test_a_size_that_the_model_cannot_take_is_told_before_prediction(tiny_data, cache, run, predicted):
+    name = "pan/tu-test_efficientnet"
+    checkpoint = common.load_checkpoint(run / "model.pt")
+    checkpoint["recipe"] |= {"model": name, "scale": 128}
+    checkpoint["model"] = common.build_model(name, len(checkpoint["classes"])).state_dict()
+    common.save_checkpoint(run / "model.pt", **checkpoint)
+    reason = re.escape(f"{name} can't work at scale 64 (--tta-scales times 128): ")
+    with pytest.raises(UserError, match=f"^{reason}[^\n]+$"):
+        infer.main(infer_line(tiny_data, cache, run, "--tta-scales", "1", "0.5"))
+    assert predicted == []
+
+
+def test_shared_memory_must_have_room_for_the_batches_of_prediction(tiny_data, cache, fresh, predicted, monkeypatch):
+    monkeypatch.setattr(infer, "check_space", lambda *_: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    with pytest.raises(UserError, match="^/dev/shm: 1 loader processes want [0-9,]+ bytes there"):
+        infer.main(infer_line(tiny_data, cache, fresh, "--workers", "1"))
+    assert predicted == []
+
+
 def killed_at_rename(args, call):
     """infer.main(args) in a process that SIGKILL ends at this call of os.replace, from 1 on."""
     def run(args):
@@ -575,3 +597,17 @@ def test_the_command_in_a_scripts_docstring_can_be_pasted_from_the_file_as_one_c
     ("out/main/r1/unet/a/s64/f0", "out/main"), ("out/main/r1/unet/a/s64/f0/more", None), ("elsewhere", None)])
 def test_a_runs_folder_tells_its_experiment_and_any_other_is_its_own(tmp_path, folder, exp):
     assert infer.experiment_folder(tmp_path / folder) == tmp_path / (exp or folder)
+
+
+def test_photos_are_read_as_the_checkpoint_says(tmp_path, monkeypatch):
+    def refuse(data, cache, *settings):
+        raise UserError(" ".join(settings))
+
+    monkeypatch.setattr(infer, "load_data", refuse)
+    args = SimpleNamespace(checkpoint=[tmp_path / "model.pt"], data=tmp_path, cache=tmp_path)
+    recipe = dict.fromkeys(common.FROM_RECIPE) | {"paint": "id", "orientation": "stored"}
+    with pytest.raises(UserError, match="^id stored$"):
+        infer.load_photos(args, SimpleNamespace(recipe=recipe, checkpoint={}))
+    del recipe["orientation"]  # as an older train.py wrote it
+    with pytest.raises(UserError, match="model.pt: its recipe lacks orientation: .*train it again"):
+        infer.load_photos(args, SimpleNamespace(recipe=recipe, checkpoint={}))

@@ -358,6 +358,18 @@ def test_kinds_of_values_are_looked_at_before_they_are_used(value, told):
     assert common.has_kinds(value, {"a": dict, "b": str}) is told
 
 
+KINDS = {"ids": [int], "made": [{"hash": str}], "counts": {str: {str: int}}}
+
+
+@pytest.mark.parametrize(("value", "told"), [
+    ({}, True), ({"ids": []}, True), ({"made": [{"hash": "a", "epoch": 1}]}, True), ({"counts": {}}, True),
+    ({"ids": [1, [2]]}, False), ({"ids": {"0": 1}}, False), ({"made": [{}]}, False), ({"made": [["hash"]]}, False),
+    ({"made": [{"hash": 1}]}, False), ({"counts": {"a": 1}}, False), ({"counts": {"a": {"b": "1"}}}, False)])
+def test_kinds_are_looked_at_in_lists_and_objects_too(value, told):
+    sound = {"ids": [1, 2], "made": [{"hash": "a"}], "counts": {"a": {"b": 1}}}
+    assert common.has_kinds(sound | value, KINDS) is told
+
+
 def test_other_versions_are_a_note(capsys):
     assert common.decide("x", made({}, {}), made({}, {}, versions={"torch": "2"})) == "done"
     assert "note: x was made with other versions: torch 1 -> 2" in capsys.readouterr().out

@@ -56,6 +56,20 @@ def test_every_decoder_makes_logits_of_the_inputs_size(decoder):
             assert logits.shape == (2, 5, height, width) and logits.dtype == torch.float32 and logits.isfinite().all()
 
 
+@pytest.mark.parametrize(("encoder", "side"), [
+    ("maxvit_rmlp_pico_rw_256", 256), ("swin_tiny_patch4_window7_224", 224), ("swinv2_tiny_window8_256", 256),
+    ("hiera_tiny_224", 224), ("coatnet_nano_rw_224", 224), ("efficientformerv2_s0", 224), ("gcvit_xxtiny", 224)])
+def test_an_encoder_of_fixed_size_is_refused_at_another_in_one_line_that_names_both(encoder, side):
+    name = f"fpn/tu-{encoder}"
+    with torch.device("meta"):
+        model = common.build_model(name, 3)
+        common.try_sides(model, name, [side])
+        with pytest.raises(UserError) as refusal:
+            common.try_sides(model, name, [side, side // 2], " (--tta-scales)")
+    assert str(refusal.value).startswith(f"{name} can't work at scale {side // 2} (--tta-scales): ")
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("decoder", common.DECODERS)
 def test_a_train_steps_gradient_reaches_every_part_of_every_decoder(decoder):
     """Try a few initial weights: a ReLU that is 0 everywhere passes no gradient on, by chance."""
@@ -138,6 +152,17 @@ def test_a_strangers_decoder_is_trained_and_rebuilt_from_its_checkpoint_alone(st
 def test_a_name_that_is_no_decoder_and_encoder_is_refused_with_the_decoders_that_there_are(name):
     with pytest.raises(UserError, match=f"^{name!r} is not DECODER/ENCODER with a decoder of unet, .*efficientdet$"):
         common.build_model(name, 5)
+
+
+@pytest.mark.parametrize("encoder", ["../../x", "..", ".", "a/b", "/a", "a b", "a\n", "tu-h\u00e4", "-a"])
+def test_an_encoder_whose_name_is_no_name_of_a_folder_is_refused(encoder):
+    with pytest.raises(UserError, match=r"^'fpn/.*': an encoder's name has letters, digits, '_', '.' and '-' alone$"):
+        common.split_model(f"fpn/{encoder}")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tu-vit_base_patch16_224.augreg_in21k", "timm-efficientnet-b0"])
+def test_the_names_of_real_encoders_are_taken(name):
+    assert common.split_model(f"fpn/{name}") == ("fpn", name)
 
 
 @pytest.mark.parametrize("decoder", common.DECODERS)

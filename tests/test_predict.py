@@ -157,7 +157,8 @@ HARMLESS = {
     "tabs": lambda content: content.replace(b" ", b"\t"),
     "leading noughts": lambda content: content.replace(b" 1 ", b" 01 "),
     "quotes": lambda content: content.replace(b",", b',"').replace(b"\n", b'"\n').replace(b'"', b"", 2),
-    "no last line end": lambda content: content[:-1]}
+    "no last line end": lambda content: content[:-1],
+    "blank lines at the end": lambda content: content + b"\n \r\n,\n\n"}
 
 
 @pytest.mark.parametrize("change", HARMLESS)
@@ -167,6 +168,20 @@ def test_what_a_spreadsheet_does_to_a_submission_is_harmless(good_csv, tmp_path,
     rows = list(ensemble.read_submission(tmp_path / "a.csv", ["7", "3", "12"], 12))
     assert [fault for fault, _ in rows] == [None] * 3
     assert (np.stack([mask for _, mask in rows]) == masks(3)).all()
+
+
+ENDLESS = {"a line": (lambda text: text + b"0 " * ensemble.MAX_ROW, "line 5: longer than 4194304 bytes"),
+           "a quote": (lambda text: text.replace(b"3,", b'3,"') + b"99,0\n" * ensemble.MAX_ROW,
+                       r"line 3: field larger than field limit \(4194304\): is a quote left open")}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_line_or_quote_without_an_end_is_named_and_not_read_whole(good_csv, tmp_path, kind):
+    change, told = ENDLESS[kind]
+    (tmp_path / "bad.csv").write_bytes(change(good_csv.read_bytes()))
+    with open(tmp_path / "bad.csv", "rb") as f, pytest.raises(UserError, match=f"bad.csv {told}"):
+        for _ in ensemble.csv_rows(f):
+            assert f.tell() < 2 * ensemble.MAX_ROW + 2 ** 20
 
 
 @given(st.data())
@@ -300,6 +315,10 @@ def test_a_mask_is_read_as_it_was_written_and_nothing_else_is(n_classes, seed, m
 def test_images_may_be_named_by_file_name(tiny_data, cache, splits, voters, tmp_path):
     names, _ = soft(tmp_path, tiny_data, cache, [voters["b", 0]], "--image-id", "file_name")
     assert names == splits[1].file_names
+    doubled = Namespace(file_names=["a.png", "b.png", "a.png"], ids=[1, 2, 3])
+    with pytest.raises(UserError, match="several images have the file_name a.png.*--image-id id"):
+        ensemble.image_names(Namespace(image_id="file_name"), doubled)
+    assert ensemble.image_names(Namespace(image_id="id"), doubled) == ["1", "2", "3"]
 
 
 def test_a_picture_of_predictions_stands_beside_the_submission(tiny_data, cache, voters, tmp_path):
@@ -465,6 +484,24 @@ def test_a_store_of_another_version_is_refused_with_what_it_lacks(tiny_data, cac
     path.write_text(json.dumps({key: value for key, value in info.items() if key not in ("paint", "seed")}))
     with pytest.raises(UserError, match="b/f0/test.json: not a whole store: it lacks seed, paint; run infer.py again"):
         soft(tmp_path, tiny_data, cache, [changeable["b", 0]])
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_store_with_other_kinds_of_values_is_refused_by_their_names(tiny_data, cache, changeable, tmp_path, split):
+    path = changeable["b", 0] / f"{split}.json"
+    info = json.loads(path.read_text())
+    for key in (*common.DESCRIPTION_KINDS, *common.STORE_KINDS):
+        for value in ([[1]], {"a": [1]}, None, [{"a": 1}]):
+            if info[key] in ({}, []) and not value or common.has_kinds(
+                    {key: value}, {key: (common.DESCRIPTION_KINDS | common.STORE_KINDS)[key]}):
+                continue
+            path.write_text(json.dumps(info | {key: value}))
+            with pytest.raises(UserError, match=f"{split}.json: not a whole store: not as it was written are {key};"):
+                soft(tmp_path, tiny_data, cache, [changeable["b", 0]])
+    for text in ("[]", "3", "null", '"text"', "{}", "[" * 9999):
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"{split}.json: not "):
+            soft(tmp_path, tiny_data, cache, [changeable["b", 0]])
 
 
 def test_a_submission_must_be_a_csv_for_its_picture_and_coco_stand_beside_it(tiny_data, cache, voters, tmp_path):

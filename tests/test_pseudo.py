@@ -565,6 +565,65 @@ def test_an_index_that_is_no_index_of_labels_is_refused_and_left_alone(makers):
     assert (makers.folder / "index.csv").read_text() == "image_id,keep\n1,1\n"
 
 
+def sorted_otherwise(lines):
+    return [lines[0], *sorted(lines[1:], reverse=True)]
+
+
+INDEX_EDITS = {
+    "sorted otherwise": sorted_otherwise, "semicolons": lambda lines: [line.replace(",", ";") for line in lines],
+    "blank rows": lambda lines: [*lines[:2], "," * lines[0].count(","), "", *lines[2:], "", ",,"]}
+
+
+@pytest.mark.parametrize("change", INDEX_EDITS)
+def test_what_a_spreadsheet_does_to_an_index_changes_no_label_and_loses_no_decision(makers, splits, change):
+    pseudo_label.main(makers.args())
+    edit_keep(makers, 0, "1")
+    path, args = makers.folder / "index.csv", Namespace(exp=makers.folder.parents[2], round=1, fold=0)
+
+    def state():
+        entries, class_ids = common.load_labels(args, splits[1])
+        kept = [(i, label.tobytes()) for _, i, label in entries]
+        return kept, class_ids, common.labels_hash(makers.folder, common.Hashes("nocache"))
+    before = state()
+    assert [i for i, _ in before[0]] == [0, 2]
+    path.write_text("\n".join(INDEX_EDITS[change](path.read_text().splitlines())) + "\n")
+    assert state() == before
+    pseudo_label.main(makers.args("--coco"))
+    assert keeps(makers) == ["1", "0", "1", "0"]
+
+
+@pytest.mark.parametrize(("old", "new", "told"), [
+    (",5,5\n", ",1;2,5\n", "line 4: classes are '1;2', not ids with blanks between"),
+    (",5,5\n", ",5,5\n{id},1,,,0,5,5\n", "line 5: image {id} is listed twice"),
+    (",5,5\n", ",44,5\n", "image {id} has classes that DATA doesn't have, 44")])
+def test_a_slip_in_an_index_is_named(makers, splits, old, new, told):
+    pseudo_label.main(makers.args())
+    path, image_id = makers.folder / "index.csv", splits[1].ids[2]
+    text = path.read_text().replace("\r\n", "\n")
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new.format(id=image_id)))
+    with pytest.raises(UserError, match="index.csv.*" + told.format(id=image_id)):
+        common.load_labels(Namespace(exp=makers.folder.parents[2], round=1, fold=0), splits[1])
+
+
+def test_a_decision_that_is_none_stops_new_labels_too(makers):
+    pseudo_label.main(makers.args())
+    edit_keep(makers, 0, "yes")
+    with pytest.raises(UserError, match="index.csv: keep is yes in line 2"):
+        pseudo_label.main(makers.args("--coco"))
+
+
+@pytest.mark.parametrize("damage", [
+    {"photos": []}, {"photos": {"Background": 3}}, {"round": "1"}, {"contaminated": "no"}, {"kept_under": [1]}])
+def test_a_damaged_manifest_is_made_anew(makers, damage):
+    pseudo_label.main(makers.args())
+    path = makers.folder / "manifest.json"
+    sound = common.read_json(path)
+    common.write_json(path, sound | damage)
+    pseudo_label.main(makers.args())
+    assert common.read_json(path) == sound
+
+
 def test_a_photo_that_cannot_be_read_is_never_a_label(makers, splits, monkeypatch):
     test = replace(splits[1], faults=[None, None, "is missing", None])
     monkeypatch.setattr(pseudo_label, "load_data", lambda *args: (splits[0], test))

@@ -181,7 +181,7 @@ def made(tmp_path_factory):
                 common.write_json(path, common.read_json(path) | {"run": RUN})
             counts = {CLASSES[0]: {"kept": 1 + fold, "unsure": 3}, **dict.fromkeys(CLASSES[1:], {"unsure": 1})}
             common.write_json(exp / f"r1/pseudo/f{fold}/manifest.json", {
-                "round": 1, "fold": fold, "photos": counts | {CLASSES[1]: {"kept": 1}}})
+                "round": 1, "fold": fold, "contaminated": True, "photos": counts | {CLASSES[1]: {"kept": 1}}})
     with pytest.MonkeyPatch.context() as patch:
         for name in drawn:
             draw = getattr(ensemble, f"draw_{name}")

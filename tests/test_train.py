@@ -14,6 +14,7 @@ from fractions import Fraction
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import cv2
@@ -183,6 +184,10 @@ def test_the_file_that_says_what_made_a_run_lists_its_checkpoints_and_is_written
     path.unlink()
     train.main(line(exp))
     assert path.read_bytes() == before
+    for damage in ({"v3": "0.5"}, {"classes": 3}, {"epoch": None}, {"kept_under": [3]}, {"files": []}):
+        path.write_text(json.dumps(json.loads(before) | damage))
+        train.main(line(exp))
+        assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
@@ -621,6 +626,70 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(parts):
     assert sum(seen) == 9 and len(seen) == min(parts, 4) and min(seen) >= 2  # batch norm needs two images
 
 
+def partly_labelled_batch():
+    """Return 8 images whose masks lack from none to all of their labels: two images, a part of 4, have none at all."""
+    images, masks = small_batch(8)
+    for i, rows in enumerate((8, 1, 6, 2, 0, 0, 3, 7)):
+        masks[i, rows:] = common.IGNORE_INDEX
+    return images, masks
+
+
+def weighted_run(net, loss, parts=1, smoothing=0.0, weights=None):
+    run = small_run(net, parts=parts)
+    run.class_weights = weights if weights is None else torch.tensor(weights)
+    run.loss = common.make_loss(loss, 0.4, smoothing, run.class_weights)
+    return run
+
+
+PIXEL_LOSSES = [("ce", 0.0, None), ("ce", 0.1, [0.2, 1.0, 2.5]), ("focal", 0.0, [0.2, 1.0, 2.5]), ("focal", 0.1, None)]
+
+
+@pytest.mark.parametrize("options", PIXEL_LOSSES)
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_a_batch_with_unlabelled_pixels_has_in_parts_the_gradients_of_the_whole(options, parts):
+    whole, net = small_net(), small_net()
+    loss, smoothing, weights = options
+    expected = train.backward(weighted_run(whole, loss, 1, smoothing, weights), *partly_labelled_batch())
+    found = train.backward(weighted_run(net, loss, parts, smoothing, weights), *partly_labelled_batch())
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_close(gradients(net), gradients(whole))
+
+
+@pytest.mark.parametrize("options", PIXEL_LOSSES)
+def test_processes_have_together_the_gradients_of_one_with_all_their_images(options, monkeypatch):
+    loss, smoothing, weights = options
+    whole, nets = small_net(), (small_net(), small_net())
+    images, masks = partly_labelled_batch()
+    expected = train.backward(weighted_run(whole, loss, 1, smoothing, weights), images, masks)
+    halves = [(images[:5], masks[:5]), (images[5:], masks[5:])]  # 17 and 10 of the rows are labelled
+    monkeypatch.setattr(train, "ranks", lambda: (0, 2))
+    losses = []
+    for net, own, other in zip(nets, halves, halves[::-1], strict=True):
+        others = torch.stack([(1 if weights is None else weights[i]) * (other[1] == i).sum() for i in range(3)]).sum()
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda total, others=others: total.add_(others))
+        losses.append(train.backward(weighted_run(net, loss, 2, smoothing, weights), *own).item())
+    assert np.mean(losses) == pytest.approx(expected.item(), rel=1e-5)
+    mean = {name: (gradients(nets[0])[name] + gradients(nets[1])[name]) / 2 for name in gradients(whole)}
+    assert_close(mean, gradients(whole))
+
+
+@pytest.mark.parametrize("name", ["iou_ce", "iou", "dice_ce", "lovasz"])
+def test_a_loss_over_regions_has_in_parts_nearly_the_gradients_of_the_whole(name):
+    whole, net = small_net(), small_net()
+    train.backward(weighted_run(whole, name), *partly_labelled_batch())
+    train.backward(weighted_run(net, name, 4), *partly_labelled_batch())
+    expected, found = (torch.cat([g.flatten() for g in gradients(each).values()]) for each in (whole, net))
+    assert (found - expected).norm() < 0.15 * expected.norm()
+
+
+@pytest.mark.parametrize("name", common.LOSSES)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_batch_without_a_label_has_zero_gradients_in_parts_too(name, parts):
+    net, (images, masks) = small_net(), small_batch(8)
+    loss = train.backward(weighted_run(net, name, parts), images, masks.fill_(common.IGNORE_INDEX))
+    assert loss == 0 and not any(gradient.any() for gradient in gradients(net).values())
+
+
 def test_a_batch_of_one_image_is_one_part():
     net = small_net()
     train.backward(small_run(net, parts=2), *small_batch(1))
@@ -958,10 +1027,43 @@ def test_a_run_with_each_batch_hook_ends_in_the_same_bytes_killed_or_not(line, t
 
 def test_a_size_that_a_hook_makes_and_the_model_cannot_take_is_told_before_training(line, tmp_path):
     args = line(tmp_path, "--scale", 128, "--model", "pan/tu-test_efficientnet", "--batch-hook", "multiscale")
-    assert train.batch_sides(args) == [96, 160] and train.batch_sides(line(tmp_path)) == [SCALE]
+    assert train.batch_sides(args) == [96, 128, 160] and train.batch_sides(line(tmp_path)) == [SCALE]
     with pytest.raises(UserError, match="pan/tu-test_efficientnet can't work at scale 96"):
         train.main(args)
     assert not (run_of(args) / "last.pt").exists()
+
+
+@pytest.mark.parametrize("n_ranks", [1, 3])
+def test_both_loaders_are_weighed_against_shared_memory_by_what_their_batches_have(
+        line, splits, tmp_path, monkeypatch, n_ranks):
+    weighed = []
+    for module in (common, train):
+        monkeypatch.setattr(module, "ranks", lambda: (0, n_ranks))
+    monkeypatch.setattr(train, "check_shared_memory", lambda *given: weighed.append(given))
+    args = line(tmp_path, "--batch", 7, "--workers", 3, "--scale", 96)
+    loaders = train.make_loaders(args, *splits, np.arange(9), np.arange(9, 14), cuda=False)
+    sizes = [sum(tensor.nbytes for tensor in next(iter(loader))) for loader in loaders]
+    (workers, *told), = weighed
+    assert workers == 3 and [n_batches for _, n_batches in told] == [len(loader) for loader in loaders]
+    assert told[0][0] == sizes[0] and told[1][0] >= sizes[1]  # the few photos of validation fill no batch
+    for loader in loaders:
+        assert loader.timeout == 300 and loader.num_workers == 3
+
+
+def test_too_little_shared_memory_is_told_before_training(line, tmp_path, no_training, monkeypatch):
+    free = SimpleNamespace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(UserError, match="^/dev/shm: 8 loader processes want [0-9,]+ bytes there for their batches, 1"):
+        train.main(line(tmp_path, "--workers", 8))
+
+
+def test_a_size_between_the_smallest_and_the_largest_is_tried_too(line, tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(train, "try_sides", lambda model, name, sides: tried.extend(sides) or common.try_sides(
+        model, name, sides))
+    args = line(tmp_path, "--scale", 160, "--batch-hook", "multiscale")
+    train.start_run(args, range(3), np.ones(3), None, torch.device("cpu"))
+    assert tried == [128, 160, 192]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -1701,14 +1803,13 @@ def test_pseudo_labels_made_before_the_folds_were_edited_are_refused(pseudo):
         check_and_load(pseudo)
 
 
-@pytest.mark.parametrize("fault", ["order", "missing row", "short labels"])
+@pytest.mark.parametrize("fault", ["missing row", "short labels"])
 def test_pseudo_labels_of_other_images_are_refused(pseudo, fault):
     lines = (pseudo.folder / "index.csv").read_text().splitlines()
     if fault == "short labels":
         np.save(pseudo.folder / "labels.npy", np.load(pseudo.folder / "labels.npy")[:-1])
     else:
-        lines = [lines[0], lines[2], lines[1], *lines[3:]] if fault == "order" else lines[:-1]
-        (pseudo.folder / "index.csv").write_text("\n".join(lines) + "\n")
+        (pseudo.folder / "index.csv").write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(UserError, match="other images|another labels.npy"):
         check_and_load(pseudo)
 

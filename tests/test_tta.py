@@ -1,5 +1,6 @@
 """TTA: which views there are, that each is undone exactly, and what is averaged how."""
 import itertools
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -212,6 +213,13 @@ def test_every_view_is_predicted_at_every_scale_and_brought_back_to_the_images_s
         1, -1 if "rot90cw" in items else 1)}
 
 
+@given(st.integers(1, 8), st.lists(st.floats(0.1, 3), min_size=1, max_size=4))
+def test_the_sides_that_are_tried_before_are_those_that_a_model_is_asked_for(scale, tta_scales):
+    net, scale = Net(), 8 * scale
+    common.predict_probs([net], torch.zeros(1, 3, scale, scale), common.tta_views("none"), tta_scales)
+    assert {shape[2:] for shape in net.seen} == {(side, side) for side in common.tta_sides(scale, tta_scales)}
+
+
 def test_scales_that_are_no_multiple_of_32_are_padded_for_the_network_and_cropped_again():
     model = common.build_model("unet/tu-test_efficientnet", 4).eval()
     sizes = []
@@ -229,3 +237,9 @@ def test_scales_that_are_no_multiple_of_32_are_padded_for_the_network_and_croppe
             slow = model(padded)[:, :, :side, :side].softmax(1)
         total = total + torch.nn.functional.interpolate(slow, (64, 64), mode="bilinear") / 3
     assert abs(probs - total).max() < 1e-4
+
+
+@pytest.mark.parametrize(("scales", "name"), [
+    ([1.0], "flip"), ([1.0, 0.5], "flip x 1,0.5"), ([0.75], "flip x 0.75"), ([1.2345678], "flip x 1.2345678")])
+def test_the_name_of_views_and_scales_has_all_their_digits(scales, name):
+    assert common.tta_name(Namespace(tta="flip", tta_scales=scales)) == name
