@@ -113,7 +113,8 @@ legal.SNAPSHOTS := 0|[1-9][0-9]*
 $(foreach v,GPUS TRIALS EPOCHS BATCH,$(eval legal.$v := [1-9][0-9]*))
 legal   = $(if $(filter legal.$1,$(.VARIABLES)),$(legal.$1),$(text))
 matches = p='$(call legal,$1)'; [[ $(call quote,$($1)) =~ ^($$p)$$ ]]
-wrong  := $(strip $(shell $(foreach v,$(filter-out DATA,$(KNOBS)),$(call matches,$v) || echo $(call quote,$v=$($v));)))
+wrong  := $(strip $(shell $(foreach v,$(filter-out DATA,$(KNOBS)),\
+    $(call matches,$v) || echo $(call quote,$v=$($v));)))
 $(if $(wrong),$(error $(wrong) can not be: numbers are whole, CODE is new or keep, no part of EXP \
     begins with a dot, and quotes and other signs that a shell knows have no place in a knob but \
     DATA))
@@ -238,8 +239,9 @@ status: | $(SETUP) ## which runs are done, how long the others will take, what i
 compare: | $(SETUP) ## whether B beats A on images that both held out: A=main B=lr5, A=main/r0 ...
 	@$(run) ensemble.py compare $(data) $(filter --mixed,$(SUBMIT_ARGS)) out/$A out/$B
 runtimes: | $(SETUP) ## speed, size and memory of models and scales, in out/runtimes.csv and .png
-	@failed=0; $(foreach m,$(MODEL),$(foreach s,$(SCALE),$(run) train.py $(data) --exp $(OUT) --model $m \
-	    --scale $s --batch $(BATCH) $(device) --runtimes out/runtimes.csv || failed=1;)) exit $$failed
+	@failed=0; $(foreach m,$(MODEL),$(foreach s,$(SCALE),$(run) train.py $(data) --exp $(OUT) \
+	    --model $m --scale $s --batch $(BATCH) $(device) --runtimes out/runtimes.csv || \
+	    failed=1;)) exit $$failed
 bench: | $(SETUP) ## time public baselines' ways and ours in turn, here; ROWS=; out/bench.jsonl
 	$(run) tests/bench_speed.py --rows $(ROWS)
 sweep: | $(SETUP) ## try TRIALS recipes of train.py's SEARCH_SPACE on the first MODEL, SCALE, FOLD

@@ -3498,6 +3498,15 @@ def check_shared_memory(workers, *loaders):
                         f"run --shm-size={math.ceil(needed / 2 ** 30)}g")
 
 
+def lacks_memory(error):
+    """Return whether an error is for lack of GPU memory; torch's libraries have words of their own.
+
+    cuDNN finds no "engine" when none gets the memory that it needs.
+    """
+    words = "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine"
+    return any(word in str(error) for word in words)
+
+
 def amp(device):
     """Return a context for the forward pass: mixed precision on a GPU, nothing on a CPU.
 

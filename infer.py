@@ -24,11 +24,11 @@ from tqdm import tqdm
 from common import (
     FROM_RECIPE, RUN_PLACE, STORE_KINDS, SUBMIT_SIZE, TTA, VIEWS, EvalPhotos, Hashes, Parser,
     UserError, accepted_code, atomic_write, batch_bytes, check_output, check_shared_memory,
-    check_space, checked, claim_device, code_hashes, decide, full_batch, keep_code, load_data,
-    load_model, loader_options, loader_workers, lock, move_aside, normalise, number, open_store,
-    predict_probs, provenance, ranks, read_description, resize_probs, run_script, short_hash,
-    store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views, write_description,
-    write_npy_header)
+    check_space, checked, claim_device, code_hashes, decide, full_batch, keep_code, lacks_memory,
+    load_data, load_model, loader_options, loader_workers, lock, move_aside, normalise, number,
+    open_store, predict_probs, provenance, ranks, read_description, resize_probs, run_script,
+    short_hash, store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views,
+    write_description, write_npy_header)
 
 # what decides no result; see BESIDE in common.py
 BESIDE = {"parts_folder", "write_store"}
@@ -207,7 +207,9 @@ def predict_split(models, split, indices, path, info, args, device, hashes):
     missing = {part: batches[part] for part in list(batches)[rank::n_ranks] if not part.exists()}
     try:
         predict_batches(models, photos, missing, path, args, device)
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:  # torch.OutOfMemoryError is one
+        if not lacks_memory(e):
+            raise
         raise UserError(f"out of memory: lower --batch (make: INFER_ARGS) ({e})") from None
     if n_ranks > 1:
         torch.distributed.barrier()
@@ -289,8 +291,9 @@ def predict(args, folder):
     hashes = Hashes(args.cache)
     models, checkpoints = load_models(args.checkpoint, hashes)
     recipe = models[0].recipe
-    try_sides(models[0].model, recipe["model"], tta_sides(recipe["scale"], args.tta_scales),
-              f" (--tta-scales times {recipe['scale']})")
+    if args.tta_scales != [1]:  # at its own scale the model was trained
+        try_sides(models[0].model, recipe["model"], tta_sides(recipe["scale"], args.tta_scales),
+                  f" (--tta-scales times {recipe['scale']})")
     photos = load_photos(args, models[0])
     run = run_of(args.checkpoint[0].parent, models[0], hashes)
     exp = experiment_folder(folder)

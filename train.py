@@ -35,11 +35,11 @@ from common import (
     UserError, amp, atomic_write, batch_bytes, build_model, check_labels, check_output,
     check_shared_memory, check_space, checked, claim_device, code_of, confusion, decide,
     different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls, folds_hash, full_batch,
-    has_kinds, image_miou, keep_code, last_convolution, load_checkpoint, load_data, load_folds,
-    load_labels, loader_options, loader_workers, lock, make_augmentation, make_loss, move_aside,
-    named, normalise, number, overlay, pixel_weights, provenance, ranks, rare_odds, read_csv,
-    read_description, read_image, recipe_changes, resize_probs, run_code, run_folder, run_recipe,
-    run_script, save_checkpoint, scores, split_model, tile_url, try_sides, write_csv,
+    has_kinds, image_miou, keep_code, lacks_memory, last_convolution, load_checkpoint, load_data,
+    load_folds, load_labels, loader_options, loader_workers, lock, make_augmentation, make_loss,
+    move_aside, named, normalise, number, overlay, pixel_weights, provenance, ranks, rare_odds,
+    read_csv, read_description, read_image, recipe_changes, resize_probs, run_code, run_folder,
+    run_recipe, run_script, save_checkpoint, scores, split_model, tile_url, try_sides, write_csv,
     write_description, write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
@@ -398,15 +398,6 @@ def loss_shares(mask_parts, weights):
     return n_ranks * sums / total.clamp(min=1e-6)  # without a labelled pixel the loss is 0
 
 
-def lacks_memory(error):
-    """Return whether an error is for lack of GPU memory; torch's libraries have words of their own.
-
-    cuDNN finds no "engine" when none gets the memory that it needs.
-    """
-    words = "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine"
-    return any(word in str(error) for word in words)
-
-
 def step_unless(is_bad, optimizer, scaler):
     """Let the optimizer step unless `is_bad`, a bool tensor on the device, is true."""
     if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -437,10 +428,10 @@ def copy_buffers(buffers):
 def restore_buffers_if(is_bad, buffers, copies):
     """Give buffers what copy_buffers has kept where `is_bad`, a bool tensor, is true."""
     import torch
-    from torch._utils import _unflatten_dense_tensors
-    for dtype, present in copy_buffers(buffers).items():
-        kept = copies[dtype].where(is_bad, present)
-        torch._foreach_copy_(buffers[dtype], _unflatten_dense_tensors(kept, buffers[dtype]))
+    from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+    for dtype, tensors in buffers.items():
+        kept = copies[dtype].where(is_bad, _flatten_dense_tensors(tensors))
+        torch._foreach_copy_(tensors, _unflatten_dense_tensors(kept, tensors))
 
 
 def update_averages(run, n_steps):
