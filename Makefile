@@ -24,6 +24,7 @@ FOLD       ?= $(FOLDS)
 ROUND      ?=
 PAINT      ?= area
 ORIENTATION ?= shown
+UNUSED     ?= keep
 EPOCHS     ?= 40
 BATCH      ?= 8
 LR         ?= 2e-3
@@ -57,6 +58,7 @@ about.ROUND       := the one round of train (default 0), pseudo (1) or score (RO
 about.NFOLDS      := folds that the training images are split into
 about.PAINT       := which object wins where they overlap: area (the smaller), id, order
 about.ORIENTATION := of photos that EXIF turns to the same size: shown (turned) or stored
+about.UNUSED      := categories without annotations: keep them as classes, or drop them
 about.EPOCHS      := of every run
 about.BATCH       := images in a training step
 about.LR          := peak learning rate
@@ -78,7 +80,7 @@ about.PER_GPU     := jobs of make -j that may share a GPU, 1 to 9
 about.PY          := python to use; PY=python takes the current environment
 about.CODE        := after an edit of a script: new makes anew what it made, keep keeps it
 KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT ORIENTATION \
-    EPOCHS BATCH LR SEED WEIGHTS TTA VOTE A B IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS \
+    UNUSED EPOCHS BATCH LR SEED WEIGHTS TTA VOTE A B IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS \
     SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH DEVICE PER_GPU PY CODE
 
 # ---- knobs are checked first, all of them; the plan below checks what only scripts know ----------
@@ -131,7 +133,8 @@ $(if $(filter compare,$(wanted)),$(foreach v,A B,$(if $(call scored,$($v)),,$(er
 # ---- what the scripts are given ------------------------------------------------------------------
 OUT    := out/$(EXP)
 data   := --data $(call quote,$(DATA)) --cache out/cache
-split  := --exp $(OUT) --folds $(NFOLDS) --paint $(PAINT) --orientation $(ORIENTATION)
+reading := --paint $(PAINT) --orientation $(ORIENTATION) --unused $(UNUSED)
+split  := --exp $(OUT) --folds $(NFOLDS) $(reading)
 train  := --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) \
           --snapshots $(SNAPSHOTS) $(TRAIN_ARGS)
 infer  := --tta $(TTA) $(INFER_ARGS)
@@ -153,7 +156,7 @@ export OMP_NUM_THREADS = $(shell n=$$(( $(cores) / $(jobs) / $(GPUS) )); echo $$
 # what it is made from.
 SETUP := $(filter .venv/.installed,$(PY:.venv/bin/python=.venv/.installed))
 first := $(if $(SETUP),$(shell [ .venv/.installed -nt requirements.txt ] || echo yes))
-grid  := $(data) --exp $(OUT) --paint $(PAINT) --orientation $(ORIENTATION) --nfolds $(NFOLDS) \
+grid  := $(data) --exp $(OUT) $(reading) --nfolds $(NFOLDS) \
     --rounds $(ROUNDS) $(ROUND:%=--round %) --gpus $(GPUS) $(code) \
     --models '$(MODELS)' --scales '$(SCALES)' --folds '$(FOLDS)' \
     --pick-models '$(MODEL)' --pick-scales '$(SCALE)' --pick-folds '$(FOLD)' \

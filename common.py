@@ -103,6 +103,7 @@ class Split:
     odd: list  # ids of the annotations with a polygon that leaves the photo or has no area
     turns: list  # what reading_way says of the photo's EXIF orientation
     flat: list  # whether nearly all of the photo is of one grey
+    dropped: list  # names of the categories that are no classes, by READING's "unused"
     orientation: str  # how photos are read whose "turns" is "open"
     fingerprint: str  # a line that names the JSON, the settings and the photos' content
 
@@ -155,7 +156,29 @@ def pixel_starts(sizes):
     return [0, *accumulate(map(math.prod, sizes))]
 
 
-def load_data(data, cache, paint="area", orientation="shown", decoded=False):
+# how DATA is read: options of the scripts, arguments of load_data and keys of every recipe;
+# name -> (values, the first of them by default, what it decides)
+READING = {
+    "paint": (("area", "id", "order"), "which object wins where they overlap: the smaller, the "
+              "higher class, the later"),
+    "orientation": (("shown", "stored"), "whether photos that EXIF turns without changing their "
+                    "size are read turned, as most labelling tools show them, or as stored"),
+    "unused": (("keep", "drop"), "whether categories without annotations, such as the root of an "
+               "export's categories, are classes")}
+
+
+def add_reading(group):
+    """Add the options of READING to a group of a parser."""
+    for name, (values, text) in READING.items():
+        group.add_argument(f"--{name}", choices=values, default=values[0], help=text)
+
+
+def reading(values):
+    """Return those of a recipe's values, or of vars(args), that say how DATA is read."""
+    return {name: values[name] for name in READING}
+
+
+def load_data(data, cache, paint="area", orientation="shown", unused="keep", decoded=False):
     """Check the folder `data` in one pass and return its (train, test) Splits.
 
     Raises UserError that lists all faults at once. A test photo that can't be read only brings a
@@ -164,12 +187,12 @@ def load_data(data, cache, paint="area", orientation="shown", decoded=False):
     Masks are painted once, into a folder of `cache` that is named by the JSON files, the settings
     and the code, so a stale cache is never read; when a photo has changed, everything is checked
     again. With `decoded` the training photos are cached too; later calls read them from there even
-    without it. Nothing is written under `data`.
+    without it. Nothing is written under `data`. READING says what the other arguments do.
     """
     data, hashes = Path(data), Hashes(cache)
     check_output(data, cache)
     paths = data_files(data)
-    settings = (paint, orientation)
+    settings = {"paint": paint, "orientation": orientation, "unused": unused}
     folder = cache_folder(cache, paths, settings, hashes)
     splits = open_cache(folder, data, hashes)
     if splits is None or (decoded and splits[0].photos is None):
@@ -386,9 +409,9 @@ PHOTO_KEYS = {
 
 
 def cache_folder(cache, paths, settings, hashes):
-    """Return the folder in `cache` for two JSON files and settings, named also by the code.
+    """Return the folder in `cache` for two JSON files and the settings of `reading`.
 
-    settings: (paint order, orientation).
+    The code names it too.
     """
     json_hashes = [hashes(path) for path in paths]
     return Path(cache) / short_hash(json_hashes, settings, code_of("masks"))
@@ -399,7 +422,7 @@ def fingerprint(json_hash, settings, digests):
 
     settings: as in cache_folder; digests: hashes of its photos, "" where one is missing.
     """
-    return f"{json_hash} {' '.join(settings)} {short_hash(*digests)}"
+    return f"{json_hash} {' '.join(settings.values())} {short_hash(*digests)}"
 
 
 def open_cache(folder, data, hashes):
@@ -452,8 +475,9 @@ def build_cache(folder, paths, settings, hashes):
     """
     check_files()  # else the workers would paint with other code than the folder is named for
     root = paths[0].parent
-    train, categories, faults = read_coco(paths[0], labelled=True)
-    test, test_categories, test_faults = read_coco(paths[1], labelled=False)
+    used = used_categories(paths[0]) if settings["unused"] == "drop" else None
+    train, categories, dropped, faults = read_coco(paths[0], used, labelled=True)
+    test, test_categories, _, test_faults = read_coco(paths[1], used, labelled=False)
     faults += test_faults
     if categories != test_categories and categories and test_categories:
         faults.append(f"{paths[0].name} and {paths[1].name} have different categories")
@@ -467,8 +491,9 @@ def build_cache(folder, paths, settings, hashes):
             faults += two_truths(train, scratch)
         raise_faults(faults, train, test)
     classes = [BACKGROUND, *categories.values()]
-    index = {"train": index_entry(train, classes, hashes(paths[0]), settings),
-             "test": index_entry(test, classes, hashes(paths[1]), settings)}
+    index = {}
+    for split, photos, path in (("train", train, paths[0]), ("test", test, paths[1])):
+        index[split] = index_entry(photos, classes, hashes(path), settings) | {"dropped": dropped}
     write_json(folder / "index.json", index)
     write_checksums(folder, hashes)
     return open_cache(folder, root, hashes)
@@ -511,12 +536,12 @@ def check_photo(root, settings, n_classes, masks, photo):
     of a faultless photo with an "offset" is written there in the file `masks`; "pixels" and
     "painted" are then from paint_mask. settings: as in cache_folder.
     """
-    path, (paint, orientation) = root / photo["file_name"], settings
+    path = root / photo["file_name"]
     facts = {"fault": None, "digest": "", "key": None, "turn": "", "flat": False}
     with suppress(OSError):  # check_image says what is wrong with the file
         facts |= {"key": Hashes.key(path), "digest": file_hash(path)}
     try:
-        facts |= check_image(path, *photo["size"], orientation)
+        facts |= check_image(path, *photo["size"], settings["orientation"])
     except OSError as e:
         other = None if os.path.exists(path) else other_spelling(root, photo["file_name"])
         hint = f"; there is {other}: write both names alike" if other else ""
@@ -524,7 +549,8 @@ def check_photo(root, settings, n_classes, masks, photo):
         return facts
     if "offset" not in photo:
         return facts
-    mask, pixels, sizes, covered = paint_mask(photo["objects"], *photo["size"], paint, n_classes)
+    objects, paint = photo["objects"], settings["paint"]
+    mask, pixels, sizes, covered = paint_mask(objects, *photo["size"], paint, n_classes)
     with open(masks, "rb+") as f:  # here, as sending a mask to another process copies it four times
         f.seek(photo["offset"])
         f.write(mask)
@@ -598,7 +624,7 @@ def index_entry(photos, classes, json_hash, settings):
         entry[field] = [photo[key] for photo in photos if key in photo]
     entry["groups"] = merge_groups(photos, entry["digests"])
     entry["classes"] = classes
-    entry["orientation"] = settings[1]
+    entry["orientation"] = settings["orientation"]
     entry["fingerprint"] = fingerprint(json_hash, settings, entry["digests"])
     return entry
 
@@ -745,12 +771,22 @@ INVISIBLE = re.compile("[\u034f\u115f\u1160\u2800\ufe00-\ufe0f]")
 RLE_DIGITS = {ord("0") + i: "0123456789abcdefghijklmnopqrstuv"[i % 32] for i in range(64)}
 
 
-def read_coco(path, labelled):
-    """Read and check one COCO file; return (photos, categories, faults).
+def used_categories(path):
+    """Return the set of the category ids of a COCO file's annotations, as far as it is sound."""
+    coco = read_json(path)
+    if not has_kinds(coco, {"annotations": [dict]}):
+        return set()  # read_coco lists what is wrong
+    ids = [whole(annotation.get("category_id")) for annotation in coco["annotations"]]
+    return {category for category in ids if type(category) is int}
+
+
+def read_coco(path, used, labelled):
+    """Read and check one COCO file; return (photos, categories, dropped, faults).
 
     photos: a dict for each photo, with id, file_name, size (height, width), group, objects,
     (class_id, segmentation) pairs, odd, the ids of annotations with odd polygons, and faulty.
-    Class ids count the categories by id, from 1. categories: {id: name} by id. faults: lines; if
+    Class ids count the categories by id, from 1. categories: {id: name} by id, of those with an id
+    in the set `used` or, if that is None, of all; dropped: names of the others. faults: lines; if
     there are any, the rest is not to be used. Raises UserError if the file is no JSON.
     """
     coco = read_json(path)
@@ -758,15 +794,15 @@ def read_coco(path, labelled):
     if labelled:
         lists.append("annotations")
     if not isinstance(coco, dict) or not all(isinstance(coco.get(key), list) for key in lists):
-        return [], {}, [f"{path.name}: not a COCO file: it needs the lists {', '.join(lists)}"]
+        return [], {}, [], [f"{path.name}: not a COCO file: it needs the lists {', '.join(lists)}"]
     faults = []
     photos = read_images(coco, path.parent, faults)
-    categories = read_categories(coco, faults)
+    categories, dropped = read_categories(coco, used, faults)
     if labelled:
         class_ids = {category: class_id for class_id, category in enumerate(categories, 1)}
         add_objects(coco, photos, class_ids, faults)
     sound = [photo for photo in photos.values() if not photo["faulty"]]
-    return sound, categories, [f"{path.name}: {fault}"[:500] for fault in faults]
+    return sound, categories, dropped, [f"{path.name}: {fault}"[:500] for fault in faults]
 
 
 def read_images(coco, root, faults):
@@ -798,12 +834,15 @@ def group_fault(group):
     return f"has the group {clean(group)}, neither text nor a whole number nor null"
 
 
-def read_categories(coco, faults):
-    """Return {category id: name}, sorted by id; add to `faults`."""
-    names, taken = {}, {}
+def read_categories(coco, used, faults):
+    """Return ({category id: name} sorted by id, dropped) as read_coco does; add to `faults`."""
+    names, taken, dropped = {}, {}, []
     for category, id_fault in checked_entries(coco, "categories", faults):
         category_id, name = category.get("id"), category.get("name")
         shown = clean(name)[:100]
+        if used is not None and not id_fault and category_id not in used:
+            dropped.append(shown)
+            continue
         if fault := id_fault or category_fault(name, shown, taken):
             faults.append(f"category {clean(category_id)} ({shown}) {fault}")
         if not id_fault:
@@ -811,7 +850,7 @@ def read_categories(coco, faults):
             taken |= dict.fromkeys((plain(str(name)), plain(shown)), category_id)
     if len(names) >= MAX_CLASSES:
         faults.append(f"{len(names)} categories; 1 to {MAX_CLASSES - 1} can be told apart")
-    return dict(sorted(names.items()))
+    return dict(sorted(names.items())), dropped
 
 
 def category_fault(name, shown, taken):
@@ -819,16 +858,17 @@ def category_fault(name, shown, taken):
 
     shown: the name as it is shown; taken: {plain name: id} of the categories before, for both.
     """
+    drop = "; --unused drop (make: UNUSED=drop) drops those without annotations"
     if not isinstance(name, str) or not plain(name):
-        return "has no name"
+        return f"has no name{drop}"
     if "".join(filter(str.isalpha, plain(name))) == plain(BACKGROUND):
         return ("is the background, which is class 0 without being listed: remove it and its "
-                "annotations")
+                f"annotations{drop}")
     other = taken.get(plain(name), taken.get(plain(shown)))
     if other is None:
         return None
     return (f"has the name of category {other}, where case, spaces, invisible characters and what "
-            "follows the first 100 don't count: rename one, or remove one without annotations")
+            f"follows the first 100 don't count: rename one{drop}")
 
 
 def add_objects(coco, photos, class_ids, faults):
@@ -1028,8 +1068,6 @@ def decompress_counts(text):
 
 # ---- data: painting masks, reading photos --------------------------------------------------------
 
-PAINT_ORDERS = ("area", "id", "order")
-ORIENTATIONS = ("shown", "stored")  # turned as the EXIF orientation asks viewers to, or not
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
          6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF orientation -> Pillow's name
 FLAT = 16  # a photo of which 98% lie within so many of 256 greys shows next to nothing
@@ -1994,7 +2032,7 @@ def predict_photo(trained, image, tta="flip", tta_scales=(1.0,)):
 RUN_PLACE = re.compile(r"(.*)/r(\d)/([^/]+/[^/]+)/s(\d+)/f(\d+)")
 # what a store's JSON says of its run's recipe, and what it says besides DESCRIBED; see has_kinds
 FROM_RECIPE = {"model": str, "scale": int, "round": int, "fold": int, "folds_csv": str,
-               "seed": int, "paint": str, "orientation": str, "contaminated": bool}
+               "seed": int, "contaminated": bool, **dict.fromkeys(READING, str)}
 RUN_KINDS = {"recipe": dict, "code": dict, "codes": [str], "state": str, "commit": str,
              "kept_under": [str]}
 STORE_KINDS = {
@@ -2261,21 +2299,22 @@ STEPS = {
 # These names show, keep and guard results and decide none. The search for code stops at the names
 # in a file's BESIDE, so an edit of them, or of what only they use, makes nothing stale.
 BESIDE = {
-    "DESCRIBED", "Hashes", "Help", "LABEL_FILES", "LINEAGE", "Parser", "RUN_PLACE", "STORE_KINDS",
-    "UserError", "accepted_code", "atomic_write", "batch_bytes", "begin_worker", "cache_folder",
-    "category_fault", "changes", "check_device", "check_files", "check_labels", "check_output",
-    "check_place", "check_shared_memory", "check_space", "check_unchanged", "claim_device", "clean",
-    "code_changes", "code_hashes", "code_of", "code_question", "code_state", "data_files", "decide",
-    "different_keys", "file_hash", "fingerprint", "folds_hash", "git_commit", "gpu_of_rank",
-    "has_kinds", "idle_gpu", "is_as_written", "keep_code", "label_settings", "labels_code",
-    "labels_hash", "labels_recipe", "library_versions", "load_folds", "loader_options",
-    "loader_workers", "lock", "move_aside", "move_mark", "name_fault", "named", "number",
-    "other_spelling", "overlay", "plain", "project_files", "provenance", "raise_faults", "read_csv",
-    "read_description", "read_folds", "read_index_json", "read_json", "read_numbers",
-    "read_own_json", "read_rows", "recipe_changes", "run_code", "run_folder", "run_recipe",
-    "run_script", "settings_of", "short_hash", "store_code", "store_id", "store_recipe",
-    "tune_process", "two_truths", "unknown_format", "version_changes", "whole_manifest",
-    "write_checksums", "write_csv", "write_description", "write_json", "write_page", "write_sheet"}
+    "DESCRIBED", "Hashes", "Help", "LABEL_FILES", "LINEAGE", "Parser", "READING", "RUN_PLACE",
+    "STORE_KINDS", "UserError", "accepted_code", "atomic_write", "batch_bytes", "begin_worker",
+    "cache_folder", "category_fault", "changes", "check_device", "check_files", "check_labels",
+    "check_output", "check_place", "check_shared_memory", "check_space", "check_unchanged",
+    "claim_device", "clean", "code_changes", "code_hashes", "code_of", "code_question",
+    "code_state", "data_files", "decide", "different_keys", "file_hash", "fingerprint",
+    "folds_hash", "git_commit", "gpu_of_rank", "has_kinds", "idle_gpu", "is_as_written",
+    "keep_code", "label_settings", "labels_code", "labels_hash", "labels_recipe",
+    "library_versions", "load_folds", "loader_options", "loader_workers", "lock", "move_aside",
+    "move_mark", "name_fault", "named", "number", "other_spelling", "overlay", "plain",
+    "project_files", "provenance", "raise_faults", "read_csv", "read_description", "read_folds",
+    "read_index_json", "read_json", "read_numbers", "read_own_json", "read_rows", "reading",
+    "recipe_changes", "run_code", "run_folder", "run_recipe", "run_script", "settings_of",
+    "short_hash", "store_code", "store_id", "store_recipe", "tune_process", "two_truths",
+    "unknown_format", "version_changes", "whole_manifest", "write_checksums", "write_csv",
+    "write_description", "write_json", "write_page", "write_sheet"}
 DERIVED = ("mean", "std")  # keys of a recipe that follow from its other keys
 VERSIONS = ("torch", "timm", "segmentation-models-pytorch", "albumentations")  # only shown
 

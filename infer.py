@@ -26,8 +26,8 @@ from common import (
     UserError, accepted_code, atomic_write, batch_bytes, check_output, check_shared_memory,
     check_space, checked, claim_device, code_hashes, decide, full_batch, keep_code, lacks_memory,
     load_data, load_model, loader_options, loader_workers, lock, move_aside, normalise, number,
-    open_store, predict_probs, provenance, ranks, read_description, resize_probs, run_script,
-    short_hash, store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views,
+    open_store, predict_probs, provenance, ranks, read_description, reading, resize_probs,
+    run_script, short_hash, store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views,
     write_description, write_npy_header)
 
 # what decides no result; see BESIDE in common.py
@@ -99,7 +99,7 @@ def load_photos(args, trained):
     if missing := FROM_RECIPE.keys() - recipe.keys():
         raise UserError(f"{path}: its recipe lacks {', '.join(sorted(missing))}: it is by an older "
                         "train.py; train it again")
-    train, test = load_data(args.data, args.cache, recipe["paint"], recipe["orientation"])
+    train, test = load_data(args.data, args.cache, **reading(recipe))
     if trained.classes != train.classes:
         raise UserError(f"{path} knows the classes {trained.classes}, DATA has {train.classes}")
     photos = {"test": (test, range(len(test.ids)))}

@@ -30,17 +30,17 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (
-    AUGMENTATIONS, COLOURS, DECODERS, DERIVED, DESCRIBED, HOOK, IGNORE_INDEX, LOSSES, ORIENTATIONS,
-    PAINT_ORDERS, STEP, STRIDE, SUBMIT_SIZE, EpochBatches, EvalPhotos, Hashes, Parser, TrainSamples,
-    UserError, amp, atomic_write, batch_bytes, build_model, check_labels, check_output,
+    AUGMENTATIONS, COLOURS, DECODERS, DERIVED, DESCRIBED, HOOK, IGNORE_INDEX, LOSSES, READING, STEP,
+    STRIDE, SUBMIT_SIZE, EpochBatches, EvalPhotos, Hashes, Parser, TrainSamples, UserError,
+    add_reading, amp, atomic_write, batch_bytes, build_model, check_labels, check_output,
     check_shared_memory, check_space, checked, claim_device, code_of, confusion, decide,
     different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls, folds_hash, full_batch,
     has_kinds, image_miou, keep_code, lacks_memory, last_convolution, load_checkpoint, load_data,
     load_folds, load_labels, loader_options, loader_workers, lock, make_augmentation, make_loss,
     move_aside, named, normalise, number, overlay, pixel_weights, provenance, ranks, rare_odds,
-    read_csv, read_description, read_image, recipe_changes, resize_probs, run_code, run_folder,
-    run_recipe, run_script, save_checkpoint, scores, split_model, tile_url, try_sides, write_csv,
-    write_description, write_page, write_sheet)
+    read_csv, read_description, read_image, reading, recipe_changes, resize_probs, run_code,
+    run_folder, run_recipe, run_script, save_checkpoint, scores, split_model, tile_url, try_sides,
+    write_csv, write_description, write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
@@ -178,11 +178,7 @@ def parse_args(argv=None):
     run.add_argument("--folds", type=number(int, 2), default=5, help="number of folds")
     run.add_argument("--round", type=number(int, 0, 9), default=0,
                      help="from 1: also learns EXP/rROUND/pseudo/fFOLD")
-    run.add_argument("--paint", choices=PAINT_ORDERS, default="area",
-                     help="which object wins where they overlap")
-    run.add_argument("--orientation", choices=ORIENTATIONS, default="shown",
-                     help="how photos are read that EXIF turns without changing their size; most "
-                     "labelling tools draw on the turned photo")
+    add_reading(run)
     run.add_argument("--allow-leak", action="store_true",
                      help="learn also from pseudo labels whose makers may have trained on this "
                      "fold; marks every later score as contaminated")
@@ -205,8 +201,8 @@ def parse_args(argv=None):
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         recipe.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
     add_system_arguments(parser.add_argument_group("system: none of these decides the recipe"))
-    parser.set_defaults(decides=["model", "scale", "fold", "folds", "round", "paint",
-                                 "orientation", "overfit", *RECIPE])
+    parser.set_defaults(decides=["model", "scale", "fold", "folds", "round", "overfit", *READING,
+                                 *RECIPE])
     return parser.parse_args(argv)
 
 
@@ -936,7 +932,7 @@ def train_run(args, root, report=None, wait=False):
     is an error.
     """
     check_output(args.data, args.exp)
-    train, test = load_data(args.data, args.cache, args.paint, args.orientation, args.cache_images)
+    train, test = load_data(args.data, args.cache, decoded=args.cache_images, **reading(vars(args)))
     folds = load_folds(args.exp, train, args.folds)
     train_indices, valid_indices = split_by_fold(args, train, folds)
     out = run_folder(root, args.round, args.model, args.scale, args.fold)
@@ -1201,7 +1197,7 @@ def draw_valid(path, run, photos, classes):
 
 def check(args):
     """Print the data's sizes, classes and folds and write data.html, or stop with its faults."""
-    train, test = load_data(args.data, args.cache, args.paint, args.orientation)
+    train, test = load_data(args.data, args.cache, **reading(vars(args)))
     folds = load_folds(args.exp, train, args.folds, renew=True)
     unread = sum(fault is not None for fault in test.faults)
     verdict = "no faults"
@@ -1213,6 +1209,8 @@ def check(args):
     if odd := sum(train.odd, []):
         print(f"warning: {len(odd)} annotation(s) have a polygon that leaves the photo, where it's "
               f"clipped, or without area: {', '.join(map(str, odd[:9]))}")
+    if train.dropped:
+        print(f"dropped, as they have no annotations: {', '.join(train.dropped)}")
     warn_of_photos(train, test)
     pixels = np.array(train.pixels)
     for class_id, name in enumerate(train.classes):
@@ -1221,7 +1219,7 @@ def check(args):
         absent = [fold for fold in range(args.folds) if not present[folds == fold].any()]
         if not present.any():
             print("      warning: no training image has it: if it is no class, such as the root "
-                  "of an export's categories, remove it from both JSON files")
+                  "of an export's categories, set UNUSED=drop")
         elif absent:
             print(f"      warning: no image of fold {', '.join(map(str, absent))} has it")
     write_data_page(args, train, test, folds)
@@ -1236,9 +1234,9 @@ def warn_of_photos(train, test):
     if turned:
         print(f"warning: {len(turned)} photo(s) are turned by EXIF, and the JSON's size doesn't "
               f"say whether their masks are too: read as {train.orientation}: "
-              f"{', '.join(turned[:9])}; data.html has them both ways: set ORIENTATION to "
-              f"{' or '.join(ORIENTATIONS)} (where the size does say it, {turns.count('shown')} "
-              f"are shown and {turns.count('stored')} stored)")
+              f"{', '.join(turned[:9])}; data.html has them both ways: set ORIENTATION to shown or "
+              f"stored (where the size does say it, {turns.count('shown')} are shown and "
+              f"{turns.count('stored')} stored)")
     if flat:
         print(f"warning: {len(flat)} photo(s) are nearly of one grey: {', '.join(flat[:9])}: look "
               "at them; if they should show more, convert them to 8 bits with their whole range")
@@ -1348,7 +1346,7 @@ def turned_photos(train, n=24):
     indices = [i for i, turn in enumerate(train.turns) if turn == "open"]
     for i in indices[:n]:
         tiles = []
-        for way in ORIENTATIONS:
+        for way in ("shown", "stored"):
             image = read_image(train.root / train.file_names[i], *train.sizes[i], way)
             title = f"{way}, as it is read" if way == train.orientation else way
             tiles.append((title, tile_url(overlay(image, train.truth(i), 0.4))))
@@ -1560,7 +1558,7 @@ def search_space(args):
 
 def fixed_values(args, space):
     """Return (what all trials of a sweep share: their recipe and the space, number of classes)."""
-    train, test = load_data(args.data, args.cache, args.paint, args.orientation)
+    train, test = load_data(args.data, args.cache, **reading(vars(args)))
     folds = load_folds(args.exp, train, args.folds)
     recipe = describe_run(args, train, test, folds, Hashes(args.cache))["recipe"]
     fixed = {key: value for key, value in recipe.items() if key not in (*space, *DERIVED)}

@@ -132,8 +132,8 @@ def write_store(run, split, probs, part, ids=None, **info):
     np.save(run / f"{split}.npy", probs)
     found = {"classes": part.classes, "split": split, "tta": "flip", "data": part.fingerprint, "seed": 0,
              "model": "unet/a", "scale": 64, "round": 0, "fold": 0, "folds_csv": "f01d", "paint": "area",
-             "orientation": "shown", "image_ids": part.ids if ids is None else ids, "contaminated": False,
-             "unreadable": [], "state": "5ta7e",
+             "orientation": "shown", "unused": "keep", "contaminated": False,
+             "image_ids": part.ids if ids is None else ids, "unreadable": [], "state": "5ta7e",
              "checkpoints": [{"file": "model.pt", "hash": "0", "epoch": 1}], "commit": "", "versions": {}, "code": {},
              "kept_under": []} | info
     run_recipe = {key: found[key] for key in ("model", "scale", "round", "fold", "seed", "paint")}

@@ -35,7 +35,7 @@ from pycocotools.coco import COCO
 
 import common
 import train
-from common import IGNORE_INDEX, PAINT_ORDERS, SUBMIT_SIZE, UserError
+from common import IGNORE_INDEX, READING, SUBMIT_SIZE, UserError
 
 # pycocotools on a new NumPy
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -488,7 +488,7 @@ def test_exif_turns_a_photo_as_the_size_says_and_as_the_setting_says_where_the_s
     path = tmp_path / f"a.{ending}"
     stored = write_turned(path, *stored_size, exif)
     ways = {"stored": stored, "shown": VIEWED[exif](stored)}
-    for setting, asked in itertools.product(common.ORIENTATIONS, {stored_size, stored_size[::-1]}):
+    for setting, asked in itertools.product(READING["orientation"][0], {stored_size, stored_size[::-1]}):
         fitting = [way for way, pixels in ways.items() if pixels.shape[:2] == asked]
         if not fitting:
             with pytest.raises(OSError, match="the JSON says"):
@@ -519,7 +519,7 @@ def test_damaged_exif_turns_nothing(tmp_path):
 
 def test_the_orientation_decides_what_a_split_reads_and_is_part_of_its_fingerprint(data, tmp_path, load):
     stored = write_turned(data / "batch_01/0011.png", 8, 8, 3)
-    splits = {way: load(data, orientation=way, decoded=way == "stored") for way in common.ORIENTATIONS}
+    splits = {way: load(data, orientation=way, decoded=way == "stored") for way in READING["orientation"][0]}
     for way, expected in (("stored", stored), ("shown", stored[::-1, ::-1])):
         train, test = splits[way]
         assert np.array_equal(train.image(0), expected) and train.turns == ["open", ""] and test.turns == [""]
@@ -641,7 +641,7 @@ def test_paint_order_decides_overlaps(tmp_path, load, paint, row):
 
 
 def test_there_is_a_test_for_every_paint_order():
-    assert set(PAINT_ORDERS) == {"order", "id", "area"}
+    assert set(READING["paint"][0]) == {"order", "id", "area"}
 
 
 @pytest.mark.parametrize(("categories", "class_ids"), [
@@ -655,6 +655,34 @@ def test_classes_are_background_and_the_categories_by_id(tmp_path, load, categor
     train, test = load(data)
     assert train.classes == test.classes == ["Background", *(name for _, name in sorted(categories))]
     assert [int(train.mask(i).max()) for i in range(3)] == class_ids
+
+
+# as Roboflow exports it: a root category that no object has, with the name of a class or of the background
+@pytest.mark.parametrize("root", ["rubbish", "Metal", "background", ""])
+def test_categories_without_annotations_can_be_dropped(tmp_path, load, capsys, root):
+    data = write_coco(tmp_path / "data", [(1, 8, 8), (2, 8, 8)], [(1, 1, TRIANGLE), (2, 3, TRIANGLE)],
+                      categories=[(0, root), (1, "Paper"), (2, "Glass"), (3.0, "Metal")])
+    splits = load(data, unused="drop")
+    for split in splits:
+        assert split.classes == ["Background", "Paper", "Metal"] and split.dropped == [root, "Glass"]
+    assert [int(splits[0].mask(i).max()) for i in range(2)] == [1, 2]
+    train.check(train.parse_args(["--data", f"{data}", "--cache", f"{tmp_path}/cache", "--exp", f"{tmp_path}/exp",
+                                  "--folds", "2", "--unused", "drop"]))
+    assert f"dropped, as they have no annotations: {root}, Glass\n" in capsys.readouterr().out
+    if root == "rubbish":
+        kept, _ = load(data)
+        assert kept.classes == ["Background", "rubbish", "Paper", "Glass", "Metal"] and kept.dropped == []
+        assert kept.fingerprint != splits[0].fingerprint
+    else:
+        with pytest.raises(UserError, match=r"; --unused drop \(make: UNUSED=drop\) drops those without annotations"):
+            load(data)
+
+
+@pytest.mark.parametrize("annotations", [None, 7, [], [7, {}, {"category_id": [0]}, {"category_id": math.nan}]])
+def test_dropping_unused_categories_takes_any_json(data, load, annotations):
+    edit(data / "train.json", lambda train: train.update(annotations=annotations))
+    with pytest.raises(UserError, match="train.json: "):
+        load(data, unused="drop")
 
 
 def test_image_ids_keep_the_order_of_the_json_and_need_not_be_contiguous(tmp_path, load):
@@ -1615,7 +1643,7 @@ def read_huge(path, start, part, size, memory):
             "resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)\n"
             "from pathlib import Path\n"
             "try:\n"
-            "    print(len(common.read_coco(Path(sys.argv[1]), True)[-1]))\n"
+            "    print(len(common.read_coco(Path(sys.argv[1]), None, True)[-1]))\n"
             "except common.UserError as e:\n"
             "    sys.exit(str(e))")
     done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", code, path, str(memory)], cwd=ROOT, text=True,

@@ -348,7 +348,8 @@ def test_deleted_stores_of_an_old_round_are_made_again_only_when_its_labels_are(
 @pytest.mark.parametrize("knobs, if_changed, grid", [
     *(({knob: value}, FROM_TRAIN, {}) for knob, value in (
         ("EPOCHS", 3), ("BATCH", 5), ("LR", "4e-3"), ("SEED", 1), ("TRAIN_ARGS", "--augment none"), ("SNAPSHOTS", 1))),
-    ({"PAINT": "id"}, EVERYTHING, {}), ({"ORIENTATION": "stored"}, EVERYTHING, {}), ({"DATA": "./data"}, [], {}),
+    ({"PAINT": "id"}, EVERYTHING, {}), ({"ORIENTATION": "stored"}, EVERYTHING, {}),
+    ({"UNUSED": "drop"}, EVERYTHING, {}), ({"DATA": "./data"}, [], {}),
     ({"LR": "0.003"}, [], {}),
     ({"TTA": "none"}, FROM_INFER, {}), ({"INFER_ARGS": "--batch 4"}, [], {}),
     ({"PSEUDO_ARGS": "--confident 0.9"}, FROM_LABELS, {}),

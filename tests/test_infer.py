@@ -122,7 +122,7 @@ def test_a_stores_json_says_what_made_it(trained, splits):
             "checkpoints": [{"file": "model.pt", "hash": checkpoint, "epoch": state["epoch"]}],
             "data": split.fingerprint, "model": MODEL, "scale": SCALE, "round": 0, "fold": 1,
             "folds_csv": common.folds_hash(splits[0].ids, folds), "seed": 0, "paint": "area",
-            "orientation": "shown", "contaminated": False}
+            "orientation": "shown", "unused": "keep", "contaminated": False}
 
 
 def test_the_batch_size_changes_the_store_by_rounding_alone(tiny_data, cache, run):
@@ -481,8 +481,8 @@ def test_a_photo_that_breaks_while_others_are_predicted_is_one_line_and_the_same
     data, paths = photos
     load = infer.load_data
 
-    def load_and_break(*args):
-        sets = load(*args)
+    def load_and_break(*args, **settings):
+        sets = load(*args, **settings)
         paths[3].unlink()
         return sets
     line = infer_line(data, cache, fresh, "--split", "test", "--workers", workers, "--tta", "none")
@@ -600,13 +600,13 @@ def test_a_runs_folder_tells_its_experiment_and_any_other_is_its_own(tmp_path, f
 
 
 def test_photos_are_read_as_the_checkpoint_says(tmp_path, monkeypatch):
-    def refuse(data, cache, *settings):
-        raise UserError(" ".join(settings))
+    def refuse(data, cache, **settings):
+        raise UserError(" ".join(settings.values()))
 
     monkeypatch.setattr(infer, "load_data", refuse)
     args = SimpleNamespace(checkpoint=[tmp_path / "model.pt"], data=tmp_path, cache=tmp_path)
-    recipe = dict.fromkeys(common.FROM_RECIPE) | {"paint": "id", "orientation": "stored"}
-    with pytest.raises(UserError, match="^id stored$"):
+    recipe = dict.fromkeys(common.FROM_RECIPE) | {"paint": "id", "orientation": "stored", "unused": "drop"}
+    with pytest.raises(UserError, match="^id stored drop$"):
         infer.load_photos(args, SimpleNamespace(recipe=recipe, checkpoint={}))
     del recipe["orientation"]  # as an older train.py wrote it
     with pytest.raises(UserError, match="model.pt: its recipe lacks orientation: .*train it again"):

@@ -626,7 +626,7 @@ def test_a_damaged_manifest_is_made_anew(makers, damage):
 
 def test_a_photo_that_cannot_be_read_is_never_a_label(makers, splits, monkeypatch):
     test = replace(splits[1], faults=[None, None, "is missing", None])
-    monkeypatch.setattr(pseudo_label, "load_data", lambda *args: (splits[0], test))
+    monkeypatch.setattr(pseudo_label, "load_data", lambda *args, **settings: (splits[0], test))
     pseudo_label.main(makers.args())
     row = common.read_csv(makers.folder / "index.csv", ("keep", "reason"))[2]
     assert (row["keep"], row["reason"]) == ("0", "unreadable")
