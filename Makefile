@@ -57,7 +57,7 @@ about.ROUNDS      := rounds of pseudo labels before the submission: once the mod
 about.ROUND       := the one round of train (default 0), pseudo (1) or score (ROUNDS)
 about.NFOLDS      := folds that the training images are split into
 about.PAINT       := which object wins where they overlap: area (the smaller), id, order
-about.ORIENTATION := of photos that EXIF turns to the same size: shown (turned) or stored
+about.ORIENTATION := of photos whose EXIF turn the JSON's size can't confirm: shown (turned) or stored
 about.UNUSED      := categories without annotations: keep them as classes, or drop them
 about.EPOCHS      := of every run
 about.BATCH       := images in a training step
@@ -133,8 +133,8 @@ $(if $(filter compare,$(wanted)),$(foreach v,A B,$(if $(call scored,$($v)),,$(er
 # ---- what the scripts are given ------------------------------------------------------------------
 OUT    := out/$(EXP)
 data   := --data $(call quote,$(DATA)) --cache out/cache
-reading := --paint $(PAINT) --orientation $(ORIENTATION) --unused $(UNUSED)
-split  := --exp $(OUT) --folds $(NFOLDS) $(reading)
+how_read := --paint $(PAINT) --orientation $(ORIENTATION) --unused $(UNUSED)
+split  := --exp $(OUT) --folds $(NFOLDS) $(how_read)
 train  := --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) \
           --snapshots $(SNAPSHOTS) $(TRAIN_ARGS)
 infer  := --tta $(TTA) $(INFER_ARGS)
@@ -156,7 +156,7 @@ export OMP_NUM_THREADS = $(shell n=$$(( $(cores) / $(jobs) / $(GPUS) )); echo $$
 # what it is made from.
 SETUP := $(filter .venv/.installed,$(PY:.venv/bin/python=.venv/.installed))
 first := $(if $(SETUP),$(shell [ .venv/.installed -nt requirements.txt ] || echo yes))
-grid  := $(data) --exp $(OUT) $(reading) --nfolds $(NFOLDS) \
+grid  := $(data) --exp $(OUT) $(how_read) --nfolds $(NFOLDS) \
     --rounds $(ROUNDS) $(ROUND:%=--round %) --gpus $(GPUS) $(code) \
     --models '$(MODELS)' --scales '$(SCALES)' --folds '$(FOLDS)' \
     --pick-models '$(MODEL)' --pick-scales '$(SCALE)' --pick-folds '$(FOLD)' \

@@ -43,6 +43,7 @@ import types
 import unicodedata
 import warnings
 import zipfile
+import zlib
 from collections import defaultdict
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -101,10 +102,10 @@ class Split:
     photos: np.ndarray | None  # the decoded photos likewise, 3 bytes a pixel; None if not cached
     faults: list  # what is wrong with the photo, or None; only test photos may have a fault
     odd: list  # ids of the annotations with a polygon that leaves the photo or has no area
-    turns: list  # what reading_way says of the photo's EXIF orientation
-    flat: list  # whether nearly all of the photo is of one grey
-    dropped: list  # names of the categories that are no classes, by READING's "unused"
-    orientation: str  # how photos are read whose "turns" is "open"
+    turns: list  # what choose_orientation says of the photo's EXIF orientation
+    low_contrast: list  # whether nearly all of the photo is of one grey
+    dropped: list  # names of the categories that are no classes, by DATA_OPTIONS's "unused"
+    orientation: str  # how photos are read whose "turns" is "ambiguous"
     fingerprint: str  # a line that names the JSON, the settings and the photos' content
 
     def image(self, index):
@@ -158,7 +159,7 @@ def pixel_starts(sizes):
 
 # how DATA is read: options of the scripts, arguments of load_data and keys of every recipe;
 # name -> (values, the first of them by default, what it decides)
-READING = {
+DATA_OPTIONS = {
     "paint": (("area", "id", "order"), "which object wins where they overlap: the smaller, the "
               "higher class, the later"),
     "orientation": (("shown", "stored"), "whether photos that EXIF turns without changing their "
@@ -167,15 +168,15 @@ READING = {
                "export's categories, are classes")}
 
 
-def add_reading(group):
-    """Add the options of READING to a group of a parser."""
-    for name, (values, text) in READING.items():
+def add_data_options(group):
+    """Add the options of DATA_OPTIONS to a group of a parser."""
+    for name, (values, text) in DATA_OPTIONS.items():
         group.add_argument(f"--{name}", choices=values, default=values[0], help=text)
 
 
-def reading(values):
+def data_options(values):
     """Return those of a recipe's values, or of vars(args), that say how DATA is read."""
-    return {name: values[name] for name in READING}
+    return {name: values[name] for name in DATA_OPTIONS}
 
 
 def load_data(data, cache, paint="area", orientation="shown", unused="keep", decoded=False):
@@ -187,7 +188,7 @@ def load_data(data, cache, paint="area", orientation="shown", unused="keep", dec
     Masks are painted once, into a folder of `cache` that is named by the JSON files, the settings
     and the code, so a stale cache is never read; when a photo has changed, everything is checked
     again. With `decoded` the training photos are cached too; later calls read them from there even
-    without it. Nothing is written under `data`. READING says what the other arguments do.
+    without it. Nothing is written under `data`. DATA_OPTIONS says what the other arguments do.
     """
     data, hashes = Path(data), Hashes(cache)
     check_output(data, cache)
@@ -405,11 +406,11 @@ def rare_odds(present):
 PHOTO_KEYS = {
     "ids": "id", "file_names": "file_name", "sizes": "size", "pixels": "pixels",
     "objects": "painted", "digests": "digest", "faults": "fault", "odd": "odd",
-    "turns": "turn", "flat": "flat"}
+    "turns": "turn", "low_contrast": "low_contrast"}
 
 
 def cache_folder(cache, paths, settings, hashes):
-    """Return the folder in `cache` for two JSON files and the settings of `reading`.
+    """Return the folder in `cache` for two JSON files and the settings of `data_options`.
 
     The code names it too.
     """
@@ -430,17 +431,16 @@ def open_cache(folder, data, hashes):
 
     Return None if the cache isn't whole or if a photo was changed or removed since.
     """
-    index, arrays = read_index_json(folder, hashes), {}
-    for name in ("masks.npy", "photos.npy"):
-        if is_as_written(folder / name, hashes):
-            arrays[name] = np.load(folder / name, mmap_mode="r")
-    if index is None or "masks.npy" not in arrays:
+    index, photos = read_index_json(folder, hashes), None
+    if index is None or not matches_checksum(folder / "masks.npy", hashes):
         return None
     for entry in index.values():
         paths = [f"{data}/{name}" for name in entry["file_names"]]
         if hashes.of_all(paths) != entry["digests"]:
             return None
-    masks, photos = arrays["masks.npy"], arrays.get("photos.npy")
+    masks = np.load(folder / "masks.npy", mmap_mode="r")
+    if matches_checksum(folder / "photos.npy", hashes):
+        photos = np.load(folder / "photos.npy", mmap_mode="r")
     train = Split(root=data, masks=masks, photos=photos, **index["train"])
     test = Split(root=data, masks=None, photos=None, **index["test"])
     return train, test
@@ -449,10 +449,10 @@ def open_cache(folder, data, hashes):
 def read_index_json(folder, hashes):
     """Return the index.json of a folder of the cache, or None if it isn't as it was written."""
     path = folder / "index.json"
-    return read_json(path) if is_as_written(path, hashes) else None
+    return read_json(path) if matches_checksum(path, hashes) else None
 
 
-def is_as_written(path, hashes):
+def matches_checksum(path, hashes):
     """Return whether a file of the cache has the hash that write_checksums wrote.
 
     A cache is trusted with masks, sizes and class names: a damaged one would train on wrong labels.
@@ -487,8 +487,9 @@ def build_cache(folder, paths, settings, hashes):
             begin_masks(scratch, train)
         check = partial(check_photo, root, settings, len(categories) + 1, scratch)
         check_photos(train + test, check, hashes)
+        name_alternatives(root, train + test)
         if not faults:
-            faults += two_truths(train, scratch)
+            faults += conflicting_duplicates(train)
         raise_faults(faults, train, test)
     classes = [BACKGROUND, *categories.values()]
     index = {}
@@ -533,19 +534,17 @@ def check_photo(root, settings, n_classes, masks, photo):
 
     "fault" is what is wrong with it or None, "digest" the hash of its content, "" if it can't be
     read, "key" that of Hashes before it was read, "turn" and "flat" are from check_image. The mask
-    of a faultless photo with an "offset" is written there in the file `masks`; "pixels" and
-    "painted" are then from paint_mask. settings: as in cache_folder.
+    of a faultless photo with an "offset" is written there in the file `masks`; "mask_hash" is then
+    its hash, "pixels" and "painted" are from paint_mask. settings: as in cache_folder.
     """
     path = root / photo["file_name"]
-    facts = {"fault": None, "digest": "", "key": None, "turn": "", "flat": False}
+    facts = {"fault": None, "digest": "", "key": None, "turn": "", "low_contrast": False}
     with suppress(OSError):  # check_image says what is wrong with the file
         facts |= {"key": Hashes.key(path), "digest": file_hash(path)}
     try:
         facts |= check_image(path, *photo["size"], settings["orientation"])
     except OSError as e:
-        other = None if os.path.exists(path) else other_spelling(root, photo["file_name"])
-        hint = f"; there is {other}: write both names alike" if other else ""
-        facts["fault"] = f"image {photo['id']} ({photo['file_name']}) {e.strerror}{hint}"
+        facts["fault"] = f"image {photo['id']} ({photo['file_name']}) {e.strerror}"
         return facts
     if "offset" not in photo:
         return facts
@@ -554,52 +553,41 @@ def check_photo(root, settings, n_classes, masks, photo):
     with open(masks, "rb+") as f:  # here, as sending a mask to another process copies it four times
         f.seek(photo["offset"])
         f.write(mask)
+    facts["mask_hash"] = hashlib.sha256(mask).hexdigest()
     return facts | {"pixels": pixels, "painted": {"sizes": sizes, "covered": covered}}
 
 
-def other_spelling(root, name):
-    """Return the file below `root` whose name differs from `name` as `plain` says, or None.
-
-    A backslash counts as a slash, and %20 as the space that it stands for.
-    """
-    path = ""
-    for part in os.path.normpath(unquote(name.replace("\\", "/"))).split("/"):
-        folder = root / path
-        try:
-            names = names_by_spelling(folder, os.stat(folder).st_mtime_ns)
-        except OSError:  # no folder, or not for us
-            return None
-        if plain(part) not in names:
-            return None
-        path = os.path.join(path, names[plain(part)])
-    return clean(path)
+def name_alternatives(root, photos):
+    """Add to the fault of each missing photo a file of `root` whose name is nearly the same."""
+    missing = [photo for photo in photos
+               if photo["fault"] and not os.path.lexists(root / photo["file_name"])]
+    names = {}  # spelling -> name
+    for folder, _, files in os.walk(root) if missing else ():
+        for file in files:
+            name = os.path.relpath(os.path.join(folder, file), root)
+            names[spelling(name)] = clean(name)
+    for photo in missing:
+        if name := names.get(spelling(photo["file_name"])):
+            photo["fault"] += f"; there is {name}: write both names alike"
 
 
-@cache
-def names_by_spelling(folder, _):
-    """Return {plain name: name} of what is in a folder; the time of its change is for the cache."""
-    return {plain(unquote(name)): name for name in os.listdir(folder)}
+def spelling(name):
+    """Return a file name as name_key does, with slashes for backslashes and "%20" as a space."""
+    return name_key(os.path.normpath(unquote(name.replace("\\", "/"))))
 
 
-def two_truths(photos, masks):
-    """Return a fault for each training photo that has an earlier one's content but another mask.
-
-    masks: the file that begin_masks began, with the masks painted.
-    """
-    faults, first, content = [], {}, np.memmap(masks, np.uint8, "r")
-
-    def truth(photo):
-        return content[photo["offset"]:photo["offset"] + math.prod(photo["size"])]
-
+def conflicting_duplicates(photos):
+    """Return a fault for each training photo that has an earlier one's content but another mask."""
+    faults, first = [], {}
     for photo in photos:
         if photo["fault"]:  # then it has no mask
             continue
         other = first.setdefault(photo["digest"], photo)
-        if photo["size"] != other["size"] or not np.array_equal(truth(photo), truth(other)):
+        if (photo["size"], photo["mask_hash"]) != (other["size"], other["mask_hash"]):
             faults.append(
                 f"training image {photo['id']} ({photo['file_name']}) is the same photo as "
                 f"image {other['id']} ({other['file_name']}), with another mask: "
-                "leave one of them, with the objects of both")
+                "keep only one of them, with the objects of both")
     return faults
 
 
@@ -796,7 +784,7 @@ def read_coco(path, used, labelled):
     if not isinstance(coco, dict) or not all(isinstance(coco.get(key), list) for key in lists):
         return [], {}, [], [f"{path.name}: not a COCO file: it needs the lists {', '.join(lists)}"]
     faults = []
-    photos = read_images(coco, path.parent, faults)
+    photos = read_images(coco, faults)
     categories, dropped = read_categories(coco, used, faults)
     if labelled:
         class_ids = {category: class_id for class_id, category in enumerate(categories, 1)}
@@ -805,14 +793,14 @@ def read_coco(path, used, labelled):
     return sound, categories, dropped, [f"{path.name}: {fault}"[:500] for fault in faults]
 
 
-def read_images(coco, root, faults):
+def read_images(coco, faults):
     """Return {image id: photo} as read_coco has them, without objects; add to `faults`."""
     photos = {}
     for image, id_fault in checked_entries(coco, "images", faults):
         name = clean(image.get("file_name"))
         size = (image.get("height"), image.get("width"))
         group = image.get("group")
-        checks = (name_fault(image.get("file_name"), root), id_fault, size_fault(*size),
+        checks = (name_fault(image.get("file_name")), id_fault, size_fault(*size),
                   group_fault(group))
         image_faults = [fault for fault in checks if fault]
         faults += [f"image {clean(image.get('id'))} ({name}) {fault}" for fault in image_faults]
@@ -839,32 +827,33 @@ def read_categories(coco, used, faults):
     names, taken, dropped = {}, {}, []
     for category, id_fault in checked_entries(coco, "categories", faults):
         category_id, name = category.get("id"), category.get("name")
-        shown = clean(name)[:100]
+        name = name[:100] if isinstance(name, str) else name
+        shown = clean(name)
         if used is not None and not id_fault and category_id not in used:
             dropped.append(shown)
             continue
-        if fault := id_fault or category_fault(name, shown, taken):
+        if fault := id_fault or category_fault(name, taken):
             faults.append(f"category {clean(category_id)} ({shown}) {fault}")
         if not id_fault:
             names[category_id] = shown
-            taken |= dict.fromkeys((plain(str(name)), plain(shown)), category_id)
+            taken |= {name_key(str(name)): category_id, name_key(shown): category_id}
     if len(names) >= MAX_CLASSES:
         faults.append(f"{len(names)} categories; 1 to {MAX_CLASSES - 1} can be told apart")
     return dict(sorted(names.items())), dropped
 
 
-def category_fault(name, shown, taken):
+def category_fault(name, taken):
     """Return what is wrong with the name of a category, or None.
 
-    shown: the name as it is shown; taken: {plain name: id} of the categories before, for both.
+    taken: {name_key of a name, also as it is shown: id} of the categories before.
     """
     drop = "; --unused drop (make: UNUSED=drop) drops those without annotations"
-    if not isinstance(name, str) or not plain(name):
+    if not isinstance(name, str) or not name_key(name):
         return f"has no name{drop}"
-    if "".join(filter(str.isalpha, plain(name))) == plain(BACKGROUND):
+    if "".join(filter(str.isalnum, name_key(name))) == name_key(BACKGROUND):
         return ("is the background, which is class 0 without being listed: remove it and its "
                 f"annotations{drop}")
-    other = taken.get(plain(name), taken.get(plain(shown)))
+    other = taken.get(name_key(name), taken.get(name_key(clean(name))))
     if other is None:
         return None
     return (f"has the name of category {other}, where case, spaces, invisible characters and what "
@@ -922,10 +911,11 @@ def whole(value):
     return int(value) if is_whole else value
 
 
-def plain(text):
-    """Return a name without what the eye hardly sees: case, spaces, invisible characters, forms.
+def name_key(text):
+    """Return a name for comparison: without case, spaces and invisible characters.
 
-    Letters with an accent, for one, are spelt in two ways, and macOS takes the other way.
+    Unicode spells letters with an accent in two ways, of which macOS takes the other one: they
+    become the same by the form NFKC.
     """
     text = INVISIBLE.sub("", unicodedata.normalize("NFKC", text.casefold()))
     return "".join(c for c in text if unicodedata.category(c)[0] not in "CZ")
@@ -940,18 +930,16 @@ def clean(value):
     return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-def name_fault(name, root):
+def name_fault(name):
     """Return what is wrong with a file_name, or None."""
     if not isinstance(name, str) or not name:
         return "has no file_name"
     if UNSAFE.search(name) or len(name) > 500:
         return "has an impossible file_name: with control characters or over 500 long"
-    # a link in DATA may lead anywhere, as its user laid it, but not together with ..
-    inside = ".." not in Path(name).parts or Path(
-        os.path.realpath(root / name)).is_relative_to(os.path.realpath(root))
-    if inside and not os.path.isabs(name):
-        return None
-    return "has a file_name that leads out of DATA"
+    # a link in DATA may lead anywhere, as its user laid it
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        return "has a file_name from / or with .., which leads out of DATA"
+    return None
 
 
 def size_fault(height, width):
@@ -1070,12 +1058,8 @@ def decompress_counts(text):
 
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
          6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF orientation -> Pillow's name
-FLAT = 16  # a photo of which 98% lie within so many of 256 greys shows next to nothing
+LOW_CONTRAST = 16  # a photo of which 98% lie within so many of 256 greys shows next to nothing
 PHOTO_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")  # Pillow starts programs for others
-# what stands in the first bytes of formats that people have, but that need more libraries
-OTHER_FORMATS = {
-    b"ftypavi": "AVIF", b"ftyphei": "HEIC", b"ftyphev": "HEIC", b"ftypmif1": "HEIC or AVIF",
-    b"ftypmsf1": "HEIC or AVIF", b"JXL \r\n": "JPEG XL", b"jP  \r\n": "JPEG 2000", b"8BPS": "PSD"}
 
 
 def paint_mask(objects, height, width, paint, n_classes):
@@ -1141,34 +1125,33 @@ def read_image(path, height, width, orientation="shown"):
 
     Grey, palette and CMYK are converted, alpha is dropped; of 16 bits the upper 8 are kept, of
     several pages or frames the first. The content decides on the format, not the name's ending.
-    orientation: as in reading_way. Raises OSError that says what is wrong with the photo; damage
-    inside a JPEG is no error here.
+    orientation: as in choose_orientation. Raises OSError that says what is wrong with the photo;
+    damage inside a JPEG is no error here.
     """
     with open_photo(path) as photo:
-        way, _ = reading_way(photo, height, width, orientation)
-        if (photo.format, photo.mode, way) != ("JPEG", "RGB", "stored"):
-            return np.array(convert_photo(photo, way).convert("RGB"))
-    pixels = decode_jpeg(path)
-    if pixels is not None:
-        return pixels
-    with open_photo(path) as photo:
-        return np.array(photo)
+        way, _ = choose_orientation(photo, height, width, orientation)
+        pixels = None
+        if (photo.format, photo.mode, way) == ("JPEG", "RGB", "stored"):
+            pixels = decode_jpeg(path)
+        return np.array(convert_photo(photo, way).convert("RGB")) if pixels is None else pixels
 
 
 def check_image(path, height, width, orientation="shown"):
-    """Return what `make check` warns of in a photo: {"turn": of reading_way, "flat": a bool}.
+    """Return what `make check` warns of in a photo: {"turn", "low_contrast"}.
+
+    "turn" is that of choose_orientation, "low_contrast" whether nearly all of it is of one grey.
 
     Raises OSError that says what is wrong with it, as read_image does, and in damaged data. If the
     size is wrong only the header is read. A JPEG is decoded at an eighth of its size: that goes
     through all of its data, finds what a full decode does and takes half the time.
     """
     with open_photo(path) as photo:
-        way, turn = reading_way(photo, height, width, orientation)
+        way, turn = choose_orientation(photo, height, width, orientation)
         photo = convert_photo(photo, way)
         photo.draft(None, (1, 1))
         counts = np.cumsum(photo.convert("L").histogram())
         low, high = np.searchsorted(counts, counts[-1] * np.array([0.01, 0.99]))
-        return {"turn": turn, "flat": bool(high - low < FLAT)}
+        return {"turn": turn, "low_contrast": bool(high - low < LOW_CONTRAST)}
 
 
 @contextmanager
@@ -1180,32 +1163,29 @@ def open_photo(path):
             raise ValueError("is missing")
         with Image.open(path, formats=PHOTO_FORMATS) as photo:
             photo.info.pop("transparency", None)  # Pillow warns that it is dropped
-            # 16 bits a channel, which Pillow tells only until it has read them
-            photo.info["deep"] = photo.mode.startswith("I") or ";16" in str(photo.tile)
+            # 16 bits a channel: the tile, which says so, is gone once the pixels are loaded
+            is_deep = photo.format in ("PNG", "TIFF") and ";16" in str(photo.tile)
+            photo.info["16 bits"] = photo.mode.startswith("I") or is_deep
             yield photo
+    except UserError:
+        raise
     except UnidentifiedImageError:
-        raise OSError(None, unknown_format(path), str(path)) from None
+        with open(path, "rb") as f:  # HEIC has "ftypheic", AVIF "ftypavif", a web page "<!DOCTYPE"
+            start = "".join(filter(str.isprintable, f.read(40).decode("ascii", "ignore")))
+        reason = (f"is no {', '.join(PHOTO_FORMATS)}, it begins with {start!r}: convert it to JPEG "
+                  "or PNG")
+        raise OSError(None, reason, str(path)) from None
     except Exception as e:  # decoders raise many types on damaged files
         raise OSError(None, clean(str(e) or type(e).__name__), str(path)) from None
 
 
-def unknown_format(path):
-    """Return what is wrong with a photo of none of PHOTO_FORMATS."""
-    with open(path, "rb") as f:
-        start = f.read(32)
-    for mark, name in OTHER_FORMATS.items():
-        if mark in start:
-            return f"is {name}, which is not read: convert it to JPEG or PNG"
-    return f"cannot identify it: it must be {', '.join(PHOTO_FORMATS)}"
-
-
-def reading_way(photo, height, width, orientation):
+def choose_orientation(photo, height, width, orientation):
     """Return (way, turn): how a photo of Pillow is read and what its EXIF orientation is to that.
 
     way: "shown", turned as the EXIF orientation says, or "stored", as the pixels lie in the file.
-    The size in the JSON decides, or `orientation` where the photo has that size both ways. turn:
-    "" if the two ways are one, "open" if the size can't decide, else the way that it decides on.
-    Raises ValueError if the photo doesn't have the size.
+    The size in the JSON decides, or `orientation`, "shown" or "stored", where the photo has that
+    size both ways. turn: "" if the two ways are one, "ambiguous" if the size can't decide, else the
+    way that it decides on. Raises ValueError if the photo doesn't have the size.
     """
     asked, stored, exif = (width, height), photo.size, 1
     if asked in (stored, stored[::-1]):  # else it is refused, before more than its header is read
@@ -1216,7 +1196,7 @@ def reading_way(photo, height, width, orientation):
     if exif == 1:
         return "stored", ""
     if stored == shown:
-        return orientation, "open"
+        return orientation, "ambiguous"
     way = "shown" if asked == shown else "stored"
     return way, way
 
@@ -1224,7 +1204,8 @@ def reading_way(photo, height, width, orientation):
 def exif_orientation(photo):
     """Return the EXIF orientation of a photo of Pillow: 1, as stored, or 2 to 8, turned.
 
-    Raises ValueError for a TIFF that has one: Pillow turns some TIFFs by itself and others not.
+    The pixels of a PNG are loaded for it. Raises ValueError for a TIFF that has one: Pillow turns
+    some TIFFs by itself and others not.
     """
     if photo.format == "PNG":
         photo.load()  # its EXIF may stand behind the pixels
@@ -1241,7 +1222,7 @@ def exif_orientation(photo):
 
 
 def convert_photo(photo, way):
-    """Return a photo of Pillow, turned as reading_way says, with at most 8 bits a channel.
+    """Return a photo of Pillow, turned as choose_orientation says, with at most 8 bits a channel.
 
     Raises ValueError if nobody can tell which of its values is white.
     """
@@ -1250,7 +1231,7 @@ def convert_photo(photo, way):
         raise ValueError("has fractions as pixels, of which nobody knows what is white")
     if way == "shown":
         photo = photo.transpose(Image.Transpose[TURNS[exif_orientation(photo)]])
-    return upper_bits(photo) if photo.info["deep"] else photo
+    return upper_bits(photo) if photo.info["16 bits"] else photo
 
 
 def upper_bits(photo):
@@ -1304,7 +1285,7 @@ def crop_and_turn(A, size):
     import cv2
 
     class Crop(A.RandomResizedCrop):
-        """Crop the same shares of the sides from photos of any shape, those from a square photo.
+        """Draw the crop in a square and stretch it to the photo: any shape shows the same shares.
 
         So a crop is squashed about as much as the whole photo is in prediction. albumentations
         finds no crop in a photo wider than 5:1 and takes its centre: nothing learns from the ends.
@@ -2032,13 +2013,13 @@ def predict_photo(trained, image, tta="flip", tta_scales=(1.0,)):
 RUN_PLACE = re.compile(r"(.*)/r(\d)/([^/]+/[^/]+)/s(\d+)/f(\d+)")
 # what a store's JSON says of its run's recipe, and what it says besides DESCRIBED; see has_kinds
 FROM_RECIPE = {"model": str, "scale": int, "round": int, "fold": int, "folds_csv": str,
-               "seed": int, "contaminated": bool, **dict.fromkeys(READING, str)}
+               "seed": int, "contaminated": bool, **dict.fromkeys(DATA_OPTIONS, str)}
 RUN_KINDS = {"recipe": dict, "code": dict, "codes": [str], "state": str, "commit": str,
              "kept_under": [str]}
 STORE_KINDS = {
     "image_ids": [int], "classes": [str], "split": str, "tta": str,
     "checkpoints": [{"file": str, "hash": str, "epoch": int}], "data": str, "unreadable": [int],
-    "run": RUN_KINDS, "files": {str: str}, **FROM_RECIPE}
+    "run": RUN_KINDS, **FROM_RECIPE}
 
 
 def run_folder(exp, round_, model, scale, fold):
@@ -2057,12 +2038,10 @@ def open_store(path, hashes):
     try:
         probs = np.load(npy, mmap_mode="r")
         kinds = DESCRIPTION_KINDS | STORE_KINDS
-        if missing := [key for key in kinds if key not in info]:
-            raise ValueError(f"it lacks {', '.join(missing)}")
         if wrong := [key for key in kinds if not has_kinds(info, {key: kinds[key]})]:
-            raise ValueError(f"not as it was written are {', '.join(wrong)}")
+            raise ValueError(f"{', '.join(wrong)} missing or damaged")
         shape = (len(info["image_ids"]), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE)
-    except (OSError, EOFError, ValueError, TypeError) as e:
+    except (OSError, EOFError, ValueError) as e:
         raise UserError(f"{path}: not a whole store: {e}; run infer.py again") from None
     if probs.shape != shape or probs.dtype != np.uint8:
         raise UserError(f"{path} is of uint8 {shape}, its .npy of {probs.dtype} {probs.shape}: run "
@@ -2132,8 +2111,8 @@ def read_index(folder):
     for line, row in read_rows(path, ("image_id", "keep", "reason", "classes")):
         image_id, decisions = row["image_id"], {row["keep"], row.setdefault("by_hand", "")}
         if wrong := sorted(decisions - {"0", "1", ""}):
-            raise UserError(f"{path}: keep is {clean(wrong[0])} in line {line}; it must be 0 or 1, "
-                            "or empty for the rule's")
+            raise UserError(f"{path} line {line}: keep is {clean(wrong[0])}; it must be 0 or 1, or "
+                            "empty for the rule's")
         if not re.fullmatch("[0-9 ]{0,999}", row["classes"]):
             raise UserError(f"{path} line {line}: classes are {clean(row['classes'])!r}, not ids "
                             "with blanks between; run make pseudo again")
@@ -2155,8 +2134,7 @@ def is_kept(row):
 def labels_hash(folder, hashes):
     """Return a hash of the masks in `folder` and of which photos are kept, by rule or by hand."""
     kept_ids = [image_id for image_id, row in read_index(folder).items() if is_kept(row)]
-    kept_ids.sort(key=lambda image_id: (len(image_id), image_id))  # in the order of the numbers
-    return short_hash(hashes(folder / "labels.npy"), kept_ids)
+    return short_hash(hashes(folder / "labels.npy"), sorted(kept_ids))
 
 
 def label_settings(manifest):
@@ -2299,30 +2277,30 @@ STEPS = {
 # These names show, keep and guard results and decide none. The search for code stops at the names
 # in a file's BESIDE, so an edit of them, or of what only they use, makes nothing stale.
 BESIDE = {
-    "DESCRIBED", "Hashes", "Help", "LABEL_FILES", "LINEAGE", "Parser", "READING", "RUN_PLACE",
+    "DATA_OPTIONS", "DESCRIBED", "Hashes", "Help", "LABEL_FILES", "LINEAGE", "Parser", "RUN_PLACE",
     "STORE_KINDS", "UserError", "accepted_code", "atomic_write", "batch_bytes", "begin_worker",
     "cache_folder", "category_fault", "changes", "check_device", "check_files", "check_labels",
     "check_output", "check_place", "check_shared_memory", "check_space", "check_unchanged",
     "claim_device", "clean", "code_changes", "code_hashes", "code_of", "code_question",
-    "code_state", "data_files", "decide", "different_keys", "file_hash", "fingerprint",
-    "folds_hash", "git_commit", "gpu_of_rank", "has_kinds", "idle_gpu", "is_as_written",
-    "keep_code", "label_settings", "labels_code", "labels_hash", "labels_recipe",
-    "library_versions", "load_folds", "loader_options", "loader_workers", "lock", "move_aside",
-    "move_mark", "name_fault", "named", "number", "other_spelling", "overlay", "plain",
-    "project_files", "provenance", "raise_faults", "read_csv", "read_description", "read_folds",
-    "read_index_json", "read_json", "read_numbers", "read_own_json", "read_rows", "reading",
+    "code_state", "conflicting_duplicates", "data_files", "data_options", "decide",
+    "different_keys", "file_hash", "fingerprint", "folds_hash", "git_commit", "gpu_of_rank",
+    "has_kinds", "idle_gpu", "keep_code", "label_settings", "labels_code", "labels_hash",
+    "labels_recipe", "library_versions", "load_folds", "loader_options", "loader_workers", "lock",
+    "matches_checksum", "move_aside", "move_mark", "name_alternatives", "name_fault", "named",
+    "number", "overlay", "project_files", "provenance", "raise_faults", "read_csv",
+    "read_description", "read_folds", "read_index_json", "read_json", "read_own_json", "read_rows",
     "recipe_changes", "run_code", "run_folder", "run_recipe", "run_script", "settings_of",
-    "short_hash", "store_code", "store_id", "store_recipe", "tune_process", "two_truths",
-    "unknown_format", "version_changes", "whole_manifest", "write_checksums", "write_csv",
-    "write_description", "write_json", "write_page", "write_sheet"}
+    "short_hash", "spelling", "store_code", "store_id", "store_recipe", "tune_process",
+    "version_changes", "whole_manifest", "write_checksums", "write_csv", "write_description",
+    "write_json", "write_page", "write_sheet"}
 DERIVED = ("mean", "std")  # keys of a recipe that follow from its other keys
 VERSIONS = ("torch", "timm", "segmentation-models-pytorch", "albumentations")  # only shown
 
-# the keys that provenance returns, in its order
-DESCRIBED = ("recipe", "code", "state", "commit", "versions", "kept_under")
+# what provenance returns, in its order; see has_kinds
+DESCRIBED = {"recipe": dict, "code": dict, "state": str, "commit": str, "versions": dict,
+             "kept_under": [{"code": dict, "state": str}]}
 # what the JSON holds that describes an artefact, as write_description writes it
-DESCRIPTION_KINDS = {"recipe": dict, "code": dict, "state": str, "commit": str, "versions": dict,
-                     "kept_under": [{"code": dict, "state": str}], "files": {str: str}}
+DESCRIPTION_KINDS = DESCRIBED | {"files": {str: str}}
 
 
 @cache
@@ -2820,8 +2798,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, quota, largest
 def atomic_write(path):
     """Yield a new scratch file beside `path`; when the block succeeds, flush and rename it.
 
-    No other writer has a file of this name. It is locked until then, so that a scratch file without
-    a lock is known as that of a killed writer: the next writer of `path` removes it.
+    Its name is random, so two writers never share it. It is locked until it is renamed: a scratch
+    file without a lock is that of a killed writer, and the next writer of `path` removes it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -2831,9 +2809,8 @@ def atomic_write(path):
         with open(scratch, "xb") as f:  # x: it is new, and no link to another file
             fcntl.flock(f, fcntl.LOCK_EX)
             yield scratch
-        with open(scratch, "rb+") as f:
             os.fsync(f.fileno())
-        os.replace(scratch, path)
+            os.replace(scratch, path)
     except OSError as e:
         # the error of a full disk names no file; others that name none may be of other files
         if e.filename == str(scratch) or e.filename is None and e.errno in DISK_FULL:
@@ -2921,22 +2898,6 @@ def read_rows(path, columns):
     return rows
 
 
-def read_numbers(path, columns):
-    """Return the rows of read_csv with floats in `columns`; raise UserError for what is none."""
-    rows = read_rows(path, columns)
-    for line, row in rows:
-        for column in columns:
-            text = row[column]
-            try:
-                row[column] = float(text)
-            except ValueError:
-                row[column] = math.nan
-            if not math.isfinite(row[column]):
-                raise UserError(f"{path} line {line}: {column} is {clean(text)!r}, no number: mend "
-                                "or remove the file")
-    return [row for _, row in rows]
-
-
 def write_npy_header(f, shape):
     """Write the header of a .npy of uint8 to an open file.
 
@@ -2997,6 +2958,11 @@ def file_hash(path):
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
+def checksum(text):
+    """Return a CRC-32 of a text as 8 hex digits, which tells damage of its line in a file."""
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
 class Hashes:
     """Content hashes of files, remembered in CACHE/hashes.txt.
 
@@ -3009,8 +2975,9 @@ class Hashes:
         if not self.path.exists():
             return
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            digest, _, key = line.partition(" ")
-            if re.fullmatch("[0-9a-f]{16}", digest):  # a kill may have cut a line short
+            check, _, entry = line.partition(" ")
+            if check == checksum(entry):  # a kill may have cut a line short
+                digest, _, key = entry.partition(" ")
                 self.known[key] = digest  # of several lines for a file the last one counts
 
     @staticmethod
@@ -3023,8 +2990,9 @@ class Hashes:
 
     def remember(self, key, digest):
         """Take a hash for a key; `save` writes it."""
+        entry = f"{digest} {key}"
         self.known[key] = digest
-        self.new.append(f"{digest} {key}\n")
+        self.new.append(f"{checksum(entry)} {entry}\n")
 
     def __call__(self, path):
         """Return the file's hash as file_hash does, "" if it is not there or can't be read."""
@@ -3169,11 +3137,26 @@ def move_mark(path):
 
 # ---- processes and devices -----------------------------------------------------------------------
 
-# what Python says of the surroundings of a process -> what to do
-CURES = {
-    "Too many open files": "raise the limit with ulimit -n, or lower --workers",
-    "No usable temporary directory": "set TMPDIR to a folder that can be written",
-    "AF_UNIX path too long": "set TMPDIR to a folder with a shorter name"}
+# words in the type and text of an exception when a GPU's memory is used up; cuDNN finds no "engine"
+# when none gets the memory that it needs
+GPU_MEMORY_WORDS = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
+                    "unable to find an engine")
+# what ends a process from outside: (what fails, the words for it, what to do)
+FAILURES = (
+    ("a loader process failed",
+     ("DataLoader worker (", "DataLoader timed out", "Pin memory thread exited",
+      "shared memory(shm)", "shared memory object", "Too many open files. Comm",
+      # torch notices a dead loader process, or by chance first that its end of a pipe is gone
+      "ConnectionResetError", "ConnectionRefusedError"),
+     "too little memory, /dev/shm full or a slow disk? Lower --workers"),
+    ("out of GPU memory", GPU_MEMORY_WORDS, "lower --batch (make: BATCH, INFER_ARGS) or --scale"),
+    ("out of memory or of address space",
+     ("MemoryError", "failed to map segment", "Cannot allocate memory", "can't allocate memory",
+      "can't start new thread"), "raise the limit (ulimit -v) or free some"),
+    ("too many open files", ("Too many open files",),
+     "raise the limit (ulimit -n) or lower --workers"),
+    ("no place for temporary files", ("No usable temporary directory", "AF_UNIX path too long"),
+     "set TMPDIR to a folder with a short name that can be written"))
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -3236,7 +3219,7 @@ def run_script(main, args):
     KeyboardInterrupt. The process is tuned first, so torch must not be imported yet.
     """
     tune_process()
-    mend_streams()
+    reopen_closed_streams()
     project_files()  # read now: what is edited later has no part in the results
     rank, n_ranks = ranks()
     if n_ranks > 1:
@@ -3260,7 +3243,7 @@ def run_script(main, args):
         raise SystemExit(code) from None
 
 
-def mend_streams():
+def reopen_closed_streams():
     """Open /dev/null as stdin, stdout or stderr if that was closed, as by 2>&-.
 
     Else the next files would get their numbers, and what libraries say would be written into them.
@@ -3283,14 +3266,6 @@ def interrupt(signal_number, _):
     raise KeyboardInterrupt
 
 
-# how libraries say that memory or address space is used up, where it is no MemoryError
-MEMORY_WORDS = ("failed to map segment", "annot allocate memory", "can't allocate memory",
-                "can't start new thread")
-# of torch's messages when a loader process dies, is stuck or has no room for its batch
-LOADER_WORDS = ("DataLoader worker (", "DataLoader timed out", "Pin memory thread exited",
-                "shared memory(shm)", "shared memory object", "Too many open files. Comm")
-
-
 def stop_reason(error, terminated):
     """Return (line, exit code) for an exception that ended a script; (None, 1) for a bug.
 
@@ -3303,19 +3278,12 @@ def stop_reason(error, terminated):
     if terminated or isinstance(error, KeyboardInterrupt):
         line = f"{first_line(text) or 'interrupted'}; the same command carries on"
         return line, 143 if terminated else 130
-    # torch notices a dead loader process, or by chance first that its end of a pipe is gone
-    lost_connection = isinstance(error, ConnectionResetError | ConnectionRefusedError)
-    if lost_connection or any(words in text for words in LOADER_WORDS):
-        return (f"a loader process failed: {first_line(text) or 'interrupted'}; too little memory, "
-                "/dev/shm full or a slow disk? Lower --workers; the same command carries on"), 1
-    if isinstance(error, MemoryError) or any(words in text for words in MEMORY_WORDS):
-        return (f"out of memory or of address space: {first_line(text) or 'no more to be had'}; "
-                "raise the limit (ulimit -v) or free some; the same command carries on"), 1
+    name = type(error).__name__
+    for what, words, cure in FAILURES:
+        if any(word in f"{name}: {text}" for word in words):
+            return f"{what}: {first_line(text) or name}; {cure}; the same command carries on", 1
     if not isinstance(error, OSError):
         return None, 1
-    for words, cure in CURES.items():
-        if words in text:
-            return f"{text}: {cure}", 1
     if error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}", 1
     return text, 1
@@ -3362,13 +3330,11 @@ def begin_worker():
 
     A killed process can't end its workers, which would wait for ever.
     """
+    def end_with_parent():
+        parent_process().join()
+        os._exit(1)
     tune_process()
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    parent_process().join()
-    os._exit(1)
 
 
 @contextmanager
@@ -3401,7 +3367,6 @@ def ranks():
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-@cache  # a second claim of the same process would wait for the first
 def claim_device(name="auto", per_gpu=1):
     """Return the torch device of this process; "auto" is an idle GPU, or the CPU without GPUs.
 
@@ -3465,6 +3430,7 @@ def run_kernel(name):
     return result.device
 
 
+@cache  # a second call of the same process would wait for the first
 def idle_gpu(per_gpu):
     """Return the name of a GPU that fewer than `per_gpu` processes of this user hold, and hold it.
 
@@ -3535,15 +3501,6 @@ def check_shared_memory(workers, *loaders):
                         f"their batches, {free:,} are free: lower --workers or --batch (make: "
                         "BATCH, TRAIN_ARGS, INFER_ARGS), or give a container more, as with docker "
                         f"run --shm-size={math.ceil(needed / 2 ** 30)}g")
-
-
-def lacks_memory(error):
-    """Return whether an error is for lack of GPU memory; torch's libraries have words of their own.
-
-    cuDNN finds no "engine" when none gets the memory that it needs.
-    """
-    words = "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine"
-    return any(word in str(error) for word in words)
 
 
 def amp(device):

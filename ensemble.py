@@ -40,17 +40,17 @@ from tqdm import tqdm
 
 from common import (
     BACKGROUND, DERIVED, DESCRIPTION_KINDS, MANIFEST_KINDS, RUN_PLACE, STORE_KINDS, SUBMIT_SIZE,
-    TORCHRUN, Hashes, Help, Parser, UserError, accepted_code, add_reading, atomic_write,
+    TORCHRUN, Hashes, Help, Parser, UserError, accepted_code, add_data_options, atomic_write,
     build_model, cache_folder, changes, check_output, check_space, check_unchanged, class_iou,
-    clean, code_hashes, code_of, code_question, code_state, confusion, data_files, decide,
-    different_keys, draw_bars, draw_heat, figure_urls, fingerprint, folds_hash, foreground_ids,
-    image_miou, keep_code, label_settings, labels_code, labels_hash, labels_recipe,
+    clean, code_hashes, code_of, code_question, code_state, confusion, data_files, data_options,
+    decide, different_keys, draw_bars, draw_heat, figure_urls, fingerprint, folds_hash,
+    foreground_ids, image_miou, keep_code, label_settings, labels_code, labels_hash, labels_recipe,
     library_versions, load_data, lock, make_folds, move_aside, named, number, open_store, overlay,
     provenance, pseudo_folder, read_description, read_folds, read_index_json, read_json,
-    read_numbers, read_own_json, read_probs, reading, recipe_changes, run_code, run_folder,
-    run_recipe, run_script, scores, settings_of, short_hash, store_code, store_id, store_recipe,
-    tile_url, try_sides, tta_name, tta_sides, version_changes, whole_manifest, whole_numbers,
-    write_coco, write_description, write_json, write_page, write_sheet)
+    read_own_json, read_probs, read_rows, recipe_changes, run_code, run_folder, run_recipe,
+    run_script, scores, settings_of, short_hash, store_code, store_id, store_recipe, tile_url,
+    try_sides, tta_name, tta_sides, version_changes, whole_manifest, whole_numbers, write_coco,
+    write_description, write_json, write_page, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byte first: x86 and ARM
@@ -127,7 +127,7 @@ def shared_options():
 def add_grid(grid):
     """Add the options by which make describes an experiment."""
     grid.add_argument("--exp", type=Path, required=True)
-    add_reading(grid)
+    add_data_options(grid)
     grid.add_argument("--nfolds", type=number(int, 2, 10), default=5)
     grid.add_argument("--gpus", type=number(int, 1), default=1)
     grid.add_argument("--rounds", type=number(int, 0, 9), default=0)
@@ -320,7 +320,7 @@ class OutOfFold:
         self.names, self.cache = list(members), args.cache
         self.infos = [next(iter(folds.values()))[1] for folds in members.values()]
         self.contaminated = any(info["contaminated"] for info in self.store_infos)
-        self.train, self.test = load_data(args.data, args.cache, **reading(self.infos[0]))
+        self.train, self.test = load_data(args.data, args.cache, **data_options(self.infos[0]))
         self.classes = self.train.classes
         check_classes(self.infos[0]["classes"], self.classes, runs[0], args.data)
         if self.infos[0]["data"] != self.train.fingerprint:
@@ -708,9 +708,9 @@ def show(args, oof, name, title, cells):
 
 
 def no_formula(cell):
-    """Return a cell of a table, a text behind a ' where a spreadsheet would compute it.
+    """Return a cell of a table; a text that a spreadsheet would run as a formula is behind a '.
 
-    So a class is named that is called "=1+1"; the names come from the data.
+    Class names come from the data.
     """
     is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@"))
     return f"'{cell}" if is_formula else cell
@@ -1367,7 +1367,7 @@ def hard(args):
     stores = {path: open_store(path / "test.json", hashes) for path in args.runs if path.is_dir()}
     infos = [info for _, info in stores.values()]
     weights = member_weights(args, args.runs)
-    _, test = load_data(args.data, args.cache, **(reading(infos[0]) if infos else {}))
+    _, test = load_data(args.data, args.cache, **(data_options(infos[0]) if infos else {}))
     for path, (_, info) in stores.items():
         if info["data"] != test.fingerprint:
             raise UserError(f"{path}/test.json was made on other data than is in {args.data} now: "
@@ -1561,7 +1561,7 @@ def script_lines(args):
     for scale in (*args.scales, *args.pick_scales):
         grid += ["--scale", scale]
     split = ["--fold", args.folds[0], "--folds", str(args.nfolds)]
-    for name, value in reading(vars(args)).items():
+    for name, value in data_options(vars(args)).items():
         split += [f"--{name}", value]
     return {
         "train.py": [*cache, *exp, *grid, *split, *args.train_args.split()],
@@ -1581,7 +1581,7 @@ def read_arguments(args, answers):
     scale = [*args.scales, *args.pick_scales][-1]
     forbid("TRAIN_ARGS", train, **paths, exp=str(args.exp), model=model, scale=int(scale),
            fold=int(args.folds[0]), folds=args.nfolds, round=0, check=False,
-           overfit=0, sweep=0, runtimes=None, **reading(vars(args)))
+           overfit=0, sweep=0, runtimes=None, **data_options(vars(args)))
     forbid("INFER_ARGS", infer, **paths, checkpoint=["model.pt"], out=None, split=["valid", "test"])
     forbid("PSEUDO_ARGS", pseudo, **paths, exp=str(args.exp), round=1, fold=0, stores=["x"])
     out = args.exp / "submission.csv"
@@ -1690,7 +1690,7 @@ class Plan:
         The index is that of the cache if just these photos have been checked, else None.
         """
         paths = data_files(self.args.data)
-        settings = reading(vars(self.args))
+        settings = data_options(vars(self.args))
         folder = cache_folder(self.args.cache, paths, settings, self.hashes)
         index = read_index_json(folder, self.hashes)
         if index:
@@ -1991,6 +1991,22 @@ def status(args):
               "training, job after job")
     for line in current.reasons():
         print(line)
+
+
+def read_numbers(path, columns):
+    """Return the rows of read_csv with floats in `columns`; raise UserError for what is none."""
+    rows = read_rows(path, columns)
+    for line, row in rows:
+        for column in columns:
+            text = row[column]
+            try:
+                row[column] = float(text)
+            except ValueError:
+                row[column] = math.nan
+            if not math.isfinite(row[column]):
+                raise UserError(f"{path} line {line}: {column} is {clean(text)!r}, no number: mend "
+                                "or remove the file")
+    return [row for _, row in rows]
 
 
 def run_state(current, run):

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from common import (
     FROM_RECIPE, RUN_PLACE, STORE_KINDS, SUBMIT_SIZE, TTA, VIEWS, EvalPhotos, Hashes, Parser,
     UserError, accepted_code, atomic_write, batch_bytes, check_output, check_shared_memory,
-    check_space, checked, claim_device, code_hashes, decide, full_batch, keep_code, lacks_memory,
+    check_space, checked, claim_device, code_hashes, data_options, decide, full_batch, keep_code,
     load_data, load_model, loader_options, loader_workers, lock, move_aside, normalise, number,
-    open_store, predict_probs, provenance, ranks, read_description, reading, resize_probs,
-    run_script, short_hash, store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views,
+    open_store, predict_probs, provenance, ranks, read_description, resize_probs, run_script,
+    short_hash, store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views,
     write_description, write_npy_header)
 
 # what decides no result; see BESIDE in common.py
@@ -99,7 +99,7 @@ def load_photos(args, trained):
     if missing := FROM_RECIPE.keys() - recipe.keys():
         raise UserError(f"{path}: its recipe lacks {', '.join(sorted(missing))}: it is by an older "
                         "train.py; train it again")
-    train, test = load_data(args.data, args.cache, **reading(recipe))
+    train, test = load_data(args.data, args.cache, **data_options(recipe))
     if trained.classes != train.classes:
         raise UserError(f"{path} knows the classes {trained.classes}, DATA has {train.classes}")
     photos = {"test": (test, range(len(test.ids)))}
@@ -205,12 +205,7 @@ def predict_split(models, split, indices, path, info, args, device, hashes):
     written = sum(part.stat().st_size for part in batches if part.exists())
     check_space(path.parent, 2 * math.prod(shape) - written)  # the batches and the store
     missing = {part: batches[part] for part in list(batches)[rank::n_ranks] if not part.exists()}
-    try:
-        predict_batches(models, photos, missing, path, args, device)
-    except RuntimeError as e:  # torch.OutOfMemoryError is one
-        if not lacks_memory(e):
-            raise
-        raise UserError(f"out of memory: lower --batch (make: INFER_ARGS) ({e})") from None
+    predict_batches(models, photos, missing, path, args, device)
     if n_ranks > 1:
         torch.distributed.barrier()
     if rank == 0:
@@ -291,7 +286,7 @@ def predict(args, folder):
     hashes = Hashes(args.cache)
     models, checkpoints = load_models(args.checkpoint, hashes)
     recipe = models[0].recipe
-    if args.tta_scales != [1]:  # at its own scale the model was trained
+    if args.tta_scales != [1]:  # training has tried its own scale
         try_sides(models[0].model, recipe["model"], tta_sides(recipe["scale"], args.tta_scales),
                   f" (--tta-scales times {recipe['scale']})")
     photos = load_photos(args, models[0])

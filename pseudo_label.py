@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 from common import (
     BACKGROUND, IGNORE_INDEX, LINEAGE, Hashes, Parser, UserError, atomic_write, by_rule,
-    check_output, check_unchanged, decide, foreground_ids, keep_code, labels_code, labels_recipe,
-    load_data, lock, move_aside, number, open_store, overlay, provenance, pseudo_folder, read_index,
-    read_probs, reading, run_script, store_id, whole_manifest, write_coco, write_csv,
-    write_description, write_npy_header, write_sheet)
+    check_output, check_unchanged, data_options, decide, foreground_ids, keep_code, labels_code,
+    labels_recipe, load_data, lock, move_aside, number, open_store, overlay, provenance,
+    pseudo_folder, read_index, read_probs, run_script, store_id, whole_manifest, write_coco,
+    write_csv, write_description, write_npy_header, write_sheet)
 
 ROUNDING = 1e-6  # in float32, 204 / 255 is 0.8000001 and not 0.8
 # what decides no result; see BESIDE in common.py
@@ -426,7 +426,7 @@ def main(args):
     opened = [open_store(path, hashes) for path in args.stores]
     stores = [store for store, _ in opened]
     infos = [info for _, info in opened]
-    _, test = load_data(args.data, args.cache, **reading(infos[0]))
+    _, test = load_data(args.data, args.cache, **data_options(infos[0]))
     contaminated = check_makers(args, infos, test)
     recipe = labels_recipe(args, test.fingerprint, infos[0]["folds_csv"], infos[0]["paint"],
                            [store_id(info) for info in infos])

@@ -30,17 +30,17 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (
-    AUGMENTATIONS, COLOURS, DECODERS, DERIVED, DESCRIBED, HOOK, IGNORE_INDEX, LOSSES, READING, STEP,
-    STRIDE, SUBMIT_SIZE, EpochBatches, EvalPhotos, Hashes, Parser, TrainSamples, UserError,
-    add_reading, amp, atomic_write, batch_bytes, build_model, check_labels, check_output,
-    check_shared_memory, check_space, checked, claim_device, code_of, confusion, decide,
-    different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls, folds_hash, full_batch,
-    has_kinds, image_miou, keep_code, lacks_memory, last_convolution, load_checkpoint, load_data,
-    load_folds, load_labels, loader_options, loader_workers, lock, make_augmentation, make_loss,
-    move_aside, named, normalise, number, overlay, pixel_weights, provenance, ranks, rare_odds,
-    read_csv, read_description, read_image, reading, recipe_changes, resize_probs, run_code,
-    run_folder, run_recipe, run_script, save_checkpoint, scores, split_model, tile_url, try_sides,
-    write_csv, write_description, write_page, write_sheet)
+    AUGMENTATIONS, COLOURS, DATA_OPTIONS, DECODERS, DERIVED, DESCRIBED, GPU_MEMORY_WORDS, HOOK,
+    IGNORE_INDEX, LOSSES, STEP, STRIDE, SUBMIT_SIZE, EpochBatches, EvalPhotos, Hashes, Parser,
+    TrainSamples, UserError, add_data_options, amp, atomic_write, batch_bytes, build_model,
+    check_labels, check_output, check_shared_memory, check_space, checked, claim_device, code_of,
+    confusion, data_options, decide, different_keys, draw_bars, draw_heat, encoder_mean_std,
+    figure_urls, folds_hash, full_batch, has_kinds, image_miou, keep_code, last_convolution,
+    load_checkpoint, load_data, load_folds, load_labels, loader_options, loader_workers, lock,
+    make_augmentation, make_loss, move_aside, named, normalise, number, overlay, pixel_weights,
+    provenance, ranks, rare_odds, read_csv, read_description, read_image, recipe_changes,
+    resize_probs, run_code, run_folder, run_recipe, run_script, save_checkpoint, scores,
+    split_model, tile_url, try_sides, write_csv, write_description, write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
@@ -178,7 +178,7 @@ def parse_args(argv=None):
     run.add_argument("--folds", type=number(int, 2), default=5, help="number of folds")
     run.add_argument("--round", type=number(int, 0, 9), default=0,
                      help="from 1: also learns EXP/rROUND/pseudo/fFOLD")
-    add_reading(run)
+    add_data_options(run)
     run.add_argument("--allow-leak", action="store_true",
                      help="learn also from pseudo labels whose makers may have trained on this "
                      "fold; marks every later score as contaminated")
@@ -201,8 +201,8 @@ def parse_args(argv=None):
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         recipe.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
     add_system_arguments(parser.add_argument_group("system: none of these decides the recipe"))
-    parser.set_defaults(decides=["model", "scale", "fold", "folds", "round", "overfit", *READING,
-                                 *RECIPE])
+    parser.set_defaults(decides=["model", "scale", "fold", "folds", "round", "overfit",
+                                 *DATA_OPTIONS, *RECIPE])
     return parser.parse_args(argv)
 
 
@@ -350,9 +350,8 @@ def backward(run, images, masks):
     n_parts = max(1, min(run.parts, len(images) // 2))  # batch norm needs two images
     try:
         total = 0
-        mask_parts = masks.tensor_split(n_parts)
-        shares = loss_shares(mask_parts, run.class_weights)
-        parts = zip(images.tensor_split(n_parts), mask_parts, shares, strict=True)
+        shares = loss_shares(masks, n_parts, run.class_weights)
+        parts = zip(images.tensor_split(n_parts), masks.tensor_split(n_parts), shares, strict=True)
         for part_images, part_masks, share in parts:
             with amp(run.device):
                 logits = run.forward(part_images)
@@ -361,7 +360,7 @@ def backward(run, images, masks):
             total += loss.detach()
         return total
     except RuntimeError as e:  # torch.OutOfMemoryError is one
-        if not lacks_memory(e):
+        if not any(words in str(e) for words in GPU_MEMORY_WORDS):
             raise
         if n_parts >= len(images) // 2 or ranks()[1] > 1:
             text = f"out of memory: lower --scale or --batch, or raise --accumulate ({e})"
@@ -374,8 +373,8 @@ def backward(run, images, masks):
     return backward(run, images, masks)
 
 
-def loss_shares(mask_parts, weights):
-    """Return the share of each part of a batch in its loss, [parts]: that of its labelled pixels.
+def loss_shares(masks, n_parts, weights):
+    """Return the share of each part of a batch in its loss, [n_parts]: that of its labelled pixels.
 
     They count by class with class weights, float [C] or None. So a loss over pixels has the
     gradient of the whole batch. One over regions becomes the mean of its parts' losses, since no
@@ -383,11 +382,9 @@ def loss_shares(mask_parts, weights):
     shares are multiplied by their number, by which DistributedDataParallel divides.
     """
     import torch
-    sums = []
-    for masks in mask_parts:
-        labelled = masks != IGNORE_INDEX
-        sums.append(pixel_weights(masks.where(labelled, 0), labelled, weights).sum())
-    sums = torch.stack(sums)
+    labelled = masks != IGNORE_INDEX
+    pixels = pixel_weights(masks.where(labelled, 0), labelled, weights)
+    sums = torch.stack([part.sum() for part in pixels.tensor_split(n_parts)])
     total, n_ranks = sums.sum(), ranks()[1]
     if n_ranks > 1:
         torch.distributed.all_reduce(total)
@@ -613,10 +610,10 @@ def make_loaders(args, train, test, train_indices, valid_indices, cuda):
 def in_shared_memory(batch):
     """Return a batch of tensors as a tuple, which a loader process has put into shared memory.
 
-    Later torch would do so in a thread whose errors reach nobody, and the run would wait for ever.
+    Left to torch, a background thread does so, whose errors are lost: the run would wait for ever.
     """
     import torch
-    if torch.utils.data.get_worker_info():  # of the main process there is none
+    if torch.utils.data.get_worker_info():  # None in the main process
         for tensor in batch:
             tensor.share_memory_()
     return tuple(batch)
@@ -932,7 +929,8 @@ def train_run(args, root, report=None, wait=False):
     is an error.
     """
     check_output(args.data, args.exp)
-    train, test = load_data(args.data, args.cache, decoded=args.cache_images, **reading(vars(args)))
+    options = data_options(vars(args))
+    train, test = load_data(args.data, args.cache, decoded=args.cache_images, **options)
     folds = load_folds(args.exp, train, args.folds)
     train_indices, valid_indices = split_by_fold(args, train, folds)
     out = run_folder(root, args.round, args.model, args.scale, args.fold)
@@ -1197,7 +1195,7 @@ def draw_valid(path, run, photos, classes):
 
 def check(args):
     """Print the data's sizes, classes and folds and write data.html, or stop with its faults."""
-    train, test = load_data(args.data, args.cache, **reading(vars(args)))
+    train, test = load_data(args.data, args.cache, **data_options(vars(args)))
     folds = load_folds(args.exp, train, args.folds, renew=True)
     unread = sum(fault is not None for fault in test.faults)
     verdict = "no faults"
@@ -1229,16 +1227,16 @@ def check(args):
 def warn_of_photos(train, test):
     """Warn of photos that may be read in the wrong way, and of those that show next to nothing."""
     names, turns = train.file_names + test.file_names, train.turns + test.turns
-    turned = [name for name, turn in zip(names, turns, strict=True) if turn == "open"]
-    flat = [name for name, is_flat in zip(names, train.flat + test.flat, strict=True) if is_flat]
+    turned = [name for name, turn in zip(names, turns, strict=True) if turn == "ambiguous"]
+    grey = np.array(names)[train.low_contrast + test.low_contrast].tolist()
     if turned:
         print(f"warning: {len(turned)} photo(s) are turned by EXIF, and the JSON's size doesn't "
               f"say whether their masks are too: read as {train.orientation}: "
-              f"{', '.join(turned[:9])}; data.html has them both ways: set ORIENTATION to shown or "
-              f"stored (where the size does say it, {turns.count('shown')} are shown and "
-              f"{turns.count('stored')} stored)")
-    if flat:
-        print(f"warning: {len(flat)} photo(s) are nearly of one grey: {', '.join(flat[:9])}: look "
+              f"{', '.join(turned[:9])}; data.html shows training photos both ways: set "
+              f"ORIENTATION to shown or stored (where the size does say it, {turns.count('shown')} "
+              f"are shown and {turns.count('stored')} stored)")
+    if grey:
+        print(f"warning: {len(grey)} photo(s) are nearly of one grey: {', '.join(grey[:9])}: look "
               "at them; if they should show more, convert them to 8 bits with their whole range")
 
 
@@ -1341,9 +1339,9 @@ def sample_photos(train, present, n=6):
 
 
 def turned_photos(train, n=24):
-    """Return cards of up to `n` photos whose turn is open, with their masks both ways."""
+    """Return cards of up to `n` photos whose turn is ambiguous, with their masks both ways."""
     cards = []
-    indices = [i for i, turn in enumerate(train.turns) if turn == "open"]
+    indices = [i for i, turn in enumerate(train.turns) if turn == "ambiguous"]
     for i in indices[:n]:
         tiles = []
         for way in ("shown", "stored"):
@@ -1558,7 +1556,7 @@ def search_space(args):
 
 def fixed_values(args, space):
     """Return (what all trials of a sweep share: their recipe and the space, number of classes)."""
-    train, test = load_data(args.data, args.cache, **reading(vars(args)))
+    train, test = load_data(args.data, args.cache, **data_options(vars(args)))
     folds = load_folds(args.exp, train, args.folds)
     recipe = describe_run(args, train, test, folds, Hashes(args.cache))["recipe"]
     fixed = {key: value for key, value in recipe.items() if key not in (*space, *DERIVED)}

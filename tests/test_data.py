@@ -35,7 +35,8 @@ from pycocotools.coco import COCO
 
 import common
 import train
-from common import IGNORE_INDEX, READING, SUBMIT_SIZE, UserError
+from common import DATA_OPTIONS, IGNORE_INDEX, SUBMIT_SIZE, UserError
+from ensemble import read_numbers
 
 # pycocotools on a new NumPy
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -164,6 +165,18 @@ def test_what_a_killed_writer_leaves_goes_with_the_next_write_and_other_files_st
     assert sorted(os.listdir(tmp_path)) == [".a1.txt.01234567.tmp", ".a[1].txt.tmp", "a[1].txt"]
 
 
+def test_a_writer_that_comes_between_the_flush_and_the_name_of_another_removes_nothing(tmp_path, monkeypatch):
+    path, flush = tmp_path / "a.json", os.fsync
+
+    def write_another_first(descriptor):
+        monkeypatch.setattr(os, "fsync", flush)
+        common.write_json(path, "second")
+        flush(descriptor)
+    monkeypatch.setattr(os, "fsync", write_another_first)
+    common.write_json(path, "first")
+    assert common.read_json(path) == "first" and os.listdir(tmp_path) == ["a.json"]
+
+
 def test_a_scratch_file_is_never_a_link(tmp_path, monkeypatch):
     (tmp_path / "victim").write_text("precious")
     monkeypatch.setattr(os, "urandom", bytes)
@@ -268,9 +281,9 @@ def test_an_open_quote_or_an_endless_line_of_a_csv_is_one_line(tmp_path, content
 def test_a_cell_that_is_no_number_is_named_by_its_line(tmp_path, text):
     (tmp_path / "log.csv").write_text(f'epoch,seconds\n1,2.5\n2,"{text}"\n')
     with pytest.raises(UserError, match=rf"log\.csv line 3: seconds is '{text}', no number: mend or remove the file"):
-        common.read_numbers(tmp_path / "log.csv", ("seconds",))
+        read_numbers(tmp_path / "log.csv", ("seconds",))
     (tmp_path / "log.csv").write_text("epoch,seconds\n1,2.5\n")
-    assert common.read_numbers(tmp_path / "log.csv", ("seconds",)) == [{"epoch": "1", "seconds": 2.5}]
+    assert read_numbers(tmp_path / "log.csv", ("seconds",)) == [{"epoch": "1", "seconds": 2.5}]
 
 
 def test_the_folder_of_pseudo_labels():
@@ -488,7 +501,7 @@ def test_exif_turns_a_photo_as_the_size_says_and_as_the_setting_says_where_the_s
     path = tmp_path / f"a.{ending}"
     stored = write_turned(path, *stored_size, exif)
     ways = {"stored": stored, "shown": VIEWED[exif](stored)}
-    for setting, asked in itertools.product(READING["orientation"][0], {stored_size, stored_size[::-1]}):
+    for setting, asked in itertools.product(DATA_OPTIONS["orientation"][0], {stored_size, stored_size[::-1]}):
         fitting = [way for way, pixels in ways.items() if pixels.shape[:2] == asked]
         if not fitting:
             with pytest.raises(OSError, match="the JSON says"):
@@ -496,7 +509,7 @@ def test_exif_turns_a_photo_as_the_size_says_and_as_the_setting_says_where_the_s
             continue
         way, = fitting if len(fitting) == 1 else [setting]
         assert np.array_equal(common.read_image(path, *asked, setting), ways[way])
-        turn = "" if exif == 1 else "open" if len(fitting) == 2 else way
+        turn = "" if exif == 1 else "ambiguous" if len(fitting) == 2 else way
         assert common.check_image(path, *asked, setting)["turn"] == turn
 
 
@@ -519,10 +532,10 @@ def test_damaged_exif_turns_nothing(tmp_path):
 
 def test_the_orientation_decides_what_a_split_reads_and_is_part_of_its_fingerprint(data, tmp_path, load):
     stored = write_turned(data / "batch_01/0011.png", 8, 8, 3)
-    splits = {way: load(data, orientation=way, decoded=way == "stored") for way in READING["orientation"][0]}
+    splits = {way: load(data, orientation=way, decoded=way == "stored") for way in DATA_OPTIONS["orientation"][0]}
     for way, expected in (("stored", stored), ("shown", stored[::-1, ::-1])):
         train, test = splits[way]
-        assert np.array_equal(train.image(0), expected) and train.turns == ["open", ""] and test.turns == [""]
+        assert np.array_equal(train.image(0), expected) and train.turns == ["ambiguous", ""] and test.turns == [""]
     fingerprints = {split.fingerprint for pair in splits.values() for split in pair}
     assert len(fingerprints) == 4
     assert np.array_equal(load(data)[0].image(0), stored[::-1, ::-1])  # as viewers and most labelling tools show it
@@ -549,7 +562,7 @@ def test_sixteen_bits_that_hold_fewer_are_refused_with_the_cure(tmp_path, bits, 
     cv2.imwrite(str(path), ramp if colours == 1 else np.dstack([ramp, ramp, ramp, opaque][:colours]))
     if bits == 16:
         assert np.array_equal(common.read_image(path, 16, 16)[..., 1], ramp >> 8)
-        assert common.check_image(path, 16, 16) == {"turn": "", "flat": False}
+        assert common.check_image(path, 16, 16) == {"turn": "", "low_contrast": False}
         return
     for read in (common.read_image, common.check_image):
         with pytest.raises(OSError, match=f"no value above {2 ** bits - 1}, .*convert it to 8 bits"):
@@ -567,7 +580,7 @@ def test_twelve_bits_with_a_stuck_pixel_are_taken_for_flat(tmp_path):
     ramp = np.linspace(0, 4095, 400).astype(np.uint16).reshape(20, 20)
     ramp[3, 3] = 0xFFFF
     cv2.imwrite(str(tmp_path / "a.png"), ramp)
-    assert common.check_image(tmp_path / "a.png", 20, 20)["flat"]
+    assert common.check_image(tmp_path / "a.png", 20, 20)["low_contrast"]
 
 
 def test_the_check_names_photos_that_show_next_to_nothing(data, load, capsys):
@@ -641,7 +654,7 @@ def test_paint_order_decides_overlaps(tmp_path, load, paint, row):
 
 
 def test_there_is_a_test_for_every_paint_order():
-    assert set(READING["paint"][0]) == {"order", "id", "area"}
+    assert set(DATA_OPTIONS["paint"][0]) == {"order", "id", "area"}
 
 
 @pytest.mark.parametrize(("categories", "class_ids"), [
@@ -1050,15 +1063,15 @@ FAULTS = {
     "photo of another size": (image(height=9), (*PHOTO, "8x8", "8x9")),
     "photo too large": (image(height=20_000, width=20_000), (*PHOTO, "memory")),
     "photo of 400 megapixels": (photo(bomb), (*PHOTO, "400000000 pixels")),
-    "photo is a program for a printer": (photo(lambda path: path.write_text(EPS)), (*PHOTO, "cannot identify")),
+    "photo is a program for a printer": (photo(lambda path: path.write_text(EPS)), (*PHOTO, "begins with '%!PS-Adobe")),
     "photo with fractions": (photo(lambda path: Image.new("F", (8, 8), 0.5).save(path, format="tiff")),
                              (*PHOTO, "fractions")),
     "photo linked to nothing": (broken_link, (*PHOTO, "is missing")),
-    "photo in AVIF": (starts_with(b"\0\0\0\x1cftypavif"), (*PHOTO, "is AVIF", "convert it to JPEG or PNG")),
-    "photo in HEIC": (starts_with(b"\0\0\0\x18ftypheic"), (*PHOTO, "is HEIC", "convert it to JPEG or PNG")),
-    "photo in HEIC of another kind": (starts_with(b"\0\0\0\x18ftypmif1"), (*PHOTO, "is HEIC or AVIF", "convert")),
+    "photo in AVIF": (starts_with(b"\0\0\0\x1cftypavif"), (*PHOTO, "is no JPEG, PNG, ", "'ftypavif", "convert")),
+    "photo in HEIC": (starts_with(b"\0\0\0\x18ftypheic"), (*PHOTO, "'ftypheic", "convert it to JPEG or PNG")),
+    "photo is a web page": (photo(lambda path: path.write_text("<!DOCTYPE html>")), (*PHOTO, "'<!DOCTYPE html>'")),
     **{f"photo listed again as {name} with other objects": (
-        same_photo(name, 1), (f"image 13 ({name}) is the same photo as image 11 (batch_01/0011.png)", "leave one"))
+        same_photo(name, 1), (f"image 13 ({name}) is the same photo as image 11 (batch_01/0011.png)", "keep only one"))
        for name in ("batch_01/0011.png", "./batch_01//0011.png", "batch_01/copy.png")},
     "photo linked to itself": (photo_of_itself, PHOTO),
     "photo is a pipe": (photo_as_pipe, (*PHOTO, "missing")),
@@ -1193,6 +1206,12 @@ def test_a_photo_that_is_there_under_another_spelling_is_named(data, load, spelt
     names = [path.name for path in (data / "batch_01").iterdir()]
     (data / "batch_01/a bé.png").rename(data / "batch_01/other.png")
     assert len(names) == 3 and "there is" not in refusal(load, data)
+
+
+def test_a_link_to_nothing_is_no_other_spelling_of_its_own_name(data, load):
+    (data / "batch_01/0011.png").unlink()
+    (data / "batch_01/0011.png").symlink_to("nowhere")
+    assert "image 11 (batch_01/0011.png) is missing\n" in refusal(load, data)
 
 
 @pytest.mark.parametrize("name", ["batch_01/0011.png", "batch_01/copy.png"])
@@ -1484,7 +1503,7 @@ def three(tmp_path):
 
 BROKEN = {
     "missing": (os.unlink, "is missing"),
-    "empty": (lambda path: path.write_bytes(b""), "cannot identify"),
+    "empty": (lambda path: path.write_bytes(b""), "is no JPEG"),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:150]), "truncated"),
     "of another size": (lambda path: write_photo(path, 8, 9, 0), "is 9x8, the JSON says 8x8"),
     "a bomb": (bomb, "400000000 pixels")}
@@ -1544,7 +1563,7 @@ def test_a_photo_that_breaks_after_the_check_is_named_in_one_line(three, load, c
     for split, name in zip(sets, ("0011", "0070"), strict=True):
         (three / f"batch_01/{name}.png").write_bytes(b"")
         line = error_line(lambda split=split: split.image(0), capsys)
-        start = f"image {int(name)} (batch_01/{name}.png) has changed: cannot identify "
+        start = f"image {int(name)} (batch_01/{name}.png) has changed: is no JPEG, "
         assert line.startswith(start) and line.endswith("; run the same again")
 
 

@@ -214,12 +214,13 @@ def test_a_folder_that_is_not_there_is_not_made(tiny_data, cache, tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
-def test_too_little_memory_is_one_line(tiny_data, cache, fresh, monkeypatch):
+def test_too_little_memory_is_one_line(tiny_data, cache, fresh, monkeypatch, capsys):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     monkeypatch.setattr(infer, "predict_probs", fail)
-    with pytest.raises(UserError, match=r"^out of memory: lower --batch \(make: INFER_ARGS\) \(CUDA out of memory\."):
-        infer.main(infer_line(tiny_data, cache, fresh))
+    with pytest.raises(SystemExit):
+        common.run_script(infer.main, infer_line(tiny_data, cache, fresh))
+    assert capsys.readouterr().err.startswith("out of GPU memory: CUDA out of memory.; lower --batch (make: BATCH, ")
 
 
 # ---- carries on or does nothing -------------------------------------------------------------------------------------

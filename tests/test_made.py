@@ -285,6 +285,22 @@ def test_a_cut_off_line_and_writers_at_once_lose_at_most_their_own_lines(tmp_pat
     assert all(known(path) == common.file_hash(path) for path in paths)
 
 
+def test_a_damaged_line_counts_for_nothing(tmp_path):
+    path, known = tmp_path / "a", tmp_path / "cache/hashes.txt"
+    path.write_text("1")
+    hashes = common.Hashes(tmp_path / "cache")
+    digest = hashes(path)
+    hashes.save()
+    content = known.read_bytes()
+    for position in range(1, len(content) - 1):  # between the ends of lines
+        for bit in (1, 2, 128):
+            damaged = bytearray(content)
+            damaged[position] ^= bit
+            known.write_bytes(damaged)
+            hashes = common.Hashes(tmp_path / "cache")
+            assert hashes.known in ({}, {hashes.key(path): digest}) and hashes(path) == digest
+
+
 def test_hashes_that_cannot_be_kept_are_no_error(tmp_path):
     (tmp_path / "cache").write_text("a file where a folder should be")
     (tmp_path / "a").write_text("1")

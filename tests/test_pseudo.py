@@ -609,7 +609,7 @@ def test_a_slip_in_an_index_is_named(makers, splits, old, new, told):
 def test_a_decision_that_is_none_stops_new_labels_too(makers):
     pseudo_label.main(makers.args())
     edit_keep(makers, 0, "yes")
-    with pytest.raises(UserError, match="index.csv: keep is yes in line 2"):
+    with pytest.raises(UserError, match="index.csv line 2: keep is yes; "):
         pseudo_label.main(makers.args("--coco"))
 
 

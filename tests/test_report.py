@@ -81,7 +81,7 @@ def test_iou_by_size_is_that_of_scikit_learn_image_by_image():
     assert np.isnan(found[3]).all() and np.isfinite(found).sum() > 8
 
 
-@pytest.mark.parametrize("paint", common.READING["paint"][0])
+@pytest.mark.parametrize("paint", common.DATA_OPTIONS["paint"][0])
 def test_sizes_and_covered_pixels_are_those_of_a_slow_painter(paint):
     rng, height, width, objects, areas = np.random.default_rng(2), 12, 9, [], []
     for _ in range(7):

@@ -333,11 +333,11 @@ def test_process_claims_its_gpu_once(monkeypatch, tmp_path):
     for name, value in {"is_available": True, "device_count": 1, "set_device": None,
                         "get_device_properties": SimpleNamespace(uuid="a")}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    common.claim_device.cache_clear()
+    common.idle_gpu.cache_clear()
     try:
         assert common.claim_device("auto") == common.claim_device("auto") == torch.device("cuda", 0)
     finally:
-        common.claim_device.cache_clear()
+        common.idle_gpu.cache_clear()
 
 
 # ---- real training --------------------------------------------------------------------------------------------------

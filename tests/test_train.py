@@ -1725,7 +1725,7 @@ def test_keep_may_be_edited_by_hand(pseudo):
     edit(pseudo.folder / "index.csv", f"{third},1", f"{third},")
     assert [i for _, i, _ in check_and_load(pseudo)[0]] == [0, 1, 3]
     edit(pseudo.folder / "index.csv", f"{third},", f"{third},yes")
-    with pytest.raises(UserError, match="index.csv: keep is yes"):
+    with pytest.raises(UserError, match="index.csv line .*: keep is yes"):
         check_and_load(pseudo)
 
 
