@@ -97,13 +97,14 @@ class Split:
     groups: list  # a label; photos with the same label stay on one side of every fold
     pixels: list  # pixel counts by class id; the list is empty for test
     objects: list  # {"sizes": ..., "covered": ...} as paint_mask returns them; empty for test
-    digests: list  # hash of the photo's content, "" if it can't be read
+    digests: list  # hash of the photo's file, "" if it can't be read
+    contents: list  # hash of the photo's pixels, "" if it has a fault
     masks: np.ndarray | None  # uint8, all masks one after another, flat; None for test
     photos: np.ndarray | None  # the decoded photos likewise, 3 bytes a pixel; None if not cached
     faults: list  # what is wrong with the photo, or None; only test photos may have a fault
     odd: list  # ids of the annotations with a polygon that leaves the photo or has no area
     turns: list  # what choose_orientation says of the photo's EXIF orientation
-    low_contrast: list  # whether nearly all of the photo is of one grey
+    low_contrast: list  # whether the photo shows next to nothing; see check_image
     dropped: list  # names of the categories that are no classes, by DATA_OPTIONS's "unused"
     orientation: str  # how photos are read whose "turns" is "ambiguous"
     fingerprint: str  # a line that names the JSON, the settings and the photos' content
@@ -405,8 +406,8 @@ def rare_odds(present):
 # field of a Split in index.json -> key of a photo's dict, as read_coco and check_photo fill it
 PHOTO_KEYS = {
     "ids": "id", "file_names": "file_name", "sizes": "size", "pixels": "pixels",
-    "objects": "painted", "digests": "digest", "faults": "fault", "odd": "odd",
-    "turns": "turn", "low_contrast": "low_contrast"}
+    "objects": "painted", "digests": "digest", "contents": "content", "faults": "fault",
+    "odd": "odd", "turns": "turn", "low_contrast": "low_contrast"}
 
 
 def cache_folder(cache, paths, settings, hashes):
@@ -479,8 +480,11 @@ def build_cache(folder, paths, settings, hashes):
     train, categories, dropped, faults = read_coco(paths[0], used, labelled=True)
     test, test_categories, _, test_faults = read_coco(paths[1], used, labelled=False)
     faults += test_faults
-    if categories != test_categories and categories and test_categories:
-        faults.append(f"{paths[0].name} and {paths[1].name} have different categories")
+    if categories and test_categories:
+        for key in different_keys(categories, test_categories)[:1]:
+            here, there = (ascii(names.get(key)) for names in (categories, test_categories))
+            faults.append(f"{paths[0].name} and {paths[1].name} have different categories: of id "
+                          f"{key} the name is {here} and {there}")
     (folder / "photos.npy").unlink(missing_ok=True)  # its photos may have changed
     with atomic_write(folder / "masks.npy") as scratch:
         if not faults:
@@ -532,13 +536,14 @@ def check_photos(photos, check, hashes):
 def check_photo(root, settings, n_classes, masks, photo):
     """Check a photo and paint its mask; return what there is to know about it, as a dict.
 
-    "fault" is what is wrong with it or None, "digest" the hash of its content, "" if it can't be
-    read, "key" that of Hashes before it was read, "turn" and "flat" are from check_image. The mask
-    of a faultless photo with an "offset" is written there in the file `masks`; "mask_hash" is then
-    its hash, "pixels" and "painted" are from paint_mask. settings: as in cache_folder.
+    "fault" is what is wrong with it or None, "digest" the hash of its file, "" if it can't be read,
+    "key" that of Hashes before it was read; what check_image returns is there too. The mask of a
+    faultless photo with an "offset" is written there in the file `masks`; "mask_hash" is then its
+    hash, "pixels" and "painted" are from paint_mask. settings: as in cache_folder.
     """
     path = root / photo["file_name"]
-    facts = {"fault": None, "digest": "", "key": None, "turn": "", "low_contrast": False}
+    facts = {"fault": None, "digest": "", "key": None, "content": "", "turn": "",
+             "low_contrast": False}
     with suppress(OSError):  # check_image says what is wrong with the file
         facts |= {"key": Hashes.key(path), "digest": file_hash(path)}
     try:
@@ -577,12 +582,12 @@ def spelling(name):
 
 
 def conflicting_duplicates(photos):
-    """Return a fault for each training photo that has an earlier one's content but another mask."""
+    """Return a fault for each training photo that has an earlier one's pixels but another mask."""
     faults, first = [], {}
     for photo in photos:
         if photo["fault"]:  # then it has no mask
             continue
-        other = first.setdefault(photo["digest"], photo)
+        other = first.setdefault(photo["content"], photo)
         if (photo["size"], photo["mask_hash"]) != (other["size"], other["mask_hash"]):
             faults.append(
                 f"training image {photo['id']} ({photo['file_name']}) is the same photo as "
@@ -610,17 +615,17 @@ def index_entry(photos, classes, json_hash, settings):
     entry = {}
     for field, key in PHOTO_KEYS.items():
         entry[field] = [photo[key] for photo in photos if key in photo]
-    entry["groups"] = merge_groups(photos, entry["digests"])
+    entry["groups"] = merge_groups(photos)
     entry["classes"] = classes
     entry["orientation"] = settings["orientation"]
     entry["fingerprint"] = fingerprint(json_hash, settings, entry["digests"])
     return entry
 
 
-def merge_groups(photos, digests):
+def merge_groups(photos):
     """Return a label for each photo, the same for photos that belong together.
 
-    They do when they have the same group or the same content, or are linked by others that do.
+    They do when they have the same group or the same pixels, or are linked by others that do.
     """
     parents = {}  # a forest of contents and groups: all that belong together lead to one root
 
@@ -629,10 +634,10 @@ def merge_groups(photos, digests):
             key = parent
         return key
 
-    for photo, digest in zip(photos, digests, strict=True):
+    for photo in photos:
         if photo["group"]:
-            parents[find_root(f"content {digest}")] = find_root(f"group {photo['group']}")
-    return [find_root(f"content {digest}") for digest in digests]
+            parents[find_root(f"content {photo['content']}")] = find_root(f"group {photo['group']}")
+    return [find_root(f"content {photo['content']}") for photo in photos]
 
 
 def write_photos(path, split):
@@ -754,7 +759,9 @@ def folds_hash(ids, folds):
 # of them, and some files can't hold others
 UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # characters that nobody sees, though Unicode calls them letters, marks or signs
-INVISIBLE = re.compile("[\u034f\u115f\u1160\u2800\ufe00-\ufe0f]")
+INVISIBLE = re.compile("[\u034f\u115f\u1160\u2800\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+# categories of tools for what is no class
+NO_CLASS = {"background", "bg", "ignore", "unlabeled", "unlabelled", "void"}
 # COCO's 64 characters to Python's digits in base 32; the second half are the same digits again
 RLE_DIGITS = {ord("0") + i: "0123456789abcdefghijklmnopqrstuv"[i % 32] for i in range(64)}
 
@@ -803,7 +810,9 @@ def read_images(coco, faults):
         checks = (name_fault(image.get("file_name")), id_fault, size_fault(*size),
                   group_fault(group))
         image_faults = [fault for fault in checks if fault]
-        faults += [f"image {clean(image.get('id'))} ({name}) {fault}" for fault in image_faults]
+        faults += [f"image {quoted(image.get('id'))} ({name}) {fault}" for fault in image_faults]
+        if group is None and ".rf." in name:  # of Roboflow's versions of a photo, NAME.rf.HASH.jpg
+            group = name.partition(".rf.")[0]
         if not id_fault:
             photos[image["id"]] = {
                 "id": image["id"], "file_name": name, "size": size, "objects": [], "odd": [],
@@ -833,7 +842,7 @@ def read_categories(coco, used, faults):
             dropped.append(shown)
             continue
         if fault := id_fault or category_fault(name, taken):
-            faults.append(f"category {clean(category_id)} ({shown}) {fault}")
+            faults.append(f"category {quoted(category_id)} ({shown}) {fault}")
         if not id_fault:
             names[category_id] = shown
             taken |= {name_key(str(name)): category_id, name_key(shown): category_id}
@@ -850,9 +859,9 @@ def category_fault(name, taken):
     drop = "; --unused drop (make: UNUSED=drop) drops those without annotations"
     if not isinstance(name, str) or not name_key(name):
         return f"has no name{drop}"
-    if "".join(filter(str.isalnum, name_key(name))) == name_key(BACKGROUND):
-        return ("is the background, which is class 0 without being listed: remove it and its "
-                f"annotations{drop}")
+    if "".join(filter(str.isalnum, name_key(name))) in NO_CLASS:
+        return ("is the background, which is class 0 without being listed, or no class: remove it "
+                f"and its annotations, or rename it{drop}")
     other = taken.get(name_key(name), taken.get(name_key(clean(name))))
     if other is None:
         return None
@@ -865,7 +874,7 @@ def add_objects(coco, photos, class_ids, faults):
     for annotation, id_fault in checked_entries(coco, "annotations", faults):
         fault = id_fault or object_fault(annotation, photos, class_ids)
         if fault:
-            faults.append(f"annotation {clean(annotation.get('id'))} {fault}")
+            faults.append(f"annotation {quoted(annotation.get('id'))} {fault}")
             continue
         photo, segmentation = photos[annotation["image_id"]], annotation.get("segmentation")
         photo["objects"].append((class_ids[annotation["category_id"]], segmentation))
@@ -930,6 +939,11 @@ def clean(value):
     return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def quoted(value):
+    """Return `clean` of a value, a text with its quotes: "1" is no id, though 1 is one."""
+    return clean(reprlib.repr(value))
+
+
 def name_fault(name):
     """Return what is wrong with a file_name, or None."""
     if not isinstance(name, str) or not name:
@@ -955,9 +969,9 @@ def object_fault(annotation, photos, class_ids):
     """Return what is wrong with an annotation apart from its id, or None."""
     image_id, category = annotation.get("image_id"), annotation.get("category_id")
     if type(image_id) is not int or image_id not in photos:
-        return f"is of image {clean(image_id)}, which is not in images"
+        return f"is of image {quoted(image_id)}, which is not in images"
     if type(category) is not int or category not in class_ids:
-        return f"of image {image_id} has the unknown category {clean(category)}"
+        return f"of image {image_id} has the unknown category {quoted(category)}"
     name, size = photos[image_id]["file_name"], photos[image_id]["size"]
     if size_fault(*size):  # listed with the image; the segmentation can't be checked
         return None
@@ -1137,9 +1151,10 @@ def read_image(path, height, width, orientation="shown"):
 
 
 def check_image(path, height, width, orientation="shown"):
-    """Return what `make check` warns of in a photo: {"turn", "low_contrast"}.
+    """Return what `make check` warns of in a photo: {"turn", "low_contrast", "content"}.
 
-    "turn" is that of choose_orientation, "low_contrast" whether nearly all of it is of one grey.
+    "turn" is that of choose_orientation; "low_contrast" whether nearly all of it is of one grey or,
+    of 16 bits, nearly black; "content" a hash of its pixels.
 
     Raises OSError that says what is wrong with it, as read_image does, and in damaged data. If the
     size is wrong only the header is read. A JPEG is decoded at an eighth of its size: that goes
@@ -1147,11 +1162,15 @@ def check_image(path, height, width, orientation="shown"):
     """
     with open_photo(path) as photo:
         way, turn = choose_orientation(photo, height, width, orientation)
+        is_deep = photo.info["16 bits"]
         photo = convert_photo(photo, way)
         photo.draft(None, (1, 1))
+        photo = photo.convert("RGB")
         counts = np.cumsum(photo.convert("L").histogram())
-        low, high = np.searchsorted(counts, counts[-1] * np.array([0.01, 0.99]))
-        return {"turn": turn, "low_contrast": bool(high - low < LOW_CONTRAST)}
+        low, bright, high = np.searchsorted(counts, counts[-1] * np.array([0.01, 0.95, 0.99]))
+        is_low = high - low < LOW_CONTRAST or is_deep and bright < 64
+        return {"turn": turn, "low_contrast": bool(is_low),
+                "content": hashlib.sha256(photo.tobytes()).hexdigest()[:16]}
 
 
 @contextmanager
@@ -1161,7 +1180,9 @@ def open_photo(path):
     try:
         if not os.path.isfile(path):
             raise ValueError("is missing")
-        with Image.open(path, formats=PHOTO_FORMATS) as photo:
+        with warnings.catch_warnings(action="ignore"):  # of damaged EXIF, without a name
+            photo = Image.open(path, formats=PHOTO_FORMATS)
+        with photo:
             photo.info.pop("transparency", None)  # Pillow warns that it is dropped
             # 16 bits a channel: the tile, which says so, is gone once the pixels are loaded
             is_deep = photo.format in ("PNG", "TIFF") and ";16" in str(photo.tile)
@@ -1172,8 +1193,8 @@ def open_photo(path):
     except UnidentifiedImageError:
         with open(path, "rb") as f:  # HEIC has "ftypheic", AVIF "ftypavif", a web page "<!DOCTYPE"
             start = "".join(filter(str.isprintable, f.read(40).decode("ascii", "ignore")))
-        reason = (f"is no {', '.join(PHOTO_FORMATS)}, it begins with {start!r}: convert it to JPEG "
-                  "or PNG")
+        reason = (f"can't be read as {', '.join(PHOTO_FORMATS)}, it begins with {start!r}: convert "
+                  "it to JPEG or PNG of 8 bits")
         raise OSError(None, reason, str(path)) from None
     except Exception as e:  # decoders raise many types on damaged files
         raise OSError(None, clean(str(e) or type(e).__name__), str(path)) from None
@@ -1204,11 +1225,13 @@ def choose_orientation(photo, height, width, orientation):
 def exif_orientation(photo):
     """Return the EXIF orientation of a photo of Pillow: 1, as stored, or 2 to 8, turned.
 
-    The pixels of a PNG are loaded for it. Raises ValueError for a TIFF that has one: Pillow turns
-    some TIFFs by itself and others not.
+    XMP, which cv2 doesn't ask, turns nothing. A PNG is loaded for it. Raises ValueError for a TIFF
+    that has one: Pillow turns some TIFFs by itself and others not.
     """
     if photo.format == "PNG":
         photo.load()  # its EXIF may stand behind the pixels
+    for key in ("xmp", "XML:com.adobe.xmp", "Raw profile type exif"):  # where Pillow looks too
+        photo.info.pop(key, None)
     try:
         with warnings.catch_warnings(action="ignore"):
             exif = photo.getexif().get(0x0112)
@@ -1229,9 +1252,12 @@ def convert_photo(photo, way):
     from PIL import Image
     if photo.mode == "F":
         raise ValueError("has fractions as pixels, of which nobody knows what is white")
+    is_deep = photo.info["16 bits"]
+    if is_deep and photo.format == "TIFF" and photo.tag_v2.get(262) == 0:
+        raise ValueError("has 16 bits a channel and 0 as white: convert it to 8 bits")
     if way == "shown":
         photo = photo.transpose(Image.Transpose[TURNS[exif_orientation(photo)]])
-    return upper_bits(photo) if photo.info["16 bits"] else photo
+    return upper_bits(photo) if is_deep else photo
 
 
 def upper_bits(photo):
@@ -2019,7 +2045,7 @@ RUN_KINDS = {"recipe": dict, "code": dict, "codes": [str], "state": str, "commit
 STORE_KINDS = {
     "image_ids": [int], "classes": [str], "split": str, "tta": str,
     "checkpoints": [{"file": str, "hash": str, "epoch": int}], "data": str, "unreadable": [int],
-    "run": RUN_KINDS, **FROM_RECIPE}
+    "run": RUN_KINDS, "files": {str: str}, **FROM_RECIPE}
 
 
 def run_folder(exp, round_, model, scale, fold):
@@ -2287,7 +2313,7 @@ BESIDE = {
     "has_kinds", "idle_gpu", "keep_code", "label_settings", "labels_code", "labels_hash",
     "labels_recipe", "library_versions", "load_folds", "loader_options", "loader_workers", "lock",
     "matches_checksum", "move_aside", "move_mark", "name_alternatives", "name_fault", "named",
-    "number", "overlay", "project_files", "provenance", "raise_faults", "read_csv",
+    "number", "overlay", "project_files", "provenance", "quoted", "raise_faults", "read_csv",
     "read_description", "read_folds", "read_index_json", "read_json", "read_own_json", "read_rows",
     "recipe_changes", "run_code", "run_folder", "run_recipe", "run_script", "settings_of",
     "short_hash", "spelling", "store_code", "store_id", "store_recipe", "tune_process",
@@ -3367,6 +3393,7 @@ def ranks():
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+@cache  # the processes of torchrun join once
 def claim_device(name="auto", per_gpu=1):
     """Return the torch device of this process; "auto" is an idle GPU, or the CPU without GPUs.
 

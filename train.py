@@ -35,12 +35,12 @@ from common import (
     TrainSamples, UserError, add_data_options, amp, atomic_write, batch_bytes, build_model,
     check_labels, check_output, check_shared_memory, check_space, checked, claim_device, code_of,
     confusion, data_options, decide, different_keys, draw_bars, draw_heat, encoder_mean_std,
-    figure_urls, folds_hash, full_batch, has_kinds, image_miou, keep_code, last_convolution,
-    load_checkpoint, load_data, load_folds, load_labels, loader_options, loader_workers, lock,
-    make_augmentation, make_loss, move_aside, named, normalise, number, overlay, pixel_weights,
-    provenance, ranks, rare_odds, read_csv, read_description, read_image, recipe_changes,
-    resize_probs, run_code, run_folder, run_recipe, run_script, save_checkpoint, scores,
-    split_model, tile_url, try_sides, write_csv, write_description, write_page, write_sheet)
+    figure_urls, folds_hash, foreground_ids, full_batch, has_kinds, image_miou, keep_code,
+    last_convolution, load_checkpoint, load_data, load_folds, load_labels, loader_options,
+    loader_workers, lock, make_augmentation, make_loss, move_aside, named, normalise, number,
+    overlay, pixel_weights, provenance, ranks, rare_odds, read_csv, read_description, read_image,
+    recipe_changes, resize_probs, run_code, run_folder, run_recipe, run_script, save_checkpoint,
+    scores, split_model, tile_url, try_sides, write_csv, write_description, write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
@@ -365,7 +365,7 @@ def backward(run, images, masks):
         if n_parts >= len(images) // 2 or ranks()[1] > 1:
             text = f"out of memory: lower --scale or --batch, or raise --accumulate ({e})"
             raise UserError(text) from None
-        run.parts = 2 * n_parts
+        run.parts = min(2 * n_parts, len(images) // 2)
         logits = loss = None  # they hold the failed attempt's graph
     print(f"out of memory: batches now go through the model in {run.parts} parts", flush=True)
     run.optimizer.zero_grad(set_to_none=True)
@@ -711,6 +711,9 @@ def start_run(args, classes, pixels, resume, device):
         forward = torch.nn.parallel.DistributedDataParallel(model, gpus)
     weights = class_weights(args, pixels, device)
     groups = parameter_groups(model, args.encoder_lr, args.weight_decay)
+    # as many in each rank, though their shares of a batch may differ by an image: they wait for
+    # each other in each part, which needs two images for batch norm
+    n_parts = max(1, min(args.accumulate, args.batch // ranks()[1] // 2))
     is_half = amp(device).fast_dtype == torch.float16
     mean, std = encoder_mean_std(args.model)
     loss = make_loss(args.loss, args.loss_ratio, args.label_smoothing, weights)
@@ -720,7 +723,7 @@ def start_run(args, classes, pixels, resume, device):
         optimizer=OPTIMIZERS[args.optimizer](groups, args.lr),
         scaler=torch.amp.GradScaler(device.type, enabled=is_half),
         ema=ModelEmaV3(model, decay=args.ema, use_warmup=True), device=device, mean=mean, std=std,
-        parts=args.accumulate, total=torch.zeros(3), class_weights=weights)
+        parts=n_parts, total=torch.zeros(3), class_weights=weights)
     if resume:
         restore(run, *resume)
     run.total = run.total.to(device)
@@ -1225,19 +1228,25 @@ def check(args):
 
 
 def warn_of_photos(train, test):
-    """Warn of photos that may be read in the wrong way, and of those that show next to nothing."""
-    names, turns = train.file_names + test.file_names, train.turns + test.turns
-    turned = [name for name, turn in zip(names, turns, strict=True) if turn == "ambiguous"]
-    grey = np.array(names)[train.low_contrast + test.low_contrast].tolist()
-    if turned:
-        print(f"warning: {len(turned)} photo(s) are turned by EXIF, and the JSON's size doesn't "
-              f"say whether their masks are too: read as {train.orientation}: "
-              f"{', '.join(turned[:9])}; data.html shows training photos both ways: set "
-              f"ORIENTATION to shown or stored (where the size does say it, {turns.count('shown')} "
-              f"are shown and {turns.count('stored')} stored)")
-    if grey:
-        print(f"warning: {len(grey)} photo(s) are nearly of one grey: {', '.join(grey[:9])}: look "
-              "at them; if they should show more, convert them to 8 bits with their whole range")
+    """Warn of photos that may be turned wrongly, show next to nothing, or are also in the test."""
+    names = np.array(train.file_names + test.file_names)
+    turns = np.array(train.turns + test.turns)
+    warnings = {
+        "are turned by EXIF, and the JSON's size doesn't say whether their masks are too: read as "
+        f"{train.orientation}; data.html shows both ways: set ORIENTATION to shown or stored":
+            names[turns == "ambiguous"],
+        "are turned by EXIF, but have the size of the stored pixels in the JSON, and are read so; "
+        "Label Studio, for one, writes this size beside masks of the turned photo: compare both "
+        "ways in data.html, and mend the export if the masks fit the turned one":
+            names[turns == "stored"],
+        "show next to nothing, nearly one grey, or nearly black with 16 bits: look at them; if "
+        "they should show more, convert them to 8 bits with their whole range":
+            names[np.array(train.low_contrast + test.low_contrast)],
+        "of the test are training photos too":
+            np.array(test.file_names)[np.isin(test.contents, train.contents)]}
+    for text, names in warnings.items():
+        if len(names):
+            print(f"warning: {len(names)} photo(s) {text}: {', '.join(names[:9])}")
 
 
 def write_data_page(args, train, test, folds):
@@ -1254,7 +1263,7 @@ def write_data_page(args, train, test, folds):
         by_fold[f"photos of fold {fold}"] = present[folds == fold].sum(0)
     table = pd.DataFrame({"class": names, "photos": present.sum(0), "objects": objects,
                           "pixels": pixels.sum(0), "share of pixels": shares["pixels"], **by_fold})
-    equal, turned = equal_photos(train, test), turned_photos(train)
+    equal = equal_photos(train, test)
     write_page(args.exp / "data.html", f"Data: {args.data}", [
         {"title": "classes", "table": table, "figures": data_figures(names, present, shares, sizes),
          "note": f"{len(train.ids)} photos for training, {len(test.ids)} for the test."},
@@ -1262,11 +1271,11 @@ def write_data_page(args, train, test, folds):
          "note": "Objects of one class that are painted over by another's, by the paint order "
                  f"{args.paint}: what lies on top is the truth."},
         {"title": "equal photos", "table": equal.head(200),
-         "note": f"{len(equal)} photos have the content of another; those for training are kept in "
+         "note": f"{len(equal)} photos have the pixels of another; those for training are kept in "
                  "one fold."},
-        {"title": "orientation", "cards": turned,
-         "note": f"{train.turns.count('open')} photos for training are turned by EXIF without a "
-                 "change of size. ORIENTATION says how they are read: as their masks fit."},
+        {"title": "orientation", "cards": turned_photos(train, test),
+         "note": "Photos that EXIF turns, both ways: their masks must fit the way that is read. "
+                 "ORIENTATION decides on it where the JSON's size doesn't."},
         {"title": "samples", "cards": sample_photos(train, present),
          "note": "Of each class photos spread evenly over those that have it."}], names)
 
@@ -1294,10 +1303,10 @@ def contested_pixels(train):
 
 
 def equal_photos(train, test):
-    """Return a table of the photos whose content another photo has too."""
+    """Return a table of the photos whose pixels another photo has too."""
     import pandas as pd
     photos = pd.DataFrame({"photo": train.file_names + test.file_names,
-                           "content": train.digests + test.digests,
+                           "content": train.contents + test.contents,
                            "of": ["train"] * len(train.ids) + ["test"] * len(test.ids)})
     is_equal = photos["content"].ne("") & photos.duplicated("content", keep=False)
     return photos[is_equal].sort_values("content")
@@ -1338,18 +1347,23 @@ def sample_photos(train, present, n=6):
     return cards
 
 
-def turned_photos(train, n=24):
-    """Return cards of up to `n` photos whose turn is ambiguous, with their masks both ways."""
+def turned_photos(train, test, n=24):
+    """Return cards of up to `n` photos that may be turned wrongly, with their masks both ways."""
     cards = []
-    indices = [i for i, turn in enumerate(train.turns) if turn == "ambiguous"]
-    for i in indices[:n]:
-        tiles = []
+    turned = [(split, i) for split in (train, test) for i, turn in enumerate(split.turns)
+              if turn in ("ambiguous", "stored")]
+    for split, i in turned[:n]:
+        size, turn, tiles = split.sizes[i], split.turns[i], []
+        mask = None if split.masks is None else split.truth(i)
         for way in ("shown", "stored"):
-            image = read_image(train.root / train.file_names[i], *train.sizes[i], way)
-            title = f"{way}, as it is read" if way == train.orientation else way
-            tiles.append((title, tile_url(overlay(image, train.truth(i), 0.4))))
-        classes = sorted({class_id for class_id, _ in train.objects[i]["sizes"]})
-        cards.append({"text": train.file_names[i], "classes": classes, "tiles": tiles})
+            # a quarter turn of a photo that has its size as stored swaps the sides
+            sides = size[::-1] if (turn, way) == ("stored", "shown") else size
+            image = read_image(split.root / split.file_names[i], *sides, way)
+            is_read = way == (split.orientation if turn == "ambiguous" else turn)
+            title = f"{way}, as it is read" if is_read else way
+            tiles.append((title, tile_url(overlay(image, mask, 0.4))))
+        class_ids = [] if mask is None else foreground_ids(mask)
+        cards.append({"text": split.file_names[i], "classes": class_ids, "tiles": tiles})
     return cards
 
 

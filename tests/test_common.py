@@ -1048,9 +1048,9 @@ def gpus(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"id{index}"))
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         monkeypatch.setattr(common, "run_kernel", torch.device)
-    common.idle_gpu.cache_clear()
+    common.claim_device.cache_clear(), common.idle_gpu.cache_clear()
     yield pretend
-    common.idle_gpu.cache_clear()
+    common.claim_device.cache_clear(), common.idle_gpu.cache_clear()
 
 
 @pytest.fixture
@@ -1159,7 +1159,7 @@ def test_a_gpu_that_does_not_work_is_one_line(gpus, monkeypatch, error):
 
 
 def test_a_device_computes_before_it_is_used(monkeypatch):
-    common.idle_gpu.cache_clear()
+    common.claim_device.cache_clear(), common.idle_gpu.cache_clear()
     assert common.claim_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="^--device meta: "):  # it is a device of torch that computes nothing
         common.claim_device("meta")

@@ -30,6 +30,7 @@ from demo_data import CLASSES, draw_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
@@ -541,16 +542,56 @@ def test_the_orientation_decides_what_a_split_reads_and_is_part_of_its_fingerpri
     assert np.array_equal(load(data)[0].image(0), stored[::-1, ::-1])  # as viewers and most labelling tools show it
 
 
-def test_the_check_names_photos_whose_turn_is_open_and_shows_them_both_ways(data, tmp_path, load, capsys):
-    write_turned(data / "batch_01/0011.png", 8, 8, 3)
-    train_split, test = load(data, orientation="stored")
-    train.warn_of_photos(train_split, test)
+def test_the_check_names_photos_whose_turn_is_ambiguous_and_shows_them_both_ways(data, tmp_path, load, capsys):
+    for name in ("0011", "9000"):
+        write_turned(data / f"batch_01/{name}.png", 8, 8, 3)
+    sets = load(data, orientation="stored")
+    train.warn_of_photos(*sets)
     out = capsys.readouterr().out
-    assert "1 photo(s) are turned by EXIF" in out and "read as stored: batch_01/0011.png; " in out
-    card, = train.turned_photos(train_split)
+    assert "2 photo(s) are turned by EXIF" in out and "read as stored; " in out
+    assert "shown or stored: batch_01/0011.png, batch_01/9000.png\n" in out
+    card, test_card = train.turned_photos(*sets)
     assert card["text"] == "batch_01/0011.png" and card["classes"] == [1]
+    assert test_card["text"] == "batch_01/9000.png" and test_card["classes"] == []
     assert [title for title, _ in card["tiles"]] == ["shown", "stored, as it is read"]
     assert len({url for _, url in card["tiles"]}) == 2
+
+
+# Label Studio's export: points in percent of the turned photo, as people draw, times the size of the stored one
+def test_the_check_names_photos_with_their_size_as_stored_and_shows_them_both_ways(data, load, capsys, monkeypatch):
+    stored = np.zeros((8, 16, 3), np.uint8)
+    stored[:4, :8] = 255  # shown, it is above on the right
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    Image.fromarray(stored).save(data / "batch_01/0011.png", exif=tags)
+    edit(data / "train.json", lambda coco: coco["images"][0].update(width=16, height=8))
+    edit(data / "train.json", lambda coco: coco["annotations"][0].update(segmentation=[[8, 0, 16, 0, 16, 4, 8, 4]]))
+    sets = load(data)
+    assert np.array_equal(sets[0].image(0), stored)  # as its size says
+    train.warn_of_photos(*sets)
+    out = capsys.readouterr().out
+    assert "1 photo(s) are turned by EXIF, but have the size of the stored pixels" in out
+    assert out.endswith("the masks fit the turned one: batch_01/0011.png\n")
+    monkeypatch.setattr(train, "tile_url", lambda tile: tile)
+    card, = train.turned_photos(*sets)
+    assert [title for title, _ in card["tiles"]] == ["shown", "stored, as it is read"]
+    white = [np.argwhere((tile > 40).all(2)) for _, tile in card["tiles"]]  # under the mask or not
+    assert [[*corners.min(0), *corners.max(0)] for corners in white] == [[0, 128, 127, 255], [0, 0, 127, 127]]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_xmp_turns_nothing(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="3"/></x:xmpmeta>'
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    write_photo(tmp_path / "b.png", 16, 16, 0)
+    Image.open(tmp_path / "b.png").save(path, **({"pnginfo": info} if ending == "png" else {"xmp": xmp}))
+    with Image.open(path) as photo:
+        pixels = np.array(photo.convert("RGB"))
+        assert photo.getexif()[0x0112] == 3  # Pillow takes it
+    assert np.array_equal(common.read_image(path, 16, 16), pixels)
+    assert common.check_image(path, 16, 16)["turn"] == ""
 
 
 @pytest.mark.parametrize("colours", [1, 3, 4])
@@ -562,7 +603,8 @@ def test_sixteen_bits_that_hold_fewer_are_refused_with_the_cure(tmp_path, bits, 
     cv2.imwrite(str(path), ramp if colours == 1 else np.dstack([ramp, ramp, ramp, opaque][:colours]))
     if bits == 16:
         assert np.array_equal(common.read_image(path, 16, 16)[..., 1], ramp >> 8)
-        assert common.check_image(path, 16, 16) == {"turn": "", "low_contrast": False}
+        facts = common.check_image(path, 16, 16)
+        assert facts["turn"] == "" and not facts["low_contrast"]
         return
     for read in (common.read_image, common.check_image):
         with pytest.raises(OSError, match=f"no value above {2 ** bits - 1}, .*convert it to 8 bits"):
@@ -576,18 +618,33 @@ def test_whole_numbers_beyond_sixteen_bits_are_refused(tmp_path):
             common.read_image(tmp_path / "a.tif", 16, 16)
 
 
-def test_twelve_bits_with_a_stuck_pixel_are_taken_for_flat(tmp_path):
+@pytest.mark.parametrize("burnt_in", [np.s_[3, 3], np.s_[18:19, 4:16]])
+def test_twelve_bits_with_a_stuck_pixel_or_a_scale_bar_show_next_to_nothing(tmp_path, burnt_in):
     ramp = np.linspace(0, 4095, 400).astype(np.uint16).reshape(20, 20)
-    ramp[3, 3] = 0xFFFF
+    ramp[burnt_in] = 0xFFFF
     cv2.imwrite(str(tmp_path / "a.png"), ramp)
     assert common.check_image(tmp_path / "a.png", 20, 20)["low_contrast"]
+    write_photo(tmp_path / "b.png", 20, 20, 0)
+    night = Image.fromarray(np.array(Image.open(tmp_path / "b.png")) // 8)  # 8 bits may be as dark
+    night.save(tmp_path / "b.png")
+    assert not common.check_image(tmp_path / "b.png", 20, 20)["low_contrast"]
+
+
+def test_sixteen_bits_with_0_as_white_are_refused(tmp_path):
+    ramp = np.linspace(0, 0xFFFF, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    for read in (common.read_image, common.check_image):
+        with pytest.raises(OSError, match="0 as white: convert it to 8 bits"):
+            read(tmp_path / "a.tif", 16, 16)
+    Image.fromarray((ramp >> 8).astype(np.uint8)).save(tmp_path / "b.tif", tiffinfo={262: 0})
+    assert np.array_equal(common.read_image(tmp_path / "b.tif", 16, 16)[..., 0], ramp >> 8)  # Pillow knows of 8 bits
 
 
 def test_the_check_names_photos_that_show_next_to_nothing(data, load, capsys):
     Image.new("RGB", (8, 8), (0, 0, 9)).save(data / "batch_01/9000.png")
     train.warn_of_photos(*load(data))
     out = capsys.readouterr().out
-    assert "1 photo(s) are nearly of one grey: batch_01/9000.png: look at them" in out
+    assert "1 photo(s) show next to nothing" in out and out.endswith("whole range: batch_01/9000.png\n")
 
 
 def test_photo_of_another_size_is_refused_naming_both_sizes(tmp_path):
@@ -783,8 +840,7 @@ def test_identical_photos_and_group_keys_link_over_any_number_of_steps(tmp_path,
 
 @given(st.lists(st.tuples(st.sampled_from([None, "a", "b", "c", "d"]), st.sampled_from("pqrstuvw")), max_size=9))
 def test_groups_are_the_connected_parts(photos):
-    groups = common.merge_groups([{"id": i, "group": group} for i, (group, _) in enumerate(photos)],
-                                 [digest for _, digest in photos])
+    groups = common.merge_groups([{"group": group, "content": content} for group, content in photos])
     linked = np.array([[a[1] == b[1] or (a[0] is not None and a[0] == b[0]) for b in photos] for a in photos], bool)
     for _ in photos:
         linked = linked @ linked
@@ -1003,6 +1059,13 @@ def same_photo(name, category):
     return change
 
 
+def two_channels(train, test, data):
+    path = data / "batch_01/0011.tif"
+    Image.new("LA", (8, 8)).save(path)
+    path.write_bytes(path.read_bytes().replace(b"\x52\x01\x03\0", b"\x52\x81\x03\0"))  # no alpha any more
+    train["images"][0]["file_name"] = "batch_01/0011.tif"
+
+
 def photo_of_itself(train, test, data):
     (data / "batch_01/0011.png").unlink()
     (data / "batch_01/0011.png").symlink_to("0011.png")
@@ -1067,7 +1130,8 @@ FAULTS = {
     "photo with fractions": (photo(lambda path: Image.new("F", (8, 8), 0.5).save(path, format="tiff")),
                              (*PHOTO, "fractions")),
     "photo linked to nothing": (broken_link, (*PHOTO, "is missing")),
-    "photo in AVIF": (starts_with(b"\0\0\0\x1cftypavif"), (*PHOTO, "is no JPEG, PNG, ", "'ftypavif", "convert")),
+    "photo in AVIF": (starts_with(b"\0\0\0\x1cftypavif"), (*PHOTO, "can't be read as JPEG, ", "'ftypavif")),
+    "photo of two channels": (two_channels, ("image 11", "can't be read as JPEG, ", "'II*'", "of 8 bits")),
     "photo in HEIC": (starts_with(b"\0\0\0\x18ftypheic"), (*PHOTO, "'ftypheic", "convert it to JPEG or PNG")),
     "photo is a web page": (photo(lambda path: path.write_text("<!DOCTYPE html>")), (*PHOTO, "'<!DOCTYPE html>'")),
     **{f"photo listed again as {name} with other objects": (
@@ -1110,17 +1174,21 @@ FAULTS = {
     "category id twice": (category(id=1), ("train.json: category 1 (Metal)", "another of the categories")),
     "category without name": (category(name=None), ("train.json: category 0 (None)", "no name")),
     "category name of spaces": (category(name=" \u200b\u3164"), ("train.json: category 0 (", "no name")),
-    "category id a string": (category(id="0"), ("train.json: category 0 (Paper) has no whole number",)),
+    "category id a string": (category(id="0"), ("train.json: category '0' (Paper) has no whole number",)),
+    "category of an annotation a string": (annotation(category_id="0"), (*OBJECT, "the unknown category '0'")),
+    "image of an annotation a string": (annotation(image_id="11"), ("is of image '11', which is not in images",)),
     **{f"category name {ascii(name)}": (category(name=name), ("category 1 (Metal) has the name of category 0",))
-       for name in ("Metal", "metal", " Metal ", "Me\u200btal", "Metal\ufe0f", "\u202eMetal", "\uff2detal", "Met al")},
+       for name in ("Metal", "metal", " Metal ", "Me\u200btal", "Metal\ufe0f", "Metal\U000e0100", "\u202eMetal",
+                    "\uff2detal", "Met al")},
     "category names alike in the first 100 characters": (
         lambda train, test, data: [c.update(name=100 * "a" + str(c["id"])) for c in train["categories"]],
         ("has the name of category 0", "first 100")),
     **{f"category named {ascii(name)}": (category(name=name), ("train.json: category 0 (", "is the background"))
-       for name in ("Background", "background", "_background_", "Background ", "BACK-GROUND", "back\u200bground")},
+       for name in ("Background", "background", "_background_", "Background ", "BACK-GROUND", "back\u200bground", "BG",
+                    "__ignore__", "Void", "unlabeled")},
     "other categories in test": (lambda train, test, data: test["categories"].pop(), ("train.json", "test.json")),
-    "other names in test": (lambda train, test, data: test["categories"][0].update(name="Glass"),
-                            ("train.json", "test.json")),
+    "other names in test": (lambda train, test, data: test["categories"][0].update(name="Papi\u00e9r"),
+                            ("train.json and test.json have", "of id 0 the name is 'Paper' and 'Papi\\xe9r'")),
     "no annotations": (lambda train, test, data: train["annotations"].clear(), ("train.json", "no annotations")),
     "annotation not an object": (lambda train, test, data: train["annotations"].append([]),
                                  ("train.json", "annotations[2]")),
@@ -1180,7 +1248,9 @@ def test_fault_is_named(data, load, fault):
     assert [word for word in words if word not in text] == []
 
 
-@pytest.mark.parametrize("names", [("Paper", "Paper pack"), ("C", "C++"), ("a1", "a2"), ("Back", "Ground")])
+@pytest.mark.parametrize("names", [
+    ("Paper", "Paper pack"), ("C", "C++"), ("a1", "a2"), ("Back", "Ground"), ("Unlabeled litter", "Voids"),
+    ("Background 1", "Background 2")])
 def test_names_that_differ_are_no_fault(data, load, names):
     def rename(train, test, data):
         for category in [*train["categories"], *test["categories"]]:
@@ -1218,6 +1288,42 @@ def test_a_link_to_nothing_is_no_other_spelling_of_its_own_name(data, load):
 def test_one_photo_twice_with_one_mask_is_no_fault(data, load, name):
     train = load(with_faults(data, same_photo(name, 0)))[0]
     assert train.ids == [11, 12, 13] and train.groups[0] == train.groups[2] != train.groups[1]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_a_photo_with_the_pixels_of_another_in_other_bytes_is_the_same(data, load, ending):
+    photo, twin = (data / f"batch_01/{name}.{ending}" for name in ("0011", "copy"))
+    write_photo(photo, 8, 8, 0)
+    if ending == "png":  # saved again, with less effort
+        Image.open(photo).save(twin, compress_level=0)
+    else:  # with a comment
+        twin.write_bytes(photo.read_bytes()[:2] + b"\xff\xfe\0\x05abc" + photo.read_bytes()[2:])
+    assert photo.read_bytes() != twin.read_bytes()
+    edit(data / "train.json", lambda coco: coco["images"][0].update(file_name=f"batch_01/0011.{ending}"))
+    unlike = with_faults(data, same_photo(f"batch_01/copy.{ending}", 1))
+    assert f"image 13 (batch_01/copy.{ending}) is the same photo as image 11" in refusal(load, unlike)
+    edit(data / "train.json", lambda coco: coco["annotations"][2].update(category_id=0))
+    groups = load(data)[0].groups
+    assert groups[0] == groups[2] != groups[1]
+
+
+def test_the_check_names_test_photos_that_are_training_photos(data, load, capsys):
+    shutil.copy(data / "batch_01/0011.png", data / "batch_01/9000.png")
+    edit(data / "test.json", lambda coco: coco["images"][0].update(width=8, height=8))
+    train.warn_of_photos(*load(data))
+    assert capsys.readouterr().out == "warning: 1 photo(s) of the test are training photos too: batch_01/9000.png\n"
+
+
+def test_roboflows_versions_of_a_photo_are_a_group(tmp_path, load):
+    names = [f"images/{name}_jpg.rf.{version}.png" for name in "ab" for version in ("0f3a", "77c1")]
+    data = write_coco(tmp_path / "data", [(i, 8, 8) for i in range(5)], [(i, 0, TRIANGLE) for i in range(5)])
+    (data / "images").mkdir()
+    for i, name in enumerate(names):
+        (data / f"batch_01/{i:04}.png").rename(data / name)
+        edit(data / "train.json", lambda coco, i=i, name=name: coco["images"][i].update(file_name=name))
+    edit(data / "train.json", lambda coco: coco["images"][3].update(group="mine"))
+    groups = load(data)[0].groups
+    assert groups[0] == groups[1] and len(set(groups)) == 4
 
 
 def test_two_test_images_of_one_file_are_no_fault(three, load):
@@ -1503,7 +1609,7 @@ def three(tmp_path):
 
 BROKEN = {
     "missing": (os.unlink, "is missing"),
-    "empty": (lambda path: path.write_bytes(b""), "is no JPEG"),
+    "empty": (lambda path: path.write_bytes(b""), "can't be read as JPEG"),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:150]), "truncated"),
     "of another size": (lambda path: write_photo(path, 8, 9, 0), "is 9x8, the JSON says 8x8"),
     "a bomb": (bomb, "400000000 pixels")}
@@ -1563,7 +1669,7 @@ def test_a_photo_that_breaks_after_the_check_is_named_in_one_line(three, load, c
     for split, name in zip(sets, ("0011", "0070"), strict=True):
         (three / f"batch_01/{name}.png").write_bytes(b"")
         line = error_line(lambda split=split: split.image(0), capsys)
-        start = f"image {int(name)} (batch_01/{name}.png) has changed: is no JPEG, "
+        start = f"image {int(name)} (batch_01/{name}.png) has changed: can't be read as JPEG, "
         assert line.startswith(start) and line.endswith("; run the same again")
 
 

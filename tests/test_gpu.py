@@ -298,7 +298,7 @@ def test_a_gpu_that_torch_was_not_built_for_ends_in_one_line_that_names_it(monke
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\n"
                            "CUDA kernel errors might be asynchronously reported at some other API call\n")
     monkeypatch.setattr(common, "run_kernel", fail)
-    common.idle_gpu.cache_clear()
+    common.claim_device.cache_clear(), common.idle_gpu.cache_clear()
     with pytest.raises(UserError) as end:
         common.claim_device("cuda:0")
     said = str(end.value)
@@ -416,11 +416,11 @@ def nccl(monkeypatch):
         monkeypatch.setenv(name, str(value))
     for module in (common, train):
         monkeypatch.setattr(module, "ranks", lambda: (0, 2))
-    common.idle_gpu.cache_clear()
+    common.claim_device.cache_clear(), common.idle_gpu.cache_clear()
     assert common.claim_device("auto") == GPU
     yield
     torch.distributed.destroy_process_group()
-    common.idle_gpu.cache_clear()
+    common.claim_device.cache_clear(), common.idle_gpu.cache_clear()
 
 
 def test_a_step_over_nccl_is_one_without(begin, splits, monkeypatch, request):

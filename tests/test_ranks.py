@@ -282,6 +282,12 @@ def test_one_training_image_is_enough_for_two_ranks(run_ranks, argv, tmp_path):
     assert_ranks_agree(tmp_path)
 
 
+def test_ranks_with_other_numbers_of_images_split_their_batches_into_as_many_parts(run_ranks, argv, tmp_path):
+    line = argv(tmp_path / "exp", "--epochs", 1, "--batch", 7, "--accumulate", 2)  # 4 and 3 images
+    assert run_ranks(2, "train_rank", tmp_path, argv=line) == [0, 0], errors(tmp_path)
+    assert_ranks_agree(tmp_path)
+
+
 def test_weights_that_the_logits_do_not_depend_on_stop_no_rank(run_ranks, argv, tmp_path):
     line = argv(tmp_path / "exp", "--epochs", 1, model="fpn/efficientnet-b0")
     assert run_ranks(2, "train_rank", tmp_path, argv=line) == [0, 0], errors(tmp_path)
