@@ -1357,7 +1357,6 @@ def test_a_float_too_large_to_be_exact_is_no_id(data, load):
 
 
 def test_old_opencv_is_no_fault_of_the_photo(data, load, monkeypatch):
-    cut_jpeg({"images": [{}]}, None, data)
     write_photo(data / "batch_01/0011.jpg", 8, 8, seed=11)
     train = load(with_faults(data, image(file_name="batch_01/0011.jpg")))[0]
     monkeypatch.delattr(cv2, "IMREAD_COLOR_RGB")
