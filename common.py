@@ -51,7 +51,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import accumulate, count, cycle, product
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from textwrap import shorten
 from urllib.parse import unquote
@@ -91,6 +91,7 @@ class Split:
     """
     root: Path
     classes: list  # names by class id
+    category_ids: list  # of the JSON, by class id from 1
     ids: list
     file_names: list
     sizes: list  # (height, width)
@@ -195,6 +196,9 @@ def load_data(data, cache, paint="area", orientation="shown", unused="keep", dec
     check_output(data, cache)
     paths = data_files(data)
     settings = {"paint": paint, "orientation": orientation, "unused": unused}
+    for name, (values, _) in DATA_OPTIONS.items():
+        if settings[name] not in values:
+            raise UserError(f"{name} is {settings[name]!r}, it must be {' or '.join(values)}")
     folder = cache_folder(cache, paths, settings, hashes)
     splits = open_cache(folder, data, hashes)
     if splits is None or (decoded and splits[0].photos is None):
@@ -495,10 +499,11 @@ def build_cache(folder, paths, settings, hashes):
         if not faults:
             faults += conflicting_duplicates(train)
         raise_faults(faults, train, test)
-    classes = [BACKGROUND, *categories.values()]
+    shared = {"classes": [BACKGROUND, *categories.values()], "category_ids": list(categories),
+              "dropped": dropped, "orientation": settings["orientation"]}
     index = {}
     for split, photos, path in (("train", train, paths[0]), ("test", test, paths[1])):
-        index[split] = index_entry(photos, classes, hashes(path), settings) | {"dropped": dropped}
+        index[split] = index_entry(photos, hashes(path), settings) | shared
     write_json(folder / "index.json", index)
     write_checksums(folder, hashes)
     return open_cache(folder, root, hashes)
@@ -523,14 +528,18 @@ def check_photos(photos, check, hashes):
         with without_main(), ProcessPoolExecutor(**pool_options) as pool:
             results = pool.map(check, photos, chunksize=8)
             results = tqdm(results, "checking photos", len(photos), disable=None)
-            for photo, facts in zip(photos, results, strict=True):
-                key = facts.pop("key")
-                if key:
-                    hashes.remember(key, facts["digest"])
-                photo.update(facts)
+            try:
+                for photo, facts in zip(photos, results, strict=True):
+                    key = facts.pop("key")
+                    if key:
+                        hashes.remember(key, facts["digest"])
+                    photo.update(facts)
+            except BaseException:
+                kill_children()  # else the pool would wait for those that are stuck
+                raise
     except BrokenExecutor:
-        message = "a process died while it checked the photos: out of memory, or killed"
-        raise UserError(message) from None
+        raise UserError("a process died while it checked the photos: out of memory, or killed; run "
+                        "the same again, with more memory") from None
 
 
 def check_photo(root, settings, n_classes, masks, photo):
@@ -610,14 +619,12 @@ def raise_faults(faults, train, test):
         raise UserError("\n".join([*lines, count_line]))
 
 
-def index_entry(photos, classes, json_hash, settings):
-    """Return the part of index.json for train or test: the fields of a Split but its arrays."""
+def index_entry(photos, json_hash, settings):
+    """Return what index.json says of train or test alone: fields of a Split."""
     entry = {}
     for field, key in PHOTO_KEYS.items():
         entry[field] = [photo[key] for photo in photos if key in photo]
     entry["groups"] = merge_groups(photos)
-    entry["classes"] = classes
-    entry["orientation"] = settings["orientation"]
     entry["fingerprint"] = fingerprint(json_hash, settings, entry["digests"])
     return entry
 
@@ -712,7 +719,7 @@ def read_folds(path, ids, n_folds):
     Return (None, what is wrong) if the file is of other images or of another number of folds. It
     may have been edited by hand: blanks, empty lines, the order of lines and columns besides
     image_id and fold don't matter. Raises UserError if a fold is no number, if an image is listed
-    twice or if the numbers of the folds leave one out.
+    twice, if ids were changed, or if the numbers of the folds leave one out.
     """
     fold_of_image = {}
     for line, row in read_rows(path, ("image_id", "fold")):
@@ -721,9 +728,16 @@ def read_folds(path, ids, n_folds):
             raise UserError(f"{path} line {line}: image {clean(image_id)} is listed twice")
         if not re.fullmatch("[0-9]{1,9}", text):
             raise UserError(f"{path} line {line}: the fold of image {clean(image_id)} is "
-                            f"{clean(text)!r}, no number")
+                            f"{quoted(text)}, no number")
         fold_of_image[image_id] = int(text)
-    if fold_of_image.keys() != {str(image_id) for image_id in ids}:
+    wanted = set(map(str, ids))
+    if foreign := fold_of_image.keys() - wanted:
+        missing = wanted - fold_of_image.keys()
+        if len(foreign) == len(missing) < len(ids) / 2:  # an edit by hand, and not other data
+            raise UserError(f"{path}: image {clean(min(foreign))} is not in DATA and image "
+                            f"{min(missing)} not in this file: mend it, or remove it to have it "
+                            "made anew")
+    if fold_of_image.keys() != wanted:
         return None, "lists other images than DATA"
     numbers = sorted(set(fold_of_image.values()))
     if numbers != list(range(len(numbers))):
@@ -769,9 +783,10 @@ RLE_DIGITS = {ord("0") + i: "0123456789abcdefghijklmnopqrstuv"[i % 32] for i in 
 def used_categories(path):
     """Return the set of the category ids of a COCO file's annotations, as far as it is sound."""
     coco = read_json(path)
-    if not has_kinds(coco, {"annotations": [dict]}):
+    if not has_kinds(coco, {"annotations": list}):
         return set()  # read_coco lists what is wrong
-    ids = [whole(annotation.get("category_id")) for annotation in coco["annotations"]]
+    annotations = [each for each in coco["annotations"] if isinstance(each, dict)]
+    ids = [whole(annotation.get("category_id")) for annotation in annotations]
     return {category for category in ids if type(category) is int}
 
 
@@ -1179,7 +1194,7 @@ def open_photo(path):
     from PIL import Image, UnidentifiedImageError
     try:
         if not os.path.isfile(path):
-            raise ValueError("is missing")
+            raise ValueError("is no file" if os.path.exists(path) else "is missing")
         with warnings.catch_warnings(action="ignore"):  # of damaged EXIF, without a name
             photo = Image.open(path, formats=PHOTO_FORMATS)
         with photo:
@@ -1193,11 +1208,12 @@ def open_photo(path):
     except UnidentifiedImageError:
         with open(path, "rb") as f:  # HEIC has "ftypheic", AVIF "ftypavif", a web page "<!DOCTYPE"
             start = "".join(filter(str.isprintable, f.read(40).decode("ascii", "ignore")))
-        reason = (f"can't be read as {', '.join(PHOTO_FORMATS)}, it begins with {start!r}: convert "
-                  "it to JPEG or PNG of 8 bits")
+        reason = (f"can't be read as {', '.join(PHOTO_FORMATS)}, it begins with {start!r}: make it "
+                  "a JPEG or PNG of 8 bits")
         raise OSError(None, reason, str(path)) from None
     except Exception as e:  # decoders raise many types on damaged files
-        raise OSError(None, clean(str(e) or type(e).__name__), str(path)) from None
+        reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
+        raise OSError(None, clean(reason), str(path)) from None
 
 
 def choose_orientation(photo, height, width, orientation):
@@ -2000,8 +2016,7 @@ def load_model(path):
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; give its model.pt, or an epoch-*.pt")
     checkpoint = load_checkpoint(path)
-    expected = {*DESCRIBED, "model", "classes", "valid_ids", "v3"}
-    if not isinstance(checkpoint, dict) or not expected <= checkpoint.keys():
+    if not has_kinds(checkpoint, MODEL_KINDS):
         raise UserError(f"{path}: not a model.pt of train.py")
     name, classes = checkpoint["recipe"]["model"], checkpoint["classes"]
     model = build_model(name, len(classes))
@@ -2017,7 +2032,8 @@ def load_model(path):
 def predict_photo(trained, image, tta="flip", tta_scales=(1.0,)):
     """Return probs float32 [C, H, W] of one RGB photo uint8 [H, W, 3] of any size, as numpy.
 
-    trained: of load_model; move trained.model to a GPU to predict there. tta: as in infer.py.
+    trained: of load_model; move trained.model to a GPU to predict there. tta, tta_scales: as in
+    infer.py. Raises UserError for arguments of other kinds, and for scales that the model can't do.
     """
     import torch
     from torch.nn.functional import interpolate
@@ -2025,6 +2041,8 @@ def predict_photo(trained, image, tta="flip", tta_scales=(1.0,)):
     if not isinstance(trained, TrainedModel):
         raise UserError(f"a model must be what load_model returns, not {type(trained).__name__}")
     recipe, device = trained.recipe, next(trained.model.parameters()).device
+    if tuple(tta_scales) != (1,):
+        try_sides(trained.model, recipe["model"], tta_sides(recipe["scale"], tta_scales))
     resized = resize_image(image, recipe["scale"])
     images = normalise(torch.from_numpy(resized)[None].to(device), recipe["mean"], recipe["std"])
     probs = predict_probs([trained.model], images, tta_views(tta), tta_scales)
@@ -2062,6 +2080,7 @@ def open_store(path, hashes):
     """
     info, npy = read_json(path), path.with_suffix(".npy")
     try:
+        hashes.key(npy)  # raises OSError if it is no file
         probs = np.load(npy, mmap_mode="r")
         kinds = DESCRIPTION_KINDS | STORE_KINDS
         if wrong := [key for key in kinds if not has_kinds(info, {key: kinds[key]})]:
@@ -2073,6 +2092,7 @@ def open_store(path, hashes):
         raise UserError(f"{path} is of uint8 {shape}, its .npy of {probs.dtype} {probs.shape}: run "
                         "infer.py again")
     if hashes(npy) != info["files"].get(npy.name):
+        hashes.save()  # then make knows of it, which reads no store
         raise UserError(f"{path}: the .npy has another checksum, damaged or of another store: run "
                         "infer.py again")
     check_place(path, info)
@@ -2140,7 +2160,7 @@ def read_index(folder):
             raise UserError(f"{path} line {line}: keep is {clean(wrong[0])}; it must be 0 or 1, or "
                             "empty for the rule's")
         if not re.fullmatch("[0-9 ]{0,999}", row["classes"]):
-            raise UserError(f"{path} line {line}: classes are {clean(row['classes'])!r}, not ids "
+            raise UserError(f"{path} line {line}: classes are {quoted(row['classes'])}, not ids "
                             "with blanks between; run make pseudo again")
         if image_id in rows:
             raise UserError(f"{path} line {line}: image {clean(image_id)} is listed twice")
@@ -2248,12 +2268,11 @@ def write_coco(path, test_json, split, masks):
     """Write masks as COCO JSON: pairs (position in `split`, uint8 [SUBMIT_SIZE, SUBMIT_SIZE]).
 
     Each class in a photo becomes one object, an RLE of the photo's size; images and categories are
-    those of `test_json`.
+    those of `test_json`, without the categories that are no classes.
     """
     import cv2
     from pycocotools import mask as coco_mask
     coco, objects = read_json(test_json), []
-    category_ids = sorted(category["id"] for category in coco["categories"])
     for i, mask in masks:
         height, width = split.sizes[i]
         large = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
@@ -2261,11 +2280,12 @@ def write_coco(path, test_json, split, masks):
             rle = coco_mask.encode(np.asfortranarray(large == class_id))
             objects.append({
                 "id": len(objects) + 1, "image_id": split.ids[i],
-                "category_id": category_ids[class_id - 1],
+                "category_id": split.category_ids[class_id - 1],
                 "segmentation": rle | {"counts": rle["counts"].decode()}, "iscrowd": 1,
                 "area": int(coco_mask.area(rle)), "bbox": coco_mask.toBbox(rle).tolist()})
-    write_json(path, {"images": coco["images"], "categories": coco["categories"],
-                      "annotations": objects})
+    categories = [category for category in coco["categories"]
+                  if category["id"] in split.category_ids]
+    write_json(path, {"images": coco["images"], "categories": categories, "annotations": objects})
 
 
 # ---- what made it --------------------------------------------------------------------------------
@@ -2303,30 +2323,32 @@ STEPS = {
 # These names show, keep and guard results and decide none. The search for code stops at the names
 # in a file's BESIDE, so an edit of them, or of what only they use, makes nothing stale.
 BESIDE = {
-    "DATA_OPTIONS", "DESCRIBED", "Hashes", "Help", "LABEL_FILES", "LINEAGE", "Parser", "RUN_PLACE",
-    "STORE_KINDS", "UserError", "accepted_code", "atomic_write", "batch_bytes", "begin_worker",
-    "cache_folder", "category_fault", "changes", "check_device", "check_files", "check_labels",
-    "check_output", "check_place", "check_shared_memory", "check_space", "check_unchanged",
-    "claim_device", "clean", "code_changes", "code_hashes", "code_of", "code_question",
-    "code_state", "conflicting_duplicates", "data_files", "data_options", "decide",
-    "different_keys", "file_hash", "fingerprint", "folds_hash", "git_commit", "gpu_of_rank",
-    "has_kinds", "idle_gpu", "keep_code", "label_settings", "labels_code", "labels_hash",
-    "labels_recipe", "library_versions", "load_folds", "loader_options", "loader_workers", "lock",
-    "matches_checksum", "move_aside", "move_mark", "name_alternatives", "name_fault", "named",
-    "number", "overlay", "project_files", "provenance", "quoted", "raise_faults", "read_csv",
-    "read_description", "read_folds", "read_index_json", "read_json", "read_own_json", "read_rows",
-    "recipe_changes", "run_code", "run_folder", "run_recipe", "run_script", "settings_of",
-    "short_hash", "spelling", "store_code", "store_id", "store_recipe", "tune_process",
-    "version_changes", "whole_manifest", "write_checksums", "write_csv", "write_description",
-    "write_json", "write_page", "write_sheet"}
+    "DATA_OPTIONS", "DESCRIBED", "GPU_MEMORY_WORDS", "Hashes", "Help", "LABEL_FILES", "LINEAGE",
+    "Parser", "RUN_PLACE", "STORE_KINDS", "UserError", "accepted_code", "atomic_write",
+    "batch_bytes", "begin_worker", "cache_folder", "category_fault", "changes", "check_device",
+    "check_files", "check_labels", "check_output", "check_place", "check_shared_memory",
+    "check_space", "check_unchanged", "claim_device", "clean", "code_changes", "code_hashes",
+    "code_of", "code_question", "code_state", "conflicting_duplicates", "data_files",
+    "data_options", "decide", "different_keys", "file_hash", "fingerprint", "folds_hash",
+    "git_commit", "gpu_of_rank", "has_kinds", "idle_gpu", "keep_code", "kill_children",
+    "label_settings", "labels_code", "labels_hash", "labels_recipe", "library_versions",
+    "load_folds", "loader_options", "loader_workers", "lock", "matches_checksum", "move_aside",
+    "move_mark", "name_alternatives", "name_fault", "named", "number", "overlay", "project_files",
+    "provenance", "quoted", "raise_faults", "read_description", "read_folds", "read_index_json",
+    "read_json", "read_own_json", "read_rows", "recipe_changes", "run_code", "run_folder",
+    "run_recipe", "run_script", "settings_of", "short_hash", "signals_later", "spelling",
+    "store_code", "store_id", "store_recipe", "tune_process", "version_changes", "whole_manifest",
+    "write_checksums", "write_csv", "write_description", "write_json", "write_page", "write_sheet"}
 DERIVED = ("mean", "std")  # keys of a recipe that follow from its other keys
 VERSIONS = ("torch", "timm", "segmentation-models-pytorch", "albumentations")  # only shown
 
 # what provenance returns, in its order; see has_kinds
 DESCRIBED = {"recipe": dict, "code": dict, "state": str, "commit": str, "versions": dict,
              "kept_under": [{"code": dict, "state": str}]}
-# what the JSON holds that describes an artefact, as write_description writes it
+# what the JSON that write_description writes holds, and what model.pt holds
 DESCRIPTION_KINDS = DESCRIBED | {"files": {str: str}}
+MODEL_KINDS = DESCRIBED | {"recipe": {"model": str, "scale": int}, "model": dict, "classes": [str],
+                           "valid_ids": [int], "epoch": int, "v3": float}
 
 
 @cache
@@ -2676,6 +2698,8 @@ def read_own_json(path, kinds):
 
     It is for files that the project has written and makes anew if they aren't right.
     """
+    if not path.is_file():
+        return None
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -2877,8 +2901,14 @@ def read_json(path):
 
 
 def check_size(path, kind):
-    """Raise UserError if a file of JSON or CSV would not fit in the memory when it is parsed."""
-    size = os.path.getsize(path)
+    """Raise UserError if a file of JSON or CSV would not fit in the memory when it is parsed.
+
+    Raises OSError if it is no file, but a pipe, say, which would be waited for.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(None, "is no file", str(path))
+    size = status.st_size
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size * 40 > memory:  # the parsed values take up to 35 times as much as the text
         raise UserError(f"{path}: {size} bytes of {kind} are too many for {memory} bytes of memory")
@@ -2890,11 +2920,6 @@ def write_csv(path, rows):
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-
-
-def read_csv(path, columns):
-    """Return the rows of a CSV as dicts of strings; read_rows says what of."""
-    return [row for _, row in read_rows(path, columns)]
 
 
 def read_rows(path, columns):
@@ -2922,6 +2947,17 @@ def read_rows(path, columns):
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)} in its first line")
     return rows
+
+
+def as_number(text, where):
+    """Return a cell of a CSV as a finite float; raise UserError, which says `where`, for others."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{where} is {quoted(text)}, no number: mend or remove the file")
+    return value
 
 
 def write_npy_header(f, shape):
@@ -2960,12 +2996,12 @@ def load_checkpoint(path):
     No code in the file is run. Raises UserError if the file is missing, damaged or no checkpoint.
     """
     import torch
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such checkpoint")
     try:
         if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"the checksum of {part} in it is wrong")  # torch checks none
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
     except Exception as e:  # torch raises many types on a damaged or foreign file
         reason = (str(e) or type(e).__name__).splitlines()[0]
         text = f"{path}: not a checkpoint that can be loaded safely: {reason}"
@@ -2998,7 +3034,7 @@ class Hashes:
 
     def __init__(self, cache):
         self.path, self.known, self.new = Path(cache) / "hashes.txt", {}, []
-        if not self.path.exists():
+        if not self.path.is_file():
             return
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             check, _, entry = line.partition(" ")
@@ -3066,25 +3102,39 @@ def lock(folder, wait=False, name=".lock"):
     When the process dies the kernel releases the lock. If another process holds it, this one waits
     if `wait` is True and says for whom, else UserError names the holder.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "a+", opener=open_no_link) as f:
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", opener=open_no_link) as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            f.seek(0)
-            holder = f.read().strip() or "another process"
-            held = folder / name.removesuffix(".lock").lstrip(".")
-            if not wait:
-                raise UserError(f"{held} is in use by {holder}: wait for it or stop it") from None
-            print(f"waiting for {holder}, which works on {held}", flush=True)
-            fcntl.flock(f, fcntl.LOCK_EX)
-        f.truncate(0)
-        f.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        f.flush()
+            take_lock(f, path, wait)
+        except OSError as e:
+            raise UserError(f"{path}: can't be locked: {e.strerror or e}; is the disk full, or of "
+                            "a kind without locks? Choose another place") from None
         # else the loader processes of a killed run would keep the lock for seconds
         os.register_at_fork(after_in_child=f.close)
         yield
+
+
+def take_lock(f, path, wait):
+    """Lock the open file of `path` and write this process into it; see `lock`."""
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        f.seek(0)
+        holder = f.read().strip() or "another process"
+        held = path.parent / path.name.removesuffix(".lock").lstrip(".")
+        if not wait:
+            raise UserError(f"{held} is in use by {holder}: wait for it or stop it") from None
+        print(f"waiting for {holder}, which works on {held}", flush=True)
+        fcntl.flock(f, fcntl.LOCK_EX)
+    f.truncate(0)
+    f.write(f"{this_process()}\n")
+    f.flush()
+
+
+def this_process():
+    """Return the words for this process that stand in the locks that it holds."""
+    return f"pid {os.getpid()} on {socket.gethostname()}"
 
 
 def open_no_link(path, flags):
@@ -3179,6 +3229,7 @@ FAILURES = (
     ("out of memory or of address space",
      ("MemoryError", "failed to map segment", "Cannot allocate memory", "can't allocate memory",
       "can't start new thread"), "raise the limit (ulimit -v) or free some"),
+    ("nobody reads what is printed", ("BrokenPipeError",), "run it without head or the like"),
     ("too many open files", ("Too many open files",),
      "raise the limit (ulimit -n) or lower --workers"),
     ("no place for temporary files", ("No usable temporary directory", "AF_UNIX path too long"),
@@ -3212,14 +3263,14 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high=math.inf, step=None):
     """Return an argparse type: a `kind`, int or float, from `low` to `high`, in steps of `step`.
 
-    NaN and infinity are refused.
+    NaN, infinity and what is nearly 0, which computes as 0 somewhere, are refused.
     """
     steps = f" in steps of {step}" if step else ""
 
     def parse(text):
         value = kind(text)
         in_range = low <= value <= min(high, sys.float_info.max)  # False for NaN
-        if not in_range or step and value % step:
+        if not in_range or 0 < abs(value) < 1e-12 or step and value % step:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}{steps}")
         return value
     parse.__name__ = kind.__name__
@@ -3240,8 +3291,8 @@ def checked(check):
 def run_script(main, args):
     """Run main(args) and turn what stops it into a line on stderr and an exit code.
 
-    A UserError, a file that can't be used, a lost loader process, Ctrl-C and SIGTERM end in a line;
-    anything else is a bug and keeps its traceback. SIGTERM ends main as Ctrl-C does, by a
+    A UserError, a file that can't be used, a lost loader process and the signals ENDING end in a
+    line; anything else is a bug and keeps its traceback. Each signal ends main as Ctrl-C does, by a
     KeyboardInterrupt. The process is tuned first, so torch must not be imported yet.
     """
     tune_process()
@@ -3250,19 +3301,21 @@ def run_script(main, args):
     rank, n_ranks = ranks()
     if n_ranks > 1:
         # a rank has a session of its own: a signal that kills torchrun's group doesn't reach it
-        kill_me_with_parent = 1  # PR_SET_PDEATHSIG in prctl.h
-        ctypes.CDLL(None).prctl(kill_me_with_parent, signal.SIGKILL)
+        end_with_parent()
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open for as long as the process lives
-    signal.signal(signal.SIGTERM, interrupt)
+    received = catch_signals()
     try:
         main(args)
     except (KeyboardInterrupt, Exception) as error:
-        terminated = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-        line, code = stop_reason(error, terminated)
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler tells of each that dies
+        kill_children()
+        line, code = stop_reason(error, received)
         if line is None:
             raise
-        is_interrupted = code in (130, 143)
+        is_interrupted = code in [128 + number for number in ENDING]
         if rank == 0 or not is_interrupted:  # all ranks are interrupted: one line is enough
             with suppress(OSError):  # its reader may be gone
                 print(line, file=sys.stderr)
@@ -3283,27 +3336,61 @@ def reopen_closed_streams():
     sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
-def interrupt(signal_number, _):
-    """Handle a signal as Ctrl-C is handled, and ignore it from now on.
+# Ctrl-C, kill and a closed terminal
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    A second one would stop the cleaning up. run_script knows by this that the first one came.
+
+def catch_signals():
+    """Let each signal of ENDING raise a KeyboardInterrupt; return a list of those that come.
+
+    One that is ignored, as by nohup, stays so. After the first SIGTERM or SIGHUP more are ignored,
+    as they would stop the cleaning up: programs send them to a group and to its processes.
     """
-    signal.signal(signal_number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    received = []
+
+    def interrupt(number, _):
+        if number != signal.SIGINT:
+            signal.signal(number, signal.SIG_IGN)
+        received.append(number)
+        raise KeyboardInterrupt
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    return received
 
 
-def stop_reason(error, terminated):
+@contextmanager
+def signals_later():
+    """Let the signals of ENDING wait for the end of the block, in which processes are forked.
+
+    Python drops a KeyboardInterrupt in the middle of a fork. The new processes never get these
+    signals: they end with this one.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def kill_children():
+    """Kill the worker processes: waiting for one that is stuck would last for ever."""
+    for child in active_children():
+        child.kill()
+
+
+def stop_reason(error, received=()):
     """Return (line, exit code) for an exception that ended a script; (None, 1) for a bug.
 
-    terminated: whether SIGTERM came before, so that a loader or another rank may have ended first
-    and `error` is only what follows from it.
+    received: the signals of ENDING that came before. After SIGTERM or SIGHUP a loader or another
+    rank may have ended first, and `error` is only what follows from it.
     """
     text = own_text(error)
     if isinstance(error, UserError):
         return text, error.code
-    if terminated or isinstance(error, KeyboardInterrupt):
+    if received or isinstance(error, KeyboardInterrupt):
         line = f"{first_line(text) or 'interrupted'}; the same command carries on"
-        return line, 143 if terminated else 130
+        return line, 128 + (received or [signal.SIGINT])[0]
     name = type(error).__name__
     for what, words, cure in FAILURES:
         if any(word in f"{name}: {text}" for word in words):
@@ -3352,15 +3439,22 @@ def tune_process():
 
 
 def begin_worker():
-    """Tune a worker process, and end it when the process that started it dies.
+    """Tune a worker process of a pool, and end it when the process that started the pool dies.
 
-    A killed process can't end its workers, which would wait for ever.
+    A killed process can't end its workers, which would wait for ever. To the kernel their parent is
+    another process, the fork server.
     """
-    def end_with_parent():
+    def end_with_pool():
         parent_process().join()
         os._exit(1)
     tune_process()
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_pool, daemon=True).start()
+
+
+def end_with_parent(*_):
+    """Let the kernel kill this process when the one that forked it dies."""
+    kill_with_parent = 1  # PR_SET_PDEATHSIG in prctl.h
+    ctypes.CDLL(None).prctl(kill_with_parent, signal.SIGKILL)
 
 
 @contextmanager
@@ -3386,11 +3480,12 @@ def ranks():
     """Return (rank of this process, number of processes) under torchrun, (0, 1) without it.
 
     Only rank 0 is to print and write. Some of the variables alone, left behind by another program,
-    are no torchrun: a process would wait for others that never come.
+    or without values, are no torchrun: a process would wait for others that never come.
     """
-    if not os.environ.keys() >= TORCHRUN:
+    if not all(os.environ.get(name) for name in TORCHRUN):
         return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, n_ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    return (int(rank), int(n_ranks)) if f"{rank}{n_ranks}".isdecimal() else (0, 1)
 
 
 @cache  # the processes of torchrun join once
@@ -3501,7 +3596,8 @@ def loader_options(workers, cuda):
     from a slow disk takes far less.
     """
     return {"num_workers": workers, "pin_memory": cuda, "timeout": 300 if workers else 0,
-            "multiprocessing_context": "fork" if workers else None}
+            "multiprocessing_context": "fork" if workers else None,
+            "worker_init_fn": end_with_parent}
 
 
 def batch_bytes(n_images, scale, mask_side):
@@ -3566,6 +3662,7 @@ def overlay(image, mask=None, strength=0.6):
     photo = cv2.resize(as_photo(image), size, interpolation=cv2.INTER_AREA)
     if mask is None:
         return photo
+    mask = np.asarray(mask)
     if mask.ndim != 2 or mask.dtype.kind not in "iu" or not mask.size:
         raise UserError(f"a mask must be class ids [H, W], not {mask.dtype} {list(mask.shape)}")
     if not 0 <= mask.min() <= mask.max() < len(COLOURS):
@@ -3638,7 +3735,9 @@ def figure_urls(plot, height):
     options = {"text.parse_math": False, "font.size": 10}  # a $ in a name begins no formula
     urls = []
     for look in ("default", "dark_background"):
-        with style.context([look, options]), io.BytesIO() as f:
+        # a letter that the font lacks is drawn as a box, for which no warning is needed
+        with warnings.catch_warnings(action="ignore"), style.context([look, options]), \
+                io.BytesIO() as f:
             figure = Figure((5.5, height), layout="constrained")
             plot(figure.subplots())
             figure.savefig(f, format="png", dpi=150, transparent=True)

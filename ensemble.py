@@ -40,17 +40,17 @@ from tqdm import tqdm
 
 from common import (
     BACKGROUND, DERIVED, DESCRIPTION_KINDS, MANIFEST_KINDS, RUN_PLACE, STORE_KINDS, SUBMIT_SIZE,
-    TORCHRUN, Hashes, Help, Parser, UserError, accepted_code, add_data_options, atomic_write,
-    build_model, cache_folder, changes, check_output, check_space, check_unchanged, class_iou,
-    clean, code_hashes, code_of, code_question, code_state, confusion, data_files, data_options,
-    decide, different_keys, draw_bars, draw_heat, figure_urls, fingerprint, folds_hash,
-    foreground_ids, image_miou, keep_code, label_settings, labels_code, labels_hash, labels_recipe,
-    library_versions, load_data, lock, make_folds, move_aside, named, number, open_store, overlay,
-    provenance, pseudo_folder, read_description, read_folds, read_index_json, read_json,
-    read_own_json, read_probs, read_rows, recipe_changes, run_code, run_folder, run_recipe,
-    run_script, scores, settings_of, short_hash, store_code, store_id, store_recipe, tile_url,
-    try_sides, tta_name, tta_sides, version_changes, whole_manifest, whole_numbers, write_coco,
-    write_description, write_json, write_page, write_sheet)
+    TORCHRUN, Hashes, Help, Parser, UserError, accepted_code, add_data_options, as_number,
+    atomic_write, build_model, cache_folder, changes, check_output, check_space, check_unchanged,
+    class_iou, clean, code_hashes, code_of, code_question, code_state, confusion, data_files,
+    data_options, decide, different_keys, draw_bars, draw_heat, figure_urls, fingerprint,
+    folds_hash, foreground_ids, image_miou, keep_code, label_settings, labels_code, labels_hash,
+    labels_recipe, library_versions, load_data, lock, make_folds, move_aside, named, number,
+    open_store, overlay, provenance, pseudo_folder, read_description, read_folds, read_index_json,
+    read_json, read_own_json, read_probs, read_rows, recipe_changes, run_code, run_folder,
+    run_recipe, run_script, scores, settings_of, short_hash, store_code, store_id, store_recipe,
+    tile_url, try_sides, tta_name, tta_sides, version_changes, whole_manifest, whole_numbers,
+    write_coco, write_description, write_json, write_page, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byte first: x86 and ARM
@@ -81,7 +81,7 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     for name, groups, text in (
             ("soft", "data runs mixed scored tables out", "average the probabilities of runs"),
-            ("hard", "data runs out", "count the votes of submissions and runs"),
+            ("hard", "data voted runs out", "count the votes of submissions and runs"),
             ("score", "data runs mixed scored tables", "print out-of-fold scores"),
             ("compare", "data mixed tables pair", "say whether one experiment beats another"),
             ("plan", "data grid", "print what of an experiment is to be made"),
@@ -94,11 +94,12 @@ def parse_args(argv=None):
 
 def shared_options():
     """Return {group: a parser of options that several commands share}."""
-    names = ("data", "runs", "mixed", "scored", "tables", "out", "pair", "grid")
+    names = ("data", "voted", "runs", "mixed", "scored", "tables", "out", "pair", "grid")
     groups = {name: argparse.ArgumentParser(add_help=False) for name in names}
-    data, runs, mixed, scored, tables, out, pair, grid = groups.values()
+    data, voted, runs, mixed, scored, tables, out, pair, grid = groups.values()
     data.add_argument("--data", type=Path, required=True, help="the competition's folder")
     data.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks")
+    add_data_options(voted.add_argument_group("how DATA is read, if no voter is a run"))
     runs.add_argument("runs", type=Path, nargs="+",
                       help="run folders with stores of infer.py; hard: or CSVs")
     runs.add_argument("--weights", type=vote_weights, default="equal", metavar="equal|fit|W,W,...",
@@ -947,7 +948,7 @@ def read_submission(path, names, n_classes):
         rows = csv_rows(f)
         header = b",".join(next(rows, [])).decode("utf-8-sig", errors="replace")
         if [cell.strip() for cell in header.split(",")] != HEADER:
-            yield (f"{path}: the first line is {clean(header[:100])!r}, not {','.join(HEADER)}",
+            yield (f"{path}: the first line is '{clean(header[:100])}', not {','.join(HEADER)}",
                    None)
             return
         for line, (name, row) in enumerate(itertools.zip_longest(names, rows), 2):
@@ -957,7 +958,7 @@ def read_submission(path, names, n_classes):
             if row_name != name or len(row) != 2:
                 text = "missing"
                 if row:
-                    text = f"{clean(row_name[:300])} with {len(row)} column(s)"
+                    text = f"{clean(row_name[:60])} with {len(row)} column(s)"
                 yield (f"{path} line {line}: image {text}, expected {clean(name or 'no more')}",
                        None)
                 continue
@@ -1367,7 +1368,7 @@ def hard(args):
     stores = {path: open_store(path / "test.json", hashes) for path in args.runs if path.is_dir()}
     infos = [info for _, info in stores.values()]
     weights = member_weights(args, args.runs)
-    _, test = load_data(args.data, args.cache, **(data_options(infos[0]) if infos else {}))
+    _, test = load_data(args.data, args.cache, **data_options(infos[0] if infos else vars(args)))
     for path, (_, info) in stores.items():
         if info["data"] != test.fingerprint:
             raise UserError(f"{path}/test.json was made on other data than is in {args.data} now: "
@@ -1375,6 +1376,8 @@ def hard(args):
     voters = []
     for path in args.runs:
         voters.append(short_hash(stores[path][1]["files"]) if path in stores else hashes(path))
+        if not voters[-1]:  # a pipe can't be told from another one
+            raise UserError(f"{path}: no file that can be read: give a CSV or the folder of a run")
     recipe = settings_of(args) | {"test": test.fingerprint, "voters": voters}
     recipe["weights"] = weights.tolist()  # equal weights too as numbers
     is_made, wanted = already_made(args, recipe, "voted", hashes)
@@ -1413,10 +1416,10 @@ def tell_unread(infos):
 def compare(args):
     """Show what the second experiment gains over the first on the images that both held out."""
     (before, oof), (after, other) = (last_round(args, exp) for exp in args.experiments)
-    paint, other_paint = oof.infos[0]["paint"], other.infos[0]["paint"]
-    if paint != other_paint:
-        raise UserError(f"one has the paint order {paint}, the other {other_paint}: their truths "
-                        "differ")
+    for name, value in data_options(oof.infos[0]).items():
+        if value != other.infos[0][name]:
+            raise UserError(f"one has {name} {value}, the other {other.infos[0][name]}: their "
+                            "truths differ")
     shared = [image_id for image_id in before if image_id in after]
     if not shared:
         raise UserError("the two have no validation image in common")
@@ -1642,10 +1645,11 @@ def check_encoders(models):
                             "with tu-")
 
 
-def check_tta_scales(models, tta_scales):
-    """Raise UserError if one of these (model, scale) can't predict at a size of --tta-scales."""
+def check_sides(models, tta_scales):
+    """Raise UserError if one of these (model, scale) can't work at its scale or at --tta-scales."""
     for model, scale in models:
-        try_sides(build_model(model, 1), model, tta_sides(scale, tta_scales),
+        built = try_sides(build_model(model, 1), model, [scale])
+        try_sides(built, model, tta_sides(scale, tta_scales),
                   f" (INFER_ARGS: --tta-scales times {scale})")
 
 
@@ -1946,8 +1950,7 @@ def plan(args):
     models = sorted({(place[3], int(place[4])) for place in places if place})
     if models and not args.dry:  # seconds, but hours would be lost if the last had no encoder
         check_encoders([model for model, _ in models])
-        if current.infer_args.tta_scales != [1]:
-            check_tta_scales(models, current.infer_args.tta_scales)
+        check_sides(models, current.infer_args.tta_scales)
     if not args.dry:
         current.save()
     print("\n".join(map(str, current.to_make)))
@@ -1994,18 +1997,11 @@ def status(args):
 
 
 def read_numbers(path, columns):
-    """Return the rows of read_csv with floats in `columns`; raise UserError for what is none."""
+    """Return the rows of read_rows with floats in `columns`; raise UserError for what is none."""
     rows = read_rows(path, columns)
     for line, row in rows:
         for column in columns:
-            text = row[column]
-            try:
-                row[column] = float(text)
-            except ValueError:
-                row[column] = math.nan
-            if not math.isfinite(row[column]):
-                raise UserError(f"{path} line {line}: {column} is {clean(text)!r}, no number: mend "
-                                "or remove the file")
+            row[column] = as_number(row[column], f"{path} line {line}: {column}")
     return [row for _, row in rows]
 
 

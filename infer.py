@@ -27,7 +27,7 @@ from common import (
     check_space, checked, claim_device, code_hashes, data_options, decide, full_batch, keep_code,
     load_data, load_model, loader_options, loader_workers, lock, move_aside, normalise, number,
     open_store, predict_probs, provenance, ranks, read_description, resize_probs, run_script,
-    short_hash, store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views,
+    short_hash, signals_later, store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views,
     write_description, write_npy_header)
 
 # what decides no result; see BESIDE in common.py
@@ -57,14 +57,14 @@ def parse_args(argv=None):
                         help="replace predictions for other photos: DATA has changed")
     system.add_argument("--code", choices=("new", "keep"),
                         help="where other code has predicted: predict anew, or keep what is there")
-    system.add_argument("--batch", type=number(int, 1), default=8)
+    system.add_argument("--batch", type=number(int, 1, 4096), default=8)
     system.add_argument("--cache", type=Path, default=Path("out/cache"),
                         help="painted masks, shared by experiments")
     system.add_argument("--device", default="auto",
                         help="auto takes the first idle GPU, or the CPU")
     system.add_argument("--per-gpu", type=number(int, 1), default=1, metavar="N",
                         help="jobs that may share a GPU that auto takes")
-    system.add_argument("--workers", type=number(int, 0),
+    system.add_argument("--workers", type=number(int, 0, 256),
                         help="of the loader; none on a CPU, else one a core up to 8")
     system.add_argument("--show-args", action="store_true",
                         help="print these arguments as JSON and stop: make asks so")
@@ -229,7 +229,9 @@ def predict_batches(models, photos, batches, path, args, device):
     n_bytes = batch_bytes(size, recipe["scale"], SUBMIT_SIZE)
     check_shared_memory(workers, (n_bytes, len(full_batches)))
     loader = DataLoader(photos, batch_sampler=full_batches, **loader_options(workers, cuda))
-    progress = tqdm(loader, str(path), disable=True if ranks()[0] else None)
+    with signals_later():
+        loaded = iter(loader)
+    progress = tqdm(loaded, str(path), len(loader), disable=True if ranks()[0] else None)
     previous = None  # what write_batch gets of the batch before
     for (part, items), (images, _) in zip(batches.items(), progress, strict=True):
         images = normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"])

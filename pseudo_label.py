@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 from common import (
     BACKGROUND, IGNORE_INDEX, LINEAGE, Hashes, Parser, UserError, atomic_write, by_rule,
-    check_output, check_unchanged, data_options, decide, foreground_ids, keep_code, labels_code,
-    labels_recipe, load_data, lock, move_aside, number, open_store, overlay, provenance,
-    pseudo_folder, read_index, read_probs, run_script, store_id, whole_manifest, write_coco,
-    write_csv, write_description, write_npy_header, write_sheet)
+    check_output, check_unchanged, clean, data_options, decide, foreground_ids, keep_code,
+    labels_code, labels_recipe, load_data, lock, move_aside, number, open_store, overlay,
+    provenance, pseudo_folder, read_index, read_probs, run_script, store_id, whole_manifest,
+    write_coco, write_csv, write_description, write_npy_header, write_sheet)
 
 ROUNDING = 1e-6  # in float32, 204 / 255 is 0.8000001 and not 0.8
 # what decides no result; see BESIDE in common.py
@@ -240,11 +240,12 @@ def soft_label(probs, label):
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def hand_decisions(folder):
+def hand_decisions(folder, test):
     """Return {image_id: keep} for the rows of index.csv whose `keep` was ever changed by hand.
 
     `by_hand` holds what was decided before; a `keep` that differs from it, or from the rule where
-    there is none, is a new decision. An empty `keep` takes a decision back.
+    there is none, is a new decision. An empty `keep` takes a decision back. Raises UserError if one
+    is of no image of the Split `test`: a spreadsheet may have written 100000 as 1E+05.
     """
     decisions = {}
     rows = read_index(folder) if (folder / "index.csv").exists() else {}
@@ -253,6 +254,9 @@ def hand_decisions(folder):
         decision = row["by_hand"] if row["keep"] == written else row["keep"]
         if decision:
             decisions[row["image_id"]] = decision
+    if foreign := decisions.keys() - set(map(str, test.ids)):
+        raise UserError(f"{folder}/index.csv: decides on image {clean(min(foreign))}, which is not "
+                        "in test.json: mend the id or remove the line")
     return decisions
 
 
@@ -399,7 +403,7 @@ def make_labels(folder, args, test, stores, infos, wanted, contaminated, hashes)
     stores, infos: the makers' stores and their JSONs. wanted: what provenance says of the labels.
     Decisions that were made by hand in index.csv stay.
     """
-    by_hand = hand_decisions(folder)
+    by_hand = hand_decisions(folder, test)
     rows = write_labels(folder / "new-labels.npy", test, stores, by_hand, args)
     check_unchanged(args.stores, infos)
     counts = count_reasons(rows, test.classes)

@@ -31,16 +31,17 @@ from tqdm import tqdm
 
 from common import (
     AUGMENTATIONS, COLOURS, DATA_OPTIONS, DECODERS, DERIVED, DESCRIBED, GPU_MEMORY_WORDS, HOOK,
-    IGNORE_INDEX, LOSSES, STEP, STRIDE, SUBMIT_SIZE, EpochBatches, EvalPhotos, Hashes, Parser,
-    TrainSamples, UserError, add_data_options, amp, atomic_write, batch_bytes, build_model,
-    check_labels, check_output, check_shared_memory, check_space, checked, claim_device, code_of,
-    confusion, data_options, decide, different_keys, draw_bars, draw_heat, encoder_mean_std,
-    figure_urls, folds_hash, foreground_ids, full_batch, has_kinds, image_miou, keep_code,
-    last_convolution, load_checkpoint, load_data, load_folds, load_labels, loader_options,
-    loader_workers, lock, make_augmentation, make_loss, move_aside, named, normalise, number,
-    overlay, pixel_weights, provenance, ranks, rare_odds, read_csv, read_description, read_image,
-    recipe_changes, resize_probs, run_code, run_folder, run_recipe, run_script, save_checkpoint,
-    scores, split_model, tile_url, try_sides, write_csv, write_description, write_page, write_sheet)
+    IGNORE_INDEX, LOSSES, MODEL_KINDS, STEP, STRIDE, SUBMIT_SIZE, EpochBatches, EvalPhotos, Hashes,
+    Parser, TrainSamples, UserError, add_data_options, amp, as_number, atomic_write, batch_bytes,
+    build_model, check_labels, check_output, check_shared_memory, check_space, checked,
+    claim_device, code_of, confusion, data_options, decide, different_keys, draw_bars, draw_heat,
+    encoder_mean_std, figure_urls, folds_hash, foreground_ids, full_batch, has_kinds, image_miou,
+    keep_code, last_convolution, load_checkpoint, load_data, load_folds, load_labels,
+    loader_options, loader_workers, lock, make_augmentation, make_loss, move_aside, named,
+    normalise, number, overlay, pixel_weights, provenance, ranks, rare_odds, read_description,
+    read_image, read_rows, recipe_changes, resize_probs, run_code, run_folder, run_recipe,
+    run_script, save_checkpoint, scores, signals_later, split_model, this_process, tile_url,
+    try_sides, write_csv, write_description, write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
@@ -125,7 +126,7 @@ RECIPE = {
     "weights": (str, "imagenet", "of the encoder: imagenet (downloaded), none, or a state dict's "
                                  "file"),
     "epochs": (number(int, 1), 40, "with --overfit: at most"),
-    "batch": (number(int, 2), 8, "images in a step, over all GPUs"),
+    "batch": (number(int, 2, 4096), 8, "images in a step, over all GPUs"),
     "accumulate": (number(int, 1), 1, "parts in which a batch goes through the model: saves "
                                       "memory"),
     "optimizer": (tuple(OPTIMIZERS), "adamw", "sgd (Nesterov, 0.9) wants a larger --lr"),
@@ -133,7 +134,7 @@ RECIPE = {
     "encoder_lr": (number(float, 0, 10), 1.0, "of the encoder, as a multiple of --lr"),
     "schedule": (tuple(SCHEDULES), "cosine", "of the learning rate"),
     "warmup": (number(float, 0, 0.9), 0.05, "share of the run; onecycle usually has 0.3"),
-    "cycles": (number(int, 1), 3, "of the schedule restarts"),
+    "cycles": (number(int, 1, 1000), 3, "of the schedule restarts"),
     "snapshots": (number(int, 0), 0, "epochs kept: last valleys of restarts, else of the last "
                                      "half"),
     "weight_decay": (number(float, 0, 1), 1e-2, "not of norms and biases"),
@@ -225,7 +226,7 @@ def add_system_arguments(system):
                         help="auto takes the first idle GPU, or the CPU")
     system.add_argument("--per-gpu", type=number(int, 1), default=1, metavar="N",
                         help="jobs that may share a GPU that auto takes")
-    system.add_argument("--workers", type=number(int, 0),
+    system.add_argument("--workers", type=number(int, 0, 256),
                         help="of the loader; none on a CPU, else one a core up to 8")
     system.add_argument("--compile", action="store_true",
                         help="torch.compile the model and the loss: slow to start, then faster")
@@ -450,13 +451,13 @@ def train_one_epoch(run, loader, args, save=None, show_batch=None):
     run.model.train()
     rank, n_ranks = ranks()
     n_steps, n_images = len(loader), 0
-    started, waited = time.time(), 0.0
+    started, waited = time.monotonic(), 0.0
     batch_wanted = started
     title = f"epoch {run.epoch + 1}/{args.epochs}"
     bar = tqdm(loader, title, n_steps, initial=run.step, leave=False,
                disable=True if rank else None)
     for step, (images, masks) in enumerate(bar, run.step):
-        waited += time.time() - batch_wanted
+        waited += time.monotonic() - batch_wanted
         if show_batch and run.epoch == step == 0:
             show_batch(images.numpy(), masks.numpy())
         images = images.to(run.device, non_blocking=True)
@@ -467,14 +468,14 @@ def train_one_epoch(run, loader, args, save=None, show_batch=None):
         count_step(run.total, loss, is_bad)
         n_images += len(images)
         if step % 10 == 9:  # looking at every step would make a GPU wait
-            images_per_s = n_images / (time.time() - started)
+            images_per_s = n_images / (time.monotonic() - started)
             show_progress(run, bar, loader, step, lr, images_per_s)
         if save and args.save_every and step + 1 < n_steps and save_is_due(run, args):
             save(step + 1)
-        batch_wanted = time.time()
+        batch_wanted = time.monotonic()
     share_buffers(run)
     loss_sum, skipped, _ = run.total.tolist()  # waits for the GPU
-    seconds = time.time() - started
+    seconds = time.monotonic() - started
     mean_loss = loss_sum / (n_steps - skipped) if skipped < n_steps else math.nan
     return {"loss": mean_loss, "lr": lr, "skipped": int(skipped),
             "images_per_s": n_images * n_ranks / seconds, "waiting": waited / seconds}
@@ -572,7 +573,8 @@ def loader_class():
         begun = None
 
         def begin(self):
-            self.begun = super().__iter__()
+            with signals_later():
+                self.begun = super().__iter__()
 
         def __iter__(self):
             if self.begun is None:
@@ -768,7 +770,7 @@ def fit(run, loaders, args, info, out, report):
     save = partial(save_last, run, info, out)
     show_batch = None if rank else partial(draw_batch, out / "batch.png", info["classes"])
     while run.epoch < args.epochs and not is_overfitted(run, args):
-        started = time.time()
+        started = time.monotonic()
         valid_loader.begin()
         row = {"epoch": run.epoch + 1,
                **train_one_epoch(run, train_loader, args, save, show_batch)}
@@ -778,7 +780,7 @@ def fit(run, loaders, args, info, out, report):
         if run.epoch + 1 < args.epochs:
             begin_epoch(train_loader, run.epoch + 1)
         v, iou, image_v3 = validate(run, valid_loader, args, info["classes"])
-        row |= v | {"seconds": time.time() - started}
+        row |= v | {"seconds": time.monotonic() - started}
         if info["recipe"]["contaminated"]:
             row["contaminated"] = 1
         row |= iou
@@ -814,8 +816,10 @@ def is_overfitted(run, args):
 
 
 def check_folder(out):
-    """Raise UserError if the run's folder is gone: writing a file would make it again."""
-    if not out.is_dir():
+    """Raise UserError if the run's folder is gone or has become another process's."""
+    held = out / ".lock"
+    is_ours = held.is_file() and held.read_text().strip() == this_process()
+    if not out.is_dir() or ranks()[0] == 0 and not is_ours:
         raise UserError(f"{out} was removed: training stops")
 
 
@@ -861,7 +865,7 @@ def snapshot_epochs(args):
 
     They are the last valleys of a schedule with cycles, else even steps up to the last epoch.
     """
-    n_snapshots, n_cycles = args.snapshots, args.cycles
+    n_snapshots, n_cycles = min(args.snapshots, args.epochs), args.cycles
     if not n_snapshots:
         return []
     ends = [1 - 0.5 * i / n_snapshots for i in range(n_snapshots)]  # as shares of the run
@@ -916,9 +920,9 @@ def draw_some_curves(run, args, out):
     """Draw curves.png after an epoch but the last, while that takes under 2% of the time."""
     seconds = sum(row["seconds"] for row in run.log)
     if run.epoch < args.epochs and run.drawing_seconds < 0.02 * seconds:
-        started = time.time()
+        started = time.monotonic()
         draw_curves(out / "curves.png", run.log)
-        run.drawing_seconds += time.time() - started
+        run.drawing_seconds += time.monotonic() - started
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -1031,7 +1035,7 @@ def find_done(out, hashes):
     done = read_description(out / "config.json", hashes)
     if not has_kinds(done, CONFIG_KINDS):  # killed before it was written, or damaged
         done = load_checkpoint(out / "model.pt")
-        if not isinstance(done, dict) or not done.keys() >= set(DESCRIBED):
+        if not has_kinds(done, MODEL_KINDS):
             raise UserError(f"{out}/model.pt: not a checkpoint of this train.py: take another "
                             "--exp, or remove it")
     return done
@@ -1059,7 +1063,7 @@ def choose_resume(out, info, args, hashes):
     if not resume:
         return None
     path, last = resume
-    if not isinstance(last, dict) or not last.keys() >= set(DESCRIBED):
+    if not has_kinds(last, DESCRIBED):
         raise UserError(f"{path}: not a checkpoint of this train.py: take another --exp, or remove "
                         "it to start anew")
     begun = read_description(out / "last.json", hashes)
@@ -1156,7 +1160,7 @@ def draw_curves(path, log):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
-    with atomic_write(path) as scratch:
+    with atomic_write(path) as scratch, warnings.catch_warnings(action="ignore"):  # of letters
         figure.savefig(scratch, format="png", dpi=90)
 
 
@@ -1635,8 +1639,10 @@ def runtimes(args):
     if path.suffix == ".png":
         raise UserError(f"--runtimes {path}: that is the picture's name; give the table another "
                         "ending")
-    device = claim_device(args.device, args.per_gpu)
     check_output(args.data, path, path.with_suffix(".png"))
+    if path.exists():
+        read_runtimes(path)
+    device = claim_device(args.device, args.per_gpu)
     row = {"model": args.model, "scale": args.scale, "batch": args.batch}
     row |= dict.fromkeys(RUNTIMES, "") | {"device": device_name(device), "reason": ""}
     try:
@@ -1644,7 +1650,7 @@ def runtimes(args):
     except (UserError, RuntimeError, ValueError) as e:
         row["reason"] = " ".join(str(e).split()) or type(e).__name__
     with lock(path.parent, wait=True, name=f".{path.name}.lock"):
-        rows = read_csv(path, row) if path.exists() else []
+        rows = read_runtimes(path) if path.exists() else []
         others = [old for old in rows if row_key(old) != row_key(row)]
         write_csv(path, [*others, row])
         if measured := [each for each in (*others, row) if not each["reason"]]:
@@ -1653,6 +1659,15 @@ def runtimes(args):
     if not text:
         text = ", ".join(f"{row[name]:,.4g} {what}" for name, what in RUNTIMES.items())
     print(f"{args.model} {args.scale}: {text}")
+
+
+def read_runtimes(path):
+    """Return the rows of a table of runtimes, whose numbers are there or else a reason."""
+    rows = read_rows(path, ("model", "scale", "batch", *RUNTIMES, "device", "reason"))
+    for line, row in rows:
+        for name in () if row["reason"] else RUNTIMES:
+            as_number(row[name], f"{path} line {line}: {name}")
+    return [row for _, row in rows]
 
 
 def row_key(row):

@@ -286,7 +286,7 @@ def gpu_epoch(device, data=None, model=NARROW, batches=BATCHES, scale=512, epoch
             ends.append({"epoch": time.perf_counter()} | spent)
         with tempfile.TemporaryDirectory(dir=bench_rows.OUT) as folder, timers(train, parts, spent, device):
             out = train_model(data, Path(folder), device, report, model=model, batch=batch, scale=scale, epochs=epochs)
-            log = common.read_csv(out / "log.csv", ("waiting",))[2:]
+            log = [row for _, row in common.read_rows(out / "log.csv", ("waiting",))][2:]
         yield from epoch_rows(f"{model} x{batch}", ends, parts, [float(row["waiting"]) for row in log])
 
 

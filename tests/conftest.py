@@ -28,6 +28,16 @@ MODEL, SCALE, FOLD, EPOCHS = "fpn/tu-test_efficientnet", 64, 1, 3  # half a seco
 PICTURES = {name: getattr(train, name) for name in ("draw_curves", "draw_batch", "draw_valid")}
 
 
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Put back what run_script changes of a process that is to end soon."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """Return a folder with 14 training and 4 test photos of 64 x 64 in all 12 classes; tests only read it."""
@@ -66,6 +76,11 @@ def write_coco(folder, images, annotations=(), categories=((0, "Paper"), (1, "Me
             if not (path := folder / image["file_name"]).exists():
                 write_photo(path, image["height"], image["width"], image["id"])
     return folder
+
+
+def read_csv(path, columns=()):
+    """Return the rows of a CSV as dicts of strings."""
+    return [row for _, row in common.read_rows(path, columns)]
 
 
 def run_until_killed(script, args, name, call):

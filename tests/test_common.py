@@ -1,4 +1,5 @@
 """Test losses, metrics, TTA, stores, batches, augmentation, ClassMix, checkpoints, devices and how a script ends."""
+import argparse
 import math
 import os
 import pickle
@@ -488,6 +489,7 @@ def test_open_store_refuses_probabilities_with_another_checksum(store, hashes, r
     os.utime(npy, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(UserError, match="test.json: the .npy has another checksum, damaged or of another store"):
         common.open_store(store, hashes)
+    assert common.Hashes(hashes.path.parent).remembered(npy) == common.file_hash(npy)  # so make knows of it
     flip_a_bit(npy)
     assert common.open_store(store, hashes)[1]["image_ids"] == [5, 3]
 
@@ -557,6 +559,13 @@ def test_variables_that_another_program_has_left_are_no_torchrun(monkeypatch, le
     for name in left:
         monkeypatch.setenv(name, "x" if name == "MASTER_ADDR" else "4")
     assert common.ranks() == (0, 1)
+
+
+@pytest.mark.parametrize("rank", ["", "abc", "-1", "1.0"])
+def test_a_rank_that_is_none_is_no_torchrun(monkeypatch, rank):
+    with as_rank(1, 2):
+        monkeypatch.setenv("RANK", rank)
+        assert common.ranks() == (0, 1)
 
 
 @given(st.integers(1, 4), st.integers(1, 60), st.integers(0, 9), st.integers(0, 2 ** 31 - 1), st.integers(0, 99))
@@ -1249,14 +1258,14 @@ def test_shared_memory_is_not_asked_for_without_processes_or_where_there_is_none
 def test_what_a_loader_process_fails_of_is_one_line_that_says_what_to_do(text, in_loader):
     raised = f"Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n" \
              f'  File "x.py", line 1, in y\nRuntimeError: {text}\n'
-    line, code = common.stop_reason(RuntimeError(raised if in_loader else text), False)
+    line, code = common.stop_reason(RuntimeError(raised if in_loader else text))
     assert code == 1 and line == (f"a loader process failed: {text.strip()}; too little memory, /dev/shm full or a "
                                   "slow disk? Lower --workers; the same command carries on")
 
 
 @pytest.mark.parametrize("text", ["out of resource: shared memory, Required: 131072", "an own augmentation's mistake"])
 def test_another_error_is_no_loaders(text):
-    assert common.stop_reason(RuntimeError(text), False) == (None, 1)
+    assert common.stop_reason(RuntimeError(text)) == (None, 1)
 
 
 @pytest.mark.parametrize("error", [
@@ -1264,7 +1273,7 @@ def test_another_error_is_no_loaders(text):
     ImportError("libtorch_cpu.so: failed to map segment from shared object"), RuntimeError("can't start new thread"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
 def test_too_little_memory_or_address_space_ends_in_one_line(error):
-    line, code = common.stop_reason(error, False)
+    line, code = common.stop_reason(error)
     assert line.startswith("out of memory or of address space: ") and "ulimit -v" in line and code == 1
 
 
@@ -1273,7 +1282,7 @@ def test_too_little_memory_or_address_space_ends_in_one_line(error):
     "GET was unable to find an engine to execute this computation"])
 def test_too_little_memory_of_a_gpu_ends_in_one_line(text):
     for error in (torch.OutOfMemoryError(text), RuntimeError(text)):
-        line, code = common.stop_reason(error, False)
+        line, code = common.stop_reason(error)
         assert line.startswith(f"out of GPU memory: {text}; lower --batch ") and code == 1
 
 
@@ -1282,9 +1291,10 @@ def test_too_little_memory_of_a_gpu_ends_in_one_line(text):
     (RuntimeError("unable to open: Too many open files (24)"), "too many open files: .*; raise the limit .ulimit -n"),
     (FileNotFoundError(2, "No usable temporary directory found in ['/x']"), "no place for temporary .*; set TMPDIR to"),
     (OSError("AF_UNIX path too long"), "no place for temporary files: AF_UNIX path too long; set TMPDIR to "),
+    (BrokenPipeError(32, "Broken pipe"), "nobody reads what is printed: .*; run it without head"),
     (ConnectionResetError(), "a loader process failed: ConnectionResetError; ")])
 def test_other_limits_of_a_process_end_in_one_line(error, told):
-    line, code = common.stop_reason(error, False)
+    line, code = common.stop_reason(error)
     assert re.match(told, line) and code == 1
 
 
@@ -1350,21 +1360,23 @@ def test_a_script_that_ends_well_or_by_itself_is_left_alone():
 @pytest.fixture
 def end(monkeypatch, capsys):
     """Return a function (exception) -> (exit code, stderr) of a script whose main raises it."""
-    handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(common, "tune_process", lambda: None)
 
-    def run(error, terminated=False):
+    def run(error, received=None):
+        for number in common.ENDING:
+            signal.signal(number, signal.SIG_DFL)
+
         def main(_):
-            if terminated:
+            if received:
                 with pytest.raises(KeyboardInterrupt):
-                    signal.raise_signal(signal.SIGTERM)
-                signal.raise_signal(signal.SIGTERM)  # a second one does nothing
+                    signal.raise_signal(received)
+            if received in (signal.SIGTERM, signal.SIGHUP):
+                signal.raise_signal(received)  # a second one does nothing
             raise error
         with pytest.raises(SystemExit) as stop:
             common.run_script(main, None)
         return stop.value.code, capsys.readouterr().err
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 def with_code(error, code):
@@ -1382,6 +1394,35 @@ def with_code(error, code):
      "killed; too little memory, /dev/shm full or a slow disk? Lower --workers; the same command carries on\n")])
 def test_what_stops_a_script_is_a_line_and_an_exit_code(end, error, code, told):
     assert end(error) == (code, told)
+
+
+def test_a_signal_waits_for_the_end_of_a_fork():
+    code = """
+import os, signal
+from common import run_script, signals_later
+def main(args):
+    os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGTERM))  # Python drops what is raised here
+    with signals_later():
+        if not os.fork():
+            os._exit(0)
+    print("never printed")
+run_script(main, None)
+"""
+    done = run_python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "interrupted; the same command carries on\n")
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_so():
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)" + SCRIPT.format(
+        line="import signal; signal.raise_signal(signal.SIGHUP)")
+    assert run_python(code).stdout == "begun\nnever printed\n"
+
+
+@pytest.mark.parametrize("text", ["1e-13", "-1e-320", "1e-46"])
+def test_a_number_that_is_nearly_0_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is not from -1 to 1"):
+        common.number(float, -1, 1)(text)
+    assert common.number(float, -1, 1)("0") == common.number(float, -1, 1)("-0.0") == 0
 
 
 def test_a_folder_for_temporary_files_is_asked_for_where_there_is_none(end, monkeypatch):
@@ -1423,11 +1464,12 @@ def test_a_letter_that_the_terminal_lacks_is_escaped(tmp_path):
     assert done.returncode == 3 and done.stdout.startswith(b"begun \\xe4\n")
 
 
-def test_after_sigterm_other_errors_are_what_follows_from_it_but_a_user_error_is_told(end):
+def test_after_a_signal_other_errors_are_what_follows_from_it_but_a_user_error_is_told(end):
     carries_on = "; the same command carries on\n"
-    assert end(KeyboardInterrupt(), terminated=True) == (143, f"interrupted{carries_on}")
-    assert end(RuntimeError("a rank is gone\nmore"), terminated=True) == (143, f"a rank is gone{carries_on}")
-    assert end(UserError("mend it", 3), terminated=True) == (3, "mend it\n")
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+        assert end(KeyboardInterrupt(), number) == (code, f"interrupted{carries_on}")
+        assert end(RuntimeError("a rank is gone\nmore"), number) == (code, f"a rank is gone{carries_on}")
+        assert end(UserError("mend it", 3), number) == (3, "mend it\n")
 
 
 class Raises:

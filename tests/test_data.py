@@ -1,6 +1,7 @@
 """Test files, and data from the competition's folder to masks and folds; pycocotools is the reference for shapes."""
 import copy
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -25,7 +26,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, write_coco, write_photo
+from conftest import ROOT, read_csv, write_coco, write_photo
 from demo_data import CLASSES, draw_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -232,7 +233,7 @@ def test_csv_comes_back_as_strings(tmp_path):
     rows = [{"image_id": 3, "note": 'comma, "quote"\nline'}, {"image_id": 10, "note": "grün"}]
     common.write_csv(tmp_path / "a.csv", rows)
     expected = [{k: str(v) for k, v in row.items()} for row in rows]
-    assert common.read_csv(tmp_path / "a.csv", ("note", "image_id")) == expected
+    assert read_csv(tmp_path / "a.csv", ("note", "image_id")) == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"image_id\n3\n", b"image_id,fold\n3,\xff\n", None])
@@ -241,7 +242,22 @@ def test_unreadable_csv_is_refused_by_name(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"a\.csv"):
-        common.read_csv(path, ("image_id", "fold"))
+        read_csv(path, ("image_id", "fold"))
+
+
+def test_a_pipe_where_a_file_belongs_is_not_waited_for(tmp_path):
+    path = tmp_path / "hashes.txt"
+    os.mkfifo(path)
+    for read in (common.read_json, lambda path: common.read_rows(path, ())):
+        with pytest.raises(UserError, match=r"hashes\.txt.* is no file"):
+            read(path)
+    assert common.read_own_json(path, dict) is None and common.Hashes(tmp_path).known == {}
+    with pytest.raises(UserError, match="no such checkpoint"):
+        common.load_checkpoint(path)
+    path.rename(tmp_path / "a.npy")
+    common.write_json(tmp_path / "a.json", {})
+    with pytest.raises(UserError, match=r"a\.json: not a whole store: .*a\.npy is no file"):
+        common.open_store(tmp_path / "a.json", common.Hashes(tmp_path))
 
 
 def test_file_hash_is_the_start_of_sha256(tmp_path):
@@ -259,7 +275,7 @@ SPREADSHEETS = {
 @pytest.mark.parametrize("change", SPREADSHEETS)
 def test_what_a_spreadsheet_does_to_a_csv_is_harmless(tmp_path, change):
     (tmp_path / "a.csv").write_text(SPREADSHEETS[change]("image_id,keep,note\n3,1,a b\n10,,\n"), newline="")
-    rows = common.read_csv(tmp_path / "a.csv", ("image_id", "keep"))
+    rows = read_csv(tmp_path / "a.csv", ("image_id", "keep"))
     expected = [{"image_id": "3", "keep": "1", "note": "a b"}, {"image_id": "10", "keep": "", "note": ""}]
     assert [{name: row[name] for name in expected[0]} for row in rows] == expected
 
@@ -274,7 +290,7 @@ def test_an_open_quote_or_an_endless_line_of_a_csv_is_one_line(tmp_path, content
     limit = common.csv.field_size_limit(131072)
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.csv: field larger than field limit"):
-        common.read_csv(tmp_path / "a.csv", ("a",))
+        read_csv(tmp_path / "a.csv", ("a",))
     common.csv.field_size_limit(limit)
 
 
@@ -301,6 +317,14 @@ HOLD = """import sys, common
 with common.lock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()"""
+
+
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=rf"{tmp_path}/run/.lock: can't be locked: No locks available; is the disk "):
+        common.lock(tmp_path / "run").__enter__()
 
 
 def test_lock_names_its_holder_and_ends_with_the_process(tmp_path):
@@ -736,6 +760,10 @@ def test_categories_without_annotations_can_be_dropped(tmp_path, load, capsys, r
     for split in splits:
         assert split.classes == ["Background", "Paper", "Metal"] and split.dropped == [root, "Glass"]
     assert [int(splits[0].mask(i).max()) for i in range(2)] == [1, 2]
+    common.write_coco(tmp_path / "a.json", data / "test.json", splits[1], [(0, np.full((256, 256), 2, np.uint8))])
+    exported = common.read_json(tmp_path / "a.json")
+    assert [each["category_id"] for each in exported["annotations"]] == [3]
+    assert [each["name"] for each in exported["categories"]] == ["Paper", "Metal"]
     train.check(train.parse_args(["--data", f"{data}", "--cache", f"{tmp_path}/cache", "--exp", f"{tmp_path}/exp",
                                   "--folds", "2", "--unused", "drop"]))
     assert f"dropped, as they have no annotations: {root}, Glass\n" in capsys.readouterr().out
@@ -753,6 +781,21 @@ def test_dropping_unused_categories_takes_any_json(data, load, annotations):
     edit(data / "train.json", lambda train: train.update(annotations=annotations))
     with pytest.raises(UserError, match="train.json: "):
         load(data, unused="drop")
+
+
+def test_dropping_unused_categories_lists_nothing_but_the_faults(data, load):
+    edit(data / "train.json", lambda train: train["annotations"].append("x"))
+    with pytest.raises(UserError) as refusal:
+        load(data, unused="drop")
+    assert str(refusal.value).splitlines()[:-1] == ["train.json: annotations[2] is not an object"]
+
+
+@pytest.mark.parametrize("options", [{"unused": "Drop"}, {"paint": "Area"}, {"orientation": None}, {"paint": ["area"]}])
+def test_an_option_that_there_is_not_is_refused_with_those_that_there_are(data, load, options):
+    (name, value), = options.items()
+    values = " or ".join(DATA_OPTIONS[name][0])
+    with pytest.raises(UserError, match=f"^{name} is {re.escape(repr(value))}, it must be {values}$"):
+        load(data, **options)
 
 
 def test_image_ids_keep_the_order_of_the_json_and_need_not_be_contiguous(tmp_path, load):
@@ -905,7 +948,7 @@ def test_drawn_scenes_stay_on_one_side(tiny_splits, tmp_path):
 def test_folds_are_written_once_and_may_be_edited(tiny_splits, tmp_path):
     train, _ = tiny_splits
     folds = common.load_folds(tmp_path / "exp", train, 3)
-    rows = common.read_csv(tmp_path / "exp/folds.csv", ("image_id", "group", "fold"))
+    rows = read_csv(tmp_path / "exp/folds.csv", ("image_id", "group", "fold"))
     assert [int(r["image_id"]) for r in rows] == train.ids
     assert [r["group"] for r in rows] == train.groups
     assert [int(r["fold"]) for r in rows] == folds.tolist()
@@ -936,7 +979,7 @@ def test_folds_of_other_images_are_renewed_on_request_and_each_old_file_is_kept_
         assert sorted(common.load_folds(tmp_path, train, 2, renew=True).tolist()) == [0, 1]
         assert f"the old one is {tmp_path}/folds-{number}.csv" in capsys.readouterr().out
         assert (tmp_path / f"folds-{number}.csv").read_text() == text
-    assert [r["image_id"] for r in common.read_csv(tmp_path / "folds.csv", ("image_id",))] == ["1", "2"]
+    assert [r["image_id"] for r in read_csv(tmp_path / "folds.csv", ("image_id",))] == ["1", "2"]
 
 
 @pytest.mark.parametrize("text", [
@@ -964,6 +1007,16 @@ def test_a_slip_in_edited_folds_is_named_by_line_and_never_overwritten(tmp_path,
     with pytest.raises(UserError, match=message):
         common.load_folds(tmp_path, train, 2, renew=True)
     assert (tmp_path / "folds.csv").read_text() == "image_id,group,fold\n" + rows
+
+
+@pytest.mark.parametrize("spelt", ["9999", "3.0", "'3"])
+def test_a_changed_id_in_edited_folds_is_named_and_never_overwritten(tmp_path, spelt):
+    train = SimpleNamespace(ids=[1, 2, 3], groups=["a", "b", "c"], pixels=[[3, 1], [4, 0], [5, 0]])
+    text = f"image_id,group,fold\n1,a,0\n2,b,1\n{spelt},c,1\n"
+    (tmp_path / "folds.csv").write_text(text)
+    with pytest.raises(UserError, match=f"image {spelt} is not in DATA and image 3 not in this file: mend it, or"):
+        common.load_folds(tmp_path, train, 2, renew=True)
+    assert (tmp_path / "folds.csv").read_text() == text
 
 
 # ---- without a main module ------------------------------------------------------------------------------------------
@@ -1114,7 +1167,7 @@ FAULTS = {
     "group NaN": (image(group=math.nan), ("image 11", "has the group nan, neither text nor a whole number nor null")),
     "group a list": (image(group=list(range(9))), ("image 11", "has the group [0, 1, 2, 3, 4, 5, ...]")),
     "photo missing": (photo(os.unlink), (*PHOTO, "missing")),
-    "photo is a folder": (image(file_name="batch_01"), ("11", "batch_01")),
+    "photo is a folder": (image(file_name="batch_01"), ("image 11 (batch_01) is no file",)),
     "photo under a photo": (image(file_name="batch_01/0012.png/a.png"), ("11", "0012.png/a.png")),
     "test photo missing": (photo(os.unlink, "batch_01/9000.png"), ("9000", "9000.png", "missing")),
     "photo empty": (photo(lambda path: path.write_bytes(b"")), PHOTO),
@@ -1132,13 +1185,13 @@ FAULTS = {
     "photo linked to nothing": (broken_link, (*PHOTO, "is missing")),
     "photo in AVIF": (starts_with(b"\0\0\0\x1cftypavif"), (*PHOTO, "can't be read as JPEG, ", "'ftypavif")),
     "photo of two channels": (two_channels, ("image 11", "can't be read as JPEG, ", "'II*'", "of 8 bits")),
-    "photo in HEIC": (starts_with(b"\0\0\0\x18ftypheic"), (*PHOTO, "'ftypheic", "convert it to JPEG or PNG")),
+    "photo in HEIC": (starts_with(b"\0\0\0\x18ftypheic"), (*PHOTO, "'ftypheic", "make it a JPEG or PNG of 8 bits")),
     "photo is a web page": (photo(lambda path: path.write_text("<!DOCTYPE html>")), (*PHOTO, "'<!DOCTYPE html>'")),
     **{f"photo listed again as {name} with other objects": (
         same_photo(name, 1), (f"image 13 ({name}) is the same photo as image 11 (batch_01/0011.png)", "keep only one"))
        for name in ("batch_01/0011.png", "./batch_01//0011.png", "batch_01/copy.png")},
     "photo linked to itself": (photo_of_itself, PHOTO),
-    "photo is a pipe": (photo_as_pipe, (*PHOTO, "missing")),
+    "photo is a pipe": (photo_as_pipe, (*PHOTO, "no file")),
     "file name not in UTF-8": (photo_in_latin_1, ("image 11", r"\udce9.png", "impossible")),
     "file name with terminal codes": (image(file_name="\x1b[2J.png"), ("image 11", r"\x1b[2J.png", "impossible")),
     "file name is a folder above": (image(file_name=".."), ("image 11", "out of DATA")),
@@ -1561,6 +1614,17 @@ common.check_photos(["import time; print('begun', flush=True); time.sleep(60)"] 
         killed.communicate(timeout=20)  # stdout ends when the last process that has it does
 
 
+def test_a_check_with_processes_that_are_stopped_ends_when_it_is_interrupted():
+    code = """import common
+stop = "import os, signal; print(os.getpid(), flush=True); os.kill(os.getpid(), signal.SIGSTOP)"
+common.run_script(lambda _: common.check_photos([stop] * 16, exec, None), None)"""
+    with start_python(code) as checking:
+        assert checking.stdout.readline().strip().isdigit()
+        checking.send_signal(signal.SIGTERM)
+        checking.communicate(timeout=20)
+    assert checking.returncode == 143
+
+
 def flip_bit(path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -1733,7 +1797,7 @@ def test_names_from_the_data_obey_nothing_in_a_terminal_a_table_or_a_picture(dat
     assert SHOWN in out and out.replace("\n", "").isprintable()
     common.write_csv(tmp_path / "a.csv", [{f"iou {name}": 0 for name in split.classes}])
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
-    assert f"iou {SHOWN}" in common.read_csv(tmp_path / "a.csv", ())[0]
+    assert f"iou {SHOWN}" in read_csv(tmp_path / "a.csv", ())[0]
     common.write_sheet(tmp_path / "s.png", [[("a", np.zeros((8, 400, 3), np.uint8))]], dict(enumerate(split.classes)))
     assert Image.open(tmp_path / "s.png").height == 8 + 4 * 18  # a line for the caption and for each class
     new = {str(p.relative_to(tmp_path)).split("/")[0] for p in map(Path, snapshot(tmp_path).keys() - before.keys())}

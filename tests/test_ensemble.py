@@ -1065,7 +1065,10 @@ def test_memory_stays_the_same_with_more_members(tmp_path):
     assert four - one < 40
 
 
-def test_experiments_of_two_paint_orders_are_not_compared(monkeypatch):
-    monkeypatch.setattr(ensemble, "last_round", lambda args, exp: ({}, Namespace(infos=[{"paint": exp.name}])))
-    with pytest.raises(UserError, match="paint order area, the other id"):
-        ensemble.main(ensemble.parse_args(["compare", "--data", "nowhere", "area", "id"]))
+@pytest.mark.parametrize(("option", "values"), [("paint", ["area", "id"]), ("unused", ["keep", "drop"])])
+def test_experiments_that_read_the_data_in_two_ways_are_not_compared(monkeypatch, option, values):
+    options = {"paint": "area", "orientation": "shown", "unused": "keep"}
+    monkeypatch.setattr(ensemble, "last_round",
+                        lambda args, exp: ({}, Namespace(infos=[options | {option: exp.name}])))
+    with pytest.raises(UserError, match=f"one has {option} {values[0]}, the other {values[1]}: their truths differ"):
+        ensemble.main(ensemble.parse_args(["compare", "--data", "nowhere", *values]))

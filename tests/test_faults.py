@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -13,13 +14,13 @@ import time
 import zipfile
 from contextlib import suppress
 from itertools import chain, repeat
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, ROOT, run_of, write_coco
+from conftest import MODEL, ROOT, read_csv, run_of, write_coco
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -147,6 +148,25 @@ def test_a_damaged_model_is_refused_by_name_in_one_line(finished, tmp_path, dama
     DAMAGES[damage](path)
     with pytest.raises(UserError, match="model.pt: not a checkpoint that can be loaded safely: [^\n]+$"):
         common.load_model(path)
+
+
+@pytest.mark.parametrize("kinds", [
+    {}, {"recipe": 0}, {"recipe": {}}, {"code": []}, {"kept_under": [0]}, {"model": []}, {"classes": "abc"},
+    {"valid_ids": None}, {"v3": "high"}])
+def test_a_checkpoint_with_other_kinds_of_values_is_refused_by_name(line, finished, tmp_path, kinds):
+    args = line(tmp_path / "exp")
+    shutil.copytree(finished.exp, args.exp)
+    (run_of(args) / "config.json").unlink()
+    state = torch.load(run_of(args) / "model.pt") | kinds
+    torch.save(state if kinds else [], run_of(args) / "model.pt")
+    with pytest.raises(UserError, match="f1/model.pt: not a checkpoint of this train.py: "):
+        train.main(args)
+    with pytest.raises(UserError, match="f1/model.pt: not a model.pt of train.py"):
+        common.load_model(run_of(args) / "model.pt")
+    if kinds.keys() <= set(common.DESCRIBED) and kinds != {"recipe": {}}:
+        (run_of(args) / "model.pt").rename(run_of(args) / "last.pt")
+        with pytest.raises(UserError, match="f1/last.pt: not a checkpoint of this train.py: "):
+            train.main(args)
 
 
 def test_a_checkpoint_that_would_run_a_command_is_refused_and_runs_nothing(tmp_path):
@@ -339,8 +359,8 @@ def test_a_run_that_was_saved_only_in_the_middle_of_an_epoch_goes_on_with_all_st
     assert model_bytes(args) == model_bytes(finished)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("workers", [0, *slow(2)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_signal_to_the_group_ends_training_at_once_saying_what_is_kept(
         line, finished, tmp_path, number, code, workers):
     args = line(tmp_path / "exp", "--workers", workers)
@@ -351,6 +371,45 @@ def test_a_signal_to_the_group_ends_training_at_once_saying_what_is_kept(
     assert not list(tmp_path.rglob("*.tmp"))
     train.main(args)
     assert model_bytes(args) == model_bytes(finished)
+
+
+def stop_workers_and(act):
+    """Return a function that stops this process's workers, which then answer nothing, and calls `act`."""
+    def run():
+        for child in active_children():
+            os.kill(child.pid, signal.SIGSTOP)
+        act()
+    return run
+
+
+@pytest.fixture
+def end_of_all():
+    """Return a function that waits until no process that was forked since then is left."""
+    end, held = os.pipe()
+
+    def wait():
+        os.close(held)
+        assert select.select([end], [], [], 30)[0], "a process is left"
+        os.close(end)
+    return wait
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_loader_processes_that_are_stopped_keep_no_run_alive(line, tmp_path, end_of_all, number, code):
+    args = line(tmp_path / "exp", "--workers", 2)
+    ended, said = script_in_a_fork(train.main, args, tmp_path / "notes", train, "backward", STEPS + 2,
+                                   stop_workers_and(lambda: os.kill(os.getpid(), number)))
+    assert ended == code
+    assert said == f"{run_of(args)}: interrupted, kept is what was after epoch 1; the same command carries on\n"
+    end_of_all()
+
+
+def test_loader_processes_end_with_a_run_that_is_killed_even_if_they_are_stopped(line, tmp_path, end_of_all):
+    args = line(tmp_path / "exp", "--workers", 2)
+    ended, _ = script_in_a_fork(train.main, args, tmp_path / "notes", train, "backward", STEPS + 2,
+                                stop_workers_and(kill_me))
+    assert ended == -signal.SIGKILL
+    end_of_all()
 
 
 def infer_line(data, cache, folder, *more):
@@ -484,7 +543,7 @@ def test_a_class_that_the_fold_lacks_is_one_warning(line, tmp_path, capsys):
     for fold in range(3):
         args = line(tmp_path / "exp", "--data", data, "--fold", fold, "--epochs", 1)
         train.main(args)
-        held_out = [row["image_id"] for row in common.read_csv(tmp_path / "exp/folds.csv", ("fold",))
+        held_out = [row["image_id"] for row in read_csv(tmp_path / "exp/folds.csv", ("fold",))
                     if row["fold"] == str(fold)]
         which = "training" if "1" in held_out else "validation"
         said = capsys.readouterr().out
@@ -726,6 +785,18 @@ def test_a_folder_that_is_removed_while_training_is_one_line_and_stays_away(line
     code, said = script_in_a_fork(train.main, args, tmp_path / "notes", train, "backward", STEPS + 1,
                                   lambda: shutil.rmtree(args.exp))
     assert code == 1 and said == f"{run_of(args)} was removed: training stops\n" and not args.exp.exists()
+
+
+def test_a_folder_that_another_run_has_taken_is_left_to_it(line, tmp_path):
+    args = line(tmp_path / "exp")
+
+    def take():
+        shutil.rmtree(args.exp)
+        run_of(args).mkdir(parents=True)
+        (run_of(args) / ".lock").write_text("pid 1 on another machine\n")
+    code, said = script_in_a_fork(train.main, args, tmp_path / "notes", train, "backward", STEPS + 1, take)
+    assert code == 1 and said == f"{run_of(args)} was removed: training stops\n"
+    assert [path.name for path in run_of(args).iterdir()] == [".lock"]
 
 
 # ---- the network ----------------------------------------------------------------------------------------------------

@@ -215,6 +215,8 @@ SHELLS = ("$$(touch pwned)", "`touch pwned`", "; touch pwned", "x & touch pwned"
     ({"PSEUDO_ARGS": "--rule best"}, "--rule"), ({"SUBMIT_ARGS": "--cocoo"}, "--cocoo"),
     ({"TRAIN_ARGS": "--fold 1"}, "TRAIN_ARGS sets --fold"), ({"TRAIN_ARGS": "--overfit 2"}, "--overfit"),
     ({"INFER_ARGS": "--out x"}, "INFER_ARGS sets --out"), ({"SUBMIT_ARGS": "--out x.csv"}, "SUBMIT_ARGS sets --out"),
+    ({"MODELS": f"{MODEL} pan/tu-test_efficientnet", "SCALES": 64},
+     "pan/tu-test_efficientnet can't work at scale 64: "),
     ({"MODELS": "pan/tu-test_efficientnet", "SCALES": 128, "INFER_ARGS": "--tta-scales 1 0.5"},
      "pan/tu-test_efficientnet can't work at scale 64 (INFER_ARGS: --tta-scales times 128): "),
     ({"SNAPSHOTS": 3}, "--snapshots 3"), ({"DATA": "nosuch"}, "nosuch: no such folder"), ({"PAINT": "last"}, "--paint"),

@@ -339,8 +339,8 @@ def test_a_model_is_rebuilt_from_its_checkpoint_alone(tmp_path):
     model = common.build_model("unet/tu-test_efficientnet", 3)
     model.load_state_dict(random_state(model))
     common.save_checkpoint(tmp_path / "model.pt", model=model.state_dict(), classes=["Background", "a", "b"], epoch=4,
-                           v3=0.5, valid_ids=[7], **dict.fromkeys(common.DESCRIBED) | {
-                               "recipe": {"model": "unet/tu-test_efficientnet", "scale": 64}})
+                           v3=0.5, valid_ids=[7], code={}, state="", commit="", versions={}, kept_under=[],
+                           recipe={"model": "unet/tu-test_efficientnet", "scale": 64})
     trained = common.load_model(tmp_path / "model.pt")
     assert not trained.model.training and trained.checkpoint["epoch"] == 4 and trained.recipe["scale"] == 64
     assert trained.classes == ["Background", "a", "b"] and "model" not in trained.checkpoint

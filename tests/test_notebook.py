@@ -120,6 +120,15 @@ def test_an_unknown_view_is_refused_with_those_that_there_are(trained, tta):
     assert "\n" not in str(error.value)
 
 
+def test_a_scale_that_the_model_cannot_do_is_refused():
+    name = "pan/tu-test_efficientnet"
+    recipe = {"model": name, "scale": 128, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    model = common.TrainedModel(common.build_model(name, 3).eval(), recipe, ["Background", "a", "b"], {})
+    assert predict_photo(model, photo(8, 9), "none").shape == (3, 8, 9)
+    with pytest.raises(UserError, match=f"{name} can't work at scale 64: "):
+        predict_photo(model, photo(8, 9), "none", (1, 0.5))
+
+
 # ---- models, data, pictures -----------------------------------------------------------------------------------------
 
 
@@ -193,6 +202,7 @@ def test_an_overlay_shows_what_was_found_in_a_photo_of_any_size(trained, size):
     assert shown.shape == plain.shape == (SUBMIT_SIZE, SUBMIT_SIZE, 3) and shown.dtype == plain.dtype == np.uint8
     assert np.array_equal(shown, overlay(image, pred.astype(np.uint8)))
     assert np.array_equal(overlay(image, np.zeros(size, np.uint8)), plain)
+    assert np.array_equal(overlay(image, pred.tolist()), shown)
 
 
 GREY, MASK = photo(8, 9)[..., 0], np.zeros((8, 9), np.uint8)

@@ -1,6 +1,7 @@
 """ensemble.py in-process, on stores made by hand."""
 import csv
 import json
+import os
 import re
 import shutil
 from argparse import Namespace
@@ -9,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import seal, write_store
+from conftest import seal, write_coco, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -607,6 +608,27 @@ def test_a_run_may_get_a_submission_of_its_own(cache, project, monkeypatch):
     assert {path: after[path] for path in before} == before
     assert {path.name for path in after.keys() - before.keys() if path.parent.name == "f0"} == {
         "alone.csv", "alone.png", "alone.json", "alone.made.json", "code"}
+
+
+def test_submissions_alone_are_voted_on_as_the_data_is_to_be_read(tmp_path):
+    data = write_coco(tmp_path / "data", [(1, 8, 8), (2, 8, 8)], [(i, i, [[1, 1, 6, 1, 6, 6]]) for i in (1, 2)],
+                      categories=[(0, "background"), (1, "Paper"), (2, "Metal")])
+    ensemble.write_submission(tmp_path / "a.csv", ["9000"], np.full((1, SUBMIT_SIZE, SUBMIT_SIZE), 2, np.uint8), 3)
+    line = ["hard", "--data", str(data), "--cache", str(tmp_path / "cache"), "--coco", "--out", str(tmp_path / "s.csv"),
+            str(tmp_path / "a.csv")]
+    with pytest.raises(UserError, match="--unused drop"):
+        ensemble.main(ensemble.parse_args(line))
+    ensemble.main(ensemble.parse_args([*line, "--unused", "drop"]))
+    exported = common.read_json(tmp_path / "s.json")
+    assert [each["category_id"] for each in exported["annotations"]] == [2]
+    assert [each["name"] for each in exported["categories"]] == ["Paper", "Metal"]
+
+
+def test_a_pipe_is_no_submission_of_a_team_mate(tiny_data, cache, tmp_path):
+    os.mkfifo(tmp_path / "a.csv")
+    for name in ("a.csv", "nosuch.csv"):
+        with pytest.raises(UserError, match=f"{name}: no file that can be read: give a CSV or the folder of a run"):
+            ensemble.main(ensemble_line("hard", tiny_data, cache, [tmp_path / name], "--out", str(tmp_path / "s.csv")))
 
 
 @pytest.fixture(params=["soft", "hard"])

@@ -2,6 +2,7 @@
 import importlib.util
 import itertools
 import math
+import re
 from argparse import Namespace
 from collections import Counter
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import write_store
+from conftest import read_csv, write_store
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -230,7 +231,7 @@ def test_a_rule_with_a_number_of_its_own_is_a_function_an_entry_and_a_setting(ma
     pred = votes.argmax(1)
     sure = votes.max(1) >= np.where(pred == METAL, 0.99, 0.45)
     assert (labels == np.where(sure, pred, IGNORE_INDEX)).all() and not sure.all()
-    rows = common.read_csv(makers.folder / "index.csv", ("keep", "reason", "unsure", "seen"))
+    rows = read_csv(makers.folder / "index.csv", ("keep", "reason", "unsure", "seen"))
     # the third photo is all metal, of a top probability of 250 / 255
     assert [row["keep"] for row in rows] == ["1", "0", "0", "1"]
     assert (rows[2]["reason"], float(rows[2]["unsure"]), rows[2]["seen"]) == ("no foreground", 1, str(METAL))
@@ -413,7 +414,7 @@ def test_labels_are_the_soft_vote_with_a_row_for_each_photo(makers, splits):
     votes, labels = votes_of(makers), np.load(makers.folder / "labels.npy")
     assert labels.dtype == np.uint8 and labels.shape == (4, SUBMIT_SIZE, SUBMIT_SIZE)
     assert (np.take_along_axis(votes, labels[:, None].astype(int), 1)[:, 0] > votes.max(1) - 1e-6).all()
-    rows = common.read_csv(makers.folder / "index.csv", ("image_id", "keep", "reason", "by_hand", "unsure"))
+    rows = read_csv(makers.folder / "index.csv", ("image_id", "keep", "reason", "by_hand", "unsure"))
     assert [row["image_id"] for row in rows] == [str(i) for i in splits[1].ids]
     assert [(row["keep"], row["reason"], row["by_hand"]) for row in rows] == [
         ("0", "unsure", ""), ("0", "no foreground", ""), ("1", "", ""), ("0", "unsure", "")]
@@ -431,7 +432,7 @@ def test_rule_pixel_labels_the_sure_pixels_of_every_photo(makers, uncertain):
     unsure = votes.max(1) < 0.45 - 1e-6
     assert unsure.any() and (labels[unsure] == {"ignore": 255, "background": 0}[uncertain]).all()
     assert (labels[~unsure] == votes.argmax(1)[~unsure]).all()
-    rows = common.read_csv(makers.folder / "index.csv", ("keep", "reason", "classes", "seen"))
+    rows = read_csv(makers.folder / "index.csv", ("keep", "reason", "classes", "seen"))
     assert [(row["keep"], row["reason"]) for row in rows] == [("1", ""), ("0", "no foreground"), ("1", ""), ("1", "")]
     for row, label, vote in zip(rows, labels, votes, strict=True):
         assert row["classes"] == " ".join(str(c) for c in np.unique(label) if c not in (0, 255))
@@ -506,12 +507,12 @@ def test_the_sheet_shows_photos_of_every_reason_and_the_unsure_pixels(makers):
 
 
 def keeps(makers):
-    return [row["keep"] for row in common.read_csv(makers.folder / "index.csv", ("image_id", "keep"))]
+    return [row["keep"] for row in read_csv(makers.folder / "index.csv", ("image_id", "keep"))]
 
 
 def edit_keep(makers, position, keep):
     path = makers.folder / "index.csv"
-    rows = common.read_csv(path, ("keep",))
+    rows = read_csv(path, ("keep",))
     rows[position]["keep"] = keep
     common.write_csv(path, rows)
 
@@ -554,7 +555,7 @@ def test_a_decision_made_by_hand_is_not_lost_when_the_rule_agrees_for_a_while(ma
     pseudo_label.main(makers.args("--max-unsure", "1", "--coco"))
     pseudo_label.main(makers.args())
     assert keeps(makers)[0] == "0"
-    assert all(row["by_hand"] == "" for row in common.read_csv(makers.folder / "index.csv", ("by_hand",)))
+    assert all(row["by_hand"] == "" for row in read_csv(makers.folder / "index.csv", ("by_hand",)))
 
 
 def test_an_index_that_is_no_index_of_labels_is_refused_and_left_alone(makers):
@@ -606,6 +607,16 @@ def test_a_slip_in_an_index_is_named(makers, splits, old, new, told):
         common.load_labels(Namespace(exp=makers.folder.parents[2], round=1, fold=0), splits[1])
 
 
+@pytest.mark.parametrize("spelt", ["{}.0", "0{}", "1E+05"])
+def test_a_decision_on_an_unknown_image_stops_new_labels(makers, splits, spelt):
+    pseudo_label.main(makers.args())
+    edit_keep(makers, 0, "1")
+    path, image_id = makers.folder / "index.csv", splits[1].ids[0]
+    path.write_text(path.read_text().replace(f"\n{image_id},", f"\n{spelt.format(image_id)},"))
+    with pytest.raises(UserError, match=f"index.csv: decides on image {re.escape(spelt.format(image_id))}, which is "):
+        pseudo_label.main(makers.args("--coco"))
+
+
 def test_a_decision_that_is_none_stops_new_labels_too(makers):
     pseudo_label.main(makers.args())
     edit_keep(makers, 0, "yes")
@@ -628,7 +639,7 @@ def test_a_photo_that_cannot_be_read_is_never_a_label(makers, splits, monkeypatc
     test = replace(splits[1], faults=[None, None, "is missing", None])
     monkeypatch.setattr(pseudo_label, "load_data", lambda *args, **settings: (splits[0], test))
     pseudo_label.main(makers.args())
-    row = common.read_csv(makers.folder / "index.csv", ("keep", "reason"))[2]
+    row = read_csv(makers.folder / "index.csv", ("keep", "reason"))[2]
     assert (row["keep"], row["reason"]) == ("0", "unreadable")
     edit_keep(makers, 2, "1")
     args = Namespace(exp=makers.folder.parents[2], round=1, fold=0)

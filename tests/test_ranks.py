@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_csv
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 MODEL = "fpn/tu-mobilenetv3_small_050"
@@ -241,7 +241,7 @@ def test_only_rank_0_writes_and_prints(finished):
 
 
 def test_two_ranks_count_the_pixels_that_one_process_counts(run_ranks, finished, argv, tmp_path):
-    from common import read_csv, scores
+    from common import scores
     options = {"argv": argv(finished), "checkpoint": str(finished / RUN / "model.pt")}
     assert run_ranks(2, "evaluate_rank", tmp_path / "two", **options) == [0, 0], errors(tmp_path / "two")
     assert run_ranks(1, "evaluate_rank", tmp_path / "one", **options) == [0], errors(tmp_path / "one")
@@ -370,7 +370,7 @@ def test_two_ranks_write_the_bytes_of_one_whether_killed_or_not(
     line = infer_argv(tmp_path)
     if die_after is not None:
         codes = run_ranks(2, "infer_rank", tmp_path, argv=line, die_after=die_after)
-        assert codes == [-signal.SIGKILL] * 2
+        assert codes[1] == -signal.SIGKILL and codes[0] in (-signal.SIGKILL, 1)  # it may notice that first
     assert run_ranks(2, "infer_rank", tmp_path, argv=line) == [0, 0], errors(tmp_path)
     assert (tmp_path / "batches1").read_text() == left
     assert {name: (tmp_path / name).read_bytes() for name in stores} == stores

@@ -291,8 +291,9 @@ def test_the_data_page_counts_objects_overlaps_and_equal_photos(made):
     assert {(row[0], row[2]) for row in equal[1:]} == {("batch_01/0001.png", "train"), ("batch_01/9001.png", "test")}
 
 
-def test_many_classes_and_none_in_the_truth_still_make_a_page(tmp_path):
-    names = [f"class {c} " + "long " * 20 for c in range(24)]
+@pytest.mark.filterwarnings("error")
+def test_many_classes_with_letters_that_no_font_has_and_none_in_the_truth_still_make_a_page(tmp_path):
+    names = [f"class \u4e00 {c} " + "long " * 20 for c in range(24)]
     values = np.full(24, np.nan)
     urls = common.figure_urls(lambda axes: common.draw_bars(axes, dict(enumerate(names)), {"all": values}), 5)
     urls += common.figure_urls(lambda axes: common.draw_heat(axes, np.full((24, 24), np.nan), names, names), 5)

@@ -114,6 +114,18 @@ def test_picture_shows_the_dot_of_the_one_pair_and_its_name(table):
     assert first_colour[:, dot[:, 1].max() + 12:].sum() > 50
 
 
+@pytest.mark.parametrize("cell", ["", "3,5", "nan"])
+def test_a_cell_that_is_no_number_is_named_before_anything_is_measured(measured, tmp_path, monkeypatch, cell):
+    measured(RuntimeError("can't"))  # its cells are empty for a reason
+    measured(2.5, "--batch", 4)
+    text = (tmp_path / "table.csv").read_text()
+    assert text.count(",2.5,") == 1
+    (tmp_path / "table.csv").write_text(text.replace(",2.5,", f',"{cell}",'))
+    monkeypatch.setattr(train, "claim_device", lambda *_: pytest.fail("it measures"))
+    with pytest.raises(UserError, match=f"table.csv line 3: train_images_per_s is '{cell}', no number: mend"):
+        train.main(train.parse_args(command(tmp_path / "table.csv")))
+
+
 def test_scale_that_a_model_cannot_take_is_a_reason(tmp_path):
     train.main(train.parse_args(command(tmp_path / "table.csv", "--model", "pan/resnet18")))
     reason = read(tmp_path / "table.csv")[0]["reason"]
