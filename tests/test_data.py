@@ -167,14 +167,15 @@ def test_what_a_killed_writer_leaves_goes_with_the_next_write_and_other_files_st
     assert sorted(os.listdir(tmp_path)) == [".a1.txt.01234567.tmp", ".a[1].txt.tmp", "a[1].txt"]
 
 
-def test_a_writer_that_comes_between_the_flush_and_the_name_of_another_removes_nothing(tmp_path, monkeypatch):
-    path, flush = tmp_path / "a.json", os.fsync
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_writer_that_comes_before_the_last_steps_of_another_removes_nothing(tmp_path, monkeypatch, step):
+    path, function = tmp_path / "a.json", getattr(os, step)
 
-    def write_another_first(descriptor):
-        monkeypatch.setattr(os, "fsync", flush)
+    def write_another_first(*args):
+        monkeypatch.setattr(os, step, function)
         common.write_json(path, "second")
-        flush(descriptor)
-    monkeypatch.setattr(os, "fsync", write_another_first)
+        function(*args)
+    monkeypatch.setattr(os, step, write_another_first)
     common.write_json(path, "first")
     assert common.read_json(path) == "first" and os.listdir(tmp_path) == ["a.json"]
 

@@ -404,10 +404,12 @@ def test_loader_processes_that_are_stopped_keep_no_run_alive(line, tmp_path, end
     end_of_all()
 
 
-def test_loader_processes_end_with_a_run_that_is_killed_even_if_they_are_stopped(line, tmp_path, end_of_all):
+def test_loader_processes_end_with_a_run_that_is_killed_even_if_they_are_stuck(line, tmp_path, end_of_all):
+    def kill_the_run():
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(300)
     args = line(tmp_path / "exp", "--workers", 2)
-    ended, _ = script_in_a_fork(train.main, args, tmp_path / "notes", train, "backward", STEPS + 2,
-                                stop_workers_and(kill_me))
+    ended, _ = script_in_a_fork(train.main, args, tmp_path / "notes", common.Split, "image", 3, kill_the_run)
     assert ended == -signal.SIGKILL
     end_of_all()
 
