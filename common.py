@@ -484,11 +484,11 @@ def build_cache(folder, paths, settings, hashes):
     train, categories, dropped, faults = read_coco(paths[0], used, labelled=True)
     test, test_categories, _, test_faults = read_coco(paths[1], used, labelled=False)
     faults += test_faults
-    if categories and test_categories:
-        for key in different_keys(categories, test_categories)[:1]:
-            here, there = (ascii(names.get(key)) for names in (categories, test_categories))
-            faults.append(f"{paths[0].name} and {paths[1].name} have different categories: of id "
-                          f"{key} the name is {here} and {there}")
+    differing = different_keys(categories, test_categories)
+    if categories and test_categories and differing:
+        here, there = (ascii(names.get(differing[0])) for names in (categories, test_categories))
+        faults.append(f"{paths[0].name} and {paths[1].name} have different categories: of id "
+                      f"{differing[0]} the name is {here} and {there}")
     (folder / "photos.npy").unlink(missing_ok=True)  # its photos may have changed
     with atomic_write(folder / "masks.npy") as scratch:
         if not faults:
@@ -524,6 +524,7 @@ def check_photos(photos, check, hashes):
     The photos are shared out to one process for each core.
     """
     pool_options = {"mp_context": get_context("forkserver"), "initializer": begin_worker}
+    others = active_children()  # a notebook's own
     try:
         with without_main(), ProcessPoolExecutor(**pool_options) as pool:
             results = pool.map(check, photos, chunksize=8)
@@ -534,8 +535,8 @@ def check_photos(photos, check, hashes):
                     if key:
                         hashes.remember(key, facts["digest"])
                     photo.update(facts)
-            except BaseException:
-                kill_children()  # else the pool would wait for those that are stuck
+            except (KeyboardInterrupt, Exception):
+                kill_children(others)  # else the pool would wait for those that are stuck
                 raise
     except BrokenExecutor:
         raise UserError("a process died while it checked the photos: out of memory, or killed; run "
@@ -3373,10 +3374,11 @@ def signals_later():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def kill_children():
-    """Kill the worker processes: waiting for one that is stuck would last for ever."""
+def kill_children(but=()):
+    """Kill the worker processes `but` some: waiting for one that is stuck would last for ever."""
     for child in active_children():
-        child.kill()
+        if child not in but:
+            child.kill()
 
 
 def stop_reason(error, received=()):

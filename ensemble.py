@@ -1649,8 +1649,9 @@ def check_sides(models, tta_scales):
     """Raise UserError if one of these (model, scale) can't work at its scale or at --tta-scales."""
     for model, scale in models:
         built = try_sides(build_model(model, 1), model, [scale])
-        try_sides(built, model, tta_sides(scale, tta_scales),
-                  f" (INFER_ARGS: --tta-scales times {scale})")
+        if tta_scales != [1]:
+            try_sides(built, model, tta_sides(scale, tta_scales),
+                      f" (INFER_ARGS: --tta-scales times {scale})")
 
 
 # ---- what make asks: the plan --------------------------------------------------------------------

@@ -1626,6 +1626,19 @@ common.run_script(lambda _: common.check_photos([stop] * 16, exec, None), None)"
     assert checking.returncode == 143
 
 
+def test_a_check_that_fails_ends_no_process_but_its_own():
+    code = """import multiprocessing, time, common
+own = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+own.start()
+try:
+    common.check_photos(["1 / 0"] * 4, exec, None)
+except ZeroDivisionError:
+    print(own.is_alive())
+own.kill()"""
+    with start_python(code) as checking:
+        assert checking.communicate(timeout=30)[0] == "True\n"
+
+
 def flip_bit(path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
