@@ -144,11 +144,15 @@ class Split:
 
         A mask of 512 x 512 becomes the competition's mask[::2, ::2]. For test it is IGNORE_INDEX.
         """
-        import cv2
-        side = (SUBMIT_SIZE, SUBMIT_SIZE)
         if self.masks is None:
-            return np.full(side, IGNORE_INDEX, np.uint8)
-        return cv2.resize(self.mask(index), side, interpolation=cv2.INTER_NEAREST)
+            return np.full((SUBMIT_SIZE, SUBMIT_SIZE), IGNORE_INDEX, np.uint8)
+        return submitted_size(self.mask(index))
+
+
+def submitted_size(mask):
+    """Return a mask uint8 [H, W] at the submission's size; see Split.truth."""
+    import cv2
+    return cv2.resize(mask, (SUBMIT_SIZE, SUBMIT_SIZE), interpolation=cv2.INTER_NEAREST)
 
 
 def pixel_starts(sizes):
@@ -234,6 +238,46 @@ def data_files(data):
     if missing:
         raise UserError(f"no {' and no '.join(missing)}; DATA is the competition's folder")
     return paths
+
+
+def truth_file(data, truth=None):
+    """Return the annotated COCO file of the test photos, or None if there is none.
+
+    It is `truth`, a path, or else the test.json of the folder `data` if that has annotations. Only
+    scores are made of it: nothing is fitted on it.
+    """
+    if truth:
+        return Path(truth)
+    path = data_files(data)[1]
+    coco = read_json(path)
+    return path if isinstance(coco, dict) and coco.get("annotations") else None
+
+
+def load_truths(path, test, paint):
+    """Return the masks uint8 [N, S, S] of the photos of the Split `test` by an annotated COCO file.
+
+    S is SUBMIT_SIZE; paint: as in DATA_OPTIONS. The file may list more images. Raises UserError
+    that lists what is wrong with it.
+    """
+    used = set(test.category_ids) if test.dropped else None
+    photos, categories, _, faults = read_coco(path, used, labelled=True)
+    if not faults and [BACKGROUND, *categories.values()] != test.classes:
+        faults.append(f"{path}: its categories are {', '.join(categories.values())}, those of the "
+                      f"data {', '.join(test.classes[1:])}")
+    by_id = {photo["id"]: photo for photo in photos}
+    for image_id, size in zip(test.ids, test.sizes, strict=True):
+        photo = by_id.get(image_id)
+        if photo is None or photo["size"] != tuple(size):
+            what = f"the size {photo['size']}, not {tuple(size)}" if photo else "no such image"
+            faults.append(f"{path}: test image {image_id}: it has {what}")
+    if faults:
+        raise UserError("\n".join(faults[:MAX_FAULTS]))
+    truths = []
+    for image_id, (height, width) in zip(test.ids, test.sizes, strict=True):
+        objects = by_id[image_id]["objects"]
+        mask, *_ = paint_mask(objects, height, width, paint, len(test.classes))
+        truths.append(submitted_size(mask))
+    return np.stack(truths)
 
 
 # ---- data: samples and batches -------------------------------------------------------------------

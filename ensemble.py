@@ -680,14 +680,27 @@ def bootstrap_interval(values, n_draws=2000):
     return np.percentile(values[draws].mean(1), (2.5, 97.5))
 
 
-def gain(after, before):
-    """Return the mean gain in v3 and its paired 95% interval.
+def gain(after, before, metric="v3"):
+    """Return the gain in v2 or v3 and its paired 95% interval: the same images drawn in both.
 
     after, before: pixel counts [N, C, C] of the same images.
     """
-    gains = image_miou(after) - image_miou(before)
-    low, high = bootstrap_interval(gains)
-    return {"gain": gains.mean(), "low": low, "high": high}
+    if metric == "v3":
+        gains = image_miou(after) - image_miou(before)
+        low, high = bootstrap_interval(gains)
+        return {"gain": gains.mean(), "low": low, "high": high}
+    gains = drawn_v2(after) - drawn_v2(before)
+    low, high = np.percentile(gains[1:], (2.5, 97.5))
+    return {"gain": gains[0], "low": low, "high": high}
+
+
+def drawn_v2(counts, n_draws=1000):
+    """Return v2 [1 + n_draws] of pixel counts [N, C, C]: of all images, then of draws of them."""
+    n_images, n_classes, _ = counts.shape
+    draws = np.random.default_rng(0).integers(n_images, size=(n_draws, n_images))
+    times = [np.bincount(draw, minlength=n_images) for draw in draws]  # that each image was drawn
+    summed = np.vstack([np.ones(n_images), *times]) @ counts.reshape(n_images, -1)
+    return image_miou(summed.reshape(-1, n_classes, n_classes))
 
 
 # ---- tables --------------------------------------------------------------------------------------
