@@ -32,8 +32,13 @@ SEED       ?= 0
 WEIGHTS    ?= imagenet
 TTA        ?= flip
 VOTE       ?= fit
+METRIC     ?= v3
+POST       ?= fit
 A          ?=
 B          ?=
+LADDER     ?= full
+TRUTH      ?=
+HOLDOUT    ?=
 IMAGE_ID   ?= id
 TRAIN_ARGS ?=
 INFER_ARGS ?=
@@ -66,8 +71,13 @@ about.SEED        := of everything random
 about.WEIGHTS     := of the encoder: imagenet (downloaded), none, or a file
 about.TTA         := views averaged in prediction: none, flip, flip_rot, d4, or identity,hflip,...
 about.VOTE        := weights of the members that vote: fit (if that gains), equal, or given, 2,1
+about.METRIC      := score that what is fitted after training must raise, v3 or v2; the other must not fall
+about.POST        := log-bias, least share and steps after the vote: fit (what gains) or none
 about.A           := experiment, or a round of one, that compare starts from
 about.B           := what is compared with it
+about.LADDER      := the climb that ladder makes: full, or fast, an hour on two CPU cores
+about.TRUTH       := COCO file with the objects of the test photos, for ladder and compare
+about.HOLDOUT     := share of the training photos that ladder keeps out of all as test photos, 0.15
 about.IMAGE_ID    := what names an image in the submission: id, file_name
 about.TRAIN_ARGS  := more for train.py, see its --help; INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS likewise
 about.SNAPSHOTS   := epochs of a run that vote together; 0: its best one alone
@@ -80,8 +90,8 @@ about.PER_GPU     := jobs of make -j that may share a GPU, 1 to 9
 about.PY          := python to use; PY=python takes the current environment
 about.CODE        := after an edit of a script: new makes anew what it made, keep keeps it
 KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT ORIENTATION \
-    UNUSED EPOCHS BATCH LR SEED WEIGHTS TTA VOTE A B IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS \
-    SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH DEVICE PER_GPU PY CODE
+    UNUSED EPOCHS BATCH LR SEED WEIGHTS TTA VOTE METRIC POST A B LADDER TRUTH HOLDOUT IMAGE_ID TRAIN_ARGS INFER_ARGS \
+    PSEUDO_ARGS SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH DEVICE PER_GPU PY CODE
 
 # ---- knobs are checked first, all of them; the plan below checks what only scripts know ----------
 given := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
@@ -96,7 +106,7 @@ $(foreach v,$(set_by_user),$(if $(findstring $$,$(value $v)),$(error $v has a $$
     $(if $(findstring $(newline),$(value $v)),$(error $v has more than one line)))
 wanted := $(value MAKECMDGOALS)
 $(if $(filter out/%,$(wanted)),$(error make takes commands, such as submit, not files: $(wanted)))
-may_be_empty := ROUND A B %_ARGS LAUNCH CODE
+may_be_empty := ROUND A B TRUTH HOLDOUT %_ARGS LAUNCH CODE
 $(foreach v,$(filter-out $(may_be_empty),$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
 quote  = '$(subst ','\'',$1)'
 # only DATA, which may be any path, is quoted where a shell reads it; other knobs have nothing that
@@ -107,6 +117,9 @@ legal.EXP    := $(piece)(/$(piece))*
 legal.A      := ($(legal.EXP))?
 legal.B      := ($(legal.EXP))?
 legal.CODE   := (new|keep)?
+legal.METRIC := v[23]
+legal.POST   := fit|none
+legal.HOLDOUT := (0[.][0-9]+)?
 legal.NFOLDS := [2-9]|10
 legal.ROUNDS := [0-9]
 legal.ROUND  := [0-9]?
@@ -123,8 +136,8 @@ $(if $(wrong),$(error $(wrong) can not be: numbers are whole, CODE is new or kee
 $(if $(filter cache cache/%,$(EXP)),$(error EXP=$(EXP): out/cache belongs to all experiments))
 $(if $(filter pseudo,$(wanted)),\
     $(if $(filter 0,$(ROUND)),$(error ROUND=0 learns from no pseudo labels)))
-$(if $(filter submit,$(wanted)),$(foreach v,$(filter MODEL SCALE FOLD ROUND,$(given)),\
-    $(error submit takes $vS, not $v)))
+$(foreach goal,$(filter submit ladder,$(wanted)),\
+    $(foreach v,$(filter MODEL SCALE FOLD ROUND,$(given)),$(error $(goal) takes $vS, not $v)))
 scored  = $(wildcard out/$1/r[0-9]/*/*/s*/f*/valid.json out/$1/*/*/s*/f*/valid.json)
 $(if $(filter compare,$(wanted)),$(foreach v,A B,$(if $(call scored,$($v)),,$(error $v=$($v): \
     compare takes two experiments, or rounds, that have been scored: A=main B=lr5, A=main/r0 \
@@ -138,7 +151,8 @@ split  := --exp $(OUT) --folds $(NFOLDS) $(how_read)
 train  := --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) \
           --snapshots $(SNAPSHOTS) $(TRAIN_ARGS)
 infer  := --tta $(TTA) $(INFER_ARGS)
-submit := --weights $(VOTE) --image-id $(IMAGE_ID) --batch $(BATCH) $(SUBMIT_ARGS)
+fitted := --weights $(VOTE) --metric $(METRIC) --post $(POST) --batch $(BATCH)
+submit := $(fitted) --image-id $(IMAGE_ID) $(SUBMIT_ARGS)
 code   := $(if $(CODE),--code $(CODE))
 device := --device $(DEVICE) --per-gpu $(PER_GPU)
 run    := $(strip $(LAUNCH) $(PY))
@@ -211,7 +225,7 @@ $(filter %/submission.csv,$(TODO)): | $(filter-out %/submission.csv,$(TODO))
 	    .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt; touch $@
 
 # ---- commands ------------------------------------------------------------------------------------
-.PHONY: help setup check train pseudo submit score why status compare runtimes bench sweep demo \
+.PHONY: help setup check train pseudo submit score why status compare ladder runtimes bench sweep demo \
     test chaos test-gpu test-all lint clean
 help: ## show this text
 	@echo 'usage: make COMMAND [KNOB=VALUE ...]'
@@ -231,7 +245,7 @@ train: $(TODO) ## the models; narrow with MODEL= SCALE= FOLD= ROUND=
 pseudo: $(TODO) ## pseudo labels for the test photos
 submit: $(TODO) ## everything up to out/EXP/submission.csv and report.html
 score: $(TODO) ## out-of-fold scores of members and vote, who adds what; out/EXP/report.html
-	@$(run) ensemble.py score $(data) --batch $(BATCH) --weights $(VOTE) --tables $(OUT)/report \
+	@$(run) ensemble.py score $(data) $(fitted) --tables $(OUT)/report \
 	    --report $(OUT)/report.html $(filter --mixed,$(SUBMIT_ARGS)) \
 	    $(call runs,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))
 endif
@@ -241,6 +255,24 @@ status: | $(SETUP) ## which runs are done, how long the others will take, what i
 	@$(PY) ensemble.py status $(grid) --dry
 compare: | $(SETUP) ## whether B beats A on images that both held out: A=main B=lr5, A=main/r0 ...
 	@$(run) ensemble.py compare $(data) $(filter --mixed,$(SUBMIT_ARGS)) out/$A out/$B
+# a rung is one make submit; how long it took goes to cost.csv if it made anything
+not_asked := EXP DATA LADDER TRUTH HOLDOUT PY LAUNCH DEVICE PER_GPU CODE
+asked   = --preset $(LADDER) $(foreach v,$(filter-out $(not_asked),$(set_by_user)),$(call quote,$v=$($v)))
+climbed = $(call quote,$(if $(HOLDOUT),$(OUT)/data,$(DATA)))
+ladder: | $(SETUP) ## the climb, rung after rung, and what each is worth, in out/EXP/ladder.csv and .png
+	@$(if $(HOLDOUT),$(run) ensemble.py holdout $(data) $(how_read) --share $(HOLDOUT) \
+	    --out $(OUT)/data)
+	@rungs=$$($(PY) ensemble.py rungs $(asked)); TIMEFORMAT=%R,%U,%S; \
+	while IFS=$$'\t' read -ra knobs <&4; do \
+	    rung=$(OUT)/$${knobs[0]}; cost=$$rung/cost.csv; mkdir -p $$rung; touch $$rung/.began; \
+	    echo "== $${knobs[*]}"; \
+	    { time $(MAKE) --no-print-directory submit DATA=$(climbed) EXP=$(EXP)/$${knobs[0]} \
+	        "$${knobs[@]:1}" 2>&3; } 3>&2 2> $$rung/.time; \
+	    [ -e $$cost ] || echo seconds,user,system > $$cost; \
+	    if [ $$rung/submission.csv -nt $$rung/.began ]; then cat $$rung/.time >> $$cost; fi; \
+	    done 4<<< "$$rungs"
+	@$(run) ensemble.py ladder --data $(climbed) --cache out/cache --exp $(OUT) $(how_read) \
+	    --batch $(BATCH) --image-id $(IMAGE_ID) $(TRUTH:%=--truth %) $(asked)
 runtimes: | $(SETUP) ## speed, size and memory of models and scales, in out/runtimes.csv and .png
 	@failed=0; $(foreach m,$(MODEL),$(foreach s,$(SCALE),$(run) train.py $(data) --exp $(OUT) \
 	    --model $m --scale $s --batch $(BATCH) $(device) --runtimes out/runtimes.csv || \

@@ -10,13 +10,14 @@
 A run is a folder of train.py and infer.py; runs that differ only in the fold are one member. soft
 averages probabilities, hard counts the votes of submissions and runs. Both write the CSV in
 test.json's order, read back and checked before it gets its name, then OUT.made.json, which says
-what made it, and soft a .png of some predictions; the same line again does nothing. --report is a
-web page of all that is known. A run votes background on a photo that it couldn't read; then the
-exit code is 3, though the submission stands. Whatever is fitted is fitted on some folds, scored on
-the others, and used only if the 95% interval of its gain in v3 is above zero. A step of your own
-after the vote is one entry in STEPS_AFTER_VOTE. plan compares what made each file of an experiment
-with what would make it now, and prints the files that are to be made; status prints how far each
-run is and why a file isn't up to date. GRID: the models, scales and folds, as make passes them.
+what made it, and soft a .png of some predictions and OUT.oof.npz, the vote's pixel counts out of
+fold; the same line again does nothing. --report is a web page of all that is known. A run votes
+background on a photo that it couldn't read; then the exit code is 3, though the submission stands.
+Whatever is fitted is fitted on some folds, scored on the others, and used only if v3 gains by more
+than chance (95%) and v2 doesn't lose so; --metric v2 turns them round. A step of your own after the
+vote is one entry in STEPS_AFTER_VOTE. plan compares what made each file of an experiment with what
+would make it now, and prints the files that are to be made; status prints how far each run is and
+why a file isn't up to date. GRID: the models, scales and folds, as make passes them.
 """
 import argparse
 import csv
@@ -34,6 +35,8 @@ from collections import Counter, defaultdict
 from contextlib import nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
@@ -44,13 +47,14 @@ from common import (
     atomic_write, build_model, cache_folder, changes, check_output, check_space, check_unchanged,
     class_iou, clean, code_hashes, code_of, code_question, code_state, confusion, data_files,
     data_options, decide, different_keys, draw_bars, draw_heat, figure_urls, fingerprint,
-    folds_hash, foreground_ids, image_miou, keep_code, label_settings, labels_code, labels_hash,
-    labels_recipe, library_versions, load_data, lock, make_folds, move_aside, named, number,
-    open_store, overlay, provenance, pseudo_folder, read_description, read_folds, read_index_json,
-    read_json, read_own_json, read_probs, read_rows, recipe_changes, run_code, run_folder,
-    run_recipe, run_script, scores, settings_of, short_hash, store_code, store_id, store_recipe,
-    tile_url, try_sides, tta_name, tta_sides, version_changes, whole_manifest, whole_numbers,
-    write_coco, write_description, write_json, write_page, write_sheet)
+    first_line, folds_hash, foreground_ids, image_miou, keep_code, label_settings, labels_code,
+    labels_hash, labels_recipe, library_versions, load_data, load_truths, lock, make_folds,
+    move_aside, named, number, open_store, overlay, provenance, pseudo_folder, read_description,
+    read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows, recipe_changes,
+    run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash, store_code,
+    store_id, store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides, version_changes,
+    whole_manifest, whole_numbers, write_coco, write_csv, write_description, write_json, write_page,
+    write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byte first: x86 and ARM
@@ -59,9 +63,13 @@ MAX_PICKS = 30  # of the greedy selection of weights
 LEAST_WEIGHT = 1e-4  # of the largest: what weighs less is lost where a vote is summed in float32
 THUMBNAILS = 128_000_000  # bytes for the small probabilities that weights and biases are fitted on
 BIASES = (-1.4, -1, -0.7, -0.35, 0.35, 0.7, 1, 1.4)  # tried for each class
+LEAST_SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)  # see drop_small
+HALF_TRUSTED = 10  # images; see shrink
 AREAS = (0, *(2 ** np.arange(4, 12)))  # up to 3% of the image: a larger one fits its own images
 TAKEN = "with what is taken"  # the name of the vote with all that gains out of fold
 SIZES = (0, 0.003, 0.01, 0.03, 0.1, 0.3)  # shares of an image where the report's bins begin
+NO_GAIN = dict.fromkeys(("gain", "low", "high"), math.nan)  # of the lowest rung
+WHERE = {"": "out of fold", "test ": "on the test photos' truth"}  # by the prefix of columns
 CONTAMINATED = "CONTAMINATED: pseudo labels' makers have seen these images (--allow-leak)"
 BY_FOLD = ("fold", "pseudo", "contaminated")  # where the recipes of a member's folds may differ
 # what decides no result; see BESIDE in common.py
@@ -71,6 +79,52 @@ BESIDE = {
     "run_name", "sample_pictures", "scratch_folder", "show", "show_scores", "soft_recipe",
     "tell_unread", "write_made"}
 
+
+# ---- the ladder: what make ladder climbs ---------------------------------------------------------
+
+
+class Rung(NamedTuple):
+    """A step of the climb: an experiment EXP/name of make submit."""
+    name: str
+    # what it changes of make's knobs: a text, which for *_ARGS is added to that of the rungs below,
+    # or a number: so many of the MODELS, SCALES or FOLDS that are asked for, the first ones
+    knobs: dict
+    why: str
+    is_aside: bool = False  # tried once: the rungs above it don't stand on it
+
+
+# from the bottom to the top; edit it as you like: each rung is whatever make submit can do
+LADDER = (
+    Rung("baseline", {
+        "MODELS": 1, "SCALES": 1, "FOLDS": 1, "ROUNDS": "0", "TTA": "none", "VOTE": "equal",
+        "POST": "none", "TRAIN_ARGS": "--loss ce --schedule constant --warmup 0 --ema 0 "
+                                      "--encoder-lr 1 --augment none"},
+        "cross-entropy, one model on one fold, as public baselines start"),
+    Rung("iou-ce", {"TRAIN_ARGS": "--loss iou_ce"}, "0.4 IoU + 0.6 cross-entropy"),
+    Rung("schedule", {"TRAIN_ARGS": "--schedule cosine --warmup 0.05 --ema 0.998"},
+         "warm-up, cosine, averaged weights"),
+    Rung("augment", {"TRAIN_ARGS": "--augment basic"}, "random crops, flips and turns"),
+    Rung("classmix", {"TRAIN_ARGS": "--classmix plain"},
+         "half an image's classes pasted on another", is_aside=True),
+    Rung("classmix-rare", {"TRAIN_ARGS": "--classmix weighted"},
+         "the same, rather rare classes", is_aside=True),
+    Rung("flip", {"TTA": "flip"}, "prediction averaged with the mirrored photo's"),
+    Rung("turns", {"TTA": "flip_rot"}, "and with those of quarter turns"),
+    Rung("scales", {"SCALES": 2}, "a second scale votes"),
+    Rung("folds", {"FOLDS": 10}, "a model of each fold: only test photos can show it"),
+    Rung("models-2", {"MODELS": 2}, "a second architecture votes"),
+    Rung("models-3", {"MODELS": 3}, "a third one"),
+    Rung("pseudo-1", {"ROUNDS": "1"}, "trained again with pseudo labels of the vote below"),
+    Rung("pseudo-2", {"ROUNDS": "2"}, "and once more"),
+    Rung("fitted", {"VOTE": "fit", "POST": "fit"},
+         "weights and steps after the vote, those that gain"))
+
+# LADDER=NAME of make -> knobs below the lowest rung, where the command line has no others
+LADDER_KNOBS = {
+    "full": {"SCALES": "512 384", "EPOCHS": "40"},
+    "fast": {"SCALES": "128 96", "EPOCHS": "8", "FOLDS": "0 1"}}
+LADDER_MODELS = ("fpn/tu-tf_efficientnet_lite0 efficientdet/tu-tf_efficientnet_lite0 "
+                 "unet/tu-tf_efficientnet_lite0")  # one encoder: WEIGHTS may be a file
 
 # ---- options -------------------------------------------------------------------------------------
 
@@ -84,6 +138,9 @@ def parse_args(argv=None):
             ("hard", "data voted runs out", "count the votes of submissions and runs"),
             ("score", "data runs mixed scored tables", "print out-of-fold scores"),
             ("compare", "data mixed tables pair", "say whether one experiment beats another"),
+            ("rungs", "climb", "print the rungs of the ladder, each as make's knobs"),
+            ("holdout", "data voted share", "make test photos with a truth of training photos"),
+            ("ladder", "data climb rung truth", "say what each rung of a ladder is worth"),
             ("plan", "data grid", "print what of an experiment is to be made"),
             ("status", "data grid",
              "say how far the runs are, and why what is not up to date isn't")):
@@ -94,9 +151,11 @@ def parse_args(argv=None):
 
 def shared_options():
     """Return {group: a parser of options that several commands share}."""
-    names = ("data", "voted", "runs", "mixed", "scored", "tables", "out", "pair", "grid")
+    names = ("data", "voted", "runs", "mixed", "scored", "tables", "out", "pair", "climb", "rung",
+             "truth", "share", "grid")
     groups = {name: argparse.ArgumentParser(add_help=False) for name in names}
-    data, voted, runs, mixed, scored, tables, out, pair, grid = groups.values()
+    data, voted, runs, mixed, scored, tables, out, pair, climb, rung, truth, share, grid = (
+        groups.values())
     data.add_argument("--data", type=Path, required=True, help="the competition's folder")
     data.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks")
     add_data_options(voted.add_argument_group("how DATA is read, if no voter is a run"))
@@ -110,6 +169,10 @@ def shared_options():
     scored.add_argument("--report", type=Path,
                         help="a web page with the tables, figures and the worst images to write")
     scored.add_argument("--batch", type=number(int, 1), default=8, help="images in a batch of v1")
+    scored.add_argument("--metric", choices=("v3", "v2"), default="v3",
+                        help="the score in which what is fitted must gain; the other must not lose")
+    scored.add_argument("--post", choices=("fit", "none"), default="fit",
+                        help="log-bias, least share and the steps after the vote, if they gain")
     tables.add_argument("--tables", type=Path, help="folder for the printed tables as CSV")
     out.add_argument("--out", type=Path, required=True, help="the submission to write")
     out.add_argument("--image-id", choices=("id", "file_name"), default="id",
@@ -121,8 +184,29 @@ def shared_options():
                      "submission: make it anew, or keep it as it is")
     pair.add_argument("experiments", type=Path, nargs=2,
                       help="out/EXP for its last round, or out/EXP/rR")
+    climb.add_argument("--preset", choices=LADDER_KNOBS, default="full", help="see LADDER_KNOBS")
+    climb.add_argument("knobs", type=knob, nargs="*", metavar="KNOB=VALUE",
+                       help="of make's command line")
+    rung.add_argument("--exp", type=Path, required=True, help="each rung is EXP/NAME")
+    rung.add_argument("--batch", type=number(int, 1), default=8, help="images in a batch of v1")
+    rung.add_argument("--image-id", choices=("id", "file_name"), default="id",
+                      help="what names an image in the submissions")
+    add_data_options(rung)
+    truth.add_argument("--truth", type=Path,
+                       help="COCO file with the objects of the test photos; else test.json's")
+    share.add_argument("--share", type=number(float, 0.05, 0.5), required=True,
+                       help="of the training photos, the nearest of 1/2, 1/3, 1/4, ...")
+    share.add_argument("--out", type=Path, required=True, help="the folder to write")
     add_grid(grid)
     return groups
+
+
+def knob(text):
+    """Return (name, value) of a knob as make's command line has it; an argparse type."""
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{text}: not KNOB=VALUE")
+    return name, value
 
 
 def add_grid(grid):
@@ -265,11 +349,11 @@ def member_weights(args, voters):
 # ---- the vote ------------------------------------------------------------------------------------
 
 
-def vote(images, weights, bias):
+def vote(images, weights, bias, least_share=0):
     """Return the class ids uint8 [H, W] with the largest weighted sum of probabilities.
 
     images: {voter's number: probs uint8 [C, H, W]}, without any all is background; weights [M] of
-    the voters; bias [C]: added to the logarithm of each class's sum.
+    the voters; bias [C]: added to the logarithm of each class's sum; least_share: of drop_small.
     """
     import cv2
     total = np.zeros((len(bias), SUBMIT_SIZE * SUBMIT_SIZE), np.float32)
@@ -280,7 +364,23 @@ def vote(images, weights, bias):
                 cv2.accumulate(image.reshape(total.shape), same_weight)
         total += np.float32(weight) * same_weight
     total *= np.float32(np.exp(bias))[:, None]
-    return top_class(total.reshape(-1, SUBMIT_SIZE, SUBMIT_SIZE))
+    total = total.reshape(-1, SUBMIT_SIZE, SUBMIT_SIZE)
+    return drop_small(total, top_class(total), least_share)
+
+
+def drop_small(values, pred, least_share):
+    """Return `pred`, the class ids uint8 [...] with the largest of values [C, ...], without some.
+
+    A class with less than least_share of the pixels of the image's largest class, the background
+    apart, gives them to the likeliest class of those that stay: as a rule that of the object which
+    it is a part of, where a minimum area alone would cut a hole.
+    """
+    areas = np.bincount(pred.ravel(), minlength=len(values))
+    areas[0] = areas[1:].max()  # the background stays
+    stays = np.flatnonzero(areas >= least_share * areas[0])
+    if len(stays) == len(values):
+        return pred
+    return stays.astype(np.uint8)[top_class(values[stays])]
 
 
 def top_class(values):
@@ -409,36 +509,41 @@ def thumbnail_pixels(n_members, n_images, n_classes):
     return np.s_[..., step // 2::step, step // 2::step]
 
 
-def distinct_votes(weights, biases):
-    """Return (the votes that differ [V, M + C], which of them each is [K]): each is cast once."""
-    return np.unique(np.column_stack([weights, biases]), axis=0, return_inverse=True)
+def distinct_votes(weights, biases, least_shares):
+    """Return (the votes that differ [V, M + C + 1], which of them each is [K]).
+
+    Each is cast once.
+    """
+    columns = np.column_stack([weights, biases, least_shares])
+    return np.unique(columns, axis=0, return_inverse=True)
 
 
 def cast_votes(oof, votes):
-    """Yield, for each image in turn, the masks uint8 [V, H, W] of votes [V, M + C]."""
+    """Yield, for each image in turn, the masks uint8 [V, H, W] of votes [V, M + C + 1]."""
     n_members = len(oof.names)
     for n in tqdm(range(len(oof.ids)), "votes", disable=None):
         images = oof.probs(n)
-        yield np.stack([vote(images, row[:n_members], row[n_members:]) for row in votes])
+        yield np.stack([vote(images, row[:n_members], row[n_members:-1], row[-1])
+                        for row in votes])
 
 
-def vote_counts(oof, weights, biases):
-    """Return int32 [K, N, C, C] pixel counts of K votes of weights [K, M] and log-biases [K, C]."""
-    votes, vote_of = distinct_votes(weights, biases)
-    n_classes = len(oof.classes)
+def equal_vote_counts(oof, weights):
+    """Return int32 [K, N, C, C] pixel counts of K votes of weights [K, M], nothing else fitted."""
+    n_votes, n_classes = len(weights), len(oof.classes)
+    votes, vote_of = distinct_votes(weights, np.zeros((n_votes, n_classes)), np.zeros(n_votes))
     counts = np.zeros((len(votes), len(oof.ids), n_classes, n_classes), np.int32)
     for n, preds in enumerate(cast_votes(oof, votes)):
         counts[:, n] = [confusion(pred, oof.truths[n], n_classes) for pred in preds]
     return counts[vote_of]
 
 
-def keep_votes(oof, weights, biases):
+def keep_votes(oof, weights, biases, least_shares):
     """Return (masks uint8 [N, V, H, W] of the votes that differ, which of them each is [K]).
 
     The masks are in a file of the cache, not in memory; it has no name and ends with the process.
     It takes 64 KiB for each image and vote: 1 GB for 2,617 images and the 6 votes of 5 folds.
     """
-    votes, vote_of = distinct_votes(weights, biases)
+    votes, vote_of = distinct_votes(weights, biases, least_shares)
     shape = (len(oof.ids), len(votes), SUBMIT_SIZE, SUBMIT_SIZE)
     folder = scratch_folder(oof.cache)
     check_space(folder, math.prod(shape))
@@ -454,20 +559,44 @@ def scratch_folder(cache):
     return cache if os.access(cache, os.W_OK | os.X_OK) else tempfile.gettempdir()
 
 
-# ---- what is fitted: weights and log-bias --------------------------------------------------------
+# ---- what is fitted: weights, log-bias and the least share ---------------------------------------
+
+
+def fit_score(counts):
+    """Return what is fitted for, v2 + v3 of pixel counts [N, C, C].
+
+    v3 alone is raised by silence on rare classes, which v2 counts in full; and what is fitted for
+    the sum has the higher v3 on other images too, as rare classes are fitted on few.
+    """
+    return image_miou(counts.sum(0)) + image_miou(counts).mean()
 
 
 def score_of(probs, truths):
-    """Return the mean v3 of [N, C, P] probabilities, or of whatever has the same argmax."""
-    n_images, n_classes, _ = probs.shape
-    firsts = np.arange(n_images)[:, None] * n_classes
-    codes = (firsts + truths) * n_classes + probs.argmax(1)
-    counts = np.bincount(codes.ravel(), minlength=n_images * n_classes ** 2)
-    return image_miou(counts.reshape(n_images, n_classes, n_classes)).mean()
+    """Return fit_score of [N, C, P] probabilities, or of whatever has the same argmax."""
+    return fit_score(count_pixels(probs.argmax(1), truths, probs.shape[1]))
+
+
+def count_pixels(preds, truths, n_classes):
+    """Return pixel counts [N, C, C] of class ids [N, P], none of which is IGNORE_INDEX."""
+    firsts = np.arange(len(preds))[:, None] * n_classes
+    codes = (firsts + truths) * n_classes + preds
+    counts = np.bincount(codes.ravel(), minlength=len(preds) * n_classes ** 2)
+    return counts.reshape(len(preds), n_classes, n_classes)
+
+
+def shrink(values, truths):
+    """Return values [C] nearer to 0 for classes that few of the images of truths [N, ...] have.
+
+    With HALF_TRUSTED images a value is halved: what was fitted on so few is half chance.
+    """
+    n_images = [(truths == class_id).reshape(len(truths), -1).any(1).sum()
+                for class_id in range(len(values))]
+    n_images = np.array(n_images)
+    return values * n_images / (n_images + HALF_TRUSTED)
 
 
 def fit_weights(thumbs, truths):
-    """Return weights [M] by greedy selection with replacement by v3 (Caruana et al. 2004).
+    """Return weights [M] by greedy selection with replacement by v2 + v3 (Caruana et al. 2004).
 
     thumbs [M, N, C, P]: the members' probabilities; truths [N, P].
     """
@@ -500,12 +629,21 @@ def coordinate_search(values, grid, measure):
     return values
 
 
-def fit_bias(weights, thumbs, truths):
-    """Return the log-bias [C] of the classes' probabilities that gains most in v3."""
-    def v3(bias):
+def fit_bias(total, truths):
+    """Return the log-bias [C] of the classes' votes [N, C, P] that gains most, after shrink."""
+    def measure(bias):
         return score_of(total * np.float32(np.exp(bias))[:, None], truths)
-    total = weighted_sum(weights, thumbs)
-    return coordinate_search(np.zeros(total.shape[1]), BIASES, v3)
+    return shrink(coordinate_search(np.zeros(total.shape[1]), BIASES, measure), truths)
+
+
+def fit_least_share(total, truths):
+    """Return the least share, of drop_small, that gains most on votes [N, C, P]."""
+    def measure(least_share):
+        dropped = [drop_small(values, pred, least_share)
+                   for values, pred in zip(total, preds, strict=True)]
+        return fit_score(count_pixels(np.stack(dropped), truths, total.shape[1]))
+    preds = np.stack([top_class(values) for values in total])
+    return max((0, *LEAST_SHARES), key=measure)
 
 
 def weighted_sum(weights, thumbs):
@@ -517,17 +655,17 @@ def weighted_sum(weights, thumbs):
 
 
 def fit_min_area(preds, truths, n_classes):
-    """Return areas [C]: the best one for all classes, then improved class by class.
+    """Return areas [C]: the best one for all classes, improved class by class, after shrink.
 
-    An area is a number of pixels; the best has the highest v3.
+    An area is a number of pixels; the best has the highest v2 + v3.
     """
-    def v3(areas):
-        return image_miou(apply_min_area(counts, areas)).mean()
+    def measure(areas):
+        return fit_score(apply_min_area(counts, areas))
     counts = np.stack([confusion(pred, truth, n_classes)
                        for pred, truth in zip(preds, truths, strict=True)])
     foreground = np.arange(n_classes) > 0
-    best_common = max((area * foreground for area in AREAS), key=v3)
-    return coordinate_search(best_common, AREAS, v3)
+    best_common = max((area * foreground for area in AREAS), key=measure)
+    return shrink(coordinate_search(best_common, AREAS, measure), truths)
 
 
 def apply_min_area(counts, min_area):
@@ -569,17 +707,18 @@ def apply_steps(pred, used):
 class Option:
     """Parameters of a vote, fitted K times: without each part in turn, and on all images.
 
-    fitted: {"weights": [K arrays [M]], "bias": [K arrays [C]], name of a step: [K params]}; fit k
-    hasn't seen part k, the last has seen all images. votes: of keep_votes, shared by the options
-    that differ only in steps after the vote.
+    fitted: {"weights": [K arrays [M]], "log-bias": [K arrays [C]], "least share": [K numbers],
+    name of a step: [K params]}; fit k hasn't seen part k, the last has seen all images. votes: of
+    keep_votes, shared by the options that differ only in steps after the vote.
     """
 
     def __init__(self, oof, fitted, votes=None):
         self.oof, self.fitted = oof, fitted
-        self.votes = votes or keep_votes(oof, fitted["weights"], fitted["bias"])
+        in_vote = (fitted["weights"], fitted["log-bias"], fitted["least share"])
+        self.votes = votes or keep_votes(oof, *in_vote)
 
     def used(self, k=-1):
-        """Return what fit k found: {"weights": [M], "bias": [C], name of a step: its params}."""
+        """Return what fit k found, {name: params}, as in `fitted`."""
         return {name: values[k] for name, values in self.fitted.items()}
 
     def pred(self, n, k):
@@ -593,6 +732,15 @@ class Option:
         n_classes = len(self.oof.classes)
         return np.stack([confusion(self.pred(n, part), self.oof.truths[n], n_classes)
                          for n, part in enumerate(self.oof.parts)])
+
+    def with_in_vote(self, name, fit, thumbs, truths):
+        """Return this option with a log-bias or least share, fitted on votes of small images."""
+        params = []
+        for k, seen in enumerate(images_to_fit(self.oof)):
+            total = weighted_sum(self.fitted["weights"][k], thumbs[:, seen])
+            total *= np.float32(np.exp(self.fitted["log-bias"][k]))[:, None]
+            params.append(fit(total, truths[seen]))
+        return Option(self.oof, self.fitted | {name: params})
 
     def with_step(self, name, fit):
         """Return this option with a step more after the vote, fitted on what it predicts."""
@@ -608,70 +756,72 @@ def images_to_fit(oof):
     return [oof.parts != part for part in np.unique(oof.parts)] + [oof.parts >= 0]
 
 
-def choose(oof, thumbs, truths, weights, fit):
+def choose(args, oof, thumbs, truths, weights):
     """Return (what is to be used, counts [N, C, C] by name, rows of what was tried).
 
-    What is used is {"weights": [M], "bias": [C], name of a step: its params}. For each part all of
-    it is fitted on the other parts, one on top of the other, and scored on that part; the test
-    photos get what was fitted on all images. First fitted weights compete with those given. Then
-    log-bias and the steps after the vote compete, alone and together: the first that gains would
-    often spoil a larger gain of the next.
+    What is used is as Option.used returns it. For each part all of it is fitted on the other parts,
+    one on top of the other, and scored on that part; the test photos get what was fitted on all
+    images. First fitted weights compete with those given. Then log-bias, least share and the steps
+    after the vote compete, alone and together: the first that gains would often spoil a larger gain
+    of the next.
     """
     fits = images_to_fit(oof)
     no_bias = np.zeros(len(oof.classes))
-    taken = Option(oof, {"weights": [weights] * len(fits), "bias": [no_bias] * len(fits)})
+    taken = Option(oof, {"weights": [weights] * len(fits), "log-bias": [no_bias] * len(fits),
+                         "least share": [0] * len(fits)})
     name = f"soft vote, {'given' if np.ptp(weights) else 'equal'} weights"
     counts = {name: taken.counts}
     tried = []
     if len(fits) > 2:  # one group of photos has no other part to be fitted on
-        if fit and len(oof.names) > 1:
+        if args.weights == "fit" and len(oof.names) > 1:
             fitted = [fit_weights(thumbs[:, seen], truths[seen]) for seen in fits]
             option = Option(oof, taken.fitted | {"weights": fitted})
-            taken = take_best({"fitted weights": option}, taken, tried)
-        taken = take_best(combine_steps(taken, thumbs, truths), taken, tried)
+            taken = take_best({"fitted weights": option}, taken, args.metric, tried)
+        if args.post == "fit":
+            options = combine_steps(taken, thumbs, truths)
+            taken = take_best(options, taken, args.metric, tried)
     counts[TAKEN] = taken.counts
     counts["all background"] = np.zeros_like(taken.counts)
     counts["all background"][:, :, 0] = counts[name].sum(2)
     return taken.used(), counts, tried
 
 
-def take_best(options, before, tried):
-    """Return the option that gains most over `before`, if any gains by more than chance.
+def take_best(options, before, metric, tried):
+    """Return the option that gains most over `before`, or `before` if none is to be taken.
 
-    options: {name: Option}; a row of each goes into `tried`.
+    One is taken only if it gains in the metric, v2 or v3, by more than chance and doesn't lose in
+    the other by more than chance. options: {name: Option}; a row of each goes into `tried`.
     """
-    rows = {name: gain(option.counts, before.counts) for name, option in options.items()}
-    sure = [name for name, row in rows.items() if row["low"] > 0]
-    best = max(sure, key=lambda name: rows[name]["gain"], default=None)
+    other = "v2" if metric == "v3" else "v3"
+    rows, sure = {}, []
+    for name, option in options.items():
+        gains = {m: gain(option.counts, before.counts, m) for m in (metric, other)}
+        rows[name] = {f"{m} {key}": value for m in gains for key, value in gains[m].items()}
+        if gains[metric]["low"] > 0 and gains[other]["high"] >= 0:
+            sure.append(name)
+    best = max(sure, key=lambda name: rows[name][f"{metric} gain"], default=None)
     for name, row in rows.items():
         tried.append({"tried": name, **row, "taken": "yes" if name == best else "no"})
     return options.get(best, before)
 
 
 def combine_steps(before, thumbs, truths):
-    """Return {"A + B": Option} of log-bias and the steps after the vote, all combinations of them.
+    """Return {"A + B": Option} of log-bias, least share and steps after the vote, all combinations.
 
     Each is fitted on what those before it in the combination predict.
     """
-    fits = {"log-bias": None, **{name: fit for name, fit, _ in STEPS_AFTER_VOTE}}
+    in_vote = {"log-bias": fit_bias, "least share": fit_least_share}
+    fits = in_vote | {name: fit for name, fit, _ in STEPS_AFTER_VOTE}
     options = {(): before}
     for size in range(1, len(fits) + 1):
         for names in itertools.combinations(fits, size):
-            if names == ("log-bias",):
-                options[names] = with_bias(before, thumbs, truths)
+            option, last = options[names[:-1]], names[-1]
+            if last in in_vote:
+                options[names] = option.with_in_vote(last, fits[last], thumbs, truths)
             else:
-                last = names[-1]
-                options[names] = options[names[:-1]].with_step(last, fits[last])
+                options[names] = option.with_step(last, fits[last])
     del options[()]
     return {" + ".join(names): option for names, option in options.items()}
-
-
-def with_bias(option, thumbs, truths):
-    """Return a vote's Option with a fitted log-bias."""
-    biases = []
-    for weights, seen in zip(option.fitted["weights"], images_to_fit(option.oof), strict=True):
-        biases.append(fit_bias(weights, thumbs[:, seen], truths[seen]))
-    return Option(option.oof, option.fitted | {"bias": biases})
 
 
 def bootstrap_interval(values, n_draws=2000):
@@ -746,10 +896,11 @@ def show_scores(args, oof, member_counts, used, counts, tried):
     show(args, oof, "members", f"{oof.title}; low and high: 95% interval of v3", rows)
     show(args, oof, "iou", "IoU of each class, members by their number", iou)
     if tried:
-        show(args, oof, "tried", "tried: gain in v3 on the folds that it wasn't fitted on; taken "
-             "if low is above 0", tried)
+        show(args, oof, "tried", "tried: gain on the folds that it wasn't fitted on; taken if "
+             f"{args.metric} gains by more than chance and the other score doesn't lose so", tried)
     oof.used["weights"] = describe_params(used["weights"], oof.names)
-    oof.used["log-bias"] = describe_params(used["bias"], oof.classes)
+    oof.used["log-bias"] = describe_params(used["log-bias"], oof.classes)
+    oof.used["least share"] = describe_params(used["least share"], [])
     for name, _, _ in STEPS_AFTER_VOTE:
         oof.used[name] = describe_params(used.get(name, []), oof.classes)
     print("\nused:", *(f"{name}: {text}" for name, text in oof.used.items()), sep="\n    ")
@@ -783,9 +934,7 @@ def analyse(args, oof, thumbs, truths, disagreement):
     order = waterfall_order(thumbs[:, shared], truths[shared])
     groups = members_by_value(oof)
     waterfall = [np.isin(range(n_members), order[:i + 1]) for i in range(n_members)]
-    weights = [*waterfall, *groups.values()]
-    no_bias = np.zeros((len(weights), len(oof.classes)))
-    votes = vote_counts(oof, weights, no_bias)[:, shared]
+    votes = equal_vote_counts(oof, [*waterfall, *groups.values()])[:, shared]
     show_waterfall(args, oof, order, votes[:n_members])
     by_value = dict(zip(groups, votes[n_members:], strict=True))
     show_axes(args, oof, by_value, votes[n_members - 1])
@@ -1078,8 +1227,9 @@ def worst_images(oof, used, counts, n=24):
     for i in np.argsort(v3, kind="stable")[:n].tolist():
         images = oof.probs(i)
         total = sum(np.float32(used["weights"][m]) * image for m, image in images.items())
-        probs = total * np.float32(np.exp(used["bias"]))[:, None, None]
-        pred = apply_steps(probs.argmax(0).astype(np.uint8), used)
+        probs = total * np.float32(np.exp(used["log-bias"]))[:, None, None]
+        pred = drop_small(probs, probs.argmax(0).astype(np.uint8), used["least share"])
+        pred = apply_steps(pred, used)
         probs = probs / probs.sum(0).clip(1e-9)
         entropy = -(probs * np.log(probs.clip(1e-9))).sum(0) / np.log(len(probs))
         photo = oof.train.image(oof.indices[i])
@@ -1124,7 +1274,7 @@ def report_figures(oof, thumbs, truths, used, votes):
         bars[name] = class_iou(votes[oof.parts == part].sum(0))
     with np.errstate(invalid="ignore"):
         shares = pixels / pixels.sum(1, keepdims=True)
-    total = weighted_sum(used["weights"], thumbs) * np.float32(np.exp(used["bias"]))[:, None]
+    total = weighted_sum(used["weights"], thumbs) * np.float32(np.exp(used["log-bias"]))[:, None]
     *bins, error = calibration(total, truths)
     sizes = [f"{100 * low:g} to {100 * high:g}"
              for low, high in zip(SIZES, (*SIZES[1:], 1), strict=True)]
@@ -1230,7 +1380,7 @@ def fit_vote(args, oof):
     weights = member_weights(args, oof.names)
     surveyed = survey(oof)
     member_counts, thumbs, truths, _ = surveyed
-    used, counts, tried = choose(oof, thumbs, truths, weights, args.weights == "fit")
+    used, counts, tried = choose(args, oof, thumbs, truths, weights)
     show_scores(args, oof, member_counts, used, counts, tried)
     return surveyed, used, counts
 
@@ -1250,8 +1400,13 @@ def check_outputs(args):
     """Raise UserError if a command would write into DATA, or over its input or its own files."""
     given = vars(args)
     outputs = []
-    if given.get("out"):
-        outputs += [args.out, args.out.with_suffix(".png"), made_file(args.out)]
+    if "data" not in given:
+        return
+    if args.command == "holdout":
+        outputs.append(args.out)
+    elif given.get("out"):
+        outputs += [args.out, args.out.with_suffix(".png"), made_file(args.out),
+                    oof_file(args.out)]
         if args.coco:
             outputs.append(args.out.with_suffix(".json"))
     outputs += [given[name] for name in ("report", "tables") if given.get(name)]
@@ -1280,7 +1435,8 @@ def soft_recipe(args, test, train, runs, valid_infos, test_infos):
     for run, valid, info in zip(runs, valid_infos, test_infos, strict=True):
         hashes = f"{valid['files']['valid.npy']} {info['files']['test.npy']}"
         stores.append(f"{run_name(run)} {hashes} {info['tta']}")
-    return settings_of(args) | {"test": test, "train": train, "stores": stores}
+    fitted = {"metric": args.metric, "post": args.post}
+    return settings_of(args) | fitted | {"test": test, "train": train, "stores": stores}
 
 
 def already_made(args, recipe, step, hashes):
@@ -1298,9 +1454,20 @@ def already_made(args, recipe, step, hashes):
     return decision != "make", wanted
 
 
-def write_made(args, wanted, hashes):
-    """Write what made the submission, after it."""
-    paths = [args.out]
+def oof_file(out):
+    """Return the path of the out-of-fold pixel counts of the vote that made the submission."""
+    return out.with_suffix(".oof.npz")
+
+
+def write_oof_counts(path, oof, counts):
+    """Write the vote's pixel counts [N, C, C] of validation images, with their ids and classes."""
+    with atomic_write(path) as scratch, open(scratch, "wb") as f:
+        np.savez_compressed(f, ids=oof.ids, classes=oof.classes, counts=counts)
+
+
+def write_made(args, wanted, hashes, *more):
+    """Write what made the submission, after it; more: other files that were made with it."""
+    paths = [args.out, *more]
     if args.coco:
         paths.append(args.out.with_suffix(".json"))
     files = {path.name: hashes(path) for path in paths}
@@ -1336,7 +1503,8 @@ def soft(args):
         check_unchanged([run / "test.json" for run in args.runs], infos)
         check_unchanged([run / "valid.json" for run in args.runs], oof.store_infos)
     write_masks(args, test, sample_pictures(preds(), test, pictures), pictures)
-    write_made(args, wanted, hashes)
+    write_oof_counts(oof_file(args.out), oof, counts[TAKEN])
+    write_made(args, wanted, hashes, oof_file(args.out))
     print(f"{args.out}: {n_images} images by {len(args.runs)} run(s) of {len(members)} member(s)")
     explain(args, oof, surveyed, used, counts, oof.store_infos + infos, pixels)
     tell_unread(infos)
@@ -1369,7 +1537,7 @@ def vote_test_image(n, stores, used):
     for s, (_, _, probs, positions) in enumerate(stores):
         if weights[s]:
             images[s] = read_probs(probs, positions[n])
-    return apply_steps(vote(images, weights, used["bias"]), used)
+    return apply_steps(vote(images, weights, used["log-bias"], used["least share"]), used)
 
 
 def hard(args):
@@ -1480,11 +1648,279 @@ def last_round(args, exp):
     last = paths[-1].parents[4]
     runs = [path.parent for path in paths if path.parents[4] == last]
     oof = OutOfFold(args, runs)
-    equal_weights = np.ones((1, len(oof.names)))
-    no_bias = np.zeros((1, len(oof.classes)))
-    counts, = vote_counts(oof, equal_weights, no_bias)
+    counts, = equal_vote_counts(oof, np.ones((1, len(oof.names))))
     print(f"{last}: {len(runs)} run(s) of {len(oof.names)} member(s), {len(oof.ids)} images")
     return dict(zip(oof.ids, counts, strict=True)), oof
+
+
+# ---- the climb -----------------------------------------------------------------------------------
+
+
+def climb(preset, asked):
+    """Return [(Rung, its knobs {name: value}, name of the rung that it stands on)] of LADDER.
+
+    asked: {knob: value} of make's command line. A rung that changes nothing is left out, as one of
+    a second scale where one is asked for. Raises UserError for a knob that the rungs set.
+    """
+    n_folds = int(asked.get("NFOLDS", 5))
+    folds = " ".join(map(str, range(n_folds)))
+    asked = {"MODELS": LADDER_MODELS, "FOLDS": folds} | LADDER_KNOBS[preset] | asked
+    knobs, below, rungs = dict(asked), "", []
+    for rung in LADDER:
+        changed = dict(knobs)
+        for name, value in rung.knobs.items():
+            if isinstance(value, int):
+                changed[name] = " ".join(asked[name].split()[:value])
+            elif name.endswith("_ARGS"):
+                changed[name] = f"{knobs.get(name, '')} {value}".strip()
+            elif name in asked:
+                raise UserError(f"{name}={asked[name]}: rungs of the ladder set {name} themselves: "
+                                "see LADDER in ensemble.py")
+            else:
+                changed[name] = value
+        if changed == knobs:
+            continue
+        rungs.append((rung, changed, below))
+        if not rung.is_aside:
+            knobs, below = changed, rung.name
+    return rungs
+
+
+def rungs(args):
+    """Print a line for each rung: its name and the knobs of its make submit, with tabs between."""
+    for rung, knobs, _ in climb(args.preset, dict(args.knobs)):
+        print("\t".join([rung.name, *(f"{knob}={value}" for knob, value in knobs.items())]))
+
+
+def ladder(args):
+    """Show what each rung gains over the one below, out of fold and on a labelled test set.
+
+    Writes EXP/ladder.csv, ladder.png and report.html.
+    """
+    steps = climb(args.preset, dict(args.knobs))
+    train, test = load_data(args.data, args.cache, **data_options(vars(args)))
+    scored = {"": {rung.name: read_oof_counts(args.exp / rung.name) for rung, _, _ in steps}}
+    if path := truth_file(args.data, args.truth):
+        truths = load_truths(path, test, args.paint)
+        scored["test "] = {rung.name: submission_counts(args, rung.name, test, truths)
+                           for rung, _, _ in steps}
+    honest = [*scored][-1]  # the labelled test set, if there is one
+    rows = []
+    for rung, _, below in steps:
+        row = {"rung": rung.name, "over": below}
+        for prefix, counts in scored.items():
+            row |= rung_scores(prefix, counts, rung.name, below, args.batch)
+        row |= read_cost(args.exp / rung.name) | {"verdict": verdict(row, honest)}
+        adds = " ".join(f"{name}={value}" for name, value in rung.knobs.items())
+        rows.append(row | {"adds": adds, "why": rung.why})
+    show_ladder(args, rows, scored, train.classes)
+
+
+def read_oof_counts(folder):
+    """Return {image id: pixel counts [C, C]} of a rung's vote, each image held out."""
+    path = oof_file(folder / "submission.csv")
+    try:
+        with np.load(path) as saved:
+            return dict(zip(saved["ids"].tolist(), saved["counts"], strict=True))
+    except (OSError, ValueError, KeyError, BadZipFile) as e:
+        raise UserError(f"{path}: {first_line(e)}: run make ladder, which makes it") from None
+
+
+def submission_counts(args, name, test, truths):
+    """Return {image id: pixel counts [C, C]} of the submission of rung `name` by truths [N, S, S].
+    """
+    path, n_classes = args.exp / name / "submission.csv", len(test.classes)
+    counts = {}
+    rows = read_submission(path, image_names(args, test), n_classes)
+    for image_id, truth, (fault, pred) in zip(test.ids, truths, rows, strict=True):
+        if fault:
+            raise UserError(fault)
+        counts[image_id] = confusion(pred, truth, n_classes)
+    return counts
+
+
+def rung_scores(prefix, counts, name, below, batch):
+    """Return columns of ladder.csv: a rung's scores and gains over the rung `below`, "" if none.
+
+    counts: {rung: {image id: [C, C]}}. Scores are of all its images, gains of those that both have.
+    """
+    own, other = counts[name], counts.get(below)
+    pixels = np.stack([*own.values()])
+    result = scores(pixels, batch)
+    row = {f"{prefix}images": len(own)} | {f"{prefix}{v}": result[v] for v in ("v1", "v2", "v3")}
+    for metric in ("v2", "v3"):
+        gained = shared_gain(own, other, metric) if other else NO_GAIN
+        row |= {f"{prefix}{metric} {key}": value for key, value in gained.items()}
+    return row
+
+
+def shared_gain(after, before, metric):
+    """Return gain() of the images that both have; after, before: {image id: [C, C]}."""
+    shared = [image_id for image_id in after if image_id in before]
+    return gain(*(np.stack([counts[i] for i in shared]) for counts in (after, before)), metric)
+
+
+def verdict(row, prefix):
+    """Return in words what a rung has gained, by the 95% intervals of its row."""
+    words = []
+    for metric in ("v2", "v3"):
+        low, high = row[f"{prefix}{metric} low"], row[f"{prefix}{metric} high"]
+        if math.isnan(low):
+            return "the lowest rung"
+        what = "gains" if low > 0 else "loses" if high < 0 else "within chance"
+        words.append(f"{metric} {what}")
+    return ", ".join(words)
+
+
+def show_ladder(args, rows, scored, classes):
+    """Print the climb, and write it as EXP/ladder.csv, ladder.png and report.html.
+
+    rows: of the rungs; scored: {prefix of the columns: {rung: {image id: [C, C]}}}.
+    """
+    import pandas as pd
+    write_csv(args.exp / "ladder.csv", rows)
+    table = pd.DataFrame([compact_row(row, scored) for row in rows])
+    note = climb_text(rows, scored)
+    print(f"{table.to_string(index=False)}\n{note}")
+    names = [row["rung"] for row in rows]
+    asides = [row["rung"] not in {other["over"] for other in rows[:-1]} for row in rows]
+    series = {f"{metric} {WHERE[prefix]}": stairs(rows, f"{prefix}{metric}")
+              for prefix in scored for metric in ("v3", "v2")}
+    draw = partial(draw_staircase, names=names, series=series, asides=asides)
+    draw_picture(args.exp / "ladder.png", draw, len(names))
+    iou = {"class": classes}
+    for name, counts in [*scored.values()][-1].items():
+        iou[name] = class_iou(sum(counts.values()))
+    sections = [
+        {"title": "ladder", "note": note, "table": table,
+         "figures": [("The climb; bars: 95% intervals of the gain over the rung below",
+                      figure_urls(draw, 5))]},
+        {"title": "IoU of each class", "table": pd.DataFrame(iou), "note": WHERE[[*scored][-1]]},
+        {"title": "what each rung adds",
+         "table": pd.DataFrame(rows)[["rung", "over", "adds", "why"]],
+         "note": "Each rung is an experiment of its own, with a report.html in its folder."}]
+    write_page(args.exp / "report.html", f"Ladder: {args.exp.name}", sections, classes)
+    print(f"{args.exp}/ladder.csv, ladder.png, report.html: the ladder")
+
+
+def compact_row(row, scored):
+    """Return a row of ladder.csv as it is printed: each gain in one cell with its interval."""
+    shown = {"rung": row["rung"]}
+    for prefix in scored:
+        for metric in ("v1", "v2", "v3"):
+            shown[f"{prefix}{metric}"] = row[f"{prefix}{metric}"]
+        for metric in ("v2", "v3"):
+            shown[f"{prefix}{metric} over below"] = gain_text(row, f"{prefix}{metric}")
+    return shown | {key: row[key] for key in ("seconds", "cpu_seconds", "verdict")}
+
+
+def gain_text(row, name):
+    """Return a gain with its interval as "+0.012 [0.001, 0.023]", or "" without one."""
+    gained, low, high = (row[f"{name} {key}"] for key in NO_GAIN)
+    return "" if math.isnan(gained) else f"{gained:+.3f} [{low:.3f}, {high:.3f}]"
+
+
+def climb_text(rows, scored):
+    """Return sentences on the climb from the lowest rung to the highest."""
+    first, last = rows[0]["rung"], rows[-1]["rung"]
+    sentences = []
+    for prefix, counts in scored.items():
+        climbed = rung_scores("", counts, last, first, 1)
+        sentences.append(f"From {first} to {last} {WHERE[prefix]}: v2 {gain_text(climbed, 'v2')}, "
+                         f"v3 {gain_text(climbed, 'v3')}.")
+    if len(scored) == 1:
+        sentences.append("What folds are worth shows only on test photos with a truth: --truth "
+                         "FILE (make: TRUTH=FILE), or HOLDOUT=0.15.")
+    return " ".join(sentences)
+
+
+def stairs(rows, name):
+    """Return [(score, low, high)] of the rungs for draw_staircase; name: a column of ladder.csv.
+
+    low and high are the interval of the gain, put on the score of the rung below.
+    """
+    steps = []
+    for row in rows:
+        score = row[name]
+        gained, low, high = (row[f"{name} {key}"] for key in NO_GAIN)
+        steps.append((score, score - gained + low, score - gained + high))
+    return steps
+
+
+def draw_staircase(axes, names, series, asides=None):
+    """Draw scores as a staircase, with a bar for the interval of each step.
+
+    series: {label: [(score, low, high)]}, NaN where there is no interval; asides: whether a step
+    was only tried: it is a hollow mark beside the stairs.
+    """
+    asides = np.array(asides if asides is not None else [False] * len(names))
+    places = np.arange(len(names))
+    for k, (label, steps) in enumerate(series.items()):
+        score, low, high = np.array(steps, float).T
+        colour = f"C{k}"
+        axes.step(places[~asides], score[~asides], where="mid", color=colour, label=label)
+        axes.vlines(places + 0.08 * k, low, high, color=colour, alpha=0.6)
+        axes.plot(places[~asides], score[~asides], "o", color=colour, ms=4)
+        axes.plot(places[asides], score[asides], "o", color=colour, ms=5, mfc="none")
+    axes.set_xticks(places, [name[:24] for name in names], rotation=40, ha="right")
+    axes.set(xlim=(-0.6, len(names) - 0.4))
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+
+
+def draw_picture(path, draw, n_steps):
+    """Write what draw(axes) draws of so many steps as a PNG."""
+    from matplotlib.figure import Figure
+    figure = Figure((max(6, 2 + 0.6 * n_steps), 5), layout="constrained")
+    draw(figure.subplots())
+    with atomic_write(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=120)
+
+
+def read_cost(folder):
+    """Return {"seconds", "cpu_seconds"} of a rung: what make took for what no other rung had made.
+
+    make ladder adds a line to cost.csv each time that it makes something.
+    """
+    path = folder / "cost.csv"
+    if not path.exists():
+        return {"seconds": math.nan, "cpu_seconds": math.nan}
+    rows = read_numbers(path, ("seconds", "user", "system"))
+    return {"seconds": sum(row["seconds"] for row in rows),
+            "cpu_seconds": sum(row["user"] + row["system"] for row in rows)}
+
+
+# ---- a labelled test set -------------------------------------------------------------------------
+
+
+def holdout(args):
+    """Write a folder like DATA whose test photos are a share of DATA's training photos.
+
+    They are grouped and stratified as a fold is, and test.json has their objects. Nothing is made
+    anew if it is there.
+    """
+    train, _ = load_data(args.data, args.cache, **data_options(vars(args)))
+    present = np.array(train.pixels)[:, 1:] > 0
+    is_held = np.array(make_folds(present, train.groups, round(1 / args.share))) == 0
+    held_ids = {image_id for image_id, held in zip(train.ids, is_held, strict=True) if held}
+    coco = read_json(data_files(args.data)[0])
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, is_test in (("train.json", False), ("test.json", True)):
+        part = dict(coco)
+        for key, id_key in (("images", "id"), ("annotations", "image_id")):
+            part[key] = [entry for entry in coco[key]
+                         if (whole_numbers(entry)[id_key] in held_ids) == is_test]
+        write_json(args.out / name, part)
+    for top in {Path(name).parts[0] for name in train.file_names}:
+        link = args.out / top
+        if not link.is_symlink():
+            link.symlink_to((args.data / top).absolute())
+    for text, part in (("held-out", is_held), ("training", ~is_held)):
+        absent = [name for name, seen in zip(train.classes[1:], present[part].any(0), strict=True)
+                  if not seen]
+        if absent:
+            print(f"warning: no {text} photo has {', '.join(absent)}")
+    print(f"{args.out}: {is_held.sum()} of {len(is_held)} training photos are its test photos")
 
 
 # ---- what make asks: the arguments of the scripts ------------------------------------------------
@@ -2036,13 +2472,14 @@ def run_state(current, run):
 
 
 def main(args):
-    if "out" in args and args.out.suffix != ".csv":
+    writes_csv = args.command in ("soft", "hard")
+    if writes_csv and args.out.suffix != ".csv":
         raise UserError(f"--out {args.out}: must end in .csv; a .png or .json goes beside it")
     check_outputs(args)
-    commands = {"soft": soft, "hard": hard, "score": score, "compare": compare, "plan": plan,
-                "status": status}
+    commands = {"soft": soft, "hard": hard, "score": score, "compare": compare, "rungs": rungs,
+                "holdout": holdout, "ladder": ladder, "plan": plan, "status": status}
     lock_out = nullcontext()
-    if "out" in args:
+    if writes_csv:
         lock_out = lock(args.out.parent, name=f".{args.out.name}.lock")
     with lock_out:
         commands[args.command](args)

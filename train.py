@@ -63,6 +63,7 @@ SCHEDULES = {
     "restarts": lambda t, n: 0.5 + 0.5 * math.cos(math.pi * (t * n % 1)),
     "poly": lambda t, n: (1 - t) ** 0.9,
     "multistep": lambda t, n: 0.1 ** ((t >= 0.6) + (t >= 0.85)),
+    "constant": lambda t, n: 1.0,
     "onecycle": lambda t, n: 1 - t}
 
 
@@ -760,7 +761,9 @@ def restore(run, path, checkpoint):
 
 
 def fit(run, loaders, args, info, out, report):
-    """Train to the last epoch; run.best becomes the best epoch of the later half by v3.
+    """Train to the last epoch; run.best becomes the best epoch of the later half by v2 + v3.
+
+    v3 alone is often best where a model is silent on rare classes.
 
     info: what every file of the run says besides; report(epoch, v3) is called after each epoch.
     """
@@ -789,11 +792,11 @@ def fit(run, loaders, args, info, out, report):
         run.total.zero_()
         # early on a model that calls nearly all background often has the best v3
         is_late = args.overfit or 2 * row["epoch"] > args.epochs
-        if is_late and (run.best is None or v["v3"] > run.best["v3"]):
-            run.best = epoch_model(run, v["v3"], image_v3)
+        if is_late and (run.best is None or v["v2"] + v["v3"] > run.best["v2"] + run.best["v3"]):
+            run.best = epoch_model(run, v, image_v3)
         check_folder(out)
         if rank == 0:
-            save_epoch(run, args, info, out, v["v3"], image_v3)
+            save_epoch(run, args, info, out, v, image_v3)
         is_last = run.epoch == args.epochs or is_overfitted(run, args)
         if is_last or save_is_due(run, args):
             save_last(run, info, out)
@@ -823,21 +826,22 @@ def check_folder(out):
         raise UserError(f"{out} was removed: training stops")
 
 
-def epoch_model(run, v3, image_v3):
+def epoch_model(run, v, image_v3):
     """Return what model.pt or a snapshot of this epoch has: the averaged weights and its scores."""
     weights = {key: value.detach().to("cpu", copy=True)
                for key, value in run.ema.module.state_dict().items()}
-    return {"epoch": run.epoch, "v3": v3, "image_v3": image_v3, "model": weights}
+    return {"epoch": run.epoch, "v2": v["v2"], "v3": v["v3"], "image_v3": image_v3,
+            "model": weights}
 
 
-def save_epoch(run, args, info, out, v3, image_v3):
+def save_epoch(run, args, info, out, v, image_v3):
     """Write an epoch's snapshot, if --snapshots wants it, and its row of log.csv.
 
     This comes before save_last: an epoch that counts as done is in the log.
     """
     if run.epoch in snapshot_epochs(args):
         snapshot = out / f"last-epoch-{run.epoch:03}.pt"
-        save_checkpoint(snapshot, **info, **epoch_model(run, v3, image_v3))
+        save_checkpoint(snapshot, **info, **epoch_model(run, v, image_v3))
     # the log of a finished run that this one replaces stays beside its model until then
     log = "last.csv" if (out / "model.pt").exists() else "log.csv"
     write_csv(out / log, run.log)
