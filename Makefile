@@ -201,10 +201,17 @@ $(filter %/test.json,$(TODO)): | $$(filter $$(@D)/model.pt,$(TODO))
 
 # the labels that a round learns from are by the models of the round before and the same fold
 before = $(word $(patsubst r%,%,$(call part,1)),0 1 2 3 4 5 6 7 8)
-makers = $(call runs,$(before),$(MODELS),$(SCALES),$(patsubst f%,%,$(call part,3)))
-$(filter %/manifest.json,$(TODO)): | $$(filter $$(addsuffix /test.json,$$(makers)),$(TODO))
+# and, by --confident auto, of what the models of all folds predicted out of fold
+before_of = $(call runs,$(before),$(MODELS),$(SCALES),$1)
+makers = $(call before_of,$(patsubst f%,%,$(call part,3)))
+gives_number := $(filter-out --confident=auto,\
+    $(filter --confident=%,$(subst --confident ,--confident=,$(PSEUDO_ARGS))))
+judges = $(if $(gives_number),,$(call before_of,$(FOLDS)))
+$(filter %/manifest.json,$(TODO)): | \
+    $$(filter $$(addsuffix /test.json,$$(makers) $$(judges)),$(TODO))
 	$(run) pseudo_label.py $(data) --exp $(OUT) --round $(patsubst r%,%,$(call part,1)) \
-	    --fold $(patsubst f%,%,$(call part,3)) $(PSEUDO_ARGS) $(code) $(makers:=/test.json)
+	    --fold $(patsubst f%,%,$(call part,3)) $(PSEUDO_ARGS) $(code) $(makers:=/test.json) \
+	    $(if $(judges),--out-of-fold $(judges:=/valid.json)) $(TRUTH:%=--truth %)
 
 # asked again whether its runs are up to date: another make may have changed them since
 # exit code 3: the submission stands, but some test photos can't be read, as the lines above tell

@@ -2183,7 +2183,8 @@ def read_probs(store, i):
 
 LABEL_FILES = ("manifest.json", "labels.npy", "index.csv")
 # some of what manifest.json says besides DESCRIBED; photos: {class: {outcome: how many}}
-MANIFEST_KINDS = {"round": int, "fold": int, "contaminated": bool, "photos": {str: {str: int}}}
+MANIFEST_KINDS = {"round": int, "fold": int, "contaminated": bool, "photos": {str: {str: int}},
+                  "labels": [{"pixels": int, "expected": object, "real": object}]}
 # where these differ, a validation image may have trained a model that made the labels
 LINEAGE = ("round", "fold", "folds_csv")
 
@@ -2230,7 +2231,7 @@ def labels_hash(folder, hashes):
 
 def label_settings(manifest):
     """Return a hash of what the labels of all folds of one member must share: settings and data."""
-    by_fold = ("fold", "makers", "folds_csv")
+    by_fold = ("fold", "makers", "out_of_fold", "folds_csv")
     recipe = manifest["recipe"]
     return short_hash({key: value for key, value in recipe.items() if key not in by_fold})
 
@@ -2687,12 +2688,14 @@ def store_code(model, tta):
     return code_of("store", DECODERS=model.partition("/")[0], TTA=tta.partition(" ")[0])
 
 
-def labels_recipe(args, data, folds, paint, makers):
+def labels_recipe(args, data, folds, paint, makers, out_of_fold):
     """Return everything but code that decides pseudo labels, as plain values.
 
-    data: fingerprint of the test photos; folds: folds_hash; makers: the store_id of each store.
+    data: fingerprint of the test photos; folds: folds_hash; makers, out_of_fold: the store_id of
+    each store.
     """
-    parents = {"paint": paint, "data": data, "folds_csv": folds, "makers": sorted(makers)}
+    parents = {"paint": paint, "data": data, "folds_csv": folds, "makers": sorted(makers),
+               "out_of_fold": sorted(out_of_fold)}
     return settings_of(args) | parents
 
 

@@ -1258,11 +1258,22 @@ def pseudo_counts(runs):
             photos = manifest["photos"]
             row = {"round": manifest["round"], "fold": manifest["fold"]}
             row |= photos.get(BACKGROUND, {})
+            foreground = manifest["labels"][-1]
+            row |= {f"foreground {key}": foreground[key] for key in ("pixels", "expected", "real")}
             for name, reasons in photos.items():
                 if name != BACKGROUND:
                     row[f"kept with {name}"] = reasons.get("kept", 0)
             rows.append(row)
     return rows
+
+
+def pseudo_table(rows):
+    """Return the rows of pseudo_counts as a table; a count that a row lacks is 0."""
+    import pandas as pd
+    table = pd.DataFrame(rows)
+    counts = [name for name in table if name not in ("foreground expected", "foreground real")]
+    table[counts] = table[counts].fillna(0).astype(int)
+    return table
 
 
 def report_figures(oof, thumbs, truths, used, votes):
@@ -1314,9 +1325,10 @@ def report_sections(args, oof, thumbs, truths, used, counts):
                  "photos."})
     if rows := pseudo_counts(args.runs):
         sections.append(
-            {"title": "pseudo labels", "table": pd.DataFrame(rows).fillna(0).convert_dtypes(),
+            {"title": "pseudo labels", "table": pseudo_table(rows),
              "note": "Photos that models of each round and fold learnt from, and why others were "
-                     "dropped."})
+                     "dropped; how many foreground pixels are labelled, and which share of them is "
+                     "right: expected out of fold, and real where test photos have a truth."})
     return sections
 
 
@@ -1783,7 +1795,8 @@ def show_ladder(args, rows, scored, classes):
     note = climb_text(rows, scored)
     print(f"{table.to_string(index=False)}\n{note}")
     names = [row["rung"] for row in rows]
-    asides = [row["rung"] not in {other["over"] for other in rows[:-1]} for row in rows]
+    carried = {names[-1], *(row["over"] for row in rows)}
+    asides = [name not in carried for name in names]
     series = {f"{metric} {WHERE[prefix]}": stairs(rows, f"{prefix}{metric}")
               for prefix in scored for metric in ("v3", "v2")}
     draw = partial(draw_staircase, names=names, series=series, asides=asides)
@@ -1859,9 +1872,10 @@ def draw_staircase(axes, names, series, asides=None):
         score, low, high = np.array(steps, float).T
         colour = f"C{k}"
         axes.step(places[~asides], score[~asides], where="mid", color=colour, label=label)
-        axes.vlines(places + 0.08 * k, low, high, color=colour, alpha=0.6)
-        axes.plot(places[~asides], score[~asides], "o", color=colour, ms=4)
-        axes.plot(places[asides], score[asides], "o", color=colour, ms=5, mfc="none")
+        beside = places + 0.08 * k  # so that the bars of two scores don't hide each other
+        axes.vlines(beside, low, high, color=colour, alpha=0.6)
+        axes.plot(beside[~asides], score[~asides], "o", color=colour, ms=4)
+        axes.plot(beside[asides], score[asides], "o", color=colour, ms=5, mfc="none")
     axes.set_xticks(places, [name[:24] for name in names], rotation=40, ha="right")
     axes.set(xlim=(-0.6, len(names) - 0.4))
     axes.grid(axis="y", alpha=0.3)
@@ -2035,7 +2049,12 @@ def read_arguments(args, answers):
            fold=int(args.folds[0]), folds=args.nfolds, round=0, check=False,
            overfit=0, sweep=0, runtimes=None, **data_options(vars(args)))
     forbid("INFER_ARGS", infer, **paths, checkpoint=["model.pt"], out=None, split=["valid", "test"])
-    forbid("PSEUDO_ARGS", pseudo, **paths, exp=str(args.exp), round=1, fold=0, stores=["x"])
+    forbid("PSEUDO_ARGS", pseudo, **paths, exp=str(args.exp), round=1, fold=0, stores=["x"],
+           out_of_fold=[])
+    learns = args.rounds or args.round or "pseudo" in args.goals
+    if learns and pseudo.confident == "auto" and len(args.folds) < 2:
+        raise UserError("pseudo labels learn from other folds how sure is sure enough: give two "
+                        "or more FOLDS, or a number, PSEUDO_ARGS='--confident 0.8'")
     out = args.exp / "submission.csv"
     soft_args = parse_args(["soft", "--data", str(args.data), "--cache", str(args.cache), "--out",
                             str(out), *args.submit_args.split(), "x"])
@@ -2288,23 +2307,29 @@ class Plan:
         Their makers' stores may be gone, as long as their models would make the same.
         """
         folder = pseudo_folder(self.args.exp, round_, fold)
-        grid = itertools.product([round_ - 1], self.args.models, self.args.scales, [fold])
+        folds = self.args.folds if self.pseudo_args.confident == "auto" else [fold]
+        grid = itertools.product([round_ - 1], self.args.models, self.args.scales, folds)
         runs = {key: self.once(self.judge_run, *key) for key in grid}
         reasons = []
-        makers = []
+        makers, out_of_fold = [], []
         for key, run in runs.items():
-            if run:
-                makers.append(store_id({"recipe": self.expected_store_recipe(run, "test")}))
-            else:
+            if not run:
                 reasons.append(f"{run_folder(self.args.exp, *key)} is to be trained")
+                continue
+            if key[-1] == fold:
+                makers.append(store_id({"recipe": self.expected_store_recipe(run, "test")}))
+            if self.pseudo_args.confident == "auto":
+                out_of_fold.append(store_id({"recipe": self.expected_store_recipe(run, "valid")}))
         args = argparse.Namespace(**vars(self.pseudo_args) | {"round": round_, "fold": int(fold)})
-        recipe = labels_recipe(args, self.data["test"], self.folds, self.args.paint, makers)
+        recipe = labels_recipe(args, self.data["test"], self.folds, self.args.paint, makers,
+                               out_of_fold)
         code = labels_code([(model, self.tta) for model in self.args.models], args.rule)
         manifest = whole_manifest(folder, self.hashes)
         path = folder / "manifest.json"
         if self.judge("set(s) of pseudo labels", path, manifest, recipe, code, reasons):
             for key in runs:
-                self.once(self.judge_stores, ("test",), *key)
+                splits = ("valid", "test") if len(folds) > 1 else ("test",)
+                self.once(self.judge_stores, splits, *key)
             return None
         return labels_hash(folder, self.hashes), label_settings(manifest), manifest["contaminated"]
 

@@ -1,24 +1,26 @@
 r"""Turn the votes of one fold's models into pseudo labels for the test photos.
 
     python pseudo_label.py --data DATA --exp out/main --round 1 --fold 0 \
-        out/main/r0/*/*/s512/f0/test.json
+        out/main/r0/*/*/s512/f0/test.json --out-of-fold out/main/r0/*/*/s512/f*/valid.json
 
 Writes into EXP/rROUND/pseudo/fFOLD/:
     labels.npy      class ids, uint8 [N, 256, 256], 255 where there is no label; with --soft
                     probabilities, uint8 [N, C, 256, 256]
     sheet.png       some photos that were kept or dropped, the clearest and the least clear ones
     index.csv       a row for each photo
-    manifest.json   what made the labels, and how many photos were dropped for which reason;
-                    written last
-To overrule the rule for a photo, set its `keep` in index.csv to 0 or 1; empty it to let the rule
-decide again. Then train on.
+    manifest.json   what made the labels, how right they are expected to be, and how many photos
+                    were dropped for which reason; written last
+How sure a pixel must be is learnt, class by class, from predictions out of fold: so sure that of
+such pixels at least --precision were right. The photos of --fold have no part in it, they only tell
+how right the labels can be expected to be. To overrule the rule for a photo, set its `keep` in
+index.csv to 0 or 1; empty it to let the rule decide again. Then train on.
 
 A model that trains on labels must hold out the fold that the makers of the labels held out. Then no
 validation image has had a part in its own training labels.
 """
+import argparse
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +30,12 @@ from tqdm import tqdm
 from common import (
     BACKGROUND, IGNORE_INDEX, LINEAGE, Hashes, Parser, UserError, atomic_write, by_rule,
     check_output, check_unchanged, clean, data_options, decide, foreground_ids, keep_code,
-    labels_code, labels_recipe, load_data, lock, move_aside, number, open_store, overlay,
-    provenance, pseudo_folder, read_index, read_probs, run_script, store_id, whole_manifest,
-    write_coco, write_csv, write_description, write_npy_header, write_sheet)
+    labels_code, labels_recipe, load_data, load_truths, lock, move_aside, number, open_store,
+    overlay, provenance, pseudo_folder, read_index, read_probs, run_script, store_id, truth_file,
+    whole_manifest, write_coco, write_csv, write_description, write_npy_header, write_sheet)
 
 ROUNDING = 1e-6  # in float32, 204 / 255 is 0.8000001 and not 0.8
+LEAST_PHOTOS = 3  # with sure pixels of a class: fewer would open a class by chance
 # what decides no result; see BESIDE in common.py
 BESIDE = {"count_reasons", "draw_sheet", "move_labels_aside", "report_labels", "write_manifest"}
 
@@ -41,19 +44,22 @@ BESIDE = {"count_reasons", "draw_sheet", "move_labels_aside", "report_labels", "
 #     label   uint8 [H, W]   class ids, IGNORE_INDEX where there is no label
 #     sure    bool [H, W]    shown on the review sheet, counted over the foreground by judge
 #     reason  str            why the photo is dropped, "" to keep it
-# judge drops photos without foreground by itself. A new rule needs its function, whose docstring
-# begins with what --help says of it, and an entry in RULES. A number of its own needs a line in
-# SETTINGS, and then stands in args. Nothing else has to be edited.
+# args.thresholds, float [C], is the top probability that makes a pixel of each class sure, infinite
+# for a class that labels nothing. judge drops photos without foreground by itself. A new rule needs
+# its function, whose docstring begins with what --help says of it, and an entry in RULES. A number
+# of its own needs a line in SETTINGS, and then stands in args. Nothing else has to be edited.
 
 
 def label_every_pixel(probs, args):
     """Label every pixel, but drop photos with too many unsure pixels.
 
-    Too many are more than the share args.max_unsure of the photo's foreground.
+    Too many are more than the share args.max_unsure of the photo's foreground. Pixels of a class
+    that labels nothing are ignored.
     """
     label = probs.argmax(0).astype(np.uint8)
-    sure = probs.max(0) > args.confident + ROUNDING
+    sure = probs.max(0) > args.thresholds[label] + ROUNDING
     reason = "unsure" if unsure_share(label, sure) > args.max_unsure else ""
+    label[np.isinf(args.thresholds)[label]] = IGNORE_INDEX
     return label, sure, reason
 
 
@@ -63,7 +69,7 @@ def label_sure_pixels(probs, args):
     The others are ignored or made background, as args.uncertain says.
     """
     label = probs.argmax(0).astype(np.uint8)
-    sure = probs.max(0) >= args.confident - ROUNDING
+    sure = probs.max(0) >= args.thresholds[label] - ROUNDING
     label[~sure] = IGNORE_INDEX if args.uncertain == "ignore" else 0
     return label, sure, ""
 
@@ -77,15 +83,7 @@ def unsure_share(pred, sure):
     return float((~sure[foreground]).mean()) if foreground.any() else 0.0
 
 
-class Rule(NamedTuple):
-    """A rule and the default of its number."""
-    label: Callable  # (probs, args) -> (label, sure, reason)
-    confident: float  # default of --confident, the top probability that makes a pixel sure
-
-
-RULES = {
-    "image": Rule(label_every_pixel, confident=0.8),
-    "pixel": Rule(label_sure_pixels, confident=0.9)}
+RULES = {"image": label_every_pixel, "pixel": label_sure_pixels}
 
 # ---- options -------------------------------------------------------------------------------------
 
@@ -94,22 +92,27 @@ def list_rules():
     """Return the help of --rule: every rule with the first line of its function's docstring."""
     texts = []
     for name, rule in RULES.items():
-        sentence = (rule.label.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+        sentence = (rule.__doc__ or "").strip().partition("\n")[0].rstrip(".")
         texts.append(f"{name}: {sentence}" if sentence else name)
     return "; ".join(texts).replace("%", "%%")  # argparse takes % for a format
 
 
-def list_defaults():
-    """Return the default of --confident by rule: "image 0.8, pixel 0.9"."""
-    return ", ".join(f"{name} {rule.confident:g}" for name, rule in RULES.items())
+def top_probability(text):
+    """Return "auto" or a number from 0 to 1; an argparse type."""
+    try:
+        return text if text == "auto" else number(float, 0, 1)(text)
+    except argparse.ArgumentTypeError as e:
+        raise argparse.ArgumentTypeError(f"{e}, or auto") from None
 
 
 # every option that decides the labels, besides round and fold:
 # name -> (type or choices or bool, default, what it is)
 SETTINGS = {
     "rule": (tuple(RULES), "image", list_rules()),
-    "confident": (number(float, 0, 1), None, "a pixel is sure above this top probability, with "
-                                             "rule pixel from it on; by rule: " + list_defaults()),
+    "confident": (top_probability, "auto", "a pixel is sure above this top probability, with rule "
+                                           "pixel from it on; auto: by class, from --precision"),
+    "precision": (number(float, 0.5, 1), 0.9, "share of the sure pixels of a class that were right "
+                                              "out of fold, at least; for --confident auto"),
     "max_unsure": (number(float, 0, 1), 0.1, "rule image: a photo with more unsure pixels than "
                                              "this share of its foreground is dropped"),
     "uncertain": (("ignore", "background"), "ignore", "rule pixel: what unsure pixels become, "
@@ -131,20 +134,23 @@ def parse_args(argv=None):
     what.add_argument("--allow-leak", action="store_true",
                       help="take makers of other folds or rounds too; marks every later score as "
                       "contaminated")
+    what.add_argument("--out-of-fold", type=Path, nargs="+", default=[], metavar="STORE",
+                      help="valid.json of the same models in all folds: by those of other folds "
+                      "--confident auto decides, those of this fold tell what to expect")
     add_settings(parser.add_argument_group("rule"))
     system = parser.add_argument_group("system: does not decide the result")
     system.add_argument("--cache", type=Path, default=Path("out/cache"),
                         help="painted masks, shared by experiments")
+    system.add_argument("--truth", type=Path,
+                        help="COCO file with the objects of the test photos, else test.json's: "
+                        "tells how right the labels are")
     system.add_argument("--code", choices=("new", "keep"),
                         help="where other code has made the labels: make them anew, or keep them "
                         "as they are")
     system.add_argument("--show-args", action="store_true",
                         help="print these arguments as JSON and stop: make asks so")
     parser.set_defaults(decides=["round", "fold", *SETTINGS])
-    args = parser.parse_args(argv)
-    if args.confident is None:
-        args.confident = RULES[args.rule].confident
-    return args
+    return parser.parse_args(argv)
 
 
 def add_settings(group):
@@ -195,6 +201,118 @@ def soft_vote(stores, i):
     return total / np.float32(255 * len(stores))
 
 
+# ---- how sure is sure enough: thresholds ---------------------------------------------------------
+
+
+def open_out_of_fold(args, makers, train, hashes):
+    """Return {fold: (stores, infos)} of args.out_of_fold, the stores in the makers' order.
+
+    makers: the JSON of each maker's store. Raises UserError for a store that isn't of the makers'
+    round, folds and data, and unless each fold has just the makers' models.
+    """
+    def name(info):
+        return info["model"], info["scale"], info["tta"]
+    expected = {"split": "valid", "classes": train.classes, "round": args.round - 1,
+                "paint": makers[0]["paint"], "folds_csv": makers[0]["folds_csv"],
+                "data": train.fingerprint, "contaminated": False}
+    folds = {}
+    for path in args.out_of_fold:
+        store, info = open_store(path, hashes)
+        for key, value in expected.items():
+            if info[key] != value and not (key in (*LINEAGE, "contaminated") and args.allow_leak):
+                raise UserError(f"{path}: {key} is {info[key]}, not {value}: --out-of-fold takes "
+                                f"valid.json of round {args.round - 1}; run infer.py again")
+        folds.setdefault(info["fold"], {})[name(info)] = store, info
+    wanted = [name(info) for info in makers]
+    for fold, stores in folds.items():
+        if differing := set(wanted) ^ stores.keys():
+            what = " ".join(map(str, min(differing)))
+            raise UserError(f"--out-of-fold: fold {fold} and the makers of the labels differ in "
+                            f"{what}: give the valid.json of the same models")
+    return {fold: list(zip(*(stores[key] for key in wanted), strict=True))
+            for fold, stores in sorted(folds.items())}
+
+
+def count_top_sums(folds, train):
+    """Return (pixels int [C, T, 2], best int [N, C]) of the soft votes of validation stores.
+
+    folds: [(stores, infos)] of open_out_of_fold. pixels: for each predicted class and sum of its
+    uint8 probabilities how many labelled pixels there are, and how many of them are right; T is 255
+    times the number of models, plus 1. best: the highest sum of each class in each photo, or -1.
+    """
+    n_models, n_classes = len(folds[0][0]), len(train.classes)
+    n_sums = 255 * n_models + 1
+    pixels = np.zeros((n_classes * n_sums, 2), np.int64)
+    best = []
+    position = {image_id: i for i, image_id in enumerate(train.ids)}
+    for stores, infos in folds:
+        orders = [{image_id: i for i, image_id in enumerate(info["image_ids"])} for info in infos]
+        for image_id in infos[0]["image_ids"]:
+            total = sum(read_probs(store, order[image_id]).astype(np.int64)
+                        for store, order in zip(stores, orders, strict=True))
+            truth = train.truth(position[image_id])
+            pred, top = total.argmax(0), total.max(0)
+            labelled = truth != IGNORE_INDEX
+            codes = (pred * n_sums + top)[labelled]
+            is_right = (pred == truth)[labelled]
+            pixels[:, 0] += np.bincount(codes, minlength=len(pixels))
+            pixels[:, 1] += np.bincount(codes[is_right], minlength=len(pixels))
+            highest = np.full(n_classes, -1)
+            np.maximum.at(highest, pred[labelled], top[labelled])
+            best.append(highest)
+    return pixels.reshape(n_classes, n_sums, 2), np.stack(best)
+
+
+def fit_thresholds(pixels, best, precision):
+    """Return thresholds float [C]: from which top probability on a pixel of each class is sure.
+
+    It is the lowest from which on at least the share `precision` of the pixels were right, in
+    LEAST_PHOTOS photos or more; infinite where there is none. It lies between two probabilities
+    that can occur. pixels, best: of count_top_sums.
+    """
+    thresholds = np.full(len(pixels), np.inf)
+    for class_id, of_class in enumerate(pixels):
+        n_pixels, n_right = of_class[::-1].cumsum(0)[::-1].T  # from each sum on
+        n_photos = (best[:, class_id, None] >= np.arange(len(of_class))).sum(0)
+        is_enough = (n_right >= precision * n_pixels) & (n_photos >= LEAST_PHOTOS) & (n_pixels > 0)
+        if is_enough.any():
+            thresholds[class_id] = (is_enough.argmax() - 0.5) / (len(of_class) - 1)
+    return thresholds
+
+
+def share_right(pixels, thresholds):
+    """Return the share of the sure pixels that are right, [C + 1]: by class, then of foreground.
+
+    It is NaN where there are none. pixels: of count_top_sums.
+    """
+    sums = np.arange(pixels.shape[1])
+    is_sure = sums >= thresholds[:, None] * (len(sums) - 1)  # [C, T]
+    counts = (pixels * is_sure[..., None]).sum(1)  # [C, 2]
+    counts = np.vstack([counts, counts[1:].sum(0)])
+    with np.errstate(invalid="ignore"):
+        return counts[:, 1] / counts[:, 0]
+
+
+def choose_thresholds(args, folds, train):
+    """Return (thresholds [C], expected precision [C + 1] or None if it isn't known).
+
+    folds: of open_out_of_fold. The other folds than args.fold decide, and args.fold itself tells
+    what can be expected. Raises UserError for --confident auto without another fold.
+    """
+    others = [folds[fold] for fold in folds if fold != args.fold]
+    if args.confident != "auto":
+        thresholds = np.full(len(train.classes), args.confident)
+    elif others:
+        thresholds = fit_thresholds(*count_top_sums(others, train), args.precision)
+    else:
+        raise UserError(f"--confident auto needs --out-of-fold with valid.json of other folds than "
+                        f"{args.fold}: train another fold, or give a number, --confident 0.8")
+    if args.fold not in folds:
+        return thresholds, None
+    pixels, _ = count_top_sums([folds[args.fold]], train)
+    return thresholds, share_right(pixels, thresholds)
+
+
 # ---- the labels of a photo -----------------------------------------------------------------------
 
 
@@ -213,7 +331,7 @@ def judge(probs, args):
     A photo whose label has no foreground is dropped, whatever the rule. Raises TypeError for a rule
     whose label has another type or shape: written to labels.npy, it would be garbled.
     """
-    label, sure, reason = RULES[args.rule].label(probs, args)
+    label, sure, reason = RULES[args.rule](probs, args)
     if label.dtype != np.uint8 or label.shape != probs.shape[1:]:
         raise TypeError(f"rule {args.rule} returned a label of {label.dtype} {label.shape}, not of "
                         f"uint8 {probs.shape[1:]}")
@@ -260,13 +378,14 @@ def hand_decisions(folder, test):
     return decisions
 
 
-def write_labels(path, test, stores, by_hand, args):
-    """Write labels.npy as `path` and return the rows of index.csv.
+def write_labels(path, test, stores, by_hand, truths, args):
+    """Write labels.npy as `path`; return (rows of index.csv, labelled pixels [C, 3]).
 
-    by_hand: as hand_decisions returns it. The photos of the stores are read, voted on and written
-    one at a time.
+    by_hand: as hand_decisions returns it; truths: uint8 [N, S, S] or None. The columns are, of the
+    photos that are kept, all pixels of a class, those that have a truth, and those that are right.
+    The photos of the stores are read, voted on and written one at a time.
     """
-    rows = []
+    rows, labelled = [], np.zeros((stores[0].shape[1], 3), np.int64)
     n_photos, n_classes, *size = stores[0].shape
     shape = (n_photos, n_classes, *size) if args.soft else (n_photos, *size)
     with atomic_write(path) as scratch, open(scratch, "wb") as f:
@@ -285,7 +404,17 @@ def write_labels(path, test, stores, by_hand, args):
                 "seen": join_ids(foreground_ids(verdict.pred))}
             row["keep"] = row["by_hand"] or by_rule(row)
             rows.append(row)
-    return rows
+            if row["keep"] == "1":
+                labelled += count_labelled(verdict.label, truths, i, len(labelled))
+    return rows, labelled
+
+
+def count_labelled(label, truths, i, n_classes):
+    """Return how many pixels of each class photo i's label has: [C, 3] as of write_labels."""
+    truth = np.full_like(label, IGNORE_INDEX) if truths is None else truths[i]
+    has_truth = truth != IGNORE_INDEX
+    parts = (label, label[has_truth], label[has_truth & (label == truth)])
+    return np.stack([np.bincount(part.ravel(), minlength=256)[:n_classes] for part in parts], 1)
 
 
 def join_ids(class_ids):
@@ -316,7 +445,31 @@ def move_labels_aside(folder):
     move_aside(folder, ["manifest.json", "labels.npy"])
 
 
-def write_manifest(path, args, test, infos, wanted, contaminated, counts, files):
+def describe_labels(args, classes, thresholds, expected, labelled):
+    """Return what is known of each class's labels, and last of all foreground, whose class is None.
+
+    "threshold": the top probability from which on a pixel is sure, None if the class labels
+    nothing; "expected": the share of such pixels that were right in the validation photos of this
+    fold; "pixels": how many are labelled; "real": the share of them that is right by the truth of
+    the test photos. None where it isn't known. thresholds [C], expected [C + 1] or None: of
+    choose_thresholds; labelled [C, 3]: of write_labels.
+    """
+    described = []
+    counts = np.vstack([labelled, labelled[1:].sum(0)]).tolist()
+    for i, (name, (n_pixels, n_with_truth, n_right)) in enumerate(
+            zip([*classes, None], counts, strict=True)):
+        row = {"class": name, "threshold": None, "expected": None, "real": None, "pixels": n_pixels}
+        if name and np.isfinite(thresholds[i]):
+            row["threshold"] = float(thresholds[i])
+        if expected is not None and np.isfinite(expected[i]):
+            row["expected"] = float(expected[i])
+        if n_with_truth:
+            row["real"] = n_right / n_with_truth
+        described.append(row)
+    return described
+
+
+def write_manifest(path, args, test, infos, wanted, contaminated, counts, labels, files):
     """Write manifest.json, which says what made the labels; files: {name: hash}."""
     makers = []
     for store, info in zip(args.stores, infos, strict=True):
@@ -326,7 +479,7 @@ def write_manifest(path, args, test, infos, wanted, contaminated, counts, files)
     write_description(
         path, wanted, round=args.round, fold=args.fold, folds_csv=infos[0]["folds_csv"],
         classes=test.classes, paint=infos[0]["paint"], contaminated=contaminated, photos=counts,
-        makers=makers, files=files)
+        labels=labels, makers=makers, files=files)
 
 
 # ---- what the user sees --------------------------------------------------------------------------
@@ -352,10 +505,11 @@ def count_reasons(rows, classes):
     return counts
 
 
-def draw_sheet(path, rows, counts, test, stores, args):
+def draw_sheet(path, rows, counts, labels, test, stores, args):
     """Draw some photos of every outcome beside their labels: the clearest and the least clear.
 
-    Kept photos come first. counts: as count_reasons returns them, for the legend.
+    Kept photos come first. counts: as count_reasons returns them, labels: as describe_labels does,
+    for the legend.
     """
     readable = [i for i, fault in enumerate(test.faults) if not fault]
     by_outcome = {"kept": []}
@@ -374,40 +528,60 @@ def draw_sheet(path, rows, counts, test, stores, args):
     legend = {}
     for class_id, (name, outcomes) in enumerate(counts.items()):
         numbers = ", ".join(f"{n} {why}" for why, n in outcomes.items())
-        legend[class_id] = f"{name if class_id else 'all photos'}: {numbers}"
+        row = labels[class_id or -1]  # the foreground stands for all photos
+        text = f"{row['pixels']:,} pixels labelled{precision_text(row)}"
+        legend[class_id] = f"{name if class_id else 'all photos'}: {numbers}; {text}"
     write_sheet(path, tiles, legend | {IGNORE_INDEX: "unsure"}, across=2)
 
 
-def report_labels(folder, args, counts, by_hand, contaminated):
+def precision_text(row):
+    """Return ", 93% right expected, 88% in truth" of a row of describe_labels, as far as known."""
+    words = {"expected": "right expected", "real": "in truth"}
+    return "".join(f", {row[key]:.0%} {text}" for key, text in words.items()
+                   if row[key] is not None)
+
+
+def report_labels(folder, args, counts, labels, by_hand, contaminated):
     """Print how many photos were kept and dropped, and what the user should know of them."""
     import pandas as pd
     table = pd.DataFrame(counts).T.fillna(0).astype(int)
     print(f"{folder}: photos by the classes that the models see in them, {BACKGROUND} is all of "
           f"them\n{table.to_string()}")
+    table = pd.DataFrame(labels).fillna({"class": "foreground"})
+    print(f"labelled pixels; threshold: the top probability from which on a pixel of the class is "
+          f"sure; expected, real: the share that is right\n"
+          f"{table.to_string(index=False, na_rep='-', float_format='{:.3f}'.format)}")
     if by_hand:
         print(f"{folder}: {len(by_hand)} decision(s) made by hand in index.csv kept")
     if contaminated:
         print(f"warning: {folder} is contaminated: what learns from it has no honest validation "
               "score")
     if "kept" not in counts[BACKGROUND]:
-        print(f"warning: no photo is kept, so round {args.round} learns nothing new: --confident "
-              "and --max-unsure are the rule's two numbers")
+        print(f"warning: no photo is kept, so round {args.round} of fold {args.fold} learns "
+              "nothing new: its runs will be those of the round before")
 
 
 # ---- command -------------------------------------------------------------------------------------
 
 
-def make_labels(folder, args, test, stores, infos, wanted, contaminated, hashes):
+def make_labels(folder, args, data, stores, infos, folds, wanted, contaminated, hashes):
     """Write the labels, what describes them and, last, manifest.json.
 
-    stores, infos: the makers' stores and their JSONs. wanted: what provenance says of the labels.
-    Decisions that were made by hand in index.csv stay.
+    data: (train, test) Splits; stores, infos: the makers' stores and their JSONs; folds: of
+    open_out_of_fold; wanted: what provenance says of the labels. Decisions that were made by hand
+    in index.csv stay.
     """
+    train, test = data
+    thresholds, expected = choose_thresholds(args, folds, train)
+    args = argparse.Namespace(**vars(args), thresholds=thresholds)
     by_hand = hand_decisions(folder, test)
-    rows = write_labels(folder / "new-labels.npy", test, stores, by_hand, args)
+    path = truth_file(args.data, args.truth)
+    truths = load_truths(path, test, infos[0]["paint"]) if path else None
+    rows, labelled = write_labels(folder / "new-labels.npy", test, stores, by_hand, truths, args)
     check_unchanged(args.stores, infos)
     counts = count_reasons(rows, test.classes)
-    draw_sheet(folder / "sheet.png", rows, counts, test, stores, args)
+    labels = describe_labels(args, test.classes, thresholds, expected, labelled)
+    draw_sheet(folder / "sheet.png", rows, counts, labels, test, stores, args)
     names = ["labels.npy"]
     if args.coco:
         write_kept_coco(folder / "labels.json", folder / "new-labels.npy", rows, test, args)
@@ -416,8 +590,9 @@ def make_labels(folder, args, test, stores, infos, wanted, contaminated, hashes)
     (folder / "new-labels.npy").rename(folder / "labels.npy")
     write_csv(folder / "index.csv", rows)
     files = {name: hashes(folder / name) for name in names}
-    write_manifest(folder / "manifest.json", args, test, infos, wanted, contaminated, counts, files)
-    report_labels(folder, args, counts, by_hand, contaminated)
+    write_manifest(folder / "manifest.json", args, test, infos, wanted, contaminated, counts,
+                   labels, files)
+    report_labels(folder, args, counts, labels, by_hand, contaminated)
 
 
 def main(args):
@@ -430,10 +605,12 @@ def main(args):
     opened = [open_store(path, hashes) for path in args.stores]
     stores = [store for store, _ in opened]
     infos = [info for _, info in opened]
-    _, test = load_data(args.data, args.cache, **data_options(infos[0]))
+    train, test = data = load_data(args.data, args.cache, **data_options(infos[0]))
     contaminated = check_makers(args, infos, test)
+    folds = open_out_of_fold(args, infos, train, hashes)
+    fold_ids = [store_id(info) for _, fold_infos in folds.values() for info in fold_infos]
     recipe = labels_recipe(args, test.fingerprint, infos[0]["folds_csv"], infos[0]["paint"],
-                           [store_id(info) for info in infos])
+                           [store_id(info) for info in infos], fold_ids)
     makers = [(info["model"], info["tta"]) for info in infos]
     wanted = provenance(recipe, labels_code(makers, args.rule))
     with lock(folder):
@@ -445,7 +622,7 @@ def main(args):
             del manifest["touched"]  # which read_description added to what the file says
             write_description(folder / "manifest.json", manifest, **manifest)
         if decision == "make":
-            make_labels(folder, args, test, stores, infos, wanted, contaminated, hashes)
+            make_labels(folder, args, data, stores, infos, folds, wanted, contaminated, hashes)
         else:
             print(f"{folder} is there and was made like this: nothing to do")
         hashes.save()

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -52,7 +53,7 @@ BESIDE = {
     "CONFIG_KINDS", "begin", "check_args", "check_folder", "check_run_space", "choose_resume",
     "describe_run", "draw_batch", "draw_curves", "draw_some_curves", "draw_valid", "find_done",
     "find_last", "images_of", "in_shared_memory", "keeps_done", "log_row", "model_files",
-    "show_progress", "start_logger", "warn_of_absent_classes", "write_config"}
+    "run_that_stands", "show_progress", "start_logger", "warn_of_absent_classes", "write_config"}
 
 # ---- what to try: schedules, optimizers, batch hooks ---------------------------------------------
 
@@ -954,6 +955,8 @@ def train_run(args, root, report=None, wait=False):
         if done and keeps_done(done, info, out, epochs, args, hashes):
             print(f"{out}/model.pt is there and has this recipe: nothing to do")
             return done["v3"]
+        if before := run_that_stands(args, test, info, out, epochs, hashes):
+            return before["v3"]
         resume = choose_resume(out, info, args, hashes)
         device = claim_device(args.device, args.per_gpu)
         if first:  # other ranks have read what is moved here, as claim_device waits for them
@@ -1056,6 +1059,41 @@ def keeps_done(done, info, out, epochs, args, hashes):
         keep_code(args.exp)
         write_config(out, done, epochs, hashes)
     return True
+
+
+def run_that_stands(args, test, info, out, epochs, hashes):
+    """Let the run of the round before stand for this one if its pseudo labels keep no photo.
+
+    Its checkpoints are written into `out` with this run's recipe. Returns what its config.json
+    says, or None if the run is to be trained: there are labels, or that run has another recipe.
+    """
+    if not args.round or args.overfit or load_labels(args, test)[0]:
+        return None
+    folder = run_folder(args.exp, args.round - 1, args.model, args.scale, args.fold)
+    before = find_done(folder, hashes)
+    of_labels = {"round", "pseudo", "labels", "pseudo_ratio", "labelled_only"}
+    if before is None or before["code"] != info["code"] or {
+            *different_keys(before["recipe"], info["recipe"])} - of_labels:
+        return None
+    print(f"{out}: round {args.round} keeps no pseudo label, so it would learn nothing new: the "
+          f"run of round {args.round - 1} stands for it")
+    if ranks()[0] == 0:
+        keep_code(args.exp)
+        take_over(folder, out, info, epochs, hashes)
+    return before
+
+
+def take_over(folder, out, info, epochs, hashes):
+    """Write the finished run in `folder` as that of `info` into `out`, config.json last."""
+    checkpoints = {name: load_checkpoint(folder / name) for name in model_files(epochs)}
+    move_aside(out, [path.name for path in sorted(out.glob("*"))
+                     if path.name in ("config.json", "log.csv", *checkpoints)])
+    for name in ("log.csv", "batch.png", "curves.png", "valid.png"):
+        if (folder / name).exists():
+            shutil.copy2(folder / name, out / name)
+    for name, checkpoint in checkpoints.items():
+        save_checkpoint(out / name, **(checkpoint | info))
+    write_config(out, checkpoints["model.pt"] | info, epochs, hashes)
 
 
 def choose_resume(out, info, args, hashes):
