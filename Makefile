@@ -32,8 +32,8 @@ SEED       ?= 0
 WEIGHTS    ?= imagenet
 TTA        ?= flip
 VOTE       ?= fit
-A          ?=
-B          ?=
+EXPS       ?=
+TRUTH      ?=
 IMAGE_ID   ?= id
 TRAIN_ARGS ?=
 INFER_ARGS ?=
@@ -66,8 +66,8 @@ about.SEED        := of everything random
 about.WEIGHTS     := of the encoder: imagenet (downloaded), none, or a file
 about.TTA         := views averaged in prediction: none, flip, flip_rot, d4, or identity,hflip,...
 about.VOTE        := weights of the members that vote: fit (if that gains), equal, or given, 2,1
-about.A           := experiment, or a round of one, that compare starts from
-about.B           := what is compared with it
+about.EXPS        := experiments, or rounds of them, that compare puts side by side
+about.TRUTH       := annotated COCO JSON of the test photos, for compare; empty: test.json if it is
 about.IMAGE_ID    := what names an image in the submission: id, file_name
 about.TRAIN_ARGS  := more for train.py, see its --help; INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS likewise
 about.SNAPSHOTS   := epochs of a run that vote together; 0: its best one alone
@@ -80,8 +80,8 @@ about.PER_GPU     := jobs of make -j that may share a GPU, 1 to 9
 about.PY          := python to use; PY=python takes the current environment
 about.CODE        := after an edit of a script: new makes anew what it made, keep keeps it
 KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT ORIENTATION \
-    UNUSED EPOCHS BATCH LR SEED WEIGHTS TTA VOTE A B IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS \
-    SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH DEVICE PER_GPU PY CODE
+    UNUSED EPOCHS BATCH LR SEED WEIGHTS TTA VOTE EXPS TRUTH IMAGE_ID TRAIN_ARGS INFER_ARGS \
+    PSEUDO_ARGS SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH DEVICE PER_GPU PY CODE
 
 # ---- knobs are checked first, all of them; the plan below checks what only scripts know ----------
 given := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
@@ -96,7 +96,7 @@ $(foreach v,$(set_by_user),$(if $(findstring $$,$(value $v)),$(error $v has a $$
     $(if $(findstring $(newline),$(value $v)),$(error $v has more than one line)))
 wanted := $(value MAKECMDGOALS)
 $(if $(filter out/%,$(wanted)),$(error make takes commands, such as submit, not files: $(wanted)))
-may_be_empty := ROUND A B %_ARGS LAUNCH CODE
+may_be_empty := ROUND EXPS TRUTH %_ARGS LAUNCH CODE
 $(foreach v,$(filter-out $(may_be_empty),$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
 quote  = '$(subst ','\'',$1)'
 # only DATA, which may be any path, is quoted where a shell reads it; other knobs have nothing that
@@ -104,8 +104,7 @@ quote  = '$(subst ','\'',$1)'
 text         := [A-Za-z0-9 ._=+,:/@-]*
 piece        := [A-Za-z0-9_=+-][A-Za-z0-9._=+-]*
 legal.EXP    := $(piece)(/$(piece))*
-legal.A      := ($(legal.EXP))?
-legal.B      := ($(legal.EXP))?
+legal.EXPS   := [ ]*($(legal.EXP)( +$(legal.EXP))*)?[ ]*
 legal.CODE   := (new|keep)?
 legal.NFOLDS := [2-9]|10
 legal.ROUNDS := [0-9]
@@ -126,9 +125,11 @@ $(if $(filter pseudo,$(wanted)),\
 $(if $(filter submit,$(wanted)),$(foreach v,$(filter MODEL SCALE FOLD ROUND,$(given)),\
     $(error submit takes $vS, not $v)))
 scored  = $(wildcard out/$1/r[0-9]/*/*/s*/f*/valid.json out/$1/*/*/s*/f*/valid.json)
-$(if $(filter compare,$(wanted)),$(foreach v,A B,$(if $(call scored,$($v)),,$(error $v=$($v): \
-    compare takes two experiments, or rounds, that have been scored: A=main B=lr5, A=main/r0 \
-    B=main/r1; there is no out/$($v)/r*/*/*/s*/f*/valid.json))))
+no_score = $(foreach e,$(EXPS),$(if $(call scored,$e),,out/$e/r*/*/*/s*/f*/valid.json))
+$(if $(filter compare,$(wanted)),$(if $(word 2,$(EXPS)),,$(error EXPS=$(EXPS): compare takes two \
+    or more experiments, or rounds, that have been scored: EXPS="main/r0 main/r1 lr5")) \
+    $(if $(strip $(no_score)),$(error EXPS=$(EXPS): compare takes experiments, or rounds, that \
+    have been scored: there is no $(firstword $(no_score)))))
 
 # ---- what the scripts are given ------------------------------------------------------------------
 OUT    := out/$(EXP)
@@ -239,8 +240,10 @@ why: | $(SETUP) ## why submit would make what it would make: for each file what 
 	@$(plan) --dry --why
 status: | $(SETUP) ## which runs are done, how long the others will take, what isn't up to date
 	@$(PY) ensemble.py status $(grid) --dry
-compare: | $(SETUP) ## whether B beats A on images that both held out: A=main B=lr5, A=main/r0 ...
-	@$(run) ensemble.py compare $(data) $(filter --mixed,$(SUBMIT_ARGS)) out/$A out/$B
+compare: | $(SETUP) ## what each of EXPS gains over the one before: EXPS="main/r0 main/r1 lr5"
+	@$(run) ensemble.py compare $(data) $(if $(TRUTH),--truth $(call quote,$(TRUTH))) \
+	    --tables out --picture out/compare.png $(filter --mixed,$(SUBMIT_ARGS)) \
+	    $(addprefix out/,$(EXPS))
 runtimes: | $(SETUP) ## speed, size and memory of models and scales, in out/runtimes.csv and .png
 	@failed=0; $(foreach m,$(MODEL),$(foreach s,$(SCALE),$(run) train.py $(data) --exp $(OUT) \
 	    --model $m --scale $s --batch $(BATCH) $(device) --runtimes out/runtimes.csv || \

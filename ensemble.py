@@ -3,7 +3,7 @@
     python ensemble.py soft --data DATA --weights fit --out out/main/vote.csv out/main/r1/*/*/*/f*
     python ensemble.py hard --data DATA --weights 2,1 --out out/voted.csv mine.csv theirs.csv
     python ensemble.py score --data DATA --weights fit --tables out/main/report out/main/r1/*/*/*/f*
-    python ensemble.py compare --data DATA out/main out/lr5
+    python ensemble.py compare --data DATA out/main/r0 out/main/r1 out/lr5
     python ensemble.py plan --data DATA --exp out/main GRID     (make asks this)
     python ensemble.py status --data DATA --exp out/main GRID   (make status)
 
@@ -45,12 +45,13 @@ from common import (
     class_iou, clean, code_hashes, code_of, code_question, code_state, confusion, data_files,
     data_options, decide, different_keys, draw_bars, draw_heat, figure_urls, fingerprint,
     folds_hash, foreground_ids, image_miou, keep_code, label_settings, labels_code, labels_hash,
-    labels_recipe, library_versions, load_data, lock, make_folds, move_aside, named, number,
-    open_store, overlay, provenance, pseudo_folder, read_description, read_folds, read_index_json,
-    read_json, read_own_json, read_probs, read_rows, recipe_changes, run_code, run_folder,
-    run_recipe, run_script, scores, settings_of, short_hash, store_code, store_id, store_recipe,
-    tile_url, try_sides, tta_name, tta_sides, version_changes, whole_manifest, whole_numbers,
-    write_coco, write_description, write_json, write_page, write_sheet)
+    labels_recipe, library_versions, load_data, load_truths, lock, make_folds, move_aside, named,
+    number, open_store, overlay, provenance, pseudo_folder, read_description, read_folds,
+    read_index_json, read_json, read_own_json, read_probs, read_rows, recipe_changes, run_code,
+    run_folder, run_recipe, run_script, scores, settings_of, short_hash, store_code, store_id,
+    store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides, version_changes,
+    whole_manifest, whole_numbers, write_coco, write_description, write_json, write_page,
+    write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byte first: x86 and ARM
@@ -83,7 +84,7 @@ def parse_args(argv=None):
             ("soft", "data runs mixed scored tables out", "average the probabilities of runs"),
             ("hard", "data voted runs out", "count the votes of submissions and runs"),
             ("score", "data runs mixed scored tables", "print out-of-fold scores"),
-            ("compare", "data mixed tables pair", "say whether one experiment beats another"),
+            ("compare", "data mixed tables steps", "say whether experiments beat the one before"),
             ("plan", "data grid", "print what of an experiment is to be made"),
             ("status", "data grid",
              "say how far the runs are, and why what is not up to date isn't")):
@@ -94,9 +95,9 @@ def parse_args(argv=None):
 
 def shared_options():
     """Return {group: a parser of options that several commands share}."""
-    names = ("data", "voted", "runs", "mixed", "scored", "tables", "out", "pair", "grid")
+    names = ("data", "voted", "runs", "mixed", "scored", "tables", "out", "steps", "grid")
     groups = {name: argparse.ArgumentParser(add_help=False) for name in names}
-    data, voted, runs, mixed, scored, tables, out, pair, grid = groups.values()
+    data, voted, runs, mixed, scored, tables, out, steps, grid = groups.values()
     data.add_argument("--data", type=Path, required=True, help="the competition's folder")
     data.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks")
     add_data_options(voted.add_argument_group("how DATA is read, if no voter is a run"))
@@ -119,8 +120,11 @@ def shared_options():
     out.set_defaults(decides=["weights", "image_id", "coco"])
     out.add_argument("--code", choices=("new", "keep"), help="where other code has made the "
                      "submission: make it anew, or keep it as it is")
-    pair.add_argument("experiments", type=Path, nargs=2,
-                      help="out/EXP for its last round, or out/EXP/rR")
+    steps.add_argument("experiments", type=Path, nargs="+",
+                       help="two or more: out/EXP for its last round, or out/EXP/rR")
+    steps.add_argument("--truth", type=Path, help="COCO JSON with annotations of the test photos; "
+                       "by default test.json if it has any")
+    steps.add_argument("--picture", type=Path, help="the scores as a staircase, a PNG to write")
     add_grid(grid)
     return groups
 
@@ -706,15 +710,18 @@ def drawn_v2(counts, n_draws=1000):
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def show(args, oof, name, title, cells):
-    """Print, keep and write a table; cells: a list of its rows or a dict of its columns."""
+def show(args, oof, name, title, cells, text=None):
+    """Print, keep and write a table; cells: a list of its rows or a dict of its columns.
+
+    text: printed in place of the table.
+    """
     import pandas as pd
     table = pd.DataFrame(cells)
     oof.tables.append((title, table))
     if oof.contaminated:
         table["contaminated"] = "yes"
         title = f"{CONTAMINATED}\n{title}"
-    text = table.to_string(index=False, float_format="{:.4f}".format, na_rep="-")
+    text = text or table.to_string(index=False, float_format="{:.4f}".format, na_rep="-")
     print(f"\n{title}\n{text}")
     if args.tables:
         with atomic_write(args.tables / f"{name}.csv") as scratch:
@@ -1254,8 +1261,8 @@ def check_outputs(args):
         outputs += [args.out, args.out.with_suffix(".png"), made_file(args.out)]
         if args.coco:
             outputs.append(args.out.with_suffix(".json"))
-    outputs += [given[name] for name in ("report", "tables") if given.get(name)]
-    inputs = []
+    outputs += [given[name] for name in ("report", "tables", "picture") if given.get(name)]
+    inputs = [args.truth] if given.get("truth") else []
     stores = [f"{split}.{ending}" for split in ("valid", "test") for ending in ("json", "npy")]
     for run in given.get("runs", ()):
         inputs += [run, *(run / name for name in stores)]
@@ -1426,50 +1433,48 @@ def tell_unread(infos):
                         "them, run infer.py, then this again", code=3)
 
 
-def compare(args):
-    """Show what the second experiment gains over the first on the images that both held out."""
-    (before, oof), (after, other) = (last_round(args, exp) for exp in args.experiments)
-    for name, value in data_options(oof.infos[0]).items():
-        if value != other.infos[0][name]:
-            raise UserError(f"one has {name} {value}, the other {other.infos[0][name]}: their "
-                            "truths differ")
-    shared = [image_id for image_id in before if image_id in after]
-    if not shared:
-        raise UserError("the two have no validation image in common")
-    before = np.stack([before[image_id] for image_id in shared])
-    after = np.stack([after[image_id] for image_id in shared])
-    rows = [{"score": "v3", "before": image_miou(before).mean(), "after": image_miou(after).mean(),
-             **gain(after, before)}]
-    low, high = rows[0]["low"], rows[0]["high"]
-    rows += compare_classes(before, after, oof.classes)
-    oof.contaminated |= other.contaminated
-    first, second = args.experiments
-    show(args, oof, "compare", f"{second} against {first}: {len(shared)} images that both held "
-         "out, 95% intervals by paired bootstrap", rows)
-    verdict = "better" if low > 0 else "worse" if high < 0 else "no more than chance apart"
-    print(f"by v3 {second} is {verdict}")
+class Comparison:
+    """The equal votes of the last rounds of E experiments, on the images that all of them have.
 
-
-def compare_classes(before, after, classes):
-    """Return rows of the IoU of each class in the truth, with its paired 95% interval.
-
-    before, after: [N, C, C] pixel counts of the same images.
+    names: as given; valid: the pixel counts [N, C, C] of each, out of fold; test: likewise on the
+    labelled test photos, None for an experiment without test stores; is_labelled: whether there are
+    such photos; contaminated, tables: as of OutOfFold.
     """
-    gains = []
-    for draw in np.random.default_rng(0).integers(len(before), size=(500, len(before))):
-        gains.append(class_iou(after[draw].sum(0)) - class_iou(before[draw].sum(0)))
-    gains = np.stack(gains)  # [draws, C]
-    old, new = class_iou(before.sum(0)), class_iou(after.sum(0))
-    rows = []
-    for c in np.flatnonzero(before.sum((0, 2))):
-        low, high = np.nanpercentile(gains[:, c], (2.5, 97.5))
-        rows.append({"score": f"IoU {classes[c]}", "before": old[c], "after": new[c],
-                     "gain": new[c] - old[c], "low": low, "high": high})
-    return rows
+
+    def __init__(self, args):
+        self.names = [str(exp) for exp in args.experiments]
+        self.test, self.tables, self.contaminated, by_image = [], [], False, []
+        for exp in args.experiments:
+            runs = last_round(exp)
+            oof = OutOfFold(args, runs)
+            if not by_image:
+                self.classes, self.options = oof.classes, data_options(oof.infos[0])
+                path = truth_file(args.data, args.truth)
+                self.is_labelled = path is not None
+                truths = load_truths(path, oof.test, self.options["paint"]) if path else None
+            self.check_options(exp, data_options(oof.infos[0]))
+            equal = {"weights": np.ones(len(oof.names)), "bias": np.zeros(len(oof.classes))}
+            counts, = vote_counts(oof, [equal["weights"]], [equal["bias"]])
+            by_image.append(dict(zip(oof.ids, counts, strict=True)))
+            print(f"{runs[0].parents[3]}: {len(runs)} run(s) of {len(oof.names)} member(s), "
+                  f"{len(oof.ids)} images")
+            self.test.append(count_test(args, oof, runs, truths, equal) if path else None)
+            self.contaminated |= oof.contaminated
+        shared = [i for i in by_image[0] if all(i in counts for counts in by_image)]
+        if not shared:
+            raise UserError(f"{', '.join(self.names)} have no validation image in common")
+        self.valid = [np.stack([counts[i] for i in shared]) for counts in by_image]
+
+    def check_options(self, exp, options):
+        """Raise UserError if an experiment reads the data otherwise than the first."""
+        for name, value in self.options.items():
+            if options[name] != value:
+                raise UserError(f"{exp} has {name} {options[name]}, {self.names[0]} {value}: their "
+                                "truths differ")
 
 
-def last_round(args, exp):
-    """Return ({image id: [C, C] pixel counts} by the equal vote, OutOfFold) of an experiment.
+def last_round(exp):
+    """Return the run folders of an experiment with a valid.json.
 
     exp: out/EXP, of which the last round is taken, or out/EXP/rR.
     """
@@ -1478,13 +1483,165 @@ def last_round(args, exp):
     if not paths:
         raise UserError(f"{exp}: no run with a valid.json; make score makes them")
     last = paths[-1].parents[4]
-    runs = [path.parent for path in paths if path.parents[4] == last]
-    oof = OutOfFold(args, runs)
-    equal_weights = np.ones((1, len(oof.names)))
-    no_bias = np.zeros((1, len(oof.classes)))
-    counts, = vote_counts(oof, equal_weights, no_bias)
-    print(f"{last}: {len(runs)} run(s) of {len(oof.names)} member(s), {len(oof.ids)} images")
-    return dict(zip(oof.ids, counts, strict=True)), oof
+    return [path.parent for path in paths if path.parents[4] == last]
+
+
+def count_test(args, oof, runs, truths, used):
+    """Return the pixel counts [N, C, C] of a vote on test photos, None if a run has no test store.
+
+    truths: uint8 [N, H, W]; used: as vote_test_image takes it.
+    """
+    absent = [run for run in runs if not (run / "test.json").exists()]
+    if absent:
+        print(f"{absent[0]}: no test.json, so nothing to score on the labelled test photos; "
+              "infer.py makes it")
+        return None
+    members, infos, _ = open_members(args, runs, "test", Hashes(args.cache))
+    stores = place_test_images(argparse.Namespace(**vars(args), runs=runs), oof, members, infos)
+    return np.stack([confusion(vote_test_image(n, stores, used), truth, len(oof.classes))
+                     for n, truth in enumerate(tqdm(truths, "test", disable=None))])
+
+
+def compare(args):
+    """Show what each experiment gains over the one before and over the first."""
+    paths = Counter(map(os.path.realpath, args.experiments))
+    if len(paths) < max(2, len(args.experiments)):
+        raise UserError(f"compare takes two or more experiments, none of them twice, not "
+                        f"{', '.join(map(str, args.experiments))}")
+    comparison = Comparison(args)
+    groups = {"": comparison.valid}
+    title = (f"{len(comparison.valid[0])} images that all of them held out; 95% intervals by "
+             "paired bootstrap")
+    if comparison.is_labelled:
+        groups["test "] = comparison.test
+        title += ("\ntest: the vote of all folds on labelled test photos, whose labels nothing has "
+                  "seen: the honest column for what folds\nare worth, since out of fold each "
+                  "photo has the vote of one fold alone")
+    labels = [f"{group}{metric}" for group in groups for metric in ("v3", "v2")]
+    numbers = range(1, len(comparison.names) + 1)
+    columns = {"": numbers, "experiment": comparison.names}
+    for label in labels:
+        columns |= gain_columns(groups[label[:-2]], label, label[-2:])
+    text = "\n\n".join(compact_table(columns, label) for label in labels)
+    show(args, comparison, "compare", title, columns, text)
+    for i in range(1, len(comparison.names)):
+        print(verdict(columns, labels, i))
+    show(args, comparison, "compare-iou", "IoU of each class by the experiment's number; gain, low "
+         "and high: of the last over the first", compare_classes(comparison))
+    if args.picture:
+        write_staircase(args.picture, columns, groups)
+
+
+def gain_columns(counts, label, metric):
+    """Return {column: [E] values} of v2 or v3: the score, its gain over the one before, the first.
+
+    counts: pixel counts [N, C, C] of each experiment, or None. What isn't known is NaN.
+    """
+    columns = defaultdict(list)
+    unknown = dict.fromkeys(("gain", "low", "high"), math.nan)
+    for i, after in enumerate(counts):
+        pixels = after if metric == "v3" or after is None else after.sum(0)
+        columns[label].append(math.nan if after is None else image_miou(pixels).mean())
+        for ending, before in (("", counts[i - 1]), (" over first", counts[0])):
+            is_known = i > 0 and after is not None and before is not None
+            for name, value in (gain(after, before, metric) if is_known else unknown).items():
+                columns[f"{label} {name}{ending}"].append(value)
+    return columns
+
+
+def compact_table(columns, label):
+    """Return the text of a table of one score, which fits a terminal; columns: all of compare's."""
+    import pandas as pd
+    table = {name: columns[name] for name in ("", "experiment", label)}
+    for heading, ending in (("over the one before", ""), ("over the first", " over first")):
+        cells = zip(*(columns[f"{label} {name}{ending}"] for name in ("gain", "low", "high")),
+                    strict=True)
+        table[heading] = ["-" if math.isnan(gained) else f"{gained:+.3f} [{low:.3f}, {high:.3f}]"
+                          for gained, low, high in cells]
+    return pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format, na_rep="-")
+
+
+def verdict(columns, labels, i):
+    """Return a sentence that says whether experiment i beats the one before by each score."""
+    labels_by_word = defaultdict(list)
+    for label in labels:
+        low, high = columns[f"{label} low"][i], columns[f"{label} high"][i]
+        word = "better" if low > 0 else "worse" if high < 0 else "no more than chance apart"
+        if not math.isnan(low):
+            labels_by_word[word].append(label)
+    parts = [f"{word} by {' and '.join(found)}" for word, found in labels_by_word.items()]
+    names = columns["experiment"]
+    return f"{names[i]} against {names[i - 1]}: {', '.join(parts)}"
+
+
+def compare_classes(comparison):
+    """Return rows of the IoU of each class in the truth in every experiment.
+
+    The gain of the last over the first has its paired 95% interval.
+    """
+    before, after = comparison.valid[0], comparison.valid[-1]
+    gains = []
+    for draw in np.random.default_rng(0).integers(len(before), size=(500, len(before))):
+        gains.append(class_iou(after[draw].sum(0)) - class_iou(before[draw].sum(0)))
+    gains = np.stack(gains)  # [draws, C]
+    iou = [class_iou(counts.sum(0)) for counts in comparison.valid]
+    rows = []
+    for c in np.flatnonzero(before.sum((0, 2))):
+        low, high = np.nanpercentile(gains[:, c], (2.5, 97.5))
+        rows.append({"class": comparison.classes[c]}
+                    | {str(number): values[c] for number, values in enumerate(iou, 1)}
+                    | {"gain": iou[-1][c] - iou[0][c], "low": low, "high": high})
+    return rows
+
+
+def write_staircase(path, columns, groups):
+    """Write a PNG of v3, and below it of v2, of the experiments; columns, groups: of compare."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    names = columns["experiment"]
+    shared = os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names])
+    short_names = [os.path.relpath(name, shared) for name in names]
+    options = {"text.parse_math": False}  # a $ in a name begins no formula
+    with atomic_write(path) as scratch, style.context(["default", options]):
+        figure = Figure((max(7, 2 + 0.6 * len(names)), 8), layout="constrained")
+        for axes, metric in zip(figure.subplots(2, sharex=True), ("v3", "v2"), strict=True):
+            series = {}
+            for group in groups:
+                label = f"{group}{metric}"
+                steps = (columns[f"{label}{ending}"] for ending in ("", " low", " high"))
+                text = f"{metric} on labelled test photos" if group else f"{metric} out of fold"
+                series[text] = list(zip(*steps, strict=True))
+            draw_staircase(axes, short_names, series)
+            axes.label_outer()
+        figure.savefig(scratch, format="png", dpi=120)
+
+
+def draw_staircase(axes, names, series):
+    """Draw the scores of steps one after another: a tread at each score, risers between them.
+
+    names: of N steps; series: {label: N of (value, low, high) or None}, where low to high is the
+    95% interval of the gain over the step before. It stands as a bar around the new level; NaN
+    draws none.
+    """
+    n_steps, unknown = len(names), (math.nan,) * 3
+    for s, (label, steps) in enumerate(series.items()):
+        values, lows, highs = np.array([step or unknown for step in steps]).T
+        colour = f"C{s}"
+        places = np.arange(n_steps) + 0.16 * (s - (len(series) - 1) / 2)  # bars side by side
+        before = np.array([math.nan, *values[:-1]])
+        axes.stairs(values, np.arange(n_steps + 1) - 0.5, baseline=None, color=colour, linewidth=2,
+                    label=label)
+        axes.vlines(places, before + lows, before + highs, color=colour, linewidth=1)
+        for ends in (before + lows, before + highs):
+            axes.plot(places, ends, "_", color=colour)
+        axes.plot(places, values, "o", color=colour, markersize=4)
+    texts = [name if len(name) <= 32 else f"…{name[-31:]}" for name in names]
+    fits = n_steps * (max(map(len, texts)) + 2) <= 50  # beside each other on 5 inches
+    turned = {} if fits else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(n_steps), texts, **turned)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(title="bars: 95% interval of the gain over the step before", loc="lower center",
+                bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
 
 
 # ---- what make asks: the arguments of the scripts ------------------------------------------------
