@@ -1600,7 +1600,7 @@ def write_staircase(path, columns, groups):
     from matplotlib.figure import Figure
     names = columns["experiment"]
     shared = os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names])
-    short_names = [os.path.relpath(name, shared) for name in names]
+    numbered = [f"{number} {os.path.relpath(name, shared)}" for number, name in enumerate(names, 1)]
     options = {"text.parse_math": False}  # a $ in a name begins no formula
     with atomic_write(path) as scratch, style.context(["default", options]):
         figure = Figure((max(7, 2 + 0.6 * len(names)), 8), layout="constrained")
@@ -1611,7 +1611,7 @@ def write_staircase(path, columns, groups):
                 steps = (columns[f"{label}{ending}"] for ending in ("", " low", " high"))
                 text = f"{metric} on labelled test photos" if group else f"{metric} out of fold"
                 series[text] = list(zip(*steps, strict=True))
-            draw_staircase(axes, short_names, series)
+            draw_staircase(axes, numbered, series)
             axes.label_outer()
         figure.savefig(scratch, format="png", dpi=120)
 
@@ -1635,9 +1635,9 @@ def draw_staircase(axes, names, series):
         for ends in (before + lows, before + highs):
             axes.plot(places, ends, "_", color=colour)
         axes.plot(places, values, "o", color=colour, markersize=4)
-    texts = [name if len(name) <= 32 else f"…{name[-31:]}" for name in names]
+    texts = [name if len(name) <= 32 else f"{name[:15]}…{name[-16:]}" for name in names]
     fits = n_steps * (max(map(len, texts)) + 2) <= 50  # beside each other on 5 inches
-    turned = {} if fits else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    turned = {} if fits else {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(n_steps), texts, **turned)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(title="bars: 95% interval of the gain over the step before", loc="lower center",
