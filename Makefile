@@ -34,8 +34,7 @@ TTA        ?= flip
 VOTE       ?= fit
 METRIC     ?= v3
 POST       ?= fit
-A          ?=
-B          ?=
+EXPS       ?=
 LADDER     ?= full
 TRUTH      ?=
 HOLDOUT    ?=
@@ -71,13 +70,12 @@ about.SEED        := of everything random
 about.WEIGHTS     := of the encoder: imagenet (downloaded), none, or a file
 about.TTA         := views averaged in prediction: none, flip, flip_rot, d4, or identity,hflip,...
 about.VOTE        := weights of the members that vote: fit (if that gains), equal, or given, 2,1
-about.METRIC      := score that what is fitted after training must raise, v3 or v2; the other must not fall
+about.METRIC      := score that all that is fitted must raise, v3 or v2; the other must not fall
 about.POST        := log-bias, least share and steps after the vote: fit (what gains) or none
-about.A           := experiment, or a round of one, that compare starts from
-about.B           := what is compared with it
+about.EXPS        := experiments, or rounds of them, that compare puts side by side
 about.LADDER      := the climb that ladder makes: full, or fast, an hour on two CPU cores
-about.TRUTH       := COCO file with the objects of the test photos, for ladder and compare
-about.HOLDOUT     := share of the training photos that ladder keeps out of all as test photos, 0.15
+about.TRUTH       := annotated COCO file of the test photos, for scores; else test.json
+about.HOLDOUT     := share of the training photos, 0.15, that are test photos of the ladder
 about.IMAGE_ID    := what names an image in the submission: id, file_name
 about.TRAIN_ARGS  := more for train.py, see its --help; INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS likewise
 about.SNAPSHOTS   := epochs of a run that vote together; 0: its best one alone
@@ -90,8 +88,9 @@ about.PER_GPU     := jobs of make -j that may share a GPU, 1 to 9
 about.PY          := python to use; PY=python takes the current environment
 about.CODE        := after an edit of a script: new makes anew what it made, keep keeps it
 KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT ORIENTATION \
-    UNUSED EPOCHS BATCH LR SEED WEIGHTS TTA VOTE METRIC POST A B LADDER TRUTH HOLDOUT IMAGE_ID TRAIN_ARGS INFER_ARGS \
-    PSEUDO_ARGS SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH DEVICE PER_GPU PY CODE
+    UNUSED EPOCHS BATCH LR SEED WEIGHTS TTA VOTE METRIC POST EXPS LADDER TRUTH HOLDOUT \
+    IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH \
+    DEVICE PER_GPU PY CODE
 
 # ---- knobs are checked first, all of them; the plan below checks what only scripts know ----------
 given := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
@@ -106,7 +105,7 @@ $(foreach v,$(set_by_user),$(if $(findstring $$,$(value $v)),$(error $v has a $$
     $(if $(findstring $(newline),$(value $v)),$(error $v has more than one line)))
 wanted := $(value MAKECMDGOALS)
 $(if $(filter out/%,$(wanted)),$(error make takes commands, such as submit, not files: $(wanted)))
-may_be_empty := ROUND A B TRUTH HOLDOUT %_ARGS LAUNCH CODE
+may_be_empty := ROUND EXPS TRUTH HOLDOUT %_ARGS LAUNCH CODE
 $(foreach v,$(filter-out $(may_be_empty),$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
 quote  = '$(subst ','\'',$1)'
 # only DATA, which may be any path, is quoted where a shell reads it; other knobs have nothing that
@@ -114,8 +113,7 @@ quote  = '$(subst ','\'',$1)'
 text         := [A-Za-z0-9 ._=+,:/@-]*
 piece        := [A-Za-z0-9_=+-][A-Za-z0-9._=+-]*
 legal.EXP    := $(piece)(/$(piece))*
-legal.A      := ($(legal.EXP))?
-legal.B      := ($(legal.EXP))?
+legal.EXPS   := [ ]*($(legal.EXP)( +$(legal.EXP))*)?[ ]*
 legal.CODE   := (new|keep)?
 legal.METRIC := v[23]
 legal.POST   := fit|none
@@ -139,9 +137,11 @@ $(if $(filter pseudo,$(wanted)),\
 $(foreach goal,$(filter submit ladder,$(wanted)),\
     $(foreach v,$(filter MODEL SCALE FOLD ROUND,$(given)),$(error $(goal) takes $vS, not $v)))
 scored  = $(wildcard out/$1/r[0-9]/*/*/s*/f*/valid.json out/$1/*/*/s*/f*/valid.json)
-$(if $(filter compare,$(wanted)),$(foreach v,A B,$(if $(call scored,$($v)),,$(error $v=$($v): \
-    compare takes two experiments, or rounds, that have been scored: A=main B=lr5, A=main/r0 \
-    B=main/r1; there is no out/$($v)/r*/*/*/s*/f*/valid.json))))
+no_score = $(foreach e,$(EXPS),$(if $(call scored,$e),,out/$e/r*/*/*/s*/f*/valid.json))
+$(if $(filter compare,$(wanted)),$(if $(word 2,$(EXPS)),,$(error EXPS=$(EXPS): compare takes two \
+    or more experiments, or rounds, that have been scored: EXPS="main/r0 main/r1 lr5")) \
+    $(if $(strip $(no_score)),$(error EXPS=$(EXPS): compare takes experiments, or rounds, that \
+    have been scored: there is no $(firstword $(no_score)))))
 
 # ---- what the scripts are given ------------------------------------------------------------------
 OUT    := out/$(EXP)
@@ -260,8 +260,10 @@ why: | $(SETUP) ## why submit would make what it would make: for each file what 
 	@$(plan) --dry --why
 status: | $(SETUP) ## which runs are done, how long the others will take, what isn't up to date
 	@$(PY) ensemble.py status $(grid) --dry
-compare: | $(SETUP) ## whether B beats A on images that both held out: A=main B=lr5, A=main/r0 ...
-	@$(run) ensemble.py compare $(data) $(filter --mixed,$(SUBMIT_ARGS)) out/$A out/$B
+compare: | $(SETUP) ## what each of EXPS gains over the one before: EXPS="main/r0 main/r1 lr5"
+	@$(run) ensemble.py compare $(data) $(if $(TRUTH),--truth $(call quote,$(TRUTH))) \
+	    --tables out --picture out/compare.png $(filter --mixed,$(SUBMIT_ARGS)) \
+	    $(addprefix out/,$(EXPS))
 # a rung is one make submit; how long it took goes to cost.csv if it made anything
 not_asked := EXP DATA LADDER TRUTH HOLDOUT PY LAUNCH DEVICE PER_GPU CODE
 asked   = --preset $(LADDER) $(foreach v,$(filter-out $(not_asked),$(set_by_user)),$(call quote,$v=$($v)))

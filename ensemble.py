@@ -3,7 +3,7 @@
     python ensemble.py soft --data DATA --weights fit --out out/main/vote.csv out/main/r1/*/*/*/f*
     python ensemble.py hard --data DATA --weights 2,1 --out out/voted.csv mine.csv theirs.csv
     python ensemble.py score --data DATA --weights fit --tables out/main/report out/main/r1/*/*/*/f*
-    python ensemble.py compare --data DATA out/main out/lr5
+    python ensemble.py compare --data DATA out/main/r0 out/main/r1 out/lr5
     python ensemble.py plan --data DATA --exp out/main GRID     (make asks this)
     python ensemble.py status --data DATA --exp out/main GRID   (make status)
 
@@ -49,10 +49,10 @@ from common import (
     data_options, decide, different_keys, draw_bars, draw_heat, figure_urls, fingerprint,
     first_line, folds_hash, foreground_ids, image_miou, keep_code, label_settings, labels_code,
     labels_hash, labels_recipe, library_versions, load_data, load_truths, lock, make_folds,
-    move_aside, named, number, open_store, overlay, provenance, pseudo_folder, read_description,
-    read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows, recipe_changes,
-    run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash, store_code,
-    store_id, store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides, version_changes,
+    move_aside, named, open_store, overlay, provenance, pseudo_folder, read_description, read_folds,
+    read_index_json, read_json, read_own_json, read_probs, read_rows, recipe_changes, run_code,
+    run_folder, run_recipe, run_script, scores, settings_of, short_hash, store_code, store_id,
+    store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides, version_changes,
     whole_manifest, whole_numbers, write_coco, write_csv, write_description, write_json, write_page,
     write_sheet)
 
@@ -68,6 +68,7 @@ HALF_TRUSTED = 10  # images; see shrink
 AREAS = (0, *(2 ** np.arange(4, 12)))  # up to 3% of the image: a larger one fits its own images
 TAKEN = "with what is taken"  # the name of the vote with all that gains out of fold
 SIZES = (0, 0.003, 0.01, 0.03, 0.1, 0.3)  # shares of an image where the report's bins begin
+STEP_COLUMNS = (" gain", " low", " high")  # behind the name of a score
 NO_GAIN = dict.fromkeys(("gain", "low", "high"), math.nan)  # of the lowest rung
 WHERE = {"": "out of fold", "test ": "on the test photos' truth"}  # by the prefix of columns
 CONTAMINATED = "CONTAMINATED: pseudo labels' makers have seen these images (--allow-leak)"
@@ -137,7 +138,7 @@ def parse_args(argv=None):
             ("soft", "data runs mixed scored tables out", "average the probabilities of runs"),
             ("hard", "data voted runs out", "count the votes of submissions and runs"),
             ("score", "data runs mixed scored tables", "print out-of-fold scores"),
-            ("compare", "data mixed tables pair", "say whether one experiment beats another"),
+            ("compare", "data mixed tables truth steps", "say whether experiments beat the one before"),
             ("rungs", "climb", "print the rungs of the ladder, each as make's knobs"),
             ("holdout", "data voted share", "make test photos with a truth of training photos"),
             ("ladder", "data climb rung truth", "say what each rung of a ladder is worth"),
@@ -151,10 +152,10 @@ def parse_args(argv=None):
 
 def shared_options():
     """Return {group: a parser of options that several commands share}."""
-    names = ("data", "voted", "runs", "mixed", "scored", "tables", "out", "pair", "climb", "rung",
+    names = ("data", "voted", "runs", "mixed", "scored", "tables", "out", "steps", "climb", "rung",
              "truth", "share", "grid")
     groups = {name: argparse.ArgumentParser(add_help=False) for name in names}
-    data, voted, runs, mixed, scored, tables, out, pair, climb, rung, truth, share, grid = (
+    data, voted, runs, mixed, scored, tables, out, steps, climb, rung, truth, share, grid = (
         groups.values())
     data.add_argument("--data", type=Path, required=True, help="the competition's folder")
     data.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks")
@@ -182,8 +183,9 @@ def shared_options():
     out.set_defaults(decides=["weights", "image_id", "coco"])
     out.add_argument("--code", choices=("new", "keep"), help="where other code has made the "
                      "submission: make it anew, or keep it as it is")
-    pair.add_argument("experiments", type=Path, nargs=2,
-                      help="out/EXP for its last round, or out/EXP/rR")
+    steps.add_argument("experiments", type=Path, nargs="+",
+                       help="two or more: out/EXP for its last round, or out/EXP/rR")
+    steps.add_argument("--picture", type=Path, help="the scores as a staircase, a PNG to write")
     climb.add_argument("--preset", choices=LADDER_KNOBS, default="full", help="see LADDER_KNOBS")
     climb.add_argument("knobs", type=knob, nargs="*", metavar="KNOB=VALUE",
                        help="of make's command line")
@@ -856,15 +858,18 @@ def drawn_v2(counts, n_draws=1000):
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def show(args, oof, name, title, cells):
-    """Print, keep and write a table; cells: a list of its rows or a dict of its columns."""
+def show(args, oof, name, title, cells, text=None):
+    """Print, keep and write a table; cells: a list of its rows or a dict of its columns.
+
+    text: printed in place of the table.
+    """
     import pandas as pd
     table = pd.DataFrame(cells)
     oof.tables.append((title, table))
     if oof.contaminated:
         table["contaminated"] = "yes"
         title = f"{CONTAMINATED}\n{title}"
-    text = table.to_string(index=False, float_format="{:.4f}".format, na_rep="-")
+    text = text or table.to_string(index=False, float_format="{:.4f}".format, na_rep="-")
     print(f"\n{title}\n{text}")
     if args.tables:
         with atomic_write(args.tables / f"{name}.csv") as scratch:
@@ -1421,8 +1426,8 @@ def check_outputs(args):
                     oof_file(args.out)]
         if args.coco:
             outputs.append(args.out.with_suffix(".json"))
-    outputs += [given[name] for name in ("report", "tables") if given.get(name)]
-    inputs = []
+    outputs += [given[name] for name in ("report", "tables", "picture") if given.get(name)]
+    inputs = [args.truth] if given.get("truth") else []
     stores = [f"{split}.{ending}" for split in ("valid", "test") for ending in ("json", "npy")]
     for run in given.get("runs", ()):
         inputs += [run, *(run / name for name in stores)]
@@ -1606,50 +1611,49 @@ def tell_unread(infos):
                         "them, run infer.py, then this again", code=3)
 
 
-def compare(args):
-    """Show what the second experiment gains over the first on the images that both held out."""
-    (before, oof), (after, other) = (last_round(args, exp) for exp in args.experiments)
-    for name, value in data_options(oof.infos[0]).items():
-        if value != other.infos[0][name]:
-            raise UserError(f"one has {name} {value}, the other {other.infos[0][name]}: their "
-                            "truths differ")
-    shared = [image_id for image_id in before if image_id in after]
-    if not shared:
-        raise UserError("the two have no validation image in common")
-    before = np.stack([before[image_id] for image_id in shared])
-    after = np.stack([after[image_id] for image_id in shared])
-    rows = [{"score": "v3", "before": image_miou(before).mean(), "after": image_miou(after).mean(),
-             **gain(after, before)}]
-    low, high = rows[0]["low"], rows[0]["high"]
-    rows += compare_classes(before, after, oof.classes)
-    oof.contaminated |= other.contaminated
-    first, second = args.experiments
-    show(args, oof, "compare", f"{second} against {first}: {len(shared)} images that both held "
-         "out, 95% intervals by paired bootstrap", rows)
-    verdict = "better" if low > 0 else "worse" if high < 0 else "no more than chance apart"
-    print(f"by v3 {second} is {verdict}")
+class Comparison:
+    """The equal votes of the last rounds of E experiments, on the images that all of them have.
 
-
-def compare_classes(before, after, classes):
-    """Return rows of the IoU of each class in the truth, with its paired 95% interval.
-
-    before, after: [N, C, C] pixel counts of the same images.
+    names: as given; valid: the pixel counts [N, C, C] of each, out of fold; test: likewise on the
+    labelled test photos, None for an experiment without test stores; is_labelled: whether there are
+    such photos; contaminated, tables: as of OutOfFold.
     """
-    gains = []
-    for draw in np.random.default_rng(0).integers(len(before), size=(500, len(before))):
-        gains.append(class_iou(after[draw].sum(0)) - class_iou(before[draw].sum(0)))
-    gains = np.stack(gains)  # [draws, C]
-    old, new = class_iou(before.sum(0)), class_iou(after.sum(0))
-    rows = []
-    for c in np.flatnonzero(before.sum((0, 2))):
-        low, high = np.nanpercentile(gains[:, c], (2.5, 97.5))
-        rows.append({"score": f"IoU {classes[c]}", "before": old[c], "after": new[c],
-                     "gain": new[c] - old[c], "low": low, "high": high})
-    return rows
+
+    def __init__(self, args):
+        self.names = [str(exp) for exp in args.experiments]
+        self.test, self.tables, self.contaminated, by_image = [], [], False, []
+        for exp in args.experiments:
+            runs = last_round(exp)
+            oof = OutOfFold(args, runs)
+            if not by_image:
+                self.classes, self.options = oof.classes, data_options(oof.infos[0])
+                path = truth_file(args.data, args.truth)
+                self.is_labelled = path is not None
+                truths = load_truths(path, oof.test, self.options["paint"]) if path else None
+            self.check_options(exp, data_options(oof.infos[0]))
+            equal = {"weights": np.ones(len(oof.names)), "log-bias": np.zeros(len(oof.classes)),
+                     "least share": 0}
+            counts, = equal_vote_counts(oof, [equal["weights"]])
+            by_image.append(dict(zip(oof.ids, counts, strict=True)))
+            print(f"{runs[0].parents[3]}: {len(runs)} run(s) of {len(oof.names)} member(s), "
+                  f"{len(oof.ids)} images")
+            self.test.append(count_test(args, oof, runs, truths, equal) if path else None)
+            self.contaminated |= oof.contaminated
+        shared = [i for i in by_image[0] if all(i in counts for counts in by_image)]
+        if not shared:
+            raise UserError(f"{', '.join(self.names)} have no validation image in common")
+        self.valid = [np.stack([counts[i] for i in shared]) for counts in by_image]
+
+    def check_options(self, exp, options):
+        """Raise UserError if an experiment reads the data otherwise than the first."""
+        for name, value in self.options.items():
+            if options[name] != value:
+                raise UserError(f"{exp} has {name} {options[name]}, {self.names[0]} {value}: their "
+                                "truths differ")
 
 
-def last_round(args, exp):
-    """Return ({image id: [C, C] pixel counts} by the equal vote, OutOfFold) of an experiment.
+def last_round(exp):
+    """Return the run folders of an experiment with a valid.json.
 
     exp: out/EXP, of which the last round is taken, or out/EXP/rR.
     """
@@ -1658,11 +1662,187 @@ def last_round(args, exp):
     if not paths:
         raise UserError(f"{exp}: no run with a valid.json; make score makes them")
     last = paths[-1].parents[4]
-    runs = [path.parent for path in paths if path.parents[4] == last]
-    oof = OutOfFold(args, runs)
-    counts, = equal_vote_counts(oof, np.ones((1, len(oof.names))))
-    print(f"{last}: {len(runs)} run(s) of {len(oof.names)} member(s), {len(oof.ids)} images")
-    return dict(zip(oof.ids, counts, strict=True)), oof
+    return [path.parent for path in paths if path.parents[4] == last]
+
+
+def count_test(args, oof, runs, truths, used):
+    """Return the pixel counts [N, C, C] of a vote on test photos, None if a run has no test store.
+
+    truths: uint8 [N, H, W]; used: as vote_test_image takes it.
+    """
+    absent = [run for run in runs if not (run / "test.json").exists()]
+    if absent:
+        print(f"{absent[0]}: no test.json, so nothing to score on the labelled test photos; "
+              "infer.py makes it")
+        return None
+    members, infos, _ = open_members(args, runs, "test", Hashes(args.cache))
+    stores = place_test_images(argparse.Namespace(**vars(args), runs=runs), oof, members, infos)
+    return np.stack([confusion(vote_test_image(n, stores, used), truth, len(oof.classes))
+                     for n, truth in enumerate(tqdm(truths, "test", disable=None))])
+
+
+def compare(args):
+    """Show what each experiment gains over the one before and over the first."""
+    paths = Counter(map(os.path.realpath, args.experiments))
+    if len(paths) < max(2, len(args.experiments)):
+        raise UserError(f"compare takes two or more experiments, none of them twice, not "
+                        f"{', '.join(map(str, args.experiments))}")
+    comparison = Comparison(args)
+    groups = {"": comparison.valid}
+    title = (f"{len(comparison.valid[0])} images that all of them held out; 95% intervals by "
+             "paired bootstrap")
+    if comparison.is_labelled:
+        groups["test "] = comparison.test
+        title += ("\ntest: the vote of all folds on labelled test photos, whose labels nothing has "
+                  "seen: the honest column for what folds\nare worth, since out of fold each "
+                  "photo has the vote of one fold alone")
+    labels = [f"{group}{metric}" for group in groups for metric in ("v3", "v2")]
+    numbers = range(1, len(comparison.names) + 1)
+    columns = {"": numbers, "experiment": comparison.names}
+    for label in labels:
+        columns |= gain_columns(groups[label[:-2]], label, label[-2:])
+    text = "\n\n".join(compact_table(columns, label) for label in labels)
+    show(args, comparison, "compare", title, columns, text)
+    for i in range(1, len(comparison.names)):
+        print(verdict(columns, labels, i))
+    show(args, comparison, "compare-iou", "IoU of each class by the experiment's number; gain, low "
+         "and high: of the last over the first", compare_classes(comparison))
+    if args.picture:
+        write_staircase(args.picture, columns, groups)
+
+
+def gain_columns(counts, label, metric):
+    """Return {column: [E] values} of v2 or v3: the score, its gain over the one before, the first.
+
+    counts: pixel counts [N, C, C] of each experiment, or None. What isn't known is NaN.
+    """
+    columns = defaultdict(list)
+    for i, after in enumerate(counts):
+        pixels = after if metric == "v3" or after is None else after.sum(0)
+        columns[label].append(math.nan if after is None else image_miou(pixels).mean())
+        for ending, before in (("", counts[i - 1]), (" over first", counts[0])):
+            is_known = i > 0 and after is not None and before is not None
+            for name, value in (gain(after, before, metric) if is_known else NO_GAIN).items():
+                columns[f"{label} {name}{ending}"].append(value)
+    return columns
+
+
+def compact_table(columns, label):
+    """Return the text of a table of one score, which fits a terminal; columns: all of compare's."""
+    import pandas as pd
+    table = {name: columns[name] for name in ("", "experiment", label)}
+    for heading, ending in (("over the one before", ""), ("over the first", " over first")):
+        cells = zip(*(columns[f"{label} {name}{ending}"] for name in NO_GAIN), strict=True)
+        table[heading] = [gain_text(*cell) for cell in cells]
+    return pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format, na_rep="-")
+
+
+def gain_text(gained, low, high):
+    """Return a gain with its interval as "+0.012 [0.001, 0.023]", or "-" if there is none."""
+    return "-" if math.isnan(gained) else f"{gained:+.3f} [{low:.3f}, {high:.3f}]"
+
+
+def verdict(columns, labels, i):
+    """Return a sentence that says whether experiment i beats the one before by each score."""
+    labels_by_word = defaultdict(list)
+    for label in labels:
+        low, high = columns[f"{label} low"][i], columns[f"{label} high"][i]
+        word = "better" if low > 0 else "worse" if high < 0 else "no more than chance apart"
+        if not math.isnan(low):
+            labels_by_word[word].append(label)
+    parts = [f"{word} by {' and '.join(found)}" for word, found in labels_by_word.items()]
+    names = columns["experiment"]
+    return f"{names[i]} against {names[i - 1]}: {', '.join(parts)}"
+
+
+def compare_classes(comparison):
+    """Return rows of the IoU of each class in the truth in every experiment.
+
+    The gain of the last over the first has its paired 95% interval.
+    """
+    before, after = comparison.valid[0], comparison.valid[-1]
+    gains = []
+    for draw in np.random.default_rng(0).integers(len(before), size=(500, len(before))):
+        gains.append(class_iou(after[draw].sum(0)) - class_iou(before[draw].sum(0)))
+    gains = np.stack(gains)  # [draws, C]
+    iou = [class_iou(counts.sum(0)) for counts in comparison.valid]
+    rows = []
+    for c in np.flatnonzero(before.sum((0, 2))):
+        low, high = np.nanpercentile(gains[:, c], (2.5, 97.5))
+        rows.append({"class": comparison.classes[c]}
+                    | {str(number): values[c] for number, values in enumerate(iou, 1)}
+                    | {"gain": iou[-1][c] - iou[0][c], "low": low, "high": high})
+    return rows
+
+
+def write_staircase(path, columns, groups):
+    """Write a PNG of v3, and below it of v2, of the experiments; columns, groups: of compare."""
+    names = columns["experiment"]
+    shared = os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names])
+    numbered = [f"{number} {os.path.relpath(name, shared)}" for number, name in enumerate(names, 1)]
+    with atomic_write(path) as scratch:
+        draw_staircases(scratch, numbered, columns, groups)
+
+
+def draw_staircases(path, names, columns, groups, asides=()):
+    """Draw a PNG of v3, and below it of v2, of steps with these names.
+
+    columns: {"v3", "v3 gain", "v3 low", ...: [N] values}; groups: prefixes of columns, keys of
+    WHERE; asides: of draw_staircase.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    options = {"text.parse_math": False}  # a $ in a name begins no formula
+    with style.context(["default", options]):
+        figure = Figure((max(7, 2 + 0.6 * len(names)), 8), layout="constrained")
+        for axes, metric in zip(figure.subplots(2, sharex=True), ("v3", "v2"), strict=True):
+            draw_staircase(axes, names, stairs_of(metric, columns, groups), asides)
+            axes.label_outer()
+        figure.savefig(path, format="png", dpi=120)
+
+
+def stairs_of(metric, columns, groups):
+    """Return the series of draw_staircase of v2 or v3; columns, groups: as of draw_staircases."""
+    series = {}
+    for group in groups:
+        values = (columns[f"{group}{metric}{ending}"] for ending in ("", *STEP_COLUMNS))
+        series[f"{metric} {WHERE[group]}"] = [around(*step) for step in zip(*values, strict=True)]
+    return series
+
+
+def draw_staircase(axes, names, series, asides=()):
+    """Draw the scores of steps one after another: a tread at each score, risers between them.
+
+    names: of N steps; series: {label: N of (score, low, high)} of around; asides: which steps, from
+    0, were only tried: hollow marks, past which the stairs go on.
+    """
+    n_steps, aside = len(names), np.isin(range(len(names)), asides)
+    for s, (label, steps) in enumerate(series.items()):
+        values, lows, highs = np.array(steps, float).T
+        colour = f"C{s}"
+        places = np.arange(n_steps) + 0.16 * (s - (len(series) - 1) / 2)  # bars side by side
+        treads = values.copy()
+        for i in np.flatnonzero(aside):
+            treads[i] = treads[i - 1]
+        axes.stairs(treads, np.arange(n_steps + 1) - 0.5, baseline=None, color=colour, linewidth=2,
+                    label=label)
+        axes.vlines(places, lows, highs, color=colour, linewidth=1)
+        for ends in (lows, highs):
+            axes.plot(places, ends, "_", color=colour)
+        axes.plot(places[~aside], values[~aside], "o", color=colour, markersize=4)
+        axes.plot(places[aside], values[aside], "o", color=colour, markersize=5, mfc="none")
+    texts = [name if len(name) <= 32 else f"{name[:15]}…{name[-16:]}" for name in names]
+    fits = n_steps * (max(map(len, texts)) + 2) <= 50  # beside each other on 5 inches
+    turned = {} if fits else {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(n_steps), texts, **turned)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(title="bars: 95% interval of the gain over the step before", loc="lower center",
+                bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+
+
+def around(score, gained, low, high):
+    """Return (score, low, high) with the interval of its gain put on the score before."""
+    return score, score - gained + low, score - gained + high
 
 
 # ---- the climb -----------------------------------------------------------------------------------
@@ -1722,7 +1902,7 @@ def ladder(args):
         row = {"rung": rung.name, "over": below}
         for prefix, counts in scored.items():
             row |= rung_scores(prefix, counts, rung.name, below, args.batch)
-        row |= read_cost(args.exp / rung.name) | {"verdict": verdict(row, honest)}
+        row |= read_cost(args.exp / rung.name) | {"verdict": rung_verdict(row, honest)}
         adds = " ".join(f"{name}={value}" for name, value in rung.knobs.items())
         rows.append(row | {"adds": adds, "why": rung.why})
     show_ladder(args, rows, scored, train.classes)
@@ -1772,7 +1952,7 @@ def shared_gain(after, before, metric):
     return gain(*(np.stack([counts[i] for i in shared]) for counts in (after, before)), metric)
 
 
-def verdict(row, prefix):
+def rung_verdict(row, prefix):
     """Return in words what a rung has gained, by the 95% intervals of its row."""
     words = []
     for metric in ("v2", "v3"):
@@ -1796,18 +1976,20 @@ def show_ladder(args, rows, scored, classes):
     print(f"{table.to_string(index=False)}\n{note}")
     names = [row["rung"] for row in rows]
     carried = {names[-1], *(row["over"] for row in rows)}
-    asides = [name not in carried for name in names]
-    series = {f"{metric} {WHERE[prefix]}": stairs(rows, f"{prefix}{metric}")
-              for prefix in scored for metric in ("v3", "v2")}
-    draw = partial(draw_staircase, names=names, series=series, asides=asides)
-    draw_picture(args.exp / "ladder.png", draw, len(names))
+    asides = [i for i, name in enumerate(names) if name not in carried]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    with atomic_write(args.exp / "ladder.png") as scratch:
+        draw_staircases(scratch, names, columns, scored, asides)
+    figures = []
+    for metric in ("v3", "v2"):
+        draw = partial(draw_staircase, names=names, series=stairs_of(metric, columns, scored),
+                       asides=asides)
+        figures.append((f"The climb in {metric}", figure_urls(draw, 5)))
     iou = {"class": classes}
     for name, counts in [*scored.values()][-1].items():
         iou[name] = class_iou(sum(counts.values()))
     sections = [
-        {"title": "ladder", "note": note, "table": table,
-         "figures": [("The climb; bars: 95% intervals of the gain over the rung below",
-                      figure_urls(draw, 5))]},
+        {"title": "ladder", "note": note, "table": table, "figures": figures},
         {"title": "IoU of each class", "table": pd.DataFrame(iou), "note": WHERE[[*scored][-1]]},
         {"title": "what each rung adds",
          "table": pd.DataFrame(rows)[["rung", "over", "adds", "why"]],
@@ -1823,14 +2005,9 @@ def compact_row(row, scored):
         for metric in ("v1", "v2", "v3"):
             shown[f"{prefix}{metric}"] = row[f"{prefix}{metric}"]
         for metric in ("v2", "v3"):
-            shown[f"{prefix}{metric} over below"] = gain_text(row, f"{prefix}{metric}")
+            gained = (row[f"{prefix}{metric} {key}"] for key in NO_GAIN)
+            shown[f"{prefix}{metric} over below"] = gain_text(*gained)
     return shown | {key: row[key] for key in ("seconds", "cpu_seconds", "verdict")}
-
-
-def gain_text(row, name):
-    """Return a gain with its interval as "+0.012 [0.001, 0.023]", or "" without one."""
-    gained, low, high = (row[f"{name} {key}"] for key in NO_GAIN)
-    return "" if math.isnan(gained) else f"{gained:+.3f} [{low:.3f}, {high:.3f}]"
 
 
 def climb_text(rows, scored):
@@ -1838,57 +2015,13 @@ def climb_text(rows, scored):
     first, last = rows[0]["rung"], rows[-1]["rung"]
     sentences = []
     for prefix, counts in scored.items():
-        climbed = rung_scores("", counts, last, first, 1)
-        sentences.append(f"From {first} to {last} {WHERE[prefix]}: v2 {gain_text(climbed, 'v2')}, "
-                         f"v3 {gain_text(climbed, 'v3')}.")
+        v2, v3 = (gain_text(*shared_gain(counts[last], counts[first], metric).values())
+                  for metric in ("v2", "v3"))
+        sentences.append(f"From {first} to {last} {WHERE[prefix]}: v2 {v2}, v3 {v3}.")
     if len(scored) == 1:
         sentences.append("What folds are worth shows only on test photos with a truth: --truth "
                          "FILE (make: TRUTH=FILE), or HOLDOUT=0.15.")
     return " ".join(sentences)
-
-
-def stairs(rows, name):
-    """Return [(score, low, high)] of the rungs for draw_staircase; name: a column of ladder.csv.
-
-    low and high are the interval of the gain, put on the score of the rung below.
-    """
-    steps = []
-    for row in rows:
-        score = row[name]
-        gained, low, high = (row[f"{name} {key}"] for key in NO_GAIN)
-        steps.append((score, score - gained + low, score - gained + high))
-    return steps
-
-
-def draw_staircase(axes, names, series, asides=None):
-    """Draw scores as a staircase, with a bar for the interval of each step.
-
-    series: {label: [(score, low, high)]}, NaN where there is no interval; asides: whether a step
-    was only tried: it is a hollow mark beside the stairs.
-    """
-    asides = np.array(asides if asides is not None else [False] * len(names))
-    places = np.arange(len(names))
-    for k, (label, steps) in enumerate(series.items()):
-        score, low, high = np.array(steps, float).T
-        colour = f"C{k}"
-        axes.step(places[~asides], score[~asides], where="mid", color=colour, label=label)
-        beside = places + 0.08 * k  # so that the bars of two scores don't hide each other
-        axes.vlines(beside, low, high, color=colour, alpha=0.6)
-        axes.plot(beside[~asides], score[~asides], "o", color=colour, ms=4)
-        axes.plot(beside[asides], score[asides], "o", color=colour, ms=5, mfc="none")
-    axes.set_xticks(places, [name[:24] for name in names], rotation=40, ha="right")
-    axes.set(xlim=(-0.6, len(names) - 0.4))
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
-
-
-def draw_picture(path, draw, n_steps):
-    """Write what draw(axes) draws of so many steps as a PNG."""
-    from matplotlib.figure import Figure
-    figure = Figure((max(6, 2 + 0.6 * n_steps), 5), layout="constrained")
-    draw(figure.subplots())
-    with atomic_write(path) as scratch:
-        figure.savefig(scratch, format="png", dpi=120)
 
 
 def read_cost(folder):

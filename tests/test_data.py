@@ -791,6 +791,72 @@ def test_dropping_unused_categories_lists_nothing_but_the_faults(data, load):
     assert str(refusal.value).splitlines()[:-1] == ["train.json: annotations[2] is not an object"]
 
 
+@pytest.mark.parametrize("paint", DATA_OPTIONS["paint"][0])
+def test_the_truths_of_labelled_test_photos_are_the_masks_of_the_same_photos(tmp_path, load, paint):
+    square = [[0, 0, 0, 6, 6, 6, 6, 0]]
+    data = write_coco(tmp_path / "data", [(11, 8, 8), (12, 6, 10), (13, 512, 512), (14, 8, 8)],
+                      [(11, 1, TRIANGLE), (11, 0, square), (12, 0, square), (12, 1, TRIANGLE), (12, 0, TRIANGLE),
+                       (13, 1, [[3.5, 4, 300, 5, 301, 300]])])
+    train, _ = load(data, paint)
+    coco = common.read_json(data / "train.json")
+    coco["images"] = [*coco["images"][::-1], {"id": 5, "height": 9, "width": 9, "file_name": "more.png"}]
+    coco["annotations"].append({"id": 99, "image_id": 5, "category_id": 1, "segmentation": TRIANGLE})
+    (tmp_path / "truth.json").write_text(json.dumps(coco))
+    truths = common.load_truths(tmp_path / "truth.json", train, paint)
+    assert truths.dtype == np.uint8 and truths.shape == (4, SUBMIT_SIZE, SUBMIT_SIZE)
+    assert (truths == np.stack([train.truth(i) for i in range(4)])).all()
+    assert [np.unique(truth).tolist() for truth in truths[1:]] == [
+        {"area": [0, 1], "id": [0, 1, 2], "order": [0, 1]}[paint], [0, 2], [0]]
+
+
+@pytest.mark.parametrize("change, faults", [
+    (lambda coco: coco["images"][0].update(height=16), ["test image 11: it has the size (16, 8), not (8, 8)"]),
+    (lambda coco: coco["images"].pop(1) and coco["annotations"].pop(1), ["test image 12: it has no such image"]),
+    (lambda coco: coco["categories"][1].update(name="Glass"),
+     ["its categories are Paper, Glass, those of the data Paper, Metal"]),
+    (lambda coco: coco["categories"].append({"id": 2, "name": "Glass"}),
+     ["its categories are Paper, Metal, Glass, those of the data Paper, Metal"]),
+    (lambda coco: coco["annotations"][1].update(category_id=7), ["annotation 2 "]),
+    (lambda coco: coco.pop("annotations"), ["not a COCO file: it needs the lists images, categories, annotations"]),
+    (lambda coco: [image.update(width=9) for image in coco["images"]],
+     ["test image 11: it has the size (8, 9)", "test image 12: it has the size (6, 9), not (6, 10)"])])
+def test_labels_of_test_photos_that_do_not_fit_them_are_listed(tmp_path, data, load, change, faults):
+    train, _ = load(data)
+    shutil.copy(data / "train.json", tmp_path / "truth.json")
+    edit(tmp_path / "truth.json", change)
+    with pytest.raises(UserError) as refusal:
+        common.load_truths(tmp_path / "truth.json", train, "area")
+    lines = str(refusal.value).splitlines()
+    assert all(any(fault in line for line in lines) for fault in faults), lines
+    assert all("truth.json: " in line for line in lines)
+
+
+def test_labels_of_test_photos_drop_the_categories_that_the_data_drops(tmp_path, load):
+    data = write_coco(tmp_path / "data", [(1, 8, 8), (2, 8, 8)], [(1, 1, TRIANGLE), (2, 3, TRIANGLE)],
+                      categories=[(0, "root"), (1, "Paper"), (2, "Glass"), (3, "Metal")])
+    train, _ = load(data, unused="drop")
+    truths = common.load_truths(data / "train.json", train, "area")
+    assert [truth.max() for truth in truths] == [1, 2] and (truths[1] == train.truth(1)).all()
+    assert [truth.max() for truth in common.load_truths(data / "train.json", load(data)[0], "area")] == [2, 4]
+    edit(data / "train.json", lambda coco: coco["annotations"][0].update(category_id=2))
+    with pytest.raises(UserError, match="train.json: annotation 1 .*2"):
+        common.load_truths(data / "train.json", train, "area")
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_test_json_is_its_own_truth_where_it_has_annotations(data, load, labelled):
+    _, test = load(data)
+    assert common.truth_file(data) is None
+    if labelled:
+        edit(data / "test.json", lambda coco: coco["annotations"].append({"id": 1}))
+    else:
+        edit(data / "test.json", lambda coco: coco.pop("annotations"))
+    assert common.truth_file(data) == (data / "test.json" if labelled else None)
+    assert common.truth_file(data, "other.json") == Path("other.json")
+    with pytest.raises(UserError, match="nosuch.json: No such file"):
+        common.load_truths(Path("nosuch.json"), test, "area")
+
+
 @pytest.mark.parametrize("options", [{"unused": "Drop"}, {"paint": "Area"}, {"orientation": None}, {"paint": ["area"]}])
 def test_an_option_that_there_is_not_is_refused_with_those_that_there_are(data, load, options):
     (name, value), = options.items()

@@ -18,9 +18,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, run_folder, seal, write_coco, write_store
+from demo_data import choose_classes, draw_split
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 import common
@@ -633,49 +636,214 @@ def runs_of(experiments, pattern):
     return sorted(experiments.glob(pattern))
 
 
-def test_an_experiment_against_itself_gains_nothing(tiny_data, cache, experiments, tmp_path, capsys):
-    run_ensemble(tiny_data, cache, "compare", "--tables", tmp_path, experiments / "good", experiments / "good")
-    rows = pd.read_csv(tmp_path / "compare.csv")
-    assert (rows[["gain", "low", "high"]] == 0).all(axis=None) and len(rows) > 5
-    assert capsys.readouterr().out.endswith("is no more than chance apart\n")
+# ---- experiments side by side ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("a", "b", "sign", "verdict"), [("weak", "good", 1, "better"), ("good", "weak", -1, "worse")])
-def test_a_better_experiment_is_found_better_in_its_last_round(
-        tiny_data, cache, experiments, tmp_path, capsys, a, b, sign, verdict):
-    run_ensemble(tiny_data, cache, "compare", "--tables", tmp_path, experiments / a, experiments / b)
-    rows, out = pd.read_csv(tmp_path / "compare.csv", index_col="score"), capsys.readouterr().out
-    assert rows.loc["v3", "gain"] * sign > 0 and rows.loc["v3", "gain"] == pytest.approx(
-        rows.loc["v3", "after"] - rows.loc["v3", "before"])
-    assert (rows["low"] <= rows["high"]).all()
-    assert f"{b} is {verdict}" in out and "good/r1: 2 run(s) of 1 member(s), 14 images" in out and "weak/r0: " in out
+def slow_v2(preds, truths):
+    """By scikit-learn, all pixels at once."""
+    return jaccard_score(truths.ravel(), preds.ravel(), labels=np.union1d(truths, preds), average="macro")
 
 
-def test_two_rounds_of_an_experiment_are_compared(tiny_data, cache, experiments, tmp_path, capsys):
-    run_ensemble(tiny_data, cache, "compare", experiments / "good/r0", experiments / "good/r1")
+def slow_votes(runs, split, ids):
+    """The equal vote uint8 [N, H, W] on the images `ids`: the mean of the members, each the mean of its folds."""
+    preds = []
+    for image_id in ids:
+        members = {}
+        for run in runs:
+            info = common.read_json(run / f"{split}.json")
+            if image_id in info["image_ids"]:
+                probs = np.load(run / f"{split}.npy", mmap_mode="r")[info["image_ids"].index(image_id)]
+                members.setdefault(run.parent, []).append(probs.astype(float))
+        preds.append(np.mean([np.mean(folds, 0) for folds in members.values()], 0).argmax(0))
+    return np.array(preds)
+
+
+def check_gains(rows, label, v3s):
+    """Check the columns of a v3 of a table against the scores [N] of the images in each experiment."""
+    draws = np.random.default_rng(0).integers(len(v3s[0]), size=(2000, len(v3s[0])))
+    for i, ending in product(range(1, len(v3s)), ("", " over first")):
+        gains = v3s[i] - v3s[0 if ending else i - 1]
+        wanted = [gains.mean(), *np.percentile(gains[draws].mean(1), (2.5, 97.5))]
+        assert rows.loc[i, [f"{label} {name}{ending}" for name in ("gain", "low", "high")]].tolist() == pytest.approx(
+            wanted, abs=1e-9), (label, i, ending)
+
+
+def test_each_experiment_is_set_against_the_one_before_and_the_first(
+        tiny_data, cache, splits, experiments, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(experiments)
+    run_ensemble(tiny_data, cache, "compare", "--tables", tmp_path, "weak", "good/r0", "good")
+    rows, out = pd.read_csv(tmp_path / "compare.csv"), capsys.readouterr().out
+    train = splits[0]
+    truths = np.stack([train.truth(i) for i in range(14)])
+    votes = [slow_votes(runs_of(experiments, pattern), "valid", train.ids)
+             for pattern in ("weak/r0/*/*/*/f*", "good/r0/*/*/*/f*", "good/r1/*/*/*/f*")]
+    assert rows["experiment"].tolist() == ["weak", "good/r0", "good"]
+    v3s = [np.array([slow_v3(pred[None], truth[None]) for pred, truth in zip(vote, truths, strict=True)])
+           for vote in votes]
+    v2 = [slow_v2(vote, truths) for vote in votes]
+    assert rows["v3"].tolist() == pytest.approx([v3.mean() for v3 in v3s])
+    assert rows["v2"].tolist() == pytest.approx(v2)
+    check_gains(rows, "v3", v3s)
+    assert rows["v2 gain"][1:].tolist() == pytest.approx(np.diff(v2))
+    assert rows["v2 gain over first"][1:].tolist() == pytest.approx(np.array(v2[1:]) - v2[0])
+    assert not [name for name in rows if "test" in name] and rows.loc[0].drop(["Unnamed: 0", "experiment"]).count() == 2
+    assert (rows["v2 low"] <= rows["v2 high"])[1:].all() and "good/r1: 2 run(s) of 1 member(s), 14 images" in out
+    cell = "{:+.3f} [{:.3f}, {:.3f}]".format(*rows.loc[1, ["v3 gain", "v3 low", "v3 high"]])
+    assert re.search(rf"^2 +good/r0 {rows['v3'][1]:.4f} +{re.escape(cell)} ", out, re.M)
+    assert "14 images that all of them held out" in out
+    by_class = pd.read_csv(tmp_path / "compare-iou.csv")
+    assert [*by_class] == ["class", "1", "2", "3", "gain", "low", "high"]
+    present = [c for c in range(12) if (truths == c).any()]
+    assert by_class["class"].tolist() == [train.classes[c] for c in present]
+    for number, vote in enumerate(votes, 1):
+        iou = jaccard_score(truths.ravel(), vote.ravel(), labels=present, average=None)
+        assert by_class[str(number)].tolist() == pytest.approx(iou.tolist())
+    assert by_class["gain"].tolist() == pytest.approx((by_class["3"] - by_class["1"]).tolist())
+    assert (by_class["low"] <= by_class["high"]).all()
+
+
+@pytest.mark.parametrize(("a", "b", "verdict"), [
+    ("weak", "good", "better by v3 and v2"), ("good", "weak", "worse by v3 and v2"),
+    ("good", "good/r1", "no more than chance apart by v3 and v2")])
+def test_a_verdict_is_given_for_each_step_in_the_last_round(tiny_data, cache, experiments, capsys, monkeypatch, a, b,
+                                                            verdict):
+    monkeypatch.chdir(experiments)
+    run_ensemble(tiny_data, cache, "compare", a, b)
     out = capsys.readouterr().out
-    assert "good/r0: 4 run(s) of 2 member(s), 14 images" in out and "good/r1: 2 run(s) of 1 member(s), 14 images" in out
+    assert f"\n{b} against {a}: {verdict}\n" in out and "good/r1: 2 run(s) of 1 member(s), 14 images" in out
+    assert max(map(len, out.split("held out")[1].split("\nIoU")[0].splitlines()[1:])) <= 80
 
 
 def test_an_experiment_may_be_named_like_a_round(tiny_data, cache, experiments, tmp_path, capsys):
-    (tmp_path / "r5").symlink_to(experiments / "good")
+    shutil.copytree(experiments / "good", tmp_path / "r5")
     run_ensemble(tiny_data, cache, "compare", experiments / "good", tmp_path / "r5")
     assert "r5/r1: 2 run(s) of 1 member(s), 14 images" in capsys.readouterr().out
 
 
-def test_only_the_images_that_both_held_out_are_compared(tiny_data, cache, splits, experiments, tmp_path, capsys):
+def test_only_the_images_that_all_held_out_are_compared(tiny_data, cache, splits, experiments, tmp_path, capsys):
     half, other = (write_run(run_folder(tmp_path / name, 0, "unet/a", 64, fold), splits,
                              np.random.default_rng(7), fold).parents[4] for name, fold in (("half", 0), ("other", 1)))
-    run_ensemble(tiny_data, cache, "compare", "--tables", tmp_path, half, experiments / "good")
-    assert "7 images that both held out" in capsys.readouterr().out
+    run_ensemble(tiny_data, cache, "compare", "--tables", tmp_path, experiments / "weak", half, experiments / "good")
+    assert "7 images that all of them held out" in capsys.readouterr().out
     ids = splits[0].ids[::2]
     truths = [splits[0].truth(splits[0].ids.index(i)) for i in ids]
     store = np.load(half / "r0/unet/a/s64/f0/valid.npy")
-    assert pd.read_csv(tmp_path / "compare.csv")["before"][0] == pytest.approx(slow_v3(store.argmax(1), truths))
-    with pytest.raises(UserError, match="no validation image in common"):
-        run_ensemble(tiny_data, cache, "compare", half, other)
-    with pytest.raises(UserError, match="nosuch: no run with a valid.json"):
-        run_ensemble(tiny_data, cache, "compare", half, tmp_path / "nosuch")
+    assert pd.read_csv(tmp_path / "compare.csv")["v3"][1] == pytest.approx(slow_v3(store.argmax(1), truths))
+    for wrong, told in (([half, other, experiments / "good"], "have no validation image in common"),
+                        ([half, tmp_path / "nosuch"], "nosuch: no run with a valid.json"),
+                        ([half], "takes two or more experiments"), ([half, other, half], "none of them twice")):
+        with pytest.raises(UserError, match=told):
+            run_ensemble(tiny_data, cache, "compare", *wrong)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory, tiny_data, cache):
+    """Folder with data whose test.json has annotations, truth.json, and experiments one, two and none of test stores.
+
+    one: member a on two folds; two: that and member b on one fold; none: as one, but with one test store alone.
+    """
+    root, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(3)
+    shutil.copytree(tiny_data, root / "data")
+    chosen = choose_classes(18, 14, np.random.default_rng(0))
+    images, annotations = draw_split(root / "again", chosen[14:], 14, 64, 0)
+    coco = common.read_json(root / "data/test.json")
+    assert coco["images"] == images
+    common.write_json(root / "data/test.json", coco | {"annotations": annotations})
+    fewer = [annotation for annotation in annotations if annotation["image_id"] != images[1]["id"]]
+    common.write_json(root / "truth.json", coco | {"annotations": fewer})
+    parts = common.load_data(root / "data", cache)
+    truths = common.load_truths(root / "data/test.json", parts[1], "area")
+    for exp, members in (("one", "aa"), ("two", "aab"), ("none", "aa")):
+        for fold, model in zip((0, 1, 0), members, strict=False):
+            run = run_folder(root / exp, 0, f"unet/{model}", 64, fold)
+            write_run(run, parts, rng, fold, model=f"unet/{model}")
+            noise = rng.integers(0, 130, (4, 12, 16, 16)).repeat(16, 2).repeat(16, 3)
+            probs = noise + (truths[:, None] == np.arange(12)[:, None, None]) * {"a": 60, "b": 100}[model]
+            write_store(run, "test", probs.astype(np.uint8), parts[1], fold=fold, model=f"unet/{model}")
+    (root / "none/r0/unet/a/s64/f1/test.json").unlink()
+    return root
+
+
+@pytest.mark.parametrize("truth", ["truth.json", None])
+def test_the_vote_of_all_folds_is_scored_on_labelled_test_photos(labelled, cache, tmp_path, capsys, monkeypatch, truth):
+    monkeypatch.chdir(labelled)
+    options = ["--tables", tmp_path, *(["--truth", truth] if truth else [])]
+    run_ensemble("data", cache, "compare", *options, "one", "two", "none", "one/r0")
+    rows, out = pd.read_csv(tmp_path / "compare.csv"), capsys.readouterr().out
+    _, test = common.load_data(labelled / "data", cache)
+    truths = common.load_truths(labelled / (truth or "data/test.json"), test, "area")
+    votes = [slow_votes(runs_of(labelled, f"{exp}/r0/*/*/*/f*"), "test", test.ids) for exp in ("one", "two")]
+    assert len(votes[0]) == 4 and (truths[1].any() if truth is None else not truths[1].any())
+    v3s = [np.array([slow_v3(pred[None], mask[None]) for pred, mask in zip(vote, truths, strict=True)])
+           for vote in votes]
+    v2 = [slow_v2(vote, truths) for vote in votes]
+    seen = [0, 1, 3]
+    assert rows["test v3"][seen].tolist() == pytest.approx([v3s[i].mean() for i in (0, 1, 0)])
+    assert rows["test v2"][seen].tolist() == pytest.approx([v2[i] for i in (0, 1, 0)])
+    check_gains(rows, "test v3", v3s)
+    assert rows["test v2 gain"][1] == pytest.approx(v2[1] - v2[0])
+    assert rows[[name for name in rows if name.startswith("test ")]].loc[2].isna().all()
+    assert np.isnan(rows["test v3 gain"][3]) and rows["test v3 gain over first"][3] == 0
+    assert "none/r0/unet/a/s64/f1: no test.json" in out and "honest column for what folds" in out
+    assert re.search(r"^ 3 +none +- +- +-$", out.replace("\n", "\n "), re.M)
+    assert re.search(r"^two against one: .* by .*test v3", out, re.M)
+    assert "test" not in re.search(r"^none against two: .*$", out, re.M)[0]
+
+
+def test_without_labels_of_test_photos_a_truth_that_is_none_is_refused(tiny_data, cache, experiments):
+    with pytest.raises(UserError, match="test.json: not a COCO file: it needs the lists images, categories, annot"):
+        run_ensemble(tiny_data, cache, "compare", "--truth", tiny_data / "test.json", experiments / "good",
+                     experiments / "weak")
+    with pytest.raises(UserError, match="would be written over .*, which is read"):
+        run_ensemble(tiny_data, cache, "compare", "--truth", "a.json", "--picture", "a.json", "a", "b")
+
+
+def test_the_picture_of_experiments_is_a_light_png(tiny_data, cache, experiments, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.chdir(experiments)
+    monkeypatch.setattr(ensemble, "draw_staircase", lambda axes, *args: drawn.append(args))
+    run_ensemble(tiny_data, cache, "compare", "--tables", tmp_path, "--picture", tmp_path / "c.png", "weak", "good/r1")
+    rows = pd.read_csv(tmp_path / "compare.csv")
+    for (names, series), metric in zip(drawn, ("v3", "v2"), strict=True):
+        (label, steps), = series.items()
+        assert names == ["1 weak", "2 good/r1"] and label == f"{metric} out of fold"
+        wanted = rows[[metric, f"{metric} low", f"{metric} high"]].to_numpy()
+        np.testing.assert_allclose(steps, wanted)
+    with Image.open(tmp_path / "c.png") as picture:
+        assert round(picture.info["dpi"][0]) == 120 and picture.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_a_staircase_has_treads_at_the_scores_and_bars_around_them():
+    axes = Figure().subplots()
+    unknown = math.nan
+    steps = [(0.4, unknown, unknown), (0.5, 0.05, 0.2), None, (0.3, unknown, unknown), (0.2, -0.3, 0.1)]
+    ensemble.draw_staircase(axes, list("abcde"), {"v3": steps, "other": [(0.6, unknown, unknown)] * 5})
+    stairs = axes.patches[0].get_data()
+    assert stairs.values.tolist() == pytest.approx([0.4, 0.5, unknown, 0.3, 0.2], nan_ok=True)
+    assert stairs.edges.tolist() == [-0.5, 0.5, 1.5, 2.5, 3.5, 4.5]
+    bars = [bar for bar in axes.collections[0].get_segments() if len(bar)]  # without those of NaN
+    assert [bar[:, 1].tolist() for bar in bars] == [pytest.approx([0.45, 0.6]), pytest.approx([0.0, 0.4])]
+    assert [round(bar[0, 0]) for bar in bars] == [1, 4]
+    assert not any(len(bar) for bar in axes.collections[1].get_segments())
+
+
+@pytest.mark.parametrize("name", ["r{}", "experiment{}", "{} main/efficientnet-b3-512-strong-augmentation-lr5e-4"])
+@pytest.mark.parametrize("n_steps", [2, 5, 9, 16])
+def test_names_under_a_staircase_do_not_overlap(n_steps, name):
+    figure = Figure((5.5, 5), layout="constrained")  # as narrow as a figure of a report
+    axes = figure.subplots()
+    names = [name.format(i) for i in range(n_steps)]
+    ensemble.draw_staircase(axes, names, {"v3": [(0.1 * i, 0.05, 0.2) for i in range(n_steps)]})
+    figure.savefig(io.BytesIO(), format="png")
+    labels = axes.get_xticklabels()
+    assert len({label.get_text() for label in labels}) == n_steps
+    boxes = [label.get_window_extent() for label in labels]
+    assert min(box.y0 for box in boxes) >= 0
+    if labels[0].get_rotation():
+        apart = (axes.transData.transform((1, 0)) - axes.transData.transform((0, 0)))[0]
+        assert apart * math.sin(math.radians(labels[0].get_rotation())) > labels[0].get_fontsize() * figure.dpi / 72
+    else:
+        assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
 
 
 def status(data, cache, exp, models, rounds=0, pick_folds="0 1", epochs=4):
@@ -1066,9 +1234,16 @@ def test_memory_stays_the_same_with_more_members(tmp_path):
 
 
 @pytest.mark.parametrize(("option", "values"), [("paint", ["area", "id"]), ("unused", ["keep", "drop"])])
-def test_experiments_that_read_the_data_in_two_ways_are_not_compared(monkeypatch, option, values):
-    options = {"paint": "area", "orientation": "shown", "unused": "keep"}
-    monkeypatch.setattr(ensemble, "last_round",
-                        lambda args, exp: ({}, Namespace(infos=[options | {option: exp.name}])))
-    with pytest.raises(UserError, match=f"one has {option} {values[0]}, the other {values[1]}: their truths differ"):
-        ensemble.main(ensemble.parse_args(["compare", "--data", "nowhere", *values]))
+def test_experiments_that_read_the_data_in_two_ways_are_not_compared(
+        tiny_data, cache, experiments, monkeypatch, option, values):
+    real, read = ensemble.OutOfFold, []
+
+    def out_of_fold(args, runs):
+        oof = real(args, runs)
+        oof.infos = [info | {option: values[len(read) == 2]} for info in oof.infos]
+        read.append(runs)
+        return oof
+    monkeypatch.setattr(ensemble, "OutOfFold", out_of_fold)
+    monkeypatch.chdir(experiments)
+    with pytest.raises(UserError, match=f"^good has {option} {values[1]}, weak {values[0]}: their truths differ$"):
+        run_ensemble(tiny_data, cache, "compare", "weak", "good/r0", "good")
