@@ -53,7 +53,7 @@ PER_GPU    ?= 1
 PY         ?= .venv/bin/python
 CODE       ?=
 about.DATA        := folder of the competition, with train.json and test.json
-about.EXP         := name of the experiment; everything lands in out/EXP
+about.EXP         := name of the experiment; everything lands in out/EXP; lad/a, lad/b share runs
 about.MODELS      := DECODER/ENCODER, one or more; MODEL= picks some for train, score and runtimes
 about.SCALES      := sides of the training image, multiples of 32; SCALE= picks
 about.FOLDS       := folds to train, of NFOLDS; FOLD= picks

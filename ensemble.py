@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -2255,6 +2255,121 @@ def check_sides(models, tta_scales):
                       f" (INFER_ARGS: --tta-scales times {scale})")
 
 
+# ---- what make asks: what sibling experiments have -----------------------------------------------
+
+
+class Siblings:
+    """The experiments in the folder of EXP, out/lad/b of out/lad/a, from which it takes artefacts.
+
+    What would be made in EXP just as a sibling has it is linked instead: no script writes into a
+    file that stands, so that a file may have two names. out/a has no siblings.
+
+    shared: {JSON that describes what was taken: (kind, sibling, "linked" or "copied")}.
+    """
+
+    def __init__(self, args, hashes):
+        self.exp, self.hashes = args.exp, hashes
+        self.is_dry = args.dry or args.why  # then it is only told what would be taken
+        self.shared = {}
+        self.folders = []
+        is_grouped = args.cache.parent in args.exp.parent.parents
+        if is_grouped and args.exp.parent.is_dir() and not args.ready:
+            folders = sorted(path for path in args.exp.parent.iterdir() if path.is_dir())
+            self.folders = [folder for folder in folders if folder != args.exp]
+
+    def take(self, kind, path, read, recipe, code, more=()):
+        """Return the JSON from which EXP's artefact is to be read: `path`, or a sibling's if dry.
+
+        path: the JSON that describes it, which isn't up to date; read(path) returns what it says;
+        recipe, code: what would make it now; more: patterns of files besides those that it names.
+        """
+        place = path.relative_to(self.exp)
+        sibling, info = self.find(place, recipe, code)
+        if sibling is None:
+            return path
+        source = sibling / place
+        if self.is_dry:
+            self.shared[path] = kind, sibling, "to be linked"
+            return source
+        names = [*info["files"]]
+        for pattern in more:
+            names += sorted(file.name for file in source.parent.glob(pattern))
+        before = read(path)
+        # UserError: another process is at it; FileNotFoundError: the sibling was removed
+        with suppress(UserError, FileNotFoundError), lock(path.parent):
+            if read(path) == before:
+                self.link(kind, path, sibling, info, names)
+        return path
+
+    def find(self, place, recipe, code):
+        """Return (sibling, content of its JSON `place`) of one who has it whole, or two None."""
+        for sibling in self.folders:
+            info = read_own_json(sibling / place, DESCRIPTION_KINDS)
+            if info is None or any(changes(info, recipe, code)):
+                continue
+            whole = read_description(sibling / place, self.hashes)  # which may read large files
+            if whole and not any(changes(whole, recipe, code)):
+                return sibling, info
+        return None, None
+
+    def link(self, kind, path, sibling, info, names):
+        """Link the files `names` of a sibling's artefact beside `path`, then write that JSON."""
+        source, folder = sibling / path.parent.relative_to(self.exp), path.parent
+        begun = []
+        if path.name == "config.json":
+            begun = [file.name for glob in ("epoch-*.pt", "last*") for file in folder.glob(glob)]
+        with redirect_stdout(sys.stderr):  # make reads stdout
+            move_aside(folder, list(dict.fromkeys([path.name, *names, *begun])))
+        copied = {name for name in names if not self.link_file(source / name, folder / name)}
+        files = info["files"].items()
+        if all(self.hashes(folder / name) == digest for name, digest in files):  # it still is so
+            copy_code(sibling, self.exp, info)
+            write_description(path, info, **info)
+            how = "copied" if copied - {"index.csv"} else "linked"
+            self.shared[path] = kind, sibling, how
+
+    def link_file(self, source, target):
+        """Link a file, or copy it where links can't be made; return whether it was linked.
+
+        A link changes the ctime of all names of the file, so their hashes are remembered anew.
+        """
+        before, digest = os.stat(source), self.hashes.remembered(source)
+        target.unlink(missing_ok=True)
+        if target.name != "index.csv":  # editors may write into that file
+            with suppress(OSError):
+                os.link(source, target)
+        if not target.exists():
+            with atomic_write(target) as scratch:
+                shutil.copyfile(source, scratch)
+            return False
+        place = target.relative_to(self.exp)
+        for path in (target, *(folder / place for folder in self.folders)):
+            with suppress(OSError):
+                now = os.stat(path)
+                same_time = now.st_mtime_ns == before.st_mtime_ns
+                if digest and os.path.samestat(before, now) and same_time:
+                    self.hashes.remember(self.hashes.key(path), digest)
+        return True
+
+    def lines(self):
+        """Yield a line for each kind of artefact and sibling that it was taken from."""
+        for (kind, sibling, how), n in Counter(self.shared.values()).items():
+            yield f"{n} {kind} are those of {sibling}: {how}"
+
+
+def copy_code(sibling, exp, info):
+    """Copy the code that made a sibling's artefact, or that it was kept under, to EXP/code."""
+    for state in (info["state"], *(kept["state"] for kept in info["kept_under"])):
+        source, target = sibling / "code" / state, exp / "code" / state
+        if target.exists() or not source.is_dir():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as scratch:
+            copy = shutil.copytree(source, Path(scratch) / state)
+            with suppress(OSError):  # another process was first
+                copy.rename(target)
+
+
 # ---- what make asks: the plan --------------------------------------------------------------------
 
 
@@ -2279,6 +2394,7 @@ class Plan:
         self.to_make = {}
         self.to_decide = defaultdict(dict)
         self.other_versions = defaultdict(list)
+        self.siblings = Siblings(args, self.hashes)
         self.versions = library_versions() if args.why else {}
         self.results = {}  # of once
         self.tta = tta_name(self.infer_args)
@@ -2331,6 +2447,19 @@ class Plan:
         folds = make_folds(present, index["train"]["groups"], self.args.nfolds)
         return folds_hash(self.data["ids"], folds.tolist())
 
+    def own_or_shared(self, kind, path, read, recipe, code, more=()):
+        """Return the JSON from which an artefact is to be read: `path`, or that of a sibling.
+
+        One that isn't up to date is taken from a sibling that has it, unless it is a question to
+        the user. The arguments are those of Siblings.take.
+        """
+        description = read(path)
+        if description:
+            recipe_lines, code_names = changes(description, recipe, code)
+            if not recipe_lines and not (code_names and self.args.code == "new"):
+                return path
+        return self.siblings.take(kind, path, read, recipe, code, more)
+
     def judge(self, kind, path, description, recipe, code, reasons=()):
         """Note an artefact if it isn't up to date; return whether its content will be another.
 
@@ -2375,12 +2504,20 @@ class Plan:
                 reasons.append(f"the pseudo labels of round {round_}, fold {fold} are to be made")
         recipe = run_recipe(args, self.data["train"], self.folds, self.hashes, *labels)
         code = run_code(recipe)
-        description = read_description(folder / "config.json", self.hashes)
+        config = folder / "config.json"
+        if not reasons:
+            config = self.own_or_shared("run(s)", config, self.read_run, recipe, code,
+                                        ["log.csv", "*.png"])
+        description = self.read_run(config)
         if not reasons and (not description or recipe_changes(description, recipe)):
             self.judge_begun_run(folder, recipe, code)
         path = folder / "model.pt"
         is_stale = self.judge("model(s)", path, description, recipe, code, reasons)
         return None if is_stale else description
+
+    def read_run(self, path):
+        """Return what the config.json `path` of a run says, or None if the run isn't whole."""
+        return read_description(path, self.hashes)
 
     def judge_begun_run(self, folder, recipe, code):
         """Note a run that was interrupted if other code has begun it."""
@@ -2411,8 +2548,10 @@ class Plan:
         stores = {}
         is_stale = False
         for split in splits:
-            store = stores[split] = self.read_store(folder / f"{split}.json")
             recipe = self.expected_store_recipe(run, split)
+            place = self.own_or_shared("store(s)", folder / f"{split}.json", self.read_store,
+                                       recipe, code)
+            store = stores[split] = self.read_store(place)
             is_stale |= self.judge("store(s)", path, store, recipe, code)
             was_kept = folder / "model.pt" in self.to_make
             was_kept |= bool(store) and store["run"]["codes"] != code_hashes(run)
@@ -2457,14 +2596,22 @@ class Plan:
         recipe = labels_recipe(args, self.data["test"], self.folds, self.args.paint, makers,
                                out_of_fold)
         code = labels_code([(model, self.tta) for model in self.args.models], args.rule)
-        manifest = whole_manifest(folder, self.hashes)
         path = folder / "manifest.json"
+        if not reasons and not (folder / "index.csv").exists():  # its decisions by hand stay
+            shared = self.own_or_shared("set(s) of pseudo labels", path, self.read_labels, recipe,
+                                        code, ["sheet.png", "index.csv"])
+            folder = shared.parent
+        manifest = whole_manifest(folder, self.hashes)
         if self.judge("set(s) of pseudo labels", path, manifest, recipe, code, reasons):
             for key in runs:
                 splits = ("valid", "test") if len(folds) > 1 else ("test",)
                 self.once(self.judge_stores, splits, *key)
             return None
         return labels_hash(folder, self.hashes), label_settings(manifest), manifest["contaminated"]
+
+    def read_labels(self, path):
+        """Return what the manifest.json `path` says, or None if the labels aren't whole."""
+        return whole_manifest(path.parent, self.hashes)
 
     def judge_submission(self):
         """Look at the submission and all that it is made from."""
@@ -2521,6 +2668,8 @@ class Plan:
                        "CODE=keep")
         for path, reasons in self.to_make.items():
             yield f"{path}: {'; '.join(reasons)}"
+        for path, (_, sibling, how) in self.siblings.shared.items():
+            yield f"{path} is that of {sibling}: {how}"
         for change, paths in self.other_versions.items():
             yield (f"note: {len(paths)} file(s) were made with other versions, the first "
                    f"{paths[0]}: {change}")
@@ -2542,6 +2691,9 @@ def plan(args):
     gc.disable()  # in half a second of small objects it would take a sixth of the time
     current = Plan(args)
     current.follow(args.goals)
+    if not args.dry and not args.why:
+        for line in current.siblings.lines():
+            print(line, file=sys.stderr)
     if args.why:
         for line in current.reasons():
             print(line)
@@ -2616,10 +2768,13 @@ def read_numbers(path, columns):
 def run_state(current, run):
     """Return (state in a word or two, epochs that are left, rows of its log) of a run's folder."""
     stale = {*current.to_make, *itertools.chain(*current.to_decide.values())}
+    is_stale = run / "model.pt" in stale
+    if run / "config.json" in current.siblings.shared:  # not linked yet
+        sibling = current.siblings.shared[run / "config.json"][1]
+        run = sibling / run.relative_to(current.args.exp)
     paths = [run / "last.csv", run / "log.csv"]  # last.csv: of one that replaces another
     logs = [path for path in paths if path.exists()]
     log = read_numbers(logs[0], ("seconds",)) if logs else []
-    is_stale = run / "model.pt" in stale
     is_trained = (run / "model.pt").exists() and not (is_stale and (run / "last.pt").exists())
     if not is_trained:
         state = f"epoch {len(log)}" if log else "missing"
