@@ -49,10 +49,10 @@ from common import (
     data_options, decide, different_keys, draw_bars, draw_heat, figure_urls, fingerprint,
     first_line, folds_hash, foreground_ids, image_miou, keep_code, label_settings, labels_code,
     labels_hash, labels_recipe, library_versions, load_data, load_truths, lock, make_folds,
-    move_aside, named, open_store, overlay, provenance, pseudo_folder, read_description, read_folds,
-    read_index_json, read_json, read_own_json, read_probs, read_rows, recipe_changes, run_code,
-    run_folder, run_recipe, run_script, scores, settings_of, short_hash, store_code, store_id,
-    store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides, version_changes,
+    move_aside, named, number, open_store, overlay, provenance, pseudo_folder, read_description,
+    read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows, recipe_changes,
+    run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash, store_code,
+    store_id, store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides, version_changes,
     whole_manifest, whole_numbers, write_coco, write_csv, write_description, write_json, write_page,
     write_sheet)
 
@@ -138,7 +138,7 @@ def parse_args(argv=None):
             ("soft", "data runs mixed scored tables out", "average the probabilities of runs"),
             ("hard", "data voted runs out", "count the votes of submissions and runs"),
             ("score", "data runs mixed scored tables", "print out-of-fold scores"),
-            ("compare", "data mixed tables truth steps", "say whether experiments beat the one before"),
+            ("compare", "data mixed tables truth steps", "say what experiments gain"),
             ("rungs", "climb", "print the rungs of the ladder, each as make's knobs"),
             ("holdout", "data voted share", "make test photos with a truth of training photos"),
             ("ladder", "data climb rung truth", "say what each rung of a ladder is worth"),
@@ -1770,7 +1770,7 @@ def compare_classes(comparison):
     for c in np.flatnonzero(before.sum((0, 2))):
         low, high = np.nanpercentile(gains[:, c], (2.5, 97.5))
         rows.append({"class": comparison.classes[c]}
-                    | {str(number): values[c] for number, values in enumerate(iou, 1)}
+                    | {str(place): values[c] for place, values in enumerate(iou, 1)}
                     | {"gain": iou[-1][c] - iou[0][c], "low": low, "high": high})
     return rows
 
@@ -1779,7 +1779,7 @@ def write_staircase(path, columns, groups):
     """Write a PNG of v3, and below it of v2, of the experiments; columns, groups: of compare."""
     names = columns["experiment"]
     shared = os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names])
-    numbered = [f"{number} {os.path.relpath(name, shared)}" for number, name in enumerate(names, 1)]
+    numbered = [f"{place} {os.path.relpath(name, shared)}" for place, name in enumerate(names, 1)]
     with atomic_write(path) as scratch:
         draw_staircases(scratch, numbered, columns, groups)
 
