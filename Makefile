@@ -295,7 +295,7 @@ sweep: | $(SETUP) ## try TRIALS recipes of train.py's SEARCH_SPACE on the first 
 demo: | $(SETUP) ## draw a small dataset and run the whole graph on it, in out/demo
 	$(PY) tests/demo_data.py out/demo/data
 	$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j2) submit DATA=out/demo/data \
-	    EXP=demo PY=$(PY) MODELS='fpn/tu-tf_efficientnet_lite0 unet/tu-mobilenetv3_small_100' \
+	    EXP=demo PY=$(PY) MODELS='fpn-narrow/tu-tf_efficientnet_lite0 unet/tu-mobilenetv3_small_100' \
 	    SCALES=128 FOLDS='0 1' NFOLDS=2 ROUNDS=1 WEIGHTS=none EPOCHS=6 BATCH=4 LR=3e-3 \
 	    PSEUDO_ARGS='--confident 0.5 --max-unsure 0.5'
 test: | $(SETUP) ## quick tests: unit, property and end to end

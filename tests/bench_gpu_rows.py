@@ -22,8 +22,8 @@ import common
 import infer
 import train
 
-NARROW = "fpn/tu-efficientnet_b0"
-MODELS = (NARROW, "fpn-wide/tu-efficientnet_b0", "unet/resnet34", "unet/resnet50", "deeplabv3plus/resnet50",
+NARROW = "fpn-narrow/tu-efficientnet_b0"
+MODELS = (NARROW, "fpn/tu-efficientnet_b0", "unet/resnet34", "unet/resnet50", "deeplabv3plus/resnet50",
           "efficientdet/tu-efficientnet_b0")
 BATCHES = (8, 32)
 # (model, batch) -> images/s that train.py's steps should reach on an H100 or H200 at 512 px

@@ -59,7 +59,7 @@ def worker(way, model):
         common.tune_process()
     import torch
     _, step, batch = start_training(model, 256, 8, torch.device("cpu"))
-    if way == "plain":  # its fpn-wide is smp's fpn
+    if way == "plain":
         net = common.build_model(model, N_CLASSES)
         step = bare_step(net, batch, torch.nn.CrossEntropyLoss(), torch.contiguous_format)
     for _ in sys.stdin:
@@ -95,8 +95,8 @@ def step():
     """Time train steps at 256 px, batch 8: the whole loop of train.py against a bare loop."""
     rows = []
     for plain, ours, target, what in (("efficientdet", "efficientdet", 1.8, "efficientdet"),
-                                      ("fpn-wide", "fpn-wide", 1.4, "fpn-wide in both"),
-                                      ("fpn-wide", "fpn", 1.4, "smp's fpn, our lighter one")):
+                                      ("fpn", "fpn", 1.4, "fpn in both"),
+                                      ("fpn", "fpn-narrow", 1.4, "smp's fpn, our lighter one")):
         times = ask_in_turn(4, {"plain": f"{plain}/{ENCODER}", "ours": f"{ours}/{ENCODER}"})
         rows.append(versus(what, times, 1 / 8, "s an image", target))
     return rows

@@ -24,7 +24,7 @@ import train  # noqa: E402
 
 settings.register_profile("project", max_examples=60, deadline=None, derandomize=True)  # the same on every machine
 settings.load_profile("project")
-MODEL, SCALE, FOLD, EPOCHS = "fpn/tu-test_efficientnet", 64, 1, 3  # half a second an epoch; batch norm and dropout
+MODEL, SCALE, FOLD, EPOCHS = "fpn-narrow/tu-test_efficientnet", 64, 1, 3  # half a second an epoch
 PICTURES = {name: getattr(train, name) for name in ("draw_curves", "draw_batch", "draw_valid")}
 
 

@@ -12,8 +12,8 @@ from conftest import ROOT
 from demo_data import draw_data
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-KNOBS = ["MODELS=fpn/tu-test_efficientnet", "SCALES=64", "FOLDS=0 1", "NFOLDS=2", "EPOCHS=3", "BATCH=4", "ROUNDS=1",
-         "WEIGHTS=none", "LR=3e-3", "PSEUDO_ARGS=--confident 0.3 --max-unsure 1",
+KNOBS = ["MODELS=fpn-narrow/tu-test_efficientnet", "SCALES=64", "FOLDS=0 1", "NFOLDS=2", "EPOCHS=3", "BATCH=4",
+         "ROUNDS=1", "WEIGHTS=none", "LR=3e-3", "PSEUDO_ARGS=--confident 0.3 --max-unsure 1",
          "TRAIN_ARGS=--save-every 0.001 --workers 1",
          f"PY={sys.executable}"]
 KILLS = 30

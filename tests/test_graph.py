@@ -24,7 +24,7 @@ KNOBS = re.findall(r"^([A-Z_]+) +\?=", MAKEFILE, re.M)
 FILES = ("Makefile", "common.py", "train.py", "infer.py", "pseudo_label.py", "ensemble.py", "report.html.jinja",
          "requirements.txt")
 PY = sys.executable
-MODEL = "fpn/tu-test_efficientnet"
+MODEL = "fpn-narrow/tu-test_efficientnet"
 GRID = {"MODELS": MODEL, "SCALES": 64, "FOLDS": "0 1", "NFOLDS": 2, "ROUNDS": 1, "EPOCHS": 2, "BATCH": 4, "LR": "3e-3",
         "WEIGHTS": "none", "PSEUDO_ARGS": "--confident 0.3 --max-unsure 1", "PY": PY}
 ENV = {"PATH": os.environ["PATH"], "LC_ALL": "C", "OMP_NUM_THREADS": "1"}  # no knobs of a make that runs the tests
@@ -101,7 +101,7 @@ def said(done):
 
 
 def step(argv):
-    """A short name for one call of a script: "train r0/fpn/tu-test_efficientnet/s64/f0"."""
+    """A short name for one call of a script: "train r0/fpn-narrow/tu-test_efficientnet/s64/f0"."""
     script, flags = argv[0].removesuffix(".py"), dict(zip(argv, argv[1:], strict=False))
     if script == "train":
         run = "train r{--round}/{--model}/s{--scale}/f{--fold}"

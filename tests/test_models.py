@@ -93,8 +93,8 @@ def test_a_train_steps_gradient_reaches_every_part_of_every_decoder(decoder):
 
 @pytest.mark.parametrize(("decoder", "smps", "settings"), [
     *((name, name, {}) for name in ("unet", "unetplusplus", "manet", "linknet", "pspnet", "deeplabv3", "deeplabv3plus",
-                                    "pan", "upernet", "segformer", "dpt")), ("fpn-wide", "fpn", {}),
-    ("fpn", "fpn", {"decoder_pyramid_channels": 64, "decoder_segmentation_channels": 32})])
+                                    "pan", "upernet", "segformer", "dpt", "fpn")),
+    ("fpn-narrow", "fpn", {"decoder_pyramid_channels": 64, "decoder_segmentation_channels": 32})])
 def test_decoders_by_smps_names_are_smps(decoder, smps, settings):
     plain = smp.create_model(smps, encoder_of(decoder), encoder_weights=None, classes=5, **settings).eval()
     plain.load_state_dict(small(decoder).state_dict())
@@ -210,10 +210,10 @@ def test_gradients_come_from_the_pixels_and_not_from_the_padding():
     assert images.grad.shape == images.shape and (images.grad != 0).float().mean() > 0.9
 
 
-def test_fpn_is_narrow_and_fpn_wide_as_in_smp():
-    n = {name: sum(p.numel() for p in small(name).decoder.parameters()) for name in ("fpn", "fpn-wide")}
+def test_fpn_is_as_in_smp_and_fpn_narrow_is_narrow():
+    n = {name: sum(p.numel() for p in small(name).decoder.parameters()) for name in ("fpn", "fpn-narrow")}
     smps = smp.FPN(encoder_of("fpn"), encoder_weights=None)
-    assert n["fpn-wide"] == sum(p.numel() for p in smps.decoder.parameters()) > 5 * n["fpn"]
+    assert n["fpn"] == sum(p.numel() for p in smps.decoder.parameters()) > 5 * n["fpn-narrow"]
 
 
 @pytest.mark.parametrize("name", ["unet/resnet18", "fpn/tu-mobilenetv3_small_100", "deeplabv3plus/resnet18"])

@@ -200,10 +200,10 @@ def test_row_is_added_or_replaces_that_of_the_same_model_scale_batch_and_device(
     measured(10)
     measured(20, "--scale", 96)
     measured(30, "--batch", 4)
-    measured(40, "--model", "fpn/tu-mobilenetv3_small_050")
+    measured(40, "--model", "fpn-narrow/tu-mobilenetv3_small_050")
     rows = measured(50)
     assert numbers(rows) == {(MODEL, "64", "2"): "50", (MODEL, "96", "2"): "20", (MODEL, "64", "4"): "30",
-                             ("fpn/tu-mobilenetv3_small_050", "64", "2"): "40"}
+                             ("fpn-narrow/tu-mobilenetv3_small_050", "64", "2"): "40"}
     assert len(rows) == 4 and all(list(row) == COLUMNS for row in rows)
 
 

@@ -20,7 +20,7 @@ import common
 import train
 from common import UserError
 
-MODEL = "fpn/tu-mobilenetv3_small_050"
+MODEL = "fpn-narrow/tu-mobilenetv3_small_050"
 SPACE = {"model": (MODEL, "unet/tu-test_efficientnet"), "lr": ("log", 1e-4, 1e-2), "loss": ("ce", "lovasz"),
          "seed": (0, 1)}
 EPOCHS, UNPRUNED = 6, ("--epochs", 1)  # nothing is pruned at the last epoch
@@ -371,7 +371,7 @@ SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 import train
-train.SEARCH_SPACE = {"model": ("fpn/tu-mobilenetv3_small_050",), "lr": ("log", 1e-3, 1e-2), "seed": (0, 1)}
+train.SEARCH_SPACE = {"model": ("fpn-narrow/tu-mobilenetv3_small_050",), "lr": ("log", 1e-3, 1e-2), "seed": (0, 1)}
 save, n_saved = train.save_checkpoint, 0
 def save_and_die(path, **state):
     global n_saved
