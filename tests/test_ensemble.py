@@ -79,25 +79,41 @@ def slow_v3(preds, truths):
                     for p, t in zip(preds, truths, strict=True)])
 
 
-def slow_vote(images, weights, bias):
-    """The mask of one image, pixel by pixel: the first of the classes with the largest sum."""
-    pred = np.zeros((SIDE, SIDE), np.uint8)
-    for y, x in product(range(SIDE), repeat=2):
-        totals = [sum(weights[m] * float(image[c, y, x]) for m, image in images.items()) * math.exp(bias[c])
-                  for c in range(len(bias))]
-        pred[y, x] = totals.index(max(totals))
-    return pred
+def slow_v2(preds, truths):
+    """By scikit-learn, of all pixels together."""
+    truths, preds = np.ravel(truths), np.ravel(preds)
+    return jaccard_score(truths, preds, labels=np.union1d(truths, preds), average="macro")
+
+
+def slow_score(preds, truths):
+    """What is fitted for."""
+    return slow_v2(preds, truths) + slow_v3(preds, truths)
+
+
+def slow_vote(images, weights, bias, least_share=0):
+    """The mask of one image, pixel by pixel: the first of the classes with the largest sum, of those that stay."""
+    def winners(classes):
+        pred = np.zeros((SIDE, SIDE), np.uint8)
+        for y, x in product(range(SIDE), repeat=2):
+            totals = [sum(weights[m] * float(image[c, y, x]) for m, image in images.items()) * math.exp(bias[c])
+                      for c in classes]
+            pred[y, x] = classes[totals.index(max(totals))]
+        return pred
+    pred = winners(range(len(bias)))
+    areas = [(pred == c).sum() for c in range(len(bias))]
+    return winners([c for c in range(len(bias)) if c == 0 or areas[c] >= least_share * max(areas[1:])])
 
 
 def no_tables(tmp_path=None):
     return Namespace(tables=tmp_path, batch=2)
 
 
-def chosen(oof, weights=None, fit=True):
+def chosen(oof, weights=None, fit=True, metric="v3", post="fit"):
     """(what is used, counts, {name of what was tried: row})."""
     _, thumbs, truths, _ = ensemble.survey(oof)
-    used, counts, tried = ensemble.choose(oof, thumbs, truths, np.ones(len(oof.names)) if weights is None else weights,
-                                          fit)
+    args = Namespace(weights="fit" if fit else "equal", metric=metric, post=post)
+    weights = np.ones(len(oof.names)) if weights is None else weights
+    used, counts, tried = ensemble.choose(args, oof, thumbs, truths, weights)
     return used, counts, {row["tried"]: row for row in tried}
 
 
@@ -110,7 +126,7 @@ def test_the_quick_score_is_the_real_one(small, seed):
     truths = random_truths(rng, 5, 4)
     probs = blurred(rng, truths, 4, 0.4)
     found = ensemble.score_of(probs.reshape(5, 4, -1), truths.reshape(5, -1).astype(int))
-    assert found == pytest.approx(slow_v3(probs.argmax(1), truths), abs=1e-12)
+    assert found == pytest.approx(slow_score(probs.argmax(1), truths), abs=1e-12)
 
 
 def test_votes_are_counted_as_a_plain_loop_counts_them(small):
@@ -121,11 +137,42 @@ def test_votes_are_counted_as_a_plain_loop_counts_them(small):
     oof = FakeOof(rng.integers(0, 256, (3, 4, 3, SIDE, SIDE), dtype=np.uint8), truths, [0, 0, 1, 1], has)
     weights = [[1, 1, 1], [2, 0, 1], [0, 0, 1], [1, 1, 1], [0.3, 0.5, 0.2]]
     biases = [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0.7, -1.4], [0.35, 0, 1]]
-    found = ensemble.vote_counts(oof, weights, biases)
+    shares = [0, 0, 0, 0.5, 1]
+    masks, vote_of = ensemble.keep_votes(oof, weights, biases, shares)
+    found = ensemble.equal_vote_counts(oof, weights[:3])
     for k, n in product(range(5), range(4)):
-        pred, labelled = slow_vote(oof.probs(n), weights[k], biases[k]), truths[n] < 3
-        assert (found[k, n] == confusion_matrix(truths[n][labelled], pred[labelled], labels=range(3))).all(), (k, n)
-    assert (found[0] != found[3]).any() and not found[:, 3, :, 1:].any()
+        pred, labelled = slow_vote(oof.probs(n), weights[k], biases[k], shares[k]), truths[n] < 3
+        assert (masks[n, vote_of[k]] == pred).all(), (k, n)
+        if k < 3:
+            expected = confusion_matrix(truths[n][labelled], pred[labelled], labels=range(3))
+            assert (found[k, n] == expected).all(), (k, n)
+    assert (found[0] != found[1]).any() and not found[:, 3, :, 1:].any() and not masks[3].any()
+
+
+def test_a_class_below_the_least_share_gives_its_pixels_to_the_likeliest_that_stays():
+    """4 pixels of class 1, 2 of class 2, 2 of the background; class 2 lies within an object, or beside it."""
+    values = np.float32([[2, 2, 2, 2, 1, 3, 9, 9], [8, 8, 8, 8, 2, 1, 0, 0], [1, 1, 1, 1, 7, 7, 0, 0]])
+    pred = values.argmax(0).astype(np.uint8)
+    assert pred.tolist() == [1, 1, 1, 1, 2, 2, 0, 0]
+    for least_share, expected in ((0, pred), (0.5, pred), (0.51, [1, 1, 1, 1, 1, 0, 0, 0]), (1, [1] * 5 + [0] * 3)):
+        found = ensemble.drop_small(values, pred, least_share)
+        assert found.dtype == np.uint8 and found.tolist() == list(expected), least_share
+    background = np.zeros(8, np.uint8)
+    assert ensemble.drop_small(np.float32([[1] * 8, [0] * 8, [0] * 8]), background, 0.5).tolist() == [0] * 8
+
+
+def test_a_least_share_is_fitted_where_stray_classes_cost_score():
+    truths = np.tile(np.uint8([1] * 60 + [0] * 40), (4, 1))
+    total = ((truths[:, None] == np.arange(3)[:, None]) * 5).astype(np.float32)
+    assert ensemble.fit_least_share(total, truths) == 0
+    total[:, 2, 50:60] = 9  # a sixth of the object is taken for class 2, a fifth of what is left of it
+    assert ensemble.fit_least_share(total, truths) == 0.35
+
+
+def test_what_few_images_have_is_shrunk_towards_nothing():
+    truths = np.zeros((30, 4), np.uint8)
+    truths[:10, 0], truths[:, 1], truths[0, 2] = 1, 2, 3
+    assert ensemble.shrink(np.array([7, 1, -2, 11, 5.0]), truths).tolist() == [7 * 30 / 40, 0.5, -1.5, 1, 0]
 
 
 def test_a_survey_counts_each_member_where_it_has_predicted_and_thins_its_probabilities(small):
@@ -203,13 +250,13 @@ def test_masks_survive_encoding_writing_and_reading(tmp_path_factory, masks):
 
 
 def slow_greedy(thumbs, truths):
-    """Caruana's selection with replacement, until nothing gains or 30 are picked."""
+    """Caruana's selection with replacement, until nothing gains in v2 + v3 or 30 are picked."""
     chosen, best = [], -1
     while len(chosen) < 30:
         tries = []
         for m in range(len(thumbs)):
             total = sum(thumbs[k].astype(int) for k in [*chosen, m])
-            tries.append(slow_v3(total.argmax(1), truths))
+            tries.append(slow_score(total.argmax(1), truths))
         if max(tries) <= best + 1e-12:
             break
         best = max(tries)
@@ -240,17 +287,18 @@ def test_the_search_takes_each_class_in_turn_to_the_best_value_of_the_grid():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_bias_and_an_area_are_the_best_of_their_grids_for_two_classes(seed):
+def test_a_bias_and_an_area_are_the_best_of_their_grids_for_two_classes(seed, monkeypatch):
     rng = np.random.default_rng(seed)
     truths = rng.integers(0, 2, (8, 30))
     probs = (rng.integers(0, 150, (1, 8, 2, 30)) + (truths[:, None] == np.arange(2)[:, None]) * 90) // [[1], [3]]
-    bias = ensemble.fit_bias([0.5], probs.astype(np.uint8), truths)
-    tries = {b: slow_v3((probs[0] * np.exp([[0], [b]])).argmax(1), truths) for b in (0, *ensemble.BIASES)}
+    monkeypatch.setattr(ensemble, "HALF_TRUSTED", 0)
+    bias = ensemble.fit_bias(probs[0].astype(np.float32), truths)
+    tries = {b: slow_score((probs[0] * np.exp([[0], [b]])).argmax(1), truths) for b in (0, *ensemble.BIASES)}
     assert bias[0] == 0 and tries[bias[1]] == pytest.approx(max(tries.values())) and bias[1] > 0
     truths, preds = (rng.random((2, 9, 20, 20)) < rng.random((2, 9, 1, 1))).astype(np.uint8)
     area = ensemble.fit_min_area(preds, truths, 2)
-    v3 = {a: slow_v3([p if p.sum() >= a else np.zeros_like(p) for p in preds], truths) for a in ensemble.AREAS}
-    assert v3[area[1]] == pytest.approx(max(v3.values())) and area[0] == 0
+    tries = {a: slow_score([p if p.sum() >= a else np.zeros_like(p) for p in preds], truths) for a in ensemble.AREAS}
+    assert tries[area[1]] == pytest.approx(max(tries.values())) and area[0] == 0
 
 
 def test_the_interval_is_that_of_a_slow_bootstrap():
@@ -291,7 +339,7 @@ def test_votes_are_kept_elsewhere_where_the_cache_cannot_be_written(small, tmp_p
     probs = (truths[:, None] == np.arange(3)[:, None, None])[None].astype(np.uint8)
     oof = FakeOof(probs, truths, np.arange(4) % 2)
     oof.cache = tmp_path / "gone"  # like a folder of somebody else, which root could write
-    masks, vote_of = ensemble.keep_votes(oof, np.ones((3, 1)), np.zeros((3, 3)))
+    masks, vote_of = ensemble.keep_votes(oof, np.ones((3, 1)), np.zeros((3, 3)), np.zeros(3))
     assert (masks[:, 0] == truths).all() and vote_of.ravel().tolist() == [0, 0, 0] and not any(tmp_path.iterdir())
 
 
@@ -301,7 +349,48 @@ def test_equal_weights_win_where_the_interval_spans_zero(small):
     oof = FakeOof(np.stack([blurred(rng, truths, 3, r) for r in (0.6, 0.5, 0.2)]), truths, np.arange(6) % 3)
     used, _, tried = chosen(oof)
     row = tried["fitted weights"]
-    assert row["taken"] == "no" and row["low"] < 0 < row["gain"] and used["weights"].tolist() == [1, 1, 1]
+    assert row["taken"] == "no" and row["v3 low"] < 0 < row["v3 gain"] and used["weights"].tolist() == [1, 1, 1]
+
+
+def option_of(*changes):
+    """(before, after) of 40 images of 3 classes as Options have them; changes: how many pixels of class 1 and of 2
+    of an image's 10 become right, for the first 20 images and for the others.
+    """
+    counts = []
+    for right in changes:
+        counts.append([[[90, 5, 5], [5 - right[0], 5 + right[0], 0], [5 - right[1], 0, 5 + right[1]]]] * 20)
+    after = np.concatenate(counts)
+    before = np.array([[[90, 5, 5], [5, 5, 0], [5, 0, 5]]] * 40)
+    return Namespace(counts=before), Namespace(counts=after)
+
+
+def test_what_gains_in_one_score_and_loses_in_the_other_by_more_than_chance_is_not_taken():
+    silent = np.array([[[96, 4, 0], [5, 5, 0], [10, 0, 0]]] * 40)  # class 2 in no prediction of images without it
+    without = np.array([[[98, 1, 1], [0, 0, 0], [0, 0, 0]]] * 60)
+    before = Namespace(counts=np.concatenate([option_of((0, 0), (0, 0))[0].counts, without]))
+    quiet = np.array([[[100, 0, 0], [0, 0, 0], [0, 0, 0]]] * 60)
+    after = Namespace(counts=np.concatenate([silent, quiet]))
+    tried = []
+    assert ensemble.take_best({"silence": after}, before, "v3", tried) is before
+    row, = tried
+    assert row["v3 low"] > 0 > row["v2 high"] and row["taken"] == "no"
+    both = Namespace(counts=np.concatenate([option_of((3, 3), (3, 3))[1].counts, quiet]))
+    assert ensemble.take_best({"silence": after, "both": both}, before, "v3", []) is both
+    assert ensemble.take_best({"both": both}, before, "v2", []) is both
+
+
+def test_the_metric_names_the_score_that_must_gain():
+    before, same_v3 = option_of((0, 0), (0, 0))
+    tried = []
+    ensemble.take_best({"nothing": same_v3}, before, "v2", tried)
+    assert [*tried[0]] == ["tried", "v2 gain", "v2 low", "v2 high", "v3 gain", "v3 low", "v3 high", "taken"]
+    assert tried[0]["taken"] == "no"  # it gains nothing
+
+
+def test_nothing_is_tried_after_the_vote_when_that_is_asked_for(small):
+    used, counts, tried = chosen(FakeOof(*stray(30, 5), np.arange(30) % 3), post="none")
+    assert tried == {} and not used["log-bias"].any() and used["least share"] == 0
+    assert (counts["with what is taken"] == counts["soft vote, equal weights"]).all()
 
 
 def stray(n_images, pixels):
@@ -320,7 +409,7 @@ def test_a_minimum_area_is_taken_when_stray_pixels_cost_score_and_not_otherwise(
     assert image_miou(counts["soft vote, equal weights"]).mean() == pytest.approx(0.66, abs=0.01)
     assert image_miou(counts["with what is taken"]).mean() > 0.97
     used, counts, tried = chosen(FakeOof(*stray(30, 0), np.arange(30) % 3))
-    assert tried["minimum area"]["taken"] == "no" and used.keys() == {"weights", "bias"} and not used["bias"].any()
+    assert tried["minimum area"]["taken"] == "no" and used.keys() == {"weights", "log-bias", "least share"} and not used["log-bias"].any()
     assert (counts["with what is taken"] == counts["soft vote, equal weights"]).all()
 
 
@@ -330,7 +419,7 @@ def test_a_log_bias_is_taken_when_a_class_is_always_too_weak(small):
     probs = blurred(rng, truths, 3, 1)
     probs[:, 2] //= 3
     used, _, tried = chosen(FakeOof(probs[None], truths, np.arange(24) % 4))
-    assert tried["log-bias"]["taken"] == "yes" and used["bias"][2] > 0 == used["bias"][0]
+    assert tried["log-bias"]["taken"] == "yes" and used["log-bias"][2] > 0 == used["log-bias"][0]
 
 
 def memorising(n_images=30):
@@ -350,7 +439,7 @@ def test_weights_that_memorise_a_fold_gain_nothing_on_it(small):
     fitted = ensemble.fit_weights(thumbs[:, fold_0], small_truths[fold_0])
     assert fitted.tolist() == [1, 0, 0]  # whoever looks at the fold sees that one member knows it
     used, _, tried = chosen(oof)
-    assert tried["fitted weights"]["taken"] == "no" and tried["fitted weights"]["gain"] <= 0
+    assert tried["fitted weights"]["taken"] == "no" and tried["fitted weights"]["v3 gain"] <= 0
     assert used["weights"].tolist() == [1, 1, 1]
 
 
@@ -366,27 +455,27 @@ def test_a_bias_and_an_area_that_memorise_a_fold_gain_nothing_on_it(small):
                 truths[n, 4 * c + 2:4 * c + 4] = c
     oof = FakeOof(probs[None], truths, parts)
     _, thumbs, small_truths, _ = ensemble.survey(oof)
-    seen = ensemble.fit_bias([1.0], thumbs[:, parts == 0], small_truths[parts == 0])
+    seen = ensemble.fit_bias(thumbs[0, parts == 0].astype(np.float32), small_truths[parts == 0])
     assert seen[1] > 0 and not seen[2:].any()
     used, _, tried = chosen(oof)
-    assert tried["log-bias"]["taken"] == "no" and tried["log-bias"]["gain"] <= 0
-    assert not used["bias"].any() and tried["minimum area"]["gain"] <= 0
+    assert tried["log-bias"]["taken"] == "no" and tried["log-bias"]["v3 gain"] <= 0
+    assert not used["log-bias"].any() and tried["minimum area"]["v3 gain"] <= 0
 
 
 @pytest.fixture
 def fits(monkeypatch):
     """{name: what each call of that fit returned}, and everything is taken whatever it gains."""
-    found = {name: [] for name in ("fit_weights", "fit_bias", "fit_min_area")}
+    found = {name: [] for name in ("fit_weights", "fit_bias", "fit_least_share", "fit_min_area")}
 
     def recorded(name):
         fit = getattr(ensemble, name)
         return lambda *args: found[name].append(fit(*args)) or found[name][-1]
-    for name in ("fit_weights", "fit_bias"):
+    for name in ("fit_weights", "fit_bias", "fit_least_share"):
         monkeypatch.setattr(ensemble, name, recorded(name))
     monkeypatch.setattr(ensemble, "STEPS_AFTER_VOTE", [
         ("minimum area", recorded("fit_min_area"), ensemble.remove_small)])
     gain = ensemble.gain
-    monkeypatch.setattr(ensemble, "gain", lambda *args: gain(*args) | {"low": 1.0})
+    monkeypatch.setattr(ensemble, "gain", lambda *args: gain(*args) | {"low": 1.0, "high": 2.0})
     return found
 
 
@@ -399,8 +488,8 @@ def test_nothing_that_scores_a_fold_depends_on_its_truth_however_many_fits_stand
     other = np.where((parts == part)[:, None, None], random_truths(rng, 12, 4), truths)
     chosen(FakeOof(probs, other.astype(np.uint8), parts))
     for name, results in fits.items():
-        half = len(results) // 2  # areas are fitted twice: with the log-bias and without
-        assert half == (8 if name == "fit_min_area" else 4)
+        half = len(results) // 2  # areas are fitted after each of the four ways to vote
+        assert half == 4 * {"fit_least_share": 2, "fit_min_area": 4}.get(name, 1)
         before, after = results[:half][part::4], results[half:][part::4]
         assert np.array_equal(before, after), name
     assert any((b != a).any() for results in fits.values() for b, a in zip(results[:4], results[4:], strict=True))
@@ -412,24 +501,31 @@ def test_each_fold_is_scored_with_what_was_fitted_on_the_others_and_the_last_fit
     oof = FakeOof(np.stack([blurred(rng, truths, 3, right) for right in (0.2, 0.6)]), truths, parts)
     used, counts, tried = chosen(oof)
     taken, = {name for name, row in tried.items() if row["taken"] == "yes"} - {"fitted weights"}
-    if "log-bias" not in taken:
-        fits["fit_bias"] = [np.zeros(3)] * 4
-    fits["fit_min_area"] = {"log-bias": [np.zeros(3, int)] * 4, "minimum area": fits["fit_min_area"][:4],
-                            "log-bias + minimum area": fits["fit_min_area"][4:]}[taken]
+    parts_taken = taken.split(" + ")
+    bias = fits["fit_bias"] if "log-bias" in parts_taken else [np.zeros(3)] * 4
+    shares, areas = [0] * 4, [np.zeros(3, int)] * 4
+    if "least share" in parts_taken:
+        first = 4 * ("log-bias" in parts_taken)
+        shares = fits["fit_least_share"][first:first + 4]
+    if "minimum area" in parts_taken:
+        first = 4 * ["", "log-bias", "least share", "log-bias + least share"].index(" + ".join(parts_taken[:-1]))
+        areas = fits["fit_min_area"][first:first + 4]
+    fits |= {"fit_bias": bias, "fit_least_share": shares, "fit_min_area": areas}
     assert tried["fitted weights"]["taken"] == "yes"
     for n, part in enumerate(parts):
-        pred = slow_vote(oof.probs(n), fits["fit_weights"][part], fits["fit_bias"][part])
-        areas = np.bincount(pred.ravel(), minlength=3)
-        pred = np.where(areas[pred] >= fits["fit_min_area"][part][pred], pred, 0)
+        pred = slow_vote(oof.probs(n), fits["fit_weights"][part], bias[part], shares[part])
+        n_pixels = np.bincount(pred.ravel(), minlength=3)
+        pred = np.where(n_pixels[pred] >= areas[part][pred], pred, 0)
         assert (counts["with what is taken"][n] == confusion_matrix(
             truths[n].ravel(), pred.ravel(), labels=range(3))).all()
-    for key, name in (("weights", "fit_weights"), ("bias", "fit_bias"), ("minimum area", "fit_min_area")):
+    for key, name in (("weights", "fit_weights"), ("log-bias", "fit_bias"), ("least share", "fit_least_share"),
+                      ("minimum area", "fit_min_area")):
         assert (used.get(key, 0) == fits[name][3]).all()
 
 
 def test_one_group_of_photos_has_no_other_part_so_nothing_is_tried(small):
     used, counts, tried = chosen(FakeOof(*stray(6, 5), np.zeros(6, int)))
-    assert tried == {} and used.keys() == {"weights", "bias"} and len(counts) == 3
+    assert tried == {} and used.keys() == {"weights", "log-bias", "least share"} and len(counts) == 3
 
 
 # ---- steps after the vote -------------------------------------------------------------------------------------------
@@ -465,7 +561,7 @@ def test_each_step_keeps_what_a_mask_is_and_never_loses_on_the_images_that_it_wa
 
 def test_the_names_of_the_steps_are_their_own():
     names = [name for name, _, _ in ensemble.STEPS_AFTER_VOTE]
-    assert len(set(names)) == len(names) and not {*names} & {"weights", "bias", "log-bias"}
+    assert len(set(names)) == len(names) and not {*names} & {"weights", "log-bias", "least share"}
 
 
 def fit_shift(preds, truths, n_classes):
@@ -493,13 +589,13 @@ def test_every_combination_of_steps_is_tried_in_order_and_a_step_sees_what_those
     probs, truths = stray(12, 5)
     oof = FakeOof(probs, truths, np.arange(12) % 3)
     used, counts, tried = chosen(oof)
-    names = ["log-bias", "minimum area", "look", "shift"]
-    wanted = [" + ".join(some) for size in range(1, 5) for some in combinations(names, size)]
-    assert list(tried) == wanted and len(seen) == 4 * 4  # what follows a step shares its fit
-    alone, after_area = seen[:4], seen[8:12]
+    names = ["log-bias", "least share", "minimum area", "look", "shift"]
+    wanted = [" + ".join(some) for size in range(1, 6) for some in combinations(names, size)]
+    assert list(tried) == wanted and len(seen) == 8 * 4  # what follows a step shares its fit
+    alone, after_area = seen[:4], seen[12:16]
     assert all(((preds == 2).sum((1, 2)) == 5).all() for preds in alone) and not any((a == 2).any() for a in after_area)
     assert [len(preds) for preds in alone] == [8, 8, 8, 12]
-    assert used.keys() == {"weights", "bias", "minimum area"}  # of equal gains the first
+    assert used.keys() == {"weights", "log-bias", "least share", "minimum area"}  # of equal gains the first
     assert image_miou(counts["with what is taken"]).mean() == pytest.approx(
         slow_v3([ensemble.apply_steps(pred.copy(), used) for pred in probs[0].argmax(1).astype(np.uint8)], truths))
 
@@ -523,7 +619,7 @@ def test_a_new_step_is_one_entry_and_tried_gated_applied_shown_and_reported(
     tried = pd.read_csv(tmp_path / "tables/tried.csv", index_col="tried")
     assert tried.index.tolist() == ["log-bias", "minimum area", "shift", "log-bias + minimum area", "log-bias + shift",
                                     "minimum area + shift", "log-bias + minimum area + shift"]
-    assert (tried.loc["shift", "low"] > 0) == gains
+    assert (tried.loc["shift", "v3 low"] > 0) == gains
     taken, = tried.index[tried["taken"] == "yes"]
     assert ("shift" in taken) == gains
     printed, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
@@ -637,11 +733,6 @@ def runs_of(experiments, pattern):
 
 
 # ---- experiments side by side ---------------------------------------------------------------------------------------
-
-
-def slow_v2(preds, truths):
-    """By scikit-learn, all pixels at once."""
-    return jaccard_score(truths.ravel(), preds.ravel(), labels=np.union1d(truths, preds), average="macro")
 
 
 def slow_votes(runs, split, ids):
@@ -1119,7 +1210,7 @@ def test_weights_that_are_none_are_refused(weights, capsys):
 
 def test_given_weights_decide_the_submission(tiny_data, cache, splits, experiments, tmp_path, monkeypatch):
     gain = ensemble.gain
-    monkeypatch.setattr(ensemble, "gain", lambda after, before: gain(after, before) | {"low": -1.0})
+    monkeypatch.setattr(ensemble, "gain", lambda *args: gain(*args) | {"low": -1.0})
     runs = runs_of(experiments, "good/r0/*/*/*/f*")[:3]
     run_ensemble(tiny_data, cache, "soft", "--weights", "1,3", "--out", tmp_path / "s.csv", *runs)
     a0, a1, b0 = (np.load(run / "test.npy").astype(float) for run in runs)
