@@ -714,6 +714,15 @@ def test_a_verdict_is_given_for_each_step_in_the_last_round(tiny_data, cache, ex
     assert max(map(len, out.split("held out")[1].split("\nIoU")[0].splitlines()[1:])) <= 80
 
 
+def test_a_verdict_groups_the_scores_and_leaves_out_what_is_not_known():
+    columns = {"experiment": ["a", "b"]}
+    for label, low, high in (
+            ("v3", -0.1, 0.2), ("v2", 0.1, 0.2), ("test v3", -0.2, 0), ("test v2", math.nan, math.nan)):
+        columns |= {f"{label} low": [math.nan, low], f"{label} high": [math.nan, high]}
+    said = ensemble.verdict(columns, ["v3", "v2", "test v3", "test v2"], 1)
+    assert said == "b against a: no more than chance apart by v3 and test v3, better by v2"
+
+
 def test_an_experiment_may_be_named_like_a_round(tiny_data, cache, experiments, tmp_path, capsys):
     shutil.copytree(experiments / "good", tmp_path / "r5")
     run_ensemble(tiny_data, cache, "compare", experiments / "good", tmp_path / "r5")
