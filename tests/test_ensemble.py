@@ -813,11 +813,12 @@ def test_the_picture_of_experiments_is_a_light_png(tiny_data, cache, experiments
     monkeypatch.setattr(ensemble, "draw_staircase", lambda axes, *args: drawn.append(args))
     run_ensemble(tiny_data, cache, "compare", "--tables", tmp_path, "--picture", tmp_path / "c.png", "weak", "good/r1")
     rows = pd.read_csv(tmp_path / "compare.csv")
-    for (names, series), metric in zip(drawn, ("v3", "v2"), strict=True):
+    for (names, series, asides), metric in zip(drawn, ("v3", "v2"), strict=True):
         (label, steps), = series.items()
         assert names == ["1 weak", "2 good/r1"] and label == f"{metric} out of fold"
-        wanted = rows[[metric, f"{metric} low", f"{metric} high"]].to_numpy()
-        np.testing.assert_allclose(steps, wanted)
+        ends = [rows[f"{metric} {end}"] + rows[metric] - rows[f"{metric} gain"] for end in ("low", "high")]
+        np.testing.assert_allclose(steps, np.transpose([rows[metric], *ends]))
+        assert not asides
     with Image.open(tmp_path / "c.png") as picture:
         assert round(picture.info["dpi"][0]) == 120 and picture.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
 
@@ -825,10 +826,11 @@ def test_the_picture_of_experiments_is_a_light_png(tiny_data, cache, experiments
 def test_a_staircase_has_treads_at_the_scores_and_bars_around_them():
     axes = Figure().subplots()
     unknown = math.nan
-    steps = [(0.4, unknown, unknown), (0.5, 0.05, 0.2), None, (0.3, unknown, unknown), (0.2, -0.3, 0.1)]
-    ensemble.draw_staircase(axes, list("abcde"), {"v3": steps, "other": [(0.6, unknown, unknown)] * 5})
+    steps = [(0.4, unknown, unknown), ensemble.around(0.5, 0.1, 0.05, 0.2), (unknown,) * 3, (0.3, unknown, unknown),
+             ensemble.around(0.2, -0.1, -0.3, 0.1)]
+    ensemble.draw_staircase(axes, list("abcde"), {"v3": steps, "other": [(0.6, unknown, unknown)] * 5}, asides=[1])
     stairs = axes.patches[0].get_data()
-    assert stairs.values.tolist() == pytest.approx([0.4, 0.5, unknown, 0.3, 0.2], nan_ok=True)
+    assert stairs.values.tolist() == pytest.approx([0.4, 0.4, unknown, 0.3, 0.2], nan_ok=True)
     assert stairs.edges.tolist() == [-0.5, 0.5, 1.5, 2.5, 3.5, 4.5]
     bars = [bar for bar in axes.collections[0].get_segments() if len(bar)]  # without those of NaN
     assert [bar[:, 1].tolist() for bar in bars] == [pytest.approx([0.45, 0.6]), pytest.approx([0.0, 0.4])]
@@ -842,7 +844,7 @@ def test_names_under_a_staircase_do_not_overlap(n_steps, name):
     figure = Figure((5.5, 5), layout="constrained")  # as narrow as a figure of a report
     axes = figure.subplots()
     names = [name.format(i) for i in range(n_steps)]
-    ensemble.draw_staircase(axes, names, {"v3": [(0.1 * i, 0.05, 0.2) for i in range(n_steps)]})
+    ensemble.draw_staircase(axes, names, {"v3": [(0.1 * i, 0.1 * i - 0.05, 0.1 * i + 0.2) for i in range(n_steps)]})
     figure.savefig(io.BytesIO(), format="png")
     labels = axes.get_xticklabels()
     assert len({label.get_text() for label in labels}) == n_steps
