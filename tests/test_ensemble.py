@@ -805,6 +805,15 @@ def test_a_verdict_is_given_for_each_step_in_the_last_round(tiny_data, cache, ex
     assert max(map(len, out.split("held out")[1].split("\nIoU")[0].splitlines()[1:])) <= 80
 
 
+def test_a_verdict_groups_the_scores_and_leaves_out_what_is_not_known():
+    columns = {"experiment": ["a", "b"]}
+    for label, low, high in (
+            ("v3", -0.1, 0.2), ("v2", 0.1, 0.2), ("test v3", -0.2, 0), ("test v2", math.nan, math.nan)):
+        columns |= {f"{label} low": [math.nan, low], f"{label} high": [math.nan, high]}
+    said = ensemble.verdict(columns, ["v3", "v2", "test v3", "test v2"], 1)
+    assert said == "b against a: no more than chance apart by v3 and test v3, better by v2"
+
+
 def test_an_experiment_may_be_named_like_a_round(tiny_data, cache, experiments, tmp_path, capsys):
     shutil.copytree(experiments / "good", tmp_path / "r5")
     run_ensemble(tiny_data, cache, "compare", experiments / "good", tmp_path / "r5")
@@ -895,11 +904,12 @@ def test_the_picture_of_experiments_is_a_light_png(tiny_data, cache, experiments
     monkeypatch.setattr(ensemble, "draw_staircase", lambda axes, *args: drawn.append(args))
     run_ensemble(tiny_data, cache, "compare", "--tables", tmp_path, "--picture", tmp_path / "c.png", "weak", "good/r1")
     rows = pd.read_csv(tmp_path / "compare.csv")
-    for (names, series), metric in zip(drawn, ("v3", "v2"), strict=True):
+    for (names, series, asides), metric in zip(drawn, ("v3", "v2"), strict=True):
         (label, steps), = series.items()
         assert names == ["1 weak", "2 good/r1"] and label == f"{metric} out of fold"
-        wanted = rows[[metric, f"{metric} low", f"{metric} high"]].to_numpy()
-        np.testing.assert_allclose(steps, wanted)
+        ends = [rows[f"{metric} {end}"] + rows[metric] - rows[f"{metric} gain"] for end in ("low", "high")]
+        np.testing.assert_allclose(steps, np.transpose([rows[metric], *ends]))
+        assert not asides
     with Image.open(tmp_path / "c.png") as picture:
         assert round(picture.info["dpi"][0]) == 120 and picture.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
 
@@ -907,10 +917,11 @@ def test_the_picture_of_experiments_is_a_light_png(tiny_data, cache, experiments
 def test_a_staircase_has_treads_at_the_scores_and_bars_around_them():
     axes = Figure().subplots()
     unknown = math.nan
-    steps = [(0.4, unknown, unknown), (0.5, 0.05, 0.2), None, (0.3, unknown, unknown), (0.2, -0.3, 0.1)]
-    ensemble.draw_staircase(axes, list("abcde"), {"v3": steps, "other": [(0.6, unknown, unknown)] * 5})
+    steps = [(0.4, unknown, unknown), ensemble.around(0.5, 0.1, 0.05, 0.2), (unknown,) * 3, (0.3, unknown, unknown),
+             ensemble.around(0.2, -0.1, -0.3, 0.1)]
+    ensemble.draw_staircase(axes, list("abcde"), {"v3": steps, "other": [(0.6, unknown, unknown)] * 5}, asides=[1])
     stairs = axes.patches[0].get_data()
-    assert stairs.values.tolist() == pytest.approx([0.4, 0.5, unknown, 0.3, 0.2], nan_ok=True)
+    assert stairs.values.tolist() == pytest.approx([0.4, 0.4, unknown, 0.3, 0.2], nan_ok=True)
     assert stairs.edges.tolist() == [-0.5, 0.5, 1.5, 2.5, 3.5, 4.5]
     bars = [bar for bar in axes.collections[0].get_segments() if len(bar)]  # without those of NaN
     assert [bar[:, 1].tolist() for bar in bars] == [pytest.approx([0.45, 0.6]), pytest.approx([0.0, 0.4])]
@@ -924,7 +935,7 @@ def test_names_under_a_staircase_do_not_overlap(n_steps, name):
     figure = Figure((5.5, 5), layout="constrained")  # as narrow as a figure of a report
     axes = figure.subplots()
     names = [name.format(i) for i in range(n_steps)]
-    ensemble.draw_staircase(axes, names, {"v3": [(0.1 * i, 0.05, 0.2) for i in range(n_steps)]})
+    ensemble.draw_staircase(axes, names, {"v3": [(0.1 * i, 0.1 * i - 0.05, 0.1 * i + 0.2) for i in range(n_steps)]})
     figure.savefig(io.BytesIO(), format="png")
     labels = axes.get_xticklabels()
     assert len({label.get_text() for label in labels}) == n_steps

@@ -193,7 +193,7 @@ SHELLS = ("$$(touch pwned)", "`touch pwned`", "; touch pwned", "x & touch pwned"
 
 @pytest.mark.parametrize("knobs, message", [
     *(({typo: 1}, f"unknown knob: {typo};") for typo in ("FLOD", "lr", "OMP_NUM_THREADS", "STRICT")),
-    *(({knob: ""}, f" {knob} is empty") for knob in KNOBS if knob not in ("ROUND", "CODE", "LAUNCH", "A", "B")
+    *(({knob: ""}, f" {knob} is empty") for knob in KNOBS if knob not in ("ROUND", "CODE", "LAUNCH", "EXPS", "TRUTH")
       and "_ARGS" not in knob),
     *(({knob: value}, f"{knob}={value}") for knob, value in (
         ("PER_GPU", 0), ("PER_GPU", 10),
@@ -821,19 +821,27 @@ def test_status_tells_what_is_stale_from_what_is_done(built):
     assert text.count("stale") == 4 and "region_loss" in text
 
 
-@pytest.mark.parametrize("knobs, wrong", [
-    ({}, "A="), ({"A": "main"}, "B="), ({"B": "main"}, "A="), ({"A": "main", "B": "empty"}, "B=empty"),
-    ({"A": "nosuch", "B": "main"}, "A=nosuch")])
-def test_compare_without_two_experiments_that_were_scored_is_an_error_of_one_line(built, knobs, wrong):
+@pytest.mark.parametrize("exps, told", [
+    (None, "EXPS=: compare takes two or more experiments, or rounds"),
+    ("main ", "EXPS=main : compare takes two or more experiments, or rounds"),
+    ("main empty", "there is no out/empty/r*/"), ("nosuch main", "there is no out/nosuch/r*/"),
+    ("main ../main", "EXPS=main ../main can not be"), ("main,lr5 main", "EXPS=main,lr5 main can not be")])
+def test_compare_without_two_experiments_that_were_scored_is_an_error_of_one_line(built, exps, told):
     (built / "out/empty/r0").mkdir(parents=True)
-    error = make(built, "compare", code=2, **knobs).stderr
-    assert f" {wrong}" in error and "compare takes two experiments, or rounds" in error and error.count("\n") == 1
+    error = make(built, "compare", code=2, **({} if exps is None else {"EXPS": exps})).stderr
+    assert told in error and error.count("\n") == 1
 
 
 def test_compare_and_score_train_nothing(built):
     before = contents(built)
     shutil.copytree(built / "out/main", built / "out/lr5")
-    assert "out/lr5 is no more than chance apart" in make(built, "compare", A="main", B="lr5").stdout
-    assert "out/main/r1 is" in make(built, "compare", A="main/r0", B="main/r1").stdout
+    shutil.copy(built / "data/train.json", built / "the truth.json")
+    out = make(built, "compare", EXPS="main/r0  main lr5").stdout
+    assert "\nout/lr5 against out/main: no more than chance apart by v3 and v2\n" in out
+    assert "\nout/main against out/main/r0: " in out
+    assert (built / "out/compare.csv").read_text().count("\n") == 4 and (built / "out/compare-iou.csv").exists()
+    assert (built / "out/compare.png").read_bytes().startswith(b"\x89PNG")
+    error = make(built, "compare", EXPS="main lr5", TRUTH="the truth.json", code=2).stderr
+    assert re.match(r"(the truth.json: test image \d+: it has no such image\n){4}make: ", error)
     make(built, "score")
     assert (built / "out/main/report").is_dir() and contents(built) == before
