@@ -586,14 +586,13 @@ def count_pixels(preds, truths, n_classes):
     return counts.reshape(len(preds), n_classes, n_classes)
 
 
-def shrink(values, truths):
-    """Return values [C] nearer to 0 for classes that few of the images of truths [N, ...] have.
+def shrink(values, counts):
+    """Return values [C] nearer to 0 for classes that few images have, in truth or prediction.
 
-    With HALF_TRUSTED images a value is halved: what was fitted on so few is half chance.
+    With HALF_TRUSTED images a value is halved: what was fitted on so few is half chance. counts:
+    pixel counts [N, C, C].
     """
-    n_images = [(truths == class_id).reshape(len(truths), -1).any(1).sum()
-                for class_id in range(len(values))]
-    n_images = np.array(n_images)
+    n_images = (counts.sum(1) + counts.sum(2) > 0).sum(0)
     return values * n_images / (n_images + HALF_TRUSTED)
 
 
@@ -635,7 +634,8 @@ def fit_bias(total, truths):
     """Return the log-bias [C] of the classes' votes [N, C, P] that gains most, after shrink."""
     def measure(bias):
         return score_of(total * np.float32(np.exp(bias))[:, None], truths)
-    return shrink(coordinate_search(np.zeros(total.shape[1]), BIASES, measure), truths)
+    bias = coordinate_search(np.zeros(total.shape[1]), BIASES, measure)
+    return shrink(bias, count_pixels(total.argmax(1), truths, len(bias)))
 
 
 def fit_least_share(total, truths):
@@ -667,7 +667,7 @@ def fit_min_area(preds, truths, n_classes):
                        for pred, truth in zip(preds, truths, strict=True)])
     foreground = np.arange(n_classes) > 0
     best_common = max((area * foreground for area in AREAS), key=measure)
-    return shrink(coordinate_search(best_common, AREAS, measure), truths)
+    return shrink(coordinate_search(best_common, AREAS, measure), counts)
 
 
 def apply_min_area(counts, min_area):

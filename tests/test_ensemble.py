@@ -170,9 +170,9 @@ def test_a_least_share_is_fitted_where_stray_classes_cost_score():
 
 
 def test_what_few_images_have_is_shrunk_towards_nothing():
-    truths = np.zeros((30, 4), np.uint8)
-    truths[:10, 0], truths[:, 1], truths[0, 2] = 1, 2, 3
-    assert ensemble.shrink(np.array([7, 1, -2, 11, 5.0]), truths).tolist() == [7 * 30 / 40, 0.5, -1.5, 1, 0]
+    counts = np.zeros((30, 5, 5), int)
+    counts[:, 0, 0], counts[:4, 1, 0], counts[4:10, 0, 1], counts[:, 2, 2], counts[0, 3, 3] = 9, 1, 1, 1, 1
+    assert ensemble.shrink(np.array([7, 1, -2, 11, 5.0]), counts).tolist() == [7 * 30 / 40, 0.5, -1.5, 1, 0]
 
 
 def test_a_survey_counts_each_member_where_it_has_predicted_and_thins_its_probabilities(small):
@@ -402,14 +402,25 @@ def stray(n_images, pixels):
     return one_hot(preds, 3)[None], truths
 
 
-def test_a_minimum_area_is_taken_when_stray_pixels_cost_score_and_not_otherwise(small):
+def test_a_least_share_is_taken_where_it_does_what_areas_would(small):
+    _, truths = stray(30, 0)
+    preds = truths.copy()
+    preds[:, 14, :6] = 2  # with one of the 4 x 4 pixels that shares are fitted on, of which class 1 has 8
+    used, counts, tried = chosen(FakeOof(one_hot(preds, 3)[None], truths, np.arange(30) % 3))
+    assert tried["least share"]["taken"] == "yes" and used["least share"] == 0.2
+    assert (counts["with what is taken"].sum(0) == [[128 * 30, 0, 0], [0, 128 * 30, 0], [0, 0, 0]]).all()
+
+
+def test_a_minimum_area_is_taken_when_stray_pixels_cost_score_and_not_otherwise(small, monkeypatch):
+    monkeypatch.setattr(ensemble, "LEAST_SHARES", ())
     used, counts, tried = chosen(FakeOof(*stray(30, 5), np.arange(30) % 3))
     assert tried["minimum area"]["taken"] == "yes" and used["minimum area"][2] > 5
     assert used["minimum area"][0] == 0 and used["minimum area"][1] < SIDE * 8
     assert image_miou(counts["soft vote, equal weights"]).mean() == pytest.approx(0.66, abs=0.01)
     assert image_miou(counts["with what is taken"]).mean() > 0.97
     used, counts, tried = chosen(FakeOof(*stray(30, 0), np.arange(30) % 3))
-    assert tried["minimum area"]["taken"] == "no" and used.keys() == {"weights", "log-bias", "least share"} and not used["log-bias"].any()
+    assert tried["minimum area"]["taken"] == "no" and used.keys() == {"weights", "log-bias", "least share"}
+    assert not used["log-bias"].any() and not used["least share"]
     assert (counts["with what is taken"] == counts["soft vote, equal weights"]).all()
 
 
@@ -520,7 +531,7 @@ def test_each_fold_is_scored_with_what_was_fitted_on_the_others_and_the_last_fit
             truths[n].ravel(), pred.ravel(), labels=range(3))).all()
     for key, name in (("weights", "fit_weights"), ("log-bias", "fit_bias"), ("least share", "fit_least_share"),
                       ("minimum area", "fit_min_area")):
-        assert (used.get(key, 0) == fits[name][3]).all()
+        assert np.all(used.get(key, 0) == fits[name][3])
 
 
 def test_one_group_of_photos_has_no_other_part_so_nothing_is_tried(small):
@@ -586,6 +597,7 @@ def test_every_combination_of_steps_is_tried_in_order_and_a_step_sees_what_those
     monkeypatch.setattr(ensemble, "STEPS_AFTER_VOTE", [
         ("minimum area", ensemble.fit_min_area, ensemble.remove_small), ("look", fit, lambda pred, params: pred),
         ("shift", fit_shift, apply_shift)])
+    monkeypatch.setattr(ensemble, "LEAST_SHARES", ())
     probs, truths = stray(12, 5)
     oof = FakeOof(probs, truths, np.arange(12) % 3)
     used, counts, tried = chosen(oof)
@@ -617,8 +629,8 @@ def test_a_new_step_is_one_entry_and_tried_gated_applied_shown_and_reported(
     run_ensemble(tiny_data, cache, "soft", "--out", out, "--tables", tmp_path / "tables", "--report",
                  tmp_path / "report.html", *runs)
     tried = pd.read_csv(tmp_path / "tables/tried.csv", index_col="tried")
-    assert tried.index.tolist() == ["log-bias", "minimum area", "shift", "log-bias + minimum area", "log-bias + shift",
-                                    "minimum area + shift", "log-bias + minimum area + shift"]
+    names = ["log-bias", "least share", "minimum area", "shift"]
+    assert tried.index.tolist() == [" + ".join(some) for size in range(1, 5) for some in combinations(names, size)]
     assert (tried.loc["shift", "v3 low"] > 0) == gains
     taken, = tried.index[tried["taken"] == "yes"]
     assert ("shift" in taken) == gains
@@ -1156,8 +1168,11 @@ def test_score_prints_every_table_and_keeps_it(tiny_data, cache, experiments, tm
     waterfall = pd.read_csv(tmp_path / "report/waterfall.csv")
     assert sorted(waterfall["member"]) == names and waterfall["member"].iloc[-1] == names[2]
     tried = pd.read_csv(tmp_path / "report/tried.csv", index_col="tried")
-    assert tried.index.tolist() == ["fitted weights", "log-bias", "minimum area", "log-bias + minimum area"]
-    assert ((tried["low"] > 0) == (tried["taken"] == "yes")).all()
+    assert tried.index.tolist() == [
+        "fitted weights", "log-bias", "least share", "minimum area", "log-bias + least share",
+        "log-bias + minimum area", "least share + minimum area", "log-bias + least share + minimum area"]
+    taken = tried[tried["taken"] == "yes"]
+    assert (taken["v3 low"] > 0).all() and (taken["v2 high"] >= 0).all()
 
 
 def test_a_member_without_some_folds_is_scored_on_what_it_covers(tiny_data, cache, splits, experiments, tmp_path):
