@@ -47,6 +47,7 @@ LAUNCH     ?=
 DEVICE     ?= auto
 PER_GPU    ?= 1
 PY         ?= .venv/bin/python
+HOLDOUT    ?=
 CODE       ?=
 about.DATA        := folder of the competition, with train.json and test.json
 about.EXP         := name of the experiment; everything lands in out/EXP; lad/a, lad/b share runs
@@ -77,11 +78,12 @@ about.GPUS        := processes, each with a GPU, of one run; on a CPU as many pr
 about.LAUNCH      := goes before every command that computes, such as srun --gpus=1
 about.DEVICE      := auto takes an idle GPU, or the CPU
 about.PER_GPU     := jobs of make -j that may share a GPU, 1 to 9
+about.HOLDOUT     := share of the labelled photos that holdout makes a test set of, 0.05 to 0.5
 about.PY          := python to use; PY=python takes the current environment
 about.CODE        := after an edit of a script: new makes anew what it made, keep keeps it
 KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT ORIENTATION \
     UNUSED EPOCHS BATCH LR SEED WEIGHTS TTA VOTE A B IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS \
-    SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH DEVICE PER_GPU PY CODE
+    SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH DEVICE PER_GPU HOLDOUT PY CODE
 
 # ---- knobs are checked first, all of them; the plan below checks what only scripts know ----------
 given := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
@@ -96,7 +98,7 @@ $(foreach v,$(set_by_user),$(if $(findstring $$,$(value $v)),$(error $v has a $$
     $(if $(findstring $(newline),$(value $v)),$(error $v has more than one line)))
 wanted := $(value MAKECMDGOALS)
 $(if $(filter out/%,$(wanted)),$(error make takes commands, such as submit, not files: $(wanted)))
-may_be_empty := ROUND A B %_ARGS LAUNCH CODE
+may_be_empty := ROUND A B %_ARGS LAUNCH HOLDOUT CODE
 $(foreach v,$(filter-out $(may_be_empty),$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
 quote  = '$(subst ','\'',$1)'
 # only DATA, which may be any path, is quoted where a shell reads it; other knobs have nothing that
@@ -107,6 +109,7 @@ legal.EXP    := $(piece)(/$(piece))*
 legal.A      := ($(legal.EXP))?
 legal.B      := ($(legal.EXP))?
 legal.CODE   := (new|keep)?
+legal.HOLDOUT := (0?[.][0-9]+)?
 legal.NFOLDS := [2-9]|10
 legal.ROUNDS := [0-9]
 legal.ROUND  := [0-9]?
@@ -123,6 +126,8 @@ $(if $(wrong),$(error $(wrong) can not be: numbers are whole, CODE is new or kee
 $(if $(filter cache cache/%,$(EXP)),$(error EXP=$(EXP): out/cache belongs to all experiments))
 $(if $(filter pseudo,$(wanted)),\
     $(if $(filter 0,$(ROUND)),$(error ROUND=0 learns from no pseudo labels)))
+$(if $(filter holdout,$(wanted)),\
+    $(if $(HOLDOUT),,$(error HOLDOUT is empty: holdout takes a share, HOLDOUT=0.15)))
 $(if $(filter submit,$(wanted)),$(foreach v,$(filter MODEL SCALE FOLD ROUND,$(given)),\
     $(error submit takes $vS, not $v)))
 scored  = $(wildcard out/$1/r[0-9]/*/*/s*/f*/valid.json out/$1/*/*/s*/f*/valid.json)
@@ -211,8 +216,8 @@ $(filter %/submission.csv,$(TODO)): | $(filter-out %/submission.csv,$(TODO))
 	    .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt; touch $@
 
 # ---- commands ------------------------------------------------------------------------------------
-.PHONY: help setup check train pseudo submit score why status compare runtimes bench sweep demo \
-    test chaos test-gpu test-all lint clean
+.PHONY: help setup check train pseudo submit score why status compare holdout runtimes bench \
+    sweep demo test chaos test-gpu test-all lint clean
 help: ## show this text
 	@echo 'usage: make COMMAND [KNOB=VALUE ...]'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -241,6 +246,8 @@ status: | $(SETUP) ## which runs are done, how long the others will take, what i
 	@$(PY) ensemble.py status $(grid) --dry
 compare: | $(SETUP) ## whether B beats A on images that both held out: A=main B=lr5, A=main/r0 ...
 	@$(run) ensemble.py compare $(data) $(filter --mixed,$(SUBMIT_ARGS)) out/$A out/$B
+holdout: | $(SETUP) ## a DATA in out/EXP/data that tests on HOLDOUT=0.15 of the labelled photos
+	@$(run) ensemble.py holdout $(data) $(how_read) --share $(HOLDOUT) --out $(OUT)/data
 runtimes: | $(SETUP) ## speed, size and memory of models and scales, in out/runtimes.csv and .png
 	@failed=0; $(foreach m,$(MODEL),$(foreach s,$(SCALE),$(run) train.py $(data) --exp $(OUT) \
 	    --model $m --scale $s --batch $(BATCH) $(device) --runtimes out/runtimes.csv || \

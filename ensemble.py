@@ -6,6 +6,7 @@
     python ensemble.py compare --data DATA out/main out/lr5
     python ensemble.py plan --data DATA --exp out/main GRID     (make asks this)
     python ensemble.py status --data DATA --exp out/main GRID   (make status)
+    python ensemble.py holdout --data DATA --share 0.15 --out out/lad/data
 
 A run is a folder of train.py and infer.py; runs that differ only in the fold are one member. soft
 averages probabilities, hard counts the votes of submissions and runs. Both write the CSV in
@@ -17,6 +18,7 @@ the others, and used only if the 95% interval of its gain in v3 is above zero. A
 after the vote is one entry in STEPS_AFTER_VOTE. plan compares what made each file of an experiment
 with what would make it now, and prints the files that are to be made; status prints how far each
 run is and why a file isn't up to date. GRID: the models, scales and folds, as make passes them.
+holdout writes a folder that is a DATA of its own; its test photos are some of DATA's labelled ones.
 """
 import argparse
 import csv
@@ -45,12 +47,12 @@ from common import (
     class_iou, clean, code_hashes, code_of, code_question, code_state, confusion, data_files,
     data_options, decide, different_keys, draw_bars, draw_heat, figure_urls, fingerprint,
     folds_hash, foreground_ids, image_miou, keep_code, label_settings, labels_code, labels_hash,
-    labels_recipe, library_versions, load_data, lock, make_folds, move_aside, named, number,
-    open_store, overlay, provenance, pseudo_folder, read_description, read_folds, read_index_json,
-    read_json, read_own_json, read_probs, read_rows, recipe_changes, run_code, run_folder,
-    run_recipe, run_script, scores, settings_of, short_hash, store_code, store_id, store_recipe,
-    tile_url, try_sides, tta_name, tta_sides, version_changes, whole_manifest, whole_numbers,
-    write_coco, write_description, write_json, write_page, write_sheet)
+    labels_recipe, library_versions, load_data, lock, make_folds, move_aside, move_mark, named,
+    number, open_store, overlay, provenance, pseudo_folder, read_description, read_folds,
+    read_index_json, read_json, read_own_json, read_probs, read_rows, recipe_changes, run_code,
+    run_folder, run_recipe, run_script, scores, settings_of, short_hash, store_code, store_id,
+    store_recipe, tile_url, try_sides, tta_name, tta_sides, version_changes, whole_manifest,
+    whole_numbers, write_coco, write_description, write_json, write_page, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byte first: x86 and ARM
@@ -84,6 +86,7 @@ def parse_args(argv=None):
             ("hard", "data voted runs out", "count the votes of submissions and runs"),
             ("score", "data runs mixed scored tables", "print out-of-fold scores"),
             ("compare", "data mixed tables pair", "say whether one experiment beats another"),
+            ("holdout", "data held", "hold labelled photos out as a test set with annotations"),
             ("plan", "data grid", "print what of an experiment is to be made"),
             ("status", "data grid",
              "say how far the runs are, and why what is not up to date isn't")):
@@ -94,9 +97,10 @@ def parse_args(argv=None):
 
 def shared_options():
     """Return {group: a parser of options that several commands share}."""
-    names = ("data", "voted", "runs", "mixed", "scored", "tables", "out", "pair", "grid")
+    names = ("data", "voted", "runs", "mixed", "scored", "tables", "out", "pair", "held",
+             "grid")
     groups = {name: argparse.ArgumentParser(add_help=False) for name in names}
-    data, voted, runs, mixed, scored, tables, out, pair, grid = groups.values()
+    data, voted, runs, mixed, scored, tables, out, pair, held, grid = groups.values()
     data.add_argument("--data", type=Path, required=True, help="the competition's folder")
     data.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks")
     add_data_options(voted.add_argument_group("how DATA is read, if no voter is a run"))
@@ -121,6 +125,11 @@ def shared_options():
                      "submission: make it anew, or keep it as it is")
     pair.add_argument("experiments", type=Path, nargs=2,
                       help="out/EXP for its last round, or out/EXP/rR")
+    held.add_argument("--share", type=number(float, 0.05, 0.5), required=True,
+                      help="of the labelled photos to hold out; 1/2, 1/3, ... 1/20 can be had")
+    held.add_argument("--out", type=Path, required=True, dest="folder",
+                      help="the folder to write, a DATA of its own")
+    add_data_options(held)
     add_grid(grid)
     return groups
 
@@ -1487,6 +1496,91 @@ def last_round(args, exp):
     return dict(zip(oof.ids, counts, strict=True)), oof
 
 
+# ---- a test set that is held out -----------------------------------------------------------------
+
+
+def choose_held_out(present, groups, share):
+    """Return which images to hold out, bool [N]: about `share` of them, a fold of make_folds.
+
+    present: bool [N, K], which classes an image has; groups: N labels. It is the fold that leaves
+    the fewest classes without an image in training and then, of these, in itself.
+    """
+    folds = make_folds(present, groups, round(1 / share))
+
+    def lost(fold):
+        """Return how many classes have no image outside the fold, and how many none in it."""
+        outside, inside = present[folds != fold].any(0), present[folds == fold].any(0)
+        return -outside.sum(), -inside.sum()
+    return folds == min(range(round(1 / share)), key=lost)
+
+
+def link_photos(folder, links):
+    """Make the links {name: target} in a folder; raise UserError where something else stands."""
+    for name, target in links.items():
+        path = folder / name
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
+            raise UserError(f"{path} is in the way of a link to {target}: choose another --out")
+        path.symlink_to(target)
+
+
+def write_held_out(folder, coco, held_ids):
+    """Write train.json and test.json of a COCO file: the images `held_ids` are in test.json."""
+    for name, in_test in (("train.json", False), ("test.json", True)):
+        parts = {}
+        for key, id_key in (("images", "id"), ("annotations", "image_id")):
+            parts[key] = [entry for entry in coco[key]
+                          if (whole_numbers(entry)[id_key] in held_ids) == in_test]
+        with atomic_write(folder / name) as scratch:
+            scratch.write_text(json.dumps(coco | parts))  # also NaN, as it stood there
+
+
+def holdout(args):
+    """Write a DATA whose test photos are held out of the labelled ones, unless it is there."""
+    check_output(args.data, args.folder)
+    data, folder, hashes = args.data, args.folder, Hashes(args.cache)
+    train, _ = load_data(data, args.cache, **data_options(vars(args)))
+    names = ("train.json", "test.json")
+    links = {Path(name).parts[0]: None for name in train.file_names}
+    links = {name: os.path.abspath(data / name) for name in links}
+    if taken := {*links} & {"holdout.json", "replaced", "train_all.json", *names}:
+        raise UserError(f"{data}/{min(taken)}: photos can't lie there, holdout writes such a file")
+    if (n_groups := len(set(train.groups))) < round(1 / args.share):
+        raise UserError(f"{data}: {n_groups} group(s) of photos are too few to hold out a share of "
+                        f"{args.share:g}: take a larger --share")
+    wanted = {"share": args.share, "data": train.fingerprint, "links": links}
+    made = folder / "holdout.json"
+    with lock(folder):
+        there = read_own_json(made, {"files": {str: str}})
+        files = {name: hashes(folder / name) for name in names}
+        has_links = all(os.path.realpath(folder / name) == os.path.realpath(target)
+                        for name, target in links.items())
+        if there == wanted | {"files": files} and has_links:
+            print(f"{folder} is there and was made like this: nothing to do")
+            return
+        present = np.array(train.pixels)[:, 1:] > 0
+        held = choose_held_out(present, train.groups, args.share)
+        held_ids = {image_id for image_id, is_held in zip(train.ids, held, strict=True) if is_held}
+        move_aside(folder, ["holdout.json", *names, "train_all.json"])
+        link_photos(folder, links)
+        write_held_out(folder, read_json(data_files(data)[0]), held_ids)
+        files = {name: hashes(folder / name) for name in names}
+        write_json(made, wanted | {"files": files})
+        move_mark(made).unlink(missing_ok=True)
+        tell_held_out(folder, train.classes[1:], present, held)
+
+
+def tell_held_out(folder, classes, present, held):
+    """Print how many photos are held out, and which classes one of both sides lacks."""
+    text = f"{folder}: {held.sum()} of {len(held)} photos are held out, {held.mean():.1%}"
+    for where, images in (("the held-out photos", held), ("training", ~held)):
+        absent = present.any(0) & ~present[images].any(0)
+        if absent.any():
+            text += f"; not in {where}: {', '.join(np.array(classes)[absent])}"
+    print(text)
+
+
 # ---- what make asks: the arguments of the scripts ------------------------------------------------
 
 
@@ -2194,8 +2288,8 @@ def main(args):
     if "out" in args and args.out.suffix != ".csv":
         raise UserError(f"--out {args.out}: must end in .csv; a .png or .json goes beside it")
     check_outputs(args)
-    commands = {"soft": soft, "hard": hard, "score": score, "compare": compare, "plan": plan,
-                "status": status}
+    commands = {"soft": soft, "hard": hard, "score": score, "compare": compare,
+                "holdout": holdout, "plan": plan, "status": status}
     lock_out = nullcontext()
     if "out" in args:
         lock_out = lock(args.out.parent, name=f".{args.out.name}.lock")
