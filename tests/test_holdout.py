@@ -147,6 +147,12 @@ def test_the_fold_that_is_held_out_costs_training_no_class_if_another_one_does_n
     assert held.sum() == 3 and present[held, 1].any() and present[~held, 1].any()
 
 
+def test_a_group_is_held_out_whole():
+    groups = [str(i % 4) for i in range(12)]
+    held = ensemble.choose_held_out(np.ones((12, 1), bool), groups, 0.25)
+    assert sorted(np.array(groups)[held]) == [groups[held.argmax()]] * 3
+
+
 def test_classes_that_a_side_lacks_are_named(tmp_path, capsys):
     annotations = [(i, 0, BOX) for i in range(1, 8)] + [(1, 1, BOX)]
     data = write_coco(tmp_path / "data", [(i, 8, 8) for i in range(1, 9)], annotations,
@@ -191,5 +197,6 @@ def test_make_holds_out_and_needs_a_share(data, tmp_path):
     assert "HOLDOUT is empty" in make(folder, "holdout", code=2, EXP="lad").stderr
     assert "HOLDOUT=15%" in make(folder, "holdout", code=2, EXP="lad", HOLDOUT="15%").stderr
     assert "8 of 40 photos are held out" in make(folder, "holdout", EXP="lad", HOLDOUT=0.2).stdout
+    make(folder, "check", EXP="lad/a", DATA="out/lad/data")
     planned = make(folder, "-n", "submit", EXP="lad/a", DATA="out/lad/data").stdout
-    assert "train.py --check --data 'out/lad/data'" in planned
+    assert "train.py --data 'out/lad/data'" in planned and "--check " not in planned
