@@ -51,6 +51,7 @@ LAUNCH     ?=
 DEVICE     ?= auto
 PER_GPU    ?= 1
 PY         ?= .venv/bin/python
+HOLDOUT    ?=
 CODE       ?=
 about.DATA        := folder of the competition, with train.json and test.json
 about.EXP         := name of the experiment; everything lands in out/EXP; lad/a, lad/b share runs
@@ -85,6 +86,7 @@ about.GPUS        := processes, each with a GPU, of one run; on a CPU as many pr
 about.LAUNCH      := goes before every command that computes, such as srun --gpus=1
 about.DEVICE      := auto takes an idle GPU, or the CPU
 about.PER_GPU     := jobs of make -j that may share a GPU, 1 to 9
+about.HOLDOUT     := share of the labelled photos that holdout makes a test set of, 0.05 to 0.5
 about.PY          := python to use; PY=python takes the current environment
 about.CODE        := after an edit of a script: new makes anew what it made, keep keeps it
 KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT ORIENTATION \
@@ -117,7 +119,7 @@ legal.EXPS   := [ ]*($(legal.EXP)( +$(legal.EXP))*)?[ ]*
 legal.CODE   := (new|keep)?
 legal.METRIC := v[23]
 legal.POST   := fit|none
-legal.HOLDOUT := (0[.][0-9]+)?
+legal.HOLDOUT := (0?[.][0-9]+)?
 legal.NFOLDS := [2-9]|10
 legal.ROUNDS := [0-9]
 legal.ROUND  := [0-9]?
@@ -134,6 +136,8 @@ $(if $(wrong),$(error $(wrong) can not be: numbers are whole, CODE is new or kee
 $(if $(filter cache cache/%,$(EXP)),$(error EXP=$(EXP): out/cache belongs to all experiments))
 $(if $(filter pseudo,$(wanted)),\
     $(if $(filter 0,$(ROUND)),$(error ROUND=0 learns from no pseudo labels)))
+$(if $(filter holdout,$(wanted)),\
+    $(if $(HOLDOUT),,$(error HOLDOUT is empty: holdout takes a share, HOLDOUT=0.15)))
 $(foreach goal,$(filter submit ladder,$(wanted)),\
     $(foreach v,$(filter MODEL SCALE FOLD ROUND,$(given)),$(error $(goal) takes $vS, not $v)))
 scored  = $(wildcard out/$1/r[0-9]/*/*/s*/f*/valid.json out/$1/*/*/s*/f*/valid.json)
@@ -232,8 +236,8 @@ $(filter %/submission.csv,$(TODO)): | $(filter-out %/submission.csv,$(TODO))
 	    .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt; touch $@
 
 # ---- commands ------------------------------------------------------------------------------------
-.PHONY: help setup check train pseudo submit score why status compare ladder runtimes bench sweep demo \
-    test chaos test-gpu test-all lint clean
+.PHONY: help setup check train pseudo submit score why status compare holdout ladder \
+    runtimes bench sweep demo test chaos test-gpu test-all lint clean
 help: ## show this text
 	@echo 'usage: make COMMAND [KNOB=VALUE ...]'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -264,13 +268,14 @@ compare: | $(SETUP) ## what each of EXPS gains over the one before: EXPS="main/r
 	@$(run) ensemble.py compare $(data) $(if $(TRUTH),--truth $(call quote,$(TRUTH))) \
 	    --tables out --picture out/compare.png $(filter --mixed,$(SUBMIT_ARGS)) \
 	    $(addprefix out/,$(EXPS))
+holdout: | $(SETUP) ## a DATA in out/EXP/data that tests on HOLDOUT=0.15 of the labelled photos
+	@$(run) ensemble.py holdout $(data) $(how_read) --share $(HOLDOUT) --out $(OUT)/data
 # a rung is one make submit; how long it took goes to cost.csv if it made anything
 not_asked := EXP DATA LADDER TRUTH HOLDOUT PY LAUNCH DEVICE PER_GPU CODE
 asked   = --preset $(LADDER) $(foreach v,$(filter-out $(not_asked),$(set_by_user)),$(call quote,$v=$($v)))
 climbed = $(call quote,$(if $(HOLDOUT),$(OUT)/data,$(DATA)))
 ladder: | $(SETUP) ## the climb, rung after rung, and what each is worth, in out/EXP/ladder.csv and .png
-	@$(if $(HOLDOUT),$(run) ensemble.py holdout $(data) $(how_read) --share $(HOLDOUT) \
-	    --out $(OUT)/data)
+	$(if $(HOLDOUT),@$(MAKE) --no-print-directory holdout)
 	@rungs=$$($(PY) ensemble.py rungs $(asked)); TIMEFORMAT=%R,%U,%S; \
 	while IFS=$$'\t' read -ra knobs <&4; do \
 	    rung=$(OUT)/$${knobs[0]}; cost=$$rung/cost.csv; mkdir -p $$rung; touch $$rung/.began; \

@@ -6,6 +6,8 @@
     python ensemble.py compare --data DATA out/main/r0 out/main/r1 out/lr5
     python ensemble.py plan --data DATA --exp out/main GRID     (make asks this)
     python ensemble.py status --data DATA --exp out/main GRID   (make status)
+    python ensemble.py holdout --data DATA --share 0.15 --out out/lad/data
+    python ensemble.py ladder --data out/lad/data --exp out/lad KNOB=VALUE ...   (make ladder)
 
 A run is a folder of train.py and infer.py; runs that differ only in the fold are one member. soft
 averages probabilities, hard counts the votes of submissions and runs. Both write the CSV in
@@ -18,6 +20,7 @@ than chance (95%) and v2 doesn't lose so; --metric v2 turns them round. A step o
 vote is one entry in STEPS_AFTER_VOTE. plan compares what made each file of an experiment with what
 would make it now, and prints the files that are to be made; status prints how far each run is and
 why a file isn't up to date. GRID: the models, scales and folds, as make passes them.
+holdout writes a folder that is a DATA of its own; its test photos are some of DATA's labelled ones.
 """
 import argparse
 import csv
@@ -49,12 +52,12 @@ from common import (
     data_options, decide, different_keys, draw_bars, draw_heat, figure_urls, fingerprint,
     first_line, folds_hash, foreground_ids, image_miou, keep_code, label_settings, labels_code,
     labels_hash, labels_recipe, library_versions, load_data, load_truths, lock, make_folds,
-    move_aside, named, number, open_store, overlay, provenance, pseudo_folder, read_description,
-    read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows, recipe_changes,
-    run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash, store_code,
-    store_id, store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides, version_changes,
-    whole_manifest, whole_numbers, write_coco, write_csv, write_description, write_json, write_page,
-    write_sheet)
+    move_aside, move_mark, named, number, open_store, overlay, provenance, pseudo_folder,
+    read_description, read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows,
+    recipe_changes, run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash,
+    store_code, store_id, store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides,
+    version_changes, whole_manifest, whole_numbers, write_coco, write_csv, write_description,
+    write_json, write_page, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byte first: x86 and ARM
@@ -123,7 +126,7 @@ LADDER = (
 # LADDER=NAME of make -> knobs below the lowest rung, where the command line has no others
 LADDER_KNOBS = {
     "full": {"SCALES": "512 384", "EPOCHS": "40"},
-    "fast": {"SCALES": "128 96", "EPOCHS": "8", "FOLDS": "0 1"}}
+    "fast": {"SCALES": "128 96", "EPOCHS": "6", "FOLDS": "0 1"}}
 LADDER_MODELS = ("fpn/tu-tf_efficientnet_lite0 efficientdet/tu-tf_efficientnet_lite0 "
                  "unet/tu-tf_efficientnet_lite0")  # one encoder: WEIGHTS may be a file
 
@@ -140,7 +143,7 @@ def parse_args(argv=None):
             ("score", "data runs mixed scored tables", "print out-of-fold scores"),
             ("compare", "data mixed tables truth steps", "say what experiments gain"),
             ("rungs", "climb", "print the rungs of the ladder, each as make's knobs"),
-            ("holdout", "data voted share", "make test photos with a truth of training photos"),
+            ("holdout", "data held", "hold labelled photos out as a test set with annotations"),
             ("ladder", "data climb rung truth", "say what each rung of a ladder is worth"),
             ("plan", "data grid", "print what of an experiment is to be made"),
             ("status", "data grid",
@@ -153,9 +156,9 @@ def parse_args(argv=None):
 def shared_options():
     """Return {group: a parser of options that several commands share}."""
     names = ("data", "voted", "runs", "mixed", "scored", "tables", "out", "steps", "climb", "rung",
-             "truth", "share", "grid")
+             "truth", "held", "grid")
     groups = {name: argparse.ArgumentParser(add_help=False) for name in names}
-    data, voted, runs, mixed, scored, tables, out, steps, climb, rung, truth, share, grid = (
+    data, voted, runs, mixed, scored, tables, out, steps, climb, rung, truth, held, grid = (
         groups.values())
     data.add_argument("--data", type=Path, required=True, help="the competition's folder")
     data.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks")
@@ -196,9 +199,11 @@ def shared_options():
     add_data_options(rung)
     truth.add_argument("--truth", type=Path,
                        help="COCO file with the objects of the test photos; else test.json's")
-    share.add_argument("--share", type=number(float, 0.05, 0.5), required=True,
-                       help="of the training photos, the nearest of 1/2, 1/3, 1/4, ...")
-    share.add_argument("--out", type=Path, required=True, help="the folder to write")
+    held.add_argument("--share", type=number(float, 0.05, 0.5), required=True,
+                      help="of the labelled photos to hold out; 1/2, 1/3, ... 1/20 can be had")
+    held.add_argument("--out", type=Path, required=True, dest="folder",
+                      help="the folder to write, a DATA of its own")
+    add_data_options(held)
     add_grid(grid)
     return groups
 
@@ -1419,9 +1424,7 @@ def check_outputs(args):
     outputs = []
     if "data" not in given:
         return
-    if args.command == "holdout":
-        outputs.append(args.out)
-    elif given.get("out"):
+    if given.get("out"):
         outputs += [args.out, args.out.with_suffix(".png"), made_file(args.out),
                     oof_file(args.out)]
         if args.coco:
@@ -2037,37 +2040,89 @@ def read_cost(folder):
             "cpu_seconds": sum(row["user"] + row["system"] for row in rows)}
 
 
-# ---- a labelled test set -------------------------------------------------------------------------
+# ---- a test set that is held out -----------------------------------------------------------------
+
+
+def choose_held_out(present, groups, share):
+    """Return which images to hold out, bool [N]: about `share` of them, a fold of make_folds.
+
+    present: bool [N, K], which classes an image has; groups: N labels. It is the fold that leaves
+    the fewest classes without an image in training and then, of these, in itself.
+    """
+    folds = make_folds(present, groups, round(1 / share))
+
+    def lost(fold):
+        """Return how many classes have no image outside the fold, and how many none in it."""
+        outside, inside = present[folds != fold].any(0), present[folds == fold].any(0)
+        return -outside.sum(), -inside.sum()
+    return folds == min(range(round(1 / share)), key=lost)
+
+
+def link_photos(folder, links):
+    """Make the links {name: target} in a folder; raise UserError where something else stands."""
+    for name, target in links.items():
+        path = folder / name
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
+            raise UserError(f"{path} is in the way of a link to {target}: choose another --out")
+        path.symlink_to(target)
+
+
+def write_held_out(folder, coco, held_ids):
+    """Write train.json and test.json of a COCO file: the images `held_ids` are in test.json."""
+    for name, in_test in (("train.json", False), ("test.json", True)):
+        parts = {}
+        for key, id_key in (("images", "id"), ("annotations", "image_id")):
+            parts[key] = [entry for entry in coco[key]
+                          if (whole_numbers(entry)[id_key] in held_ids) == in_test]
+        with atomic_write(folder / name) as scratch:
+            scratch.write_text(json.dumps(coco | parts))  # also NaN, as it stood there
 
 
 def holdout(args):
-    """Write a folder like DATA whose test photos are a share of DATA's training photos.
+    """Write a DATA whose test photos are held out of the labelled ones, unless it is there."""
+    check_output(args.data, args.folder)
+    data, folder, hashes = args.data, args.folder, Hashes(args.cache)
+    train, _ = load_data(data, args.cache, **data_options(vars(args)))
+    names = ("train.json", "test.json")
+    links = {Path(name).parts[0]: None for name in train.file_names}
+    links = {name: os.path.abspath(data / name) for name in links}
+    if taken := {*links} & {"holdout.json", "replaced", "train_all.json", *names}:
+        raise UserError(f"{data}/{min(taken)}: photos can't lie there, holdout writes such a file")
+    if (n_groups := len(set(train.groups))) < round(1 / args.share):
+        raise UserError(f"{data}: {n_groups} group(s) of photos are too few to hold out a share of "
+                        f"{args.share:g}: take a larger --share")
+    wanted = {"share": args.share, "data": train.fingerprint, "links": links}
+    made = folder / "holdout.json"
+    with lock(folder):
+        there = read_own_json(made, {"files": {str: str}})
+        files = {name: hashes(folder / name) for name in names}
+        has_links = all(os.path.realpath(folder / name) == os.path.realpath(target)
+                        for name, target in links.items())
+        if there == wanted | {"files": files} and has_links:
+            print(f"{folder} is there and was made like this: nothing to do")
+            return
+        present = np.array(train.pixels)[:, 1:] > 0
+        held = choose_held_out(present, train.groups, args.share)
+        held_ids = {image_id for image_id, is_held in zip(train.ids, held, strict=True) if is_held}
+        move_aside(folder, ["holdout.json", *names, "train_all.json"])
+        link_photos(folder, links)
+        write_held_out(folder, read_json(data_files(data)[0]), held_ids)
+        files = {name: hashes(folder / name) for name in names}
+        write_json(made, wanted | {"files": files})
+        move_mark(made).unlink(missing_ok=True)
+        tell_held_out(folder, train.classes[1:], present, held)
 
-    They are grouped and stratified as a fold is, and test.json has their objects. Nothing is made
-    anew if it is there.
-    """
-    train, _ = load_data(args.data, args.cache, **data_options(vars(args)))
-    present = np.array(train.pixels)[:, 1:] > 0
-    is_held = np.array(make_folds(present, train.groups, round(1 / args.share))) == 0
-    held_ids = {image_id for image_id, held in zip(train.ids, is_held, strict=True) if held}
-    coco = read_json(data_files(args.data)[0])
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, is_test in (("train.json", False), ("test.json", True)):
-        part = dict(coco)
-        for key, id_key in (("images", "id"), ("annotations", "image_id")):
-            part[key] = [entry for entry in coco[key]
-                         if (whole_numbers(entry)[id_key] in held_ids) == is_test]
-        write_json(args.out / name, part)
-    for top in {Path(name).parts[0] for name in train.file_names}:
-        link = args.out / top
-        if not link.is_symlink():
-            link.symlink_to((args.data / top).absolute())
-    for text, part in (("held-out", is_held), ("training", ~is_held)):
-        absent = [name for name, seen in zip(train.classes[1:], present[part].any(0), strict=True)
-                  if not seen]
-        if absent:
-            print(f"warning: no {text} photo has {', '.join(absent)}")
-    print(f"{args.out}: {is_held.sum()} of {len(is_held)} training photos are its test photos")
+
+def tell_held_out(folder, classes, present, held):
+    """Print how many photos are held out, and which classes one of both sides lacks."""
+    text = f"{folder}: {held.sum()} of {len(held)} photos are held out, {held.mean():.1%}"
+    for where, images in (("the held-out photos", held), ("training", ~held)):
+        absent = present.any(0) & ~present[images].any(0)
+        if absent.any():
+            text += f"; not in {where}: {', '.join(np.array(classes)[absent])}"
+    print(text)
 
 
 # ---- what make asks: the arguments of the scripts ------------------------------------------------
