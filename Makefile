@@ -27,9 +27,10 @@ ORIENTATION ?= shown
 UNUSED     ?= keep
 EPOCHS     ?= 40
 BATCH      ?= 8
-LR         ?= 2e-3
+LR         ?= 4e-3
 SEED       ?= 0
 WEIGHTS    ?= imagenet
+BUDGET     ?=
 TTA        ?= flip
 VOTE       ?= fit
 METRIC     ?= v3
@@ -65,6 +66,7 @@ about.PAINT       := which object wins where they overlap: area (the smaller), i
 about.ORIENTATION := how photos are read that EXIF turns to the same size: shown (turned) or stored
 about.UNUSED      := categories without annotations: keep them as classes, or drop them
 about.EPOCHS      := of every run
+about.BUDGET      := time for all runs, 40m or 1h30m, which chooses EPOCHS and how many FOLDS
 about.BATCH       := images in a training step
 about.LR          := peak learning rate
 about.SEED        := of everything random
@@ -90,7 +92,7 @@ about.HOLDOUT     := share of the labelled photos that holdout makes a test set 
 about.PY          := python to use; PY=python takes the current environment
 about.CODE        := after an edit of a script: new makes anew what it made, keep keeps it
 KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT ORIENTATION \
-    UNUSED EPOCHS BATCH LR SEED WEIGHTS TTA VOTE METRIC POST EXPS LADDER TRUTH HOLDOUT \
+    UNUSED EPOCHS BUDGET BATCH LR SEED WEIGHTS TTA VOTE METRIC POST EXPS LADDER TRUTH HOLDOUT \
     IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH \
     DEVICE PER_GPU PY CODE
 
@@ -107,7 +109,7 @@ $(foreach v,$(set_by_user),$(if $(findstring $$,$(value $v)),$(error $v has a $$
     $(if $(findstring $(newline),$(value $v)),$(error $v has more than one line)))
 wanted := $(value MAKECMDGOALS)
 $(if $(filter out/%,$(wanted)),$(error make takes commands, such as submit, not files: $(wanted)))
-may_be_empty := ROUND EXPS TRUTH HOLDOUT %_ARGS LAUNCH CODE
+may_be_empty := ROUND BUDGET EXPS TRUTH HOLDOUT %_ARGS LAUNCH CODE
 $(foreach v,$(filter-out $(may_be_empty),$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
 quote  = '$(subst ','\'',$1)'
 # only DATA, which may be any path, is quoted where a shell reads it; other knobs have nothing that
@@ -117,6 +119,7 @@ piece        := [A-Za-z0-9_=+-][A-Za-z0-9._=+-]*
 legal.EXP    := $(piece)(/$(piece))*
 legal.EXPS   := [ ]*($(legal.EXP)( +$(legal.EXP))*)?[ ]*
 legal.CODE   := (new|keep)?
+legal.BUDGET := ([0-9]+h)?([0-9]+m)?([0-9]+s)?
 legal.METRIC := v[23]
 legal.POST   := fit|none
 legal.HOLDOUT := (0?[.][0-9]+)?
@@ -152,8 +155,7 @@ OUT    := out/$(EXP)
 data   := --data $(call quote,$(DATA)) --cache out/cache
 how_read := --paint $(PAINT) --orientation $(ORIENTATION) --unused $(UNUSED)
 split  := --exp $(OUT) --folds $(NFOLDS) $(how_read)
-train  := --epochs $(EPOCHS) --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) \
-          --snapshots $(SNAPSHOTS) $(TRAIN_ARGS)
+recipe := --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) $(TRAIN_ARGS)
 infer  := --tta $(TTA) $(INFER_ARGS)
 fitted := --weights $(VOTE) --metric $(METRIC) --post $(POST) --batch $(BATCH)
 submit := $(fitted) --image-id $(IMAGE_ID) $(SUBMIT_ARGS)
@@ -168,20 +170,34 @@ runs    = $(foreach m,$2,$(foreach s,$3,$(foreach f,$4,$(OUT)/r$1/$m/s$s/f$f)))
 cores  := $(shell nproc)
 jobs    = $(or $(patsubst -j%,%,$(patsubst -j,-j$(cores),$(filter -j%,$(MAKEFLAGS)))),1)
 export OMP_NUM_THREADS = $(shell n=$$(( $(cores) / $(jobs) / $(GPUS) )); echo $$(( n > 0 ? n : 1 )))
+SETUP := $(filter .venv/.installed,$(PY:.venv/bin/python=.venv/.installed))
+first := $(if $(SETUP),$(shell [ .venv/.installed -nt requirements.txt ] || echo yes))
+dry   := $(if $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS)))),--dry)
+goals := $(filter train pseudo submit score,$(wanted))
+grid  := $(data) --exp $(OUT) $(how_read) --nfolds $(NFOLDS) \
+    --rounds $(ROUNDS) $(ROUND:%=--round %) --gpus $(GPUS) $(code) \
+    --models '$(MODELS)' --scales '$(SCALES)' --pick-models '$(MODEL)' --pick-scales '$(SCALE)'
+
+# ---- a budget chooses EPOCHS and FOLDS, once: out/EXP/budget.json remembers them -----------------
+both := $(and $(BUDGET),$(filter EPOCHS,$(set_by_user)))
+$(if $(both),$(error BUDGET chooses EPOCHS: give one of the two))
+spend := $(and $(BUDGET),$(if $(first),,$(goals) $(filter why status,$(wanted))))
+afford = $(shell $(PY) ensemble.py budget $(grid) --folds '$(FOLDS)' --pick-folds '$(FOLD)' \
+    --train-args='$(recipe)' --infer-args='$(infer)' --budget $(BUDGET) --jobs $(jobs) $(dry) \
+    --device $(DEVICE) $(if $(filter FOLDS,$(set_by_user)),--keep-folds) || echo stop)
+ifneq ($(strip $(spend)),)
+chosen := $(afford)
+$(if $(filter stop,$(chosen)),$(error nothing was started))
+EPOCHS := $(firstword $(chosen))
+FOLDS  := $(wordlist 2,11,$(chosen))
+endif
+train := --epochs $(EPOCHS) --snapshots $(SNAPSHOTS) $(recipe)
 
 # ---- the plan: a quick process compares what made each file with what would make it now ----------
 # TODO is what it names; that is made and nothing else, and times play no part. A file waits for
 # what it is made from.
-SETUP := $(filter .venv/.installed,$(PY:.venv/bin/python=.venv/.installed))
-first := $(if $(SETUP),$(shell [ .venv/.installed -nt requirements.txt ] || echo yes))
-grid  := $(data) --exp $(OUT) $(how_read) --nfolds $(NFOLDS) \
-    --rounds $(ROUNDS) $(ROUND:%=--round %) --gpus $(GPUS) $(code) \
-    --models '$(MODELS)' --scales '$(SCALES)' --folds '$(FOLDS)' \
-    --pick-models '$(MODEL)' --pick-scales '$(SCALE)' --pick-folds '$(FOLD)' \
-    --train-args='$(train)' --infer-args='$(infer)' --pseudo-args='$(PSEUDO_ARGS)' \
-    --submit-args='$(submit)'
-dry   := $(if $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS)))),--dry)
-goals := $(filter train pseudo submit score,$(wanted))
+grid  += --folds '$(FOLDS)' --pick-folds '$(FOLD)' --train-args='$(train)' \
+    --infer-args='$(infer)' --pseudo-args='$(PSEUDO_ARGS)' --submit-args='$(submit)'
 plan  := $(PY) ensemble.py plan $(grid)
 ready := $(if $(first),,$(goals))
 TODO  := $(if $(ready),$(shell $(plan) $(dry) --goals '$(goals)' || echo stop))
@@ -302,6 +318,7 @@ demo: | $(SETUP) ## draw a small dataset and run the whole graph on it, in out/d
 	$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j2) submit DATA=out/demo/data \
 	    EXP=demo PY=$(PY) MODELS='fpn-narrow/tu-tf_efficientnet_lite0 unet/tu-mobilenetv3_small_100' \
 	    SCALES=128 FOLDS='0 1' NFOLDS=2 ROUNDS=1 WEIGHTS=none EPOCHS=6 BATCH=4 LR=3e-3 \
+	    TRAIN_ARGS='--encoder-lr 1' \
 	    PSEUDO_ARGS='--confident 0.5 --max-unsure 0.5'
 test: | $(SETUP) ## quick tests: unit, property and end to end
 	$(PY) -m pytest -q -m 'not slow'

@@ -56,8 +56,8 @@ from common import (
     read_description, read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows,
     recipe_changes, run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash,
     store_code, store_id, store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides,
-    version_changes, whole_manifest, whole_numbers, write_coco, write_csv, write_description,
-    write_json, write_page, write_sheet)
+    tta_views, version_changes, whole_manifest, whole_numbers, write_coco, write_csv,
+    write_description, write_json, write_page, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byte first: x86 and ARM
@@ -68,6 +68,9 @@ THUMBNAILS = 128_000_000  # bytes for the small probabilities that weights and b
 BIASES = (-1.4, -1, -0.7, -0.35, 0.35, 0.7, 1, 1.4)  # tried for each class
 LEAST_SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)  # see drop_small
 HALF_TRUSTED = 10  # images; see shrink
+BUDGET_SHARE = 0.9  # of a budget that is planned: what else runs slows some steps
+START_SECONDS = 15  # of a run's scripts: libraries, checks, pictures
+ENOUGH_EPOCHS, MOST_EPOCHS = 15, 40  # by a budget: fewer for another fold lose, more gain nothing
 AREAS = (0, *(2 ** np.arange(4, 12)))  # up to 3% of the image: a larger one fits its own images
 TAKEN = "with what is taken"  # the name of the vote with all that gains out of fold
 SIZES = (0, 0.003, 0.01, 0.03, 0.1, 0.3)  # shares of an image where the report's bins begin
@@ -101,12 +104,13 @@ class Rung(NamedTuple):
 LADDER = (
     Rung("baseline", {
         "MODELS": 1, "SCALES": 1, "FOLDS": 1, "ROUNDS": "0", "TTA": "none", "VOTE": "equal",
-        "POST": "none", "TRAIN_ARGS": "--loss ce --schedule constant --warmup 0 --ema 0 "
-                                      "--encoder-lr 1 --augment none"},
+        "POST": "none", "LR": "5e-4", "TRAIN_ARGS": "--loss ce --schedule constant --warmup 0 "
+                                                    "--ema 0 --encoder-lr 1 --augment none"},
         "cross-entropy, one model on one fold, as public baselines start"),
     Rung("iou-ce", {"TRAIN_ARGS": "--loss iou_ce"}, "0.4 IoU + 0.6 cross-entropy"),
-    Rung("schedule", {"TRAIN_ARGS": "--schedule cosine --warmup 0.05 --ema 0.998"},
-         "warm-up, cosine, averaged weights"),
+    Rung("schedule", {
+        "LR": "4e-3", "TRAIN_ARGS": "--schedule cosine --warmup 0.05 --ema 0.998 --encoder-lr 0.5"},
+        "warm-up, a high peak, cosine, averaged weights"),
     Rung("augment", {"TRAIN_ARGS": "--augment basic"}, "random crops, flips and turns"),
     Rung("classmix", {"TRAIN_ARGS": "--classmix plain"},
          "half an image's classes pasted on another", is_aside=True),
@@ -145,6 +149,7 @@ def parse_args(argv=None):
             ("rungs", "climb", "print the rungs of the ladder, each as make's knobs"),
             ("holdout", "data held", "hold labelled photos out as a test set with annotations"),
             ("ladder", "data climb rung truth", "say what each rung of a ladder is worth"),
+            ("budget", "data grid spend", "print the epochs and folds that fit into a time"),
             ("plan", "data grid", "print what of an experiment is to be made"),
             ("status", "data grid",
              "say how far the runs are, and why what is not up to date isn't")):
@@ -156,9 +161,9 @@ def parse_args(argv=None):
 def shared_options():
     """Return {group: a parser of options that several commands share}."""
     names = ("data", "voted", "runs", "mixed", "scored", "tables", "out", "steps", "climb", "rung",
-             "truth", "held", "grid")
+             "truth", "held", "grid", "spend")
     groups = {name: argparse.ArgumentParser(add_help=False) for name in names}
-    data, voted, runs, mixed, scored, tables, out, steps, climb, rung, truth, held, grid = (
+    data, voted, runs, mixed, scored, tables, out, steps, climb, rung, truth, held, grid, spend = (
         groups.values())
     data.add_argument("--data", type=Path, required=True, help="the competition's folder")
     data.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks")
@@ -205,7 +210,21 @@ def shared_options():
                       help="the folder to write, a DATA of its own")
     add_data_options(held)
     add_grid(grid)
+    spend.add_argument("--budget", type=duration, required=True, help="40m, 1h30m or 90s")
+    spend.add_argument("--jobs", type=number(int, 1), default=1, help="runs at a time")
+    spend.add_argument("--keep-folds", action="store_true", help="use all --folds")
+    spend.add_argument("--device", default="auto", help="as of train.py")
     return groups
+
+
+def duration(text):
+    """Return the seconds of "1h30m", "40m" or "90s"; an argparse type."""
+    parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    seconds = sum(int(n or 0) * unit for n, unit in zip(parts.groups(), (3600, 60, 1), strict=True)
+                  ) if parts else 0
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"{text}: no time such as 40m, 1h30m or 90s")
+    return seconds
 
 
 def knob(text):
@@ -2310,6 +2329,89 @@ def check_sides(models, tta_scales):
                       f" (INFER_ARGS: --tta-scales times {scale})")
 
 
+# ---- what make asks: what fits into a budget -----------------------------------------------------
+
+
+def budget(args):
+    """Print "EPOCHS FOLD ...": what trains for as long as the budget allows.
+
+    EXP/budget.json remembers the answer: asked the same again, other speeds change nothing.
+    """
+    check_grid(args)
+    path = args.exp / "budget.json"
+    train_args, infer_args, _, _ = read_arguments(args, Answers(args.cache, args.gpus))
+    train, test = load_data(args.data, args.cache, **data_options(vars(args)))
+    asked = {"budget": args.budget, "jobs": args.jobs, "models": args.models,
+             "scales": args.scales, "folds": args.folds, "keep_folds": args.keep_folds,
+             "nfolds": args.nfolds, "rounds": args.rounds, "batch": train_args.batch,
+             "tta": tta_name(infer_args), "data": train.fingerprint, "gpus": args.gpus}
+    answer = read_own_json(path, {"asked": dict, "epochs": int, "folds": [str]})
+    if answer is None or answer["asked"] != asked:
+        if args.dry:
+            raise UserError("BUDGET: nothing is measured yet, so make -n can't know the EPOCHS: "
+                            "run it without -n")
+        speeds = measure_speeds(args, train_args.batch)
+        n_views = len(tta_views(infer_args.tta)) * len(infer_args.tta_scales)
+        epoch, rest = seconds_of_a_fold(speeds, len(train.ids), len(test.ids), args.nfolds, n_views)
+        epochs, folds = share_budget(args, epoch, rest)
+        answer = {"asked": asked, "epochs": epochs, "folds": folds}
+        write_json(path, answer)
+    print(f"BUDGET: {answer['epochs']} epochs on fold(s) {' '.join(answer['folds'])}",
+          file=sys.stderr)
+    print(answer["epochs"], *answer["folds"])
+
+
+def measure_speeds(args, batch):
+    """Return [(images/s trained, images/s predicted)] of each model at each scale, here and now."""
+    table = args.exp / "budget.csv"
+    table.unlink(missing_ok=True)
+    for model, scale in itertools.product(args.models, args.scales):
+        script = str(Path(__file__).with_name("train.py"))
+        subprocess.run([sys.executable, script, "--data", str(args.data), "--exp", str(args.exp),
+                        "--model", model, "--scale", scale, "--batch", str(batch), "--device",
+                        args.device, "--runtimes", str(table)], check=True, stdout=sys.stderr)
+    speeds = []
+    for line, row in read_rows(table, ("model", "scale", "train_images_per_s",
+                                       "infer_images_per_s", "reason")):
+        if row["reason"]:
+            raise UserError(f"BUDGET: {row['model']} at {row['scale']}: {row['reason']}")
+        speeds.append([as_number(row[key], f"{table} line {line}: {key}")
+                       for key in ("train_images_per_s", "infer_images_per_s")])
+    return speeds
+
+
+def seconds_of_a_fold(speeds, n_train, n_test, n_folds, n_views):
+    """Return (seconds of an epoch, seconds besides) of one run of each model and scale together.
+
+    speeds: of measure_speeds; n_train, n_test: photos; n_views: of TTA.
+    """
+    n_valid = n_train / n_folds
+    epoch = sum((n_train - n_valid) / trained + n_valid / predicted
+                for trained, predicted in speeds)
+    rest = sum(START_SECONDS + (n_valid + n_test) * n_views / predicted for _, predicted in speeds)
+    return epoch, rest
+
+
+def share_budget(args, epoch, rest):
+    """Return (epochs, folds): as many folds as have ENOUGH_EPOCHS, or else one, two with rounds.
+
+    epoch, rest: of seconds_of_a_fold. Raises UserError if there is no time for an epoch.
+    """
+    seconds = BUDGET_SHARE * args.budget * args.jobs / (1 + args.rounds)
+
+    def epochs_of(n_folds):
+        return math.floor((seconds / n_folds - rest) / epoch)
+    least = len(args.folds) if args.keep_folds else min(len(args.folds), 1 + (args.rounds > 0))
+    n_folds = next((n for n in range(len(args.folds), least, -1) if epochs_of(n) >= ENOUGH_EPOCHS),
+                   least)
+    epochs = min(epochs_of(n_folds), MOST_EPOCHS)
+    if epochs < 1:
+        raise UserError(f"BUDGET: {args.budget} s have no room for one epoch, of {epoch:.0f} s for "
+                        f"each fold, and {rest:.0f} s to start and predict: more time, a smaller "
+                        "SCALES or fewer MODELS")
+    return epochs, args.folds[:n_folds]
+
+
 # ---- what make asks: what sibling experiments have -----------------------------------------------
 
 
@@ -2845,7 +2947,8 @@ def main(args):
         raise UserError(f"--out {args.out}: must end in .csv; a .png or .json goes beside it")
     check_outputs(args)
     commands = {"soft": soft, "hard": hard, "score": score, "compare": compare, "rungs": rungs,
-                "holdout": holdout, "ladder": ladder, "plan": plan, "status": status}
+                "holdout": holdout, "ladder": ladder,
+                "budget": budget, "plan": plan, "status": status}
     lock_out = nullcontext()
     if writes_csv:
         lock_out = lock(args.out.parent, name=f".{args.out.name}.lock")

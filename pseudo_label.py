@@ -274,7 +274,8 @@ def fit_thresholds(pixels, best, precision):
     for class_id, of_class in enumerate(pixels):
         n_pixels, n_right = of_class[::-1].cumsum(0)[::-1].T  # from each sum on
         n_photos = (best[:, class_id, None] >= np.arange(len(of_class))).sum(0)
-        is_enough = (n_right >= precision * n_pixels) & (n_photos >= LEAST_PHOTOS) & (n_pixels > 0)
+        was_seen = of_class[:, 0] > 0
+        is_enough = was_seen & (n_right >= precision * n_pixels) & (n_photos >= LEAST_PHOTOS)
         if is_enough.any():
             thresholds[class_id] = (is_enough.argmax() - 0.5) / (len(of_class) - 1)
     return thresholds

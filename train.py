@@ -132,8 +132,9 @@ RECIPE = {
     "accumulate": (number(int, 1), 1, "parts in which a batch goes through the model: saves "
                                       "memory"),
     "optimizer": (tuple(OPTIMIZERS), "adamw", "sgd (Nesterov, 0.9) wants a larger --lr"),
-    "lr": (number(float, 0, 10), 2e-3, "peak; a small FPN learned more with 2e-3 than with 1e-3"),
-    "encoder_lr": (number(float, 0, 10), 1.0, "of the encoder, as a multiple of --lr"),
+    "lr": (number(float, 0, 10), 4e-3, "peak; FPNs learned more with 5e-3 than with 2e-3"),
+    "encoder_lr": (number(float, 0, 10), 0.5, "of the encoder, as a multiple of --lr; 1 without "
+                                              "pretrained weights"),
     "schedule": (tuple(SCHEDULES), "cosine", "of the learning rate"),
     "warmup": (number(float, 0, 0.9), 0.05, "share of the run; onecycle usually has 0.3"),
     "cycles": (number(int, 1, 1000), 3, "of the schedule restarts"),

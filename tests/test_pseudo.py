@@ -22,8 +22,14 @@ import common
 import pseudo_label
 from common import IGNORE_INDEX, SUBMIT_SIZE, UserError
 
-IMAGE = Namespace(rule="image", confident=0.8, max_unsure=0.1, uncertain="ignore")
-PIXEL = Namespace(rule="pixel", confident=0.9, max_unsure=0.1, uncertain="ignore")
+
+
+def settings(rule, confident, max_unsure=0.1, uncertain="ignore"):
+    """What a rule reads of the arguments, with the same threshold for each of 12 classes."""
+    return Namespace(rule=rule, max_unsure=max_unsure, uncertain=uncertain, thresholds=np.full(12, confident))
+
+
+IMAGE, PIXEL = settings("image", 0.8), settings("pixel", 0.9)
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------
@@ -69,8 +75,18 @@ def test_votes_of_exactly_the_threshold_are_judged_as_such(n_stores, tmp_path):
     store = on_disk(tmp_path / "a.npy", np.array([51, 204], np.uint8)[None, :, None, None].repeat(2, 2).repeat(2, 3))
     probs = pseudo_label.soft_vote([store] * n_stores, 0)
     assert pseudo_label.judge(probs, IMAGE)[2] == "unsure"
-    rule = Namespace(**vars(PIXEL) | {"confident": 0.8})
-    assert (pseudo_label.judge(probs, rule)[0] == 1).all()
+    assert (pseudo_label.judge(probs, settings("pixel", 0.8))[0] == 1).all()
+
+
+def test_a_class_that_labels_nothing_is_ignored_by_every_rule():
+    probs = np.zeros((3, 1, 100), np.float32)
+    probs[0, 0, :40], probs[1, 0, 40:95], probs[2, 0, 95:] = 1, 1, 1
+    for rule in pseudo_label.RULES:
+        args = settings(rule, 0.5)
+        args.thresholds = np.array([0.5, 0.5, np.inf])
+        verdict = pseudo_label.judge(probs, args)
+        assert verdict.label.ravel().tolist() == [0] * 40 + [1] * 55 + [IGNORE_INDEX] * 5, rule
+        assert verdict.reason == "" and verdict.unsure == pytest.approx(5 / 60)
 
 
 def test_unsure_background_is_no_reason_to_drop_a_photo():
@@ -97,8 +113,8 @@ def slow_label(probs, args):
         top = max(range(n_classes), key=lambda c: (probs[c, y, x], -c))
         foreground += top > 0
         if args.rule == "image":
-            unsure += top > 0 and probs[top, y, x] <= args.confident
-        elif probs[top, y, x] < args.confident:
+            unsure += top > 0 and probs[top, y, x] <= args.thresholds[top]
+        elif probs[top, y, x] < args.thresholds[top]:
             top = {"ignore": 255, "background": 0}[args.uncertain]
         kept += 0 < top < 255
         label[y, x] = top
@@ -111,7 +127,7 @@ def slow_label(probs, args):
        st.sampled_from([0.3, 0.41, 0.77]), st.sampled_from([0.0, 0.13, 0.5, 1.0]),
        st.sampled_from(["ignore", "background"]))
 def test_rules_are_those_of_a_slow_loop(values, rule, confident, max_unsure, uncertain):
-    args = Namespace(rule=rule, confident=confident, max_unsure=max_unsure, uncertain=uncertain)
+    args = settings(rule, confident, max_unsure, uncertain)
     probs = values / np.float32(255)
     label, _, reason, *_ = pseudo_label.judge(probs, args)
     slow, slow_reason = slow_label(probs, args)
@@ -123,9 +139,10 @@ def test_rules_are_those_of_a_slow_loop(values, rule, confident, max_unsure, unc
 
 @pytest.fixture(params=pseudo_label.RULES)
 def rule_args(request):
-    """The arguments of a rule of the table, with its defaults."""
-    return pseudo_label.parse_args(["test.json", "--data", "d", "--exp", "e", "--round", "1", "--fold", "0", "--rule",
+    """The arguments of a rule of the table, with its defaults but for the thresholds."""
+    args = pseudo_label.parse_args(["test.json", "--data", "d", "--exp", "e", "--round", "1", "--fold", "0", "--rule",
                                     request.param])
+    return Namespace(**vars(args), thresholds=np.full(12, 0.8))
 
 
 def certain_probs(mask, n_classes):
@@ -136,17 +153,16 @@ def certain_probs(mask, n_classes):
 def test_every_rule_returns_what_the_table_promises_and_leaves_the_probabilities_alone(rule_args):
     probs = np.random.default_rng(0).dirichlet(np.full(12, 0.3), (7, 9)).transpose(2, 0, 1).astype(np.float32)
     given, rule = probs.copy(), pseudo_label.RULES[rule_args.rule]
-    label, sure, reason = rule.label(probs, rule_args)
+    label, sure, reason = rule(probs, rule_args)
     assert label.dtype == np.uint8 and label.shape == (7, 9) and ((label < 12) | (label == IGNORE_INDEX)).all()
     assert sure.dtype == bool and sure.shape == (7, 9)
     assert isinstance(reason, str) and (probs == given).all()
-    assert rule_args.confident == rule.confident and 0 <= rule.confident <= 1
+    assert rule_args.confident == "auto"
 
 
 @pytest.mark.parametrize("label", [np.ones((7, 9), int), np.ones((12, 7, 9), np.uint8)])
 def test_a_rule_that_returns_no_label_fails_loudly(label, monkeypatch):
-    rule = pseudo_label.Rule(lambda probs, args: (label, np.ones((7, 9), bool), ""), confident=0.5)
-    monkeypatch.setattr(pseudo_label, "RULES", {"mine": rule})
+    monkeypatch.setattr(pseudo_label, "RULES", {"mine": lambda probs, args: (label, np.ones((7, 9), bool), "")})
     with pytest.raises(TypeError, match="rule mine returned a label of .*, not of uint8 .7, 9."):
         pseudo_label.judge(certain_probs(np.ones((7, 9)), 12), Namespace(rule="mine"))
 
@@ -166,10 +182,10 @@ def test_every_rule_keeps_a_photo_that_the_models_are_perfectly_sure_of(rule_arg
     assert verdict.reason == "" and verdict.unsure == 0
 
 
-def test_every_rule_makes_labels_with_its_own_default(rule_args, makers):
+def test_every_rule_makes_labels(rule_args, makers):
     pseudo_label.main(makers.args("--rule", rule_args.rule))
     recipe = common.read_json(makers.folder / "manifest.json")["recipe"]
-    assert (recipe["rule"], recipe["confident"]) == (rule_args.rule, pseudo_label.RULES[rule_args.rule].confident)
+    assert recipe["rule"] == rule_args.rule and recipe["confident"] == {"image": 0.8, "pixel": 0.9}[rule_args.rule]
     assert keeps(makers)[1] == "0"  # the photo without foreground
     assert np.load(makers.folder / "labels.npy").shape == (4, SUBMIT_SIZE, SUBMIT_SIZE)
 
@@ -177,7 +193,7 @@ def test_every_rule_makes_labels_with_its_own_default(rule_args, makers):
 def test_a_rules_code_is_its_entry_and_what_that_uses():
     for name, rule in pseudo_label.RULES.items():
         code = common.code_of("labels", RULES=name)
-        assert {rule.label.__name__, "judge"} <= code.keys()
+        assert {rule.__name__, "judge"} <= code.keys()
         assert [key for key in code if key.startswith("RULES")] == [f"RULES[{name}]"]
 
 
@@ -188,7 +204,7 @@ def label_by_class(probs, args):
 
     Metal has to be surer than the others.
     """
-    thresholds = np.full(len(probs), args.confident)
+    thresholds = args.thresholds.copy()
     thresholds[{METAL}] = args.metal
     label = probs.argmax(0).astype(np.uint8)
     sure = probs.max(0) >= thresholds[label]
@@ -197,9 +213,9 @@ def label_by_class(probs, args):
 
 
 '''
-RULE = 'RULES = {\n'
+RULE = 'RULES = {'
 SETTING = 'SETTINGS = {\n'
-EDITS = [(RULE, FUNCTION + RULE + '    "surer-metal": Rule(label_by_class, confident=0.45),\n'),
+EDITS = [(RULE, FUNCTION + RULE + '"surer-metal": label_by_class, '),
          (SETTING, SETTING + '    "metal": (number(float, 0, 1), 0.99, "rule surer-metal: the least of metal"),\n')]
 
 
@@ -223,10 +239,10 @@ def test_a_rule_with_a_number_of_its_own_is_a_function_an_entry_and_a_setting(ma
     with pytest.raises(SystemExit):
         edited.parse_args(makers.line("--help"))
     usage = " ".join(capsys.readouterr().out.split())
-    assert f"{{{','.join(edited.RULES)}}}" in usage and "by rule: surer-metal 0.45, " in usage
+    assert f"{{{','.join(edited.RULES)}}}" in usage
     assert "surer-metal: Label the pixels that reach the threshold of their class; " in usage
     assert "rule surer-metal: the least of metal (default: 0.99)" in usage
-    edited.main(edited.parse_args(makers.line("--rule", "surer-metal")))
+    edited.main(edited.parse_args(makers.line("--rule", "surer-metal", "--confident", "0.45")))
     votes, labels = votes_of(makers), np.load(makers.folder / "labels.npy")
     pred = votes.argmax(1)
     sure = votes.max(1) >= np.where(pred == METAL, 0.99, 0.45)
@@ -237,7 +253,7 @@ def test_a_rule_with_a_number_of_its_own_is_a_function_an_entry_and_a_setting(ma
     assert (rows[2]["reason"], float(rows[2]["unsure"]), rows[2]["seen"]) == ("no foreground", 1, str(METAL))
     recipe = common.read_json(makers.folder / "manifest.json")["recipe"]
     assert (recipe["rule"], recipe["confident"], recipe["metal"]) == ("surer-metal", 0.45, 0.99)
-    edited.main(edited.parse_args(makers.line("--rule", "surer-metal", "--metal", "0.98")))
+    edited.main(edited.parse_args(makers.line("--rule", "surer-metal", "--confident", "0.45", "--metal", "0.98")))
     assert f"{makers.folder} is replaced: metal 0.99 -> 0.98\n" in capsys.readouterr().out
     assert keeps(makers) == ["1", "0", "1", "1"]
 
@@ -249,7 +265,7 @@ def test_the_help_lists_rules_also_without_a_docstring_or_with_a_percent_sign(mo
 
         Then label.
         """
-    rules = {"plain": pseudo_label.Rule(lambda probs, args: None, 0.5), "tenth": pseudo_label.Rule(label, 0.5)}
+    rules = {"plain": lambda probs, args: None, "tenth": label}
     monkeypatch.setattr(pseudo_label, "RULES", rules)
     assert pseudo_label.list_rules() == "plain; tenth: Drop 10%% of the photos"
 
@@ -355,8 +371,9 @@ def makers(tmp_path, splits, tiny_data, cache):
         paths.append(tmp_path / name / "test.json")
 
     def line(*more):
+        confident = "0.9" if "pixel" in more else "0.8"
         return ["--data", str(tiny_data), "--cache", str(cache), "--exp", str(tmp_path / "exp"), "--round", "1",
-                "--fold", "0", *more, *map(str, paths)]
+                "--fold", "0", *map(str, paths), "--confident", confident, *more]
 
     def args(*more):
         return pseudo_label.parse_args(line(*more))
@@ -457,10 +474,17 @@ def test_the_manifest_says_what_made_the_labels_and_how_many_photos_each_reason_
         {"store": str(path), "id": common.store_id(info), "checkpoints": info["checkpoints"], "tta": "flip",
          "state": "5ta7e"} for path, info in zip(makers.paths, stores, strict=True)]
     assert manifest.pop("recipe") == {
-        "round": 1, "fold": 0, "rule": "image", "confident": 0.8, "max_unsure": 0.1, "uncertain": "ignore",
+        "round": 1, "fold": 0, "rule": "image", "confident": 0.8, "precision": 0.9, "max_unsure": 0.1,
+        "uncertain": "ignore", "out_of_fold": [],
         "soft": False, "coco": False, "paint": "area", "data": splits[1].fingerprint, "folds_csv": "f01d",
         "makers": sorted(map(common.store_id, stores))}
     photos, code = manifest.pop("photos"), manifest.pop("code")
+    labels = manifest.pop("labels")
+    kept = np.load(makers.folder / "labels.npy")[2]
+    assert [row["class"] for row in labels] == [*CLASSES, None]
+    assert [row["pixels"] for row in labels] == [(kept == i).sum() for i in range(12)] + [(kept > 0).sum()]
+    assert all((row["expected"], row["real"]) == (None, None) for row in labels)
+    assert [row["threshold"] for row in labels] == [0.8] * 12 + [None]
     assert {"write_labels", "judge", "soft_vote", "predict_probs", "TTA[flip]", "DECODERS[unet]"} <= code.keys()
     assert "RULES[image]" in code and not {"RULES", "RULES[pixel]"} & code.keys()
     assert (makers.folder.parents[2] / "code" / manifest.pop("state") / "pseudo_label.py").is_file()
@@ -732,3 +756,124 @@ def test_stopped_between_any_two_renames_a_replacement_loses_neither_labels_nor_
     assert manifest["files"] == {"labels.npy": common.file_hash(makers.folder / "labels.npy")}
     assert files_of(makers.folder / "replaced") == {
         name: before[name] for name in ("manifest.json", "labels.npy", "index.csv")}
+
+
+# ---- how sure is sure enough ----------------------------------------------------------------------------------------
+
+
+def slow_thresholds(tops, preds, truths, photos, n_classes, precision):
+    """By every threshold that can be, over lists of pixels."""
+    found = []
+    for c in range(n_classes):
+        mine = [(top, truth == c, photo) for top, pred, truth, photo in zip(tops, preds, truths, photos, strict=True)
+                if pred == c and truth != IGNORE_INDEX]
+        enough = []
+        for least in {top for top, _, _ in mine}:
+            sure = [(right, photo) for top, right, photo in mine if top >= least]
+            if sum(right for right, _ in sure) >= precision * len(sure) and len({p for _, p in sure}) >= 3:
+                enough.append(least)
+        found.append(min(enough, default=None))
+    return found
+
+
+@given(st.integers(0, 2 ** 32 - 1), st.sampled_from([0.5, 0.75, 0.9, 1.0]))
+def test_thresholds_are_those_of_a_slow_search(seed, precision):
+    rng = np.random.default_rng(seed)
+    n, n_classes, n_sums = 60, 3, 11
+    tops, preds, truths = rng.integers(4, n_sums, n), rng.integers(0, 3, n), rng.integers(0, 3, n)
+    truths = np.where(rng.random(n) < 0.7, preds, truths)
+    photos = rng.integers(0, 5, n)
+    pixels, best = np.zeros((n_classes, n_sums, 2), int), np.full((5, n_classes), -1)
+    for top, pred, truth, photo in zip(tops, preds, truths, photos, strict=True):
+        pixels[pred, top] += (1, pred == truth)
+        best[photo, pred] = max(best[photo, pred], top)
+    found = pseudo_label.fit_thresholds(pixels, best, precision)
+    slow = slow_thresholds(tops.tolist(), preds.tolist(), truths.tolist(), photos.tolist(), n_classes, precision)
+    assert found.tolist() == [np.inf if s is None else pytest.approx((s - 0.5) / (n_sums - 1)) for s in slow]
+    shares = pseudo_label.share_right(pixels, found)
+    for c, least in enumerate(slow):
+        sure = [(pred == truth) for top, pred, truth in zip(tops, preds, truths, strict=True)
+                if pred == c and least is not None and top >= least]
+        assert shares[c] == pytest.approx(np.mean(sure) if sure else np.nan, nan_ok=True)
+
+
+@pytest.fixture
+def judges(makers, splits, tmp_path):
+    """Valid stores of both models in folds 0 and 1, and their paths: metal is right from 200 of 255 on, in fold 1."""
+    train, rng = splits[0], np.random.default_rng(3)
+    halves = {0: range(7), 1: range(7, 14)}
+    for fold, images in halves.items():
+        for name in "ab":
+            probs = np.zeros((len(images), 12, SUBMIT_SIZE, SUBMIT_SIZE), np.uint8)
+            for n, i in enumerate(images):
+                truth = train.truth(i)
+                pred = np.where((truth == 0) & (rng.random(truth.shape) < 0.3), METAL, truth)  # metal is often wrong
+                level = np.where((pred == METAL) & (truth != METAL), 150, 220)
+                np.put_along_axis(probs[n], pred[None].astype(int), level[None].astype(np.uint8), axis=0)
+            run = tmp_path / f"judges{name}{fold}"
+            write_store(run, "valid", probs, train, ids=[train.ids[i] for i in images], model=f"unet/{name}", fold=fold)
+    return [tmp_path / f"judges{name}{fold}" / "valid.json" for fold in (0, 1) for name in "ab"]
+
+
+def automatic(makers, judges, *more):
+    return makers.args("--confident", "auto", *more, "--out-of-fold", *map(str, judges))
+
+
+def test_labels_are_as_sure_as_other_folds_ask_for(makers, judges, splits, capsys):
+    pseudo_label.main(automatic(makers, judges, "--rule", "pixel"))
+    manifest = common.read_json(makers.folder / "manifest.json")
+    train = splits[0]
+    in_photos = {c: sum((train.truth(i) == c).any() for i in range(7, 14)) for c in range(12)}
+    for c, row in enumerate(manifest["labels"][:-1]):
+        if in_photos[c] < 3:
+            assert row["threshold"] is None and row["pixels"] == 0, c
+        elif c == METAL:
+            assert 150 / 255 < row["threshold"] < 220 / 255 and row["expected"] >= 0.9
+    labels, votes = np.load(makers.folder / "labels.npy"), votes_of(makers)
+    thresholds = np.array([row["threshold"] or np.inf for row in manifest["labels"][:-1]])
+    pred = votes.argmax(1)
+    assert (labels == np.where(votes.max(1) >= thresholds[pred], pred, IGNORE_INDEX)).all()
+    assert "expected" in capsys.readouterr().out
+    assert len(manifest["recipe"]["out_of_fold"]) == 4
+
+
+def test_the_truth_of_the_fold_itself_decides_nothing(makers, judges, monkeypatch):
+    pseudo_label.main(automatic(makers, judges))
+    before = (makers.folder / "labels.npy").read_bytes(), [
+        row["threshold"] for row in common.read_json(makers.folder / "manifest.json")["labels"]]
+    truth = common.Split.truth
+    monkeypatch.setattr(common.Split, "truth", lambda split, i: truth(split, i) if i >= 7 else truth(split, i) * 0)
+    (makers.folder / "manifest.json").unlink()
+    pseudo_label.main(automatic(makers, judges))
+    rows = common.read_json(makers.folder / "manifest.json")["labels"]
+    assert before == ((makers.folder / "labels.npy").read_bytes(), [row["threshold"] for row in rows])
+    assert rows[-1]["expected"] == 0  # it only tells how right they are
+
+
+def test_without_another_fold_or_with_other_models_auto_is_refused(makers, judges):
+    with pytest.raises(UserError, match="needs --out-of-fold with valid.json of other folds than 0: .*--confident 0.8"):
+        pseudo_label.main(makers.args("--confident", "auto"))
+    with pytest.raises(UserError, match="other folds than 0"):
+        pseudo_label.main(automatic(makers, judges[:2]))
+    with pytest.raises(UserError, match="fold 1 and the makers of the labels differ in unet/b 64 flip"):
+        pseudo_label.main(automatic(makers, judges[:3]))
+    change_json(judges[2], round=3)
+    with pytest.raises(UserError, match="valid.json: round is 3, not 0: --out-of-fold takes valid.json of round 0"):
+        pseudo_label.main(automatic(makers, judges))
+
+
+def test_the_real_precision_stands_beside_the_expected_one(makers, judges, splits, tmp_path, monkeypatch):
+    truths = votes_of(makers).argmax(1).astype(np.uint8)
+    truths[:, :128] = 11  # half of the pixels
+    monkeypatch.setattr(pseudo_label, "truth_file", lambda data, truth: truth)
+    monkeypatch.setattr(pseudo_label, "load_truths", lambda path, test, paint: truths)
+    pseudo_label.main(automatic(makers, judges, "--rule", "pixel", "--truth", str(tmp_path)))
+    manifest, labels = common.read_json(makers.folder / "manifest.json"), np.load(makers.folder / "labels.npy")
+    kept = labels[[keep == "1" for keep in keeps(makers)]]
+    assert len(kept)
+    right = truths[[keep == "1" for keep in keeps(makers)]] == kept
+    foreground = (kept > 0) & (kept != IGNORE_INDEX)
+    assert manifest["labels"][-1]["pixels"] == foreground.sum()
+    assert manifest["labels"][-1]["real"] == pytest.approx(right[foreground].mean())
+    for c, row in enumerate(manifest["labels"][:-1]):
+        assert row["real"] == (pytest.approx(right[kept == c].mean()) if (kept == c).any() else None)
