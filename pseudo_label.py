@@ -83,7 +83,9 @@ def unsure_share(pred, sure):
     return float((~sure[foreground]).mean()) if foreground.any() else 0.0
 
 
-RULES = {"image": label_every_pixel, "pixel": label_sure_pixels}
+RULES = {
+    "image": label_every_pixel,
+    "pixel": label_sure_pixels}
 
 # ---- options -------------------------------------------------------------------------------------
 

@@ -213,9 +213,9 @@ def label_by_class(probs, args):
 
 
 '''
-RULE = 'RULES = {'
+RULE = 'RULES = {\n'
 SETTING = 'SETTINGS = {\n'
-EDITS = [(RULE, FUNCTION + RULE + '"surer-metal": label_by_class, '),
+EDITS = [(RULE, FUNCTION + RULE + '    "surer-metal": label_by_class,\n'),
          (SETTING, SETTING + '    "metal": (number(float, 0, 1), 0.99, "rule surer-metal: the least of metal"),\n')]
 
 

@@ -70,7 +70,7 @@ def test_every_edit_trains_labels_and_votes_and_the_snippet_runs_on_what_it_made
         options[knob] = f"{options[knob]} {value}".strip()
     assert [options["TRAIN_ARGS"].count(name) for name in ("tversky_ce", "grey", "floor")] == [1, 1, 1]
     options["MODELS"] = options["MODELS"].replace("resnet18", "tu-test_efficientnet")
-    assert options["MODELS"] == "tiny/tu-test_efficientnet" and "by-class" in options["PSEUDO_ARGS"]
+    assert options["MODELS"] == "tiny/tu-test_efficientnet" and "margin" in options["PSEUDO_ARGS"]
     said = make(project, "submit", "ROUNDS=1", *KNOBS, *(f"{knob}={value}" for knob, value in options.items()))
     assert (project / "out/main/submission.csv").exists()
     assert re.search(r"closed gaps +-?\d", said)  # it was tried
