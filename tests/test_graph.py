@@ -194,7 +194,8 @@ SHELLS = ("$$(touch pwned)", "`touch pwned`", "; touch pwned", "x & touch pwned"
 @pytest.mark.parametrize("knobs, message", [
     *(({typo: 1}, f"unknown knob: {typo};") for typo in ("FLOD", "lr", "OMP_NUM_THREADS", "STRICT")),
     *(({knob: ""}, f" {knob} is empty") for knob in KNOBS
-      if knob not in ("ROUND", "CODE", "LAUNCH", "EXPS", "TRUTH", "HOLDOUT") and "_ARGS" not in knob),
+      if knob not in ("ROUND", "CODE", "LAUNCH", "EXPS", "TRUTH", "HOLDOUT",
+                      "BUDGET") and "_ARGS" not in knob),
     *(({knob: value}, f"{knob}={value}") for knob, value in (
         ("PER_GPU", 0), ("PER_GPU", 10),
         ("GPUS", 0), ("GPUS", "x"), ("GPUS", "2 2"), ("GPUS", "1.5"), ("GPUS", "'"), ("TRIALS", -1), ("TRIALS", 0),
