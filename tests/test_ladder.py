@@ -1,0 +1,191 @@
+"""The ladder: its table of rungs, what each is worth, and the whole climb with the real Makefile; and budgets."""
+import argparse
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from conftest import read_csv
+from demo_data import draw_data
+from test_graph import edit, make, new_folder
+
+import common
+import ensemble
+from common import UserError
+from ensemble import Rung
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def test_each_rung_has_a_name_that_a_folder_can_have_and_a_reason():
+    names = [rung.name for rung in ensemble.LADDER]
+    assert len(set(names)) == len(names) and all(re.fullmatch("[a-z][a-z0-9-]+", name) for name in names)
+    assert all(rung.why and rung.knobs for rung in ensemble.LADDER) and not ensemble.LADDER[0].is_aside
+    assert not {*names} & {"data", "code", "report", "pseudo"}
+
+
+def test_a_rung_changes_what_it_says_of_the_rungs_below_and_one_aside_changes_nothing_above(monkeypatch):
+    monkeypatch.setattr(ensemble, "LADDER", (
+        Rung("low", {"MODELS": 1, "SCALES": 1, "FOLDS": 1, "TTA": "none", "TRAIN_ARGS": "--loss ce"}, "first"),
+        Rung("loss", {"TRAIN_ARGS": "--loss iou_ce"}, "why"),
+        Rung("tried", {"TRAIN_ARGS": "--classmix plain", "TTA": "d4"}, "why", is_aside=True),
+        Rung("views", {"TTA": "flip"}, "why"),
+        Rung("scales", {"SCALES": 2}, "nothing, with one scale"),
+        Rung("folds", {"FOLDS": 10}, "all of them")))
+    asked = {"MODELS": "unet/a fpn/b", "SCALES": "64", "NFOLDS": "3", "TRAIN_ARGS": "--ema 0.9", "SEED": "4"}
+    climbed = ensemble.climb("fast", asked | {"FOLDS": "0 1 2"})
+    assert [(rung.name, below) for rung, _, below in climbed] == [
+        ("low", ""), ("loss", "low"), ("tried", "loss"), ("views", "loss"), ("folds", "views")]
+    knobs = {rung.name: knobs for rung, knobs, _ in climbed}
+    assert knobs["low"] | {"EPOCHS": ""} == asked | {
+        "EPOCHS": "", "MODELS": "unet/a", "FOLDS": "0", "TTA": "none", "TRAIN_ARGS": "--ema 0.9 --loss ce"}
+    assert knobs["tried"]["TRAIN_ARGS"] == "--ema 0.9 --loss ce --loss iou_ce --classmix plain"
+    assert knobs["views"] == knobs["loss"] | {"TTA": "flip"} and knobs["folds"]["FOLDS"] == "0 1 2"
+    assert knobs["low"]["EPOCHS"] == ensemble.LADDER_KNOBS["fast"]["EPOCHS"]
+    assert ensemble.climb("full", {"NFOLDS": "4"})[-1][1]["FOLDS"] == "0 1 2 3"
+    with pytest.raises(UserError, match="^TTA=d4: rungs of the ladder set TTA themselves"):
+        ensemble.climb("full", {"TTA": "d4"})
+
+
+def test_the_ladder_holds_what_the_climb_was_made_of():
+    """Baseline, loss, schedule, augmentation, ClassMix twice aside, views twice, scale, folds, models, rounds, fits."""
+    climbed = ensemble.climb("full", {})
+    assert [rung.name for rung, _, _ in climbed] == [rung.name for rung in ensemble.LADDER] and len(climbed) == 15
+    assert [rung.name for rung, _, _ in climbed if rung.is_aside] == ["classmix", "classmix-rare"]
+    first, last = climbed[0][1], climbed[-1][1]
+    assert (first["TTA"], first["VOTE"], first["POST"], first["ROUNDS"]) == ("none", "equal", "none", "0")
+    assert (last["VOTE"], last["POST"], last["ROUNDS"]) == ("fit", "fit", "2")
+    assert [len(last[name].split()) for name in ("MODELS", "SCALES", "FOLDS")] == [3, 2, 5]
+
+
+# ---- what a rung is worth -------------------------------------------------------------------------------------------
+
+
+def test_gains_are_of_the_images_that_both_rungs_have():
+    def pixels(right):
+        return np.array([[10, 0], [10 - right, right]])
+    counts = {"low": {1: pixels(2), 2: pixels(5), 3: pixels(0)}, "high": {2: pixels(10), 3: pixels(10), 4: pixels(1)}}
+    row = ensemble.rung_scores("test ", counts, "high", "low", 8)
+    shared = [np.stack([counts[name][i] for i in (2, 3)]) for name in ("high", "low")]
+    for metric in ("v2", "v3"):
+        assert row[f"test {metric} gain"] == pytest.approx(ensemble.gain(*shared, metric)["gain"])
+    assert row["test images"] == 3
+    assert row["test v3"] == pytest.approx(common.image_miou(np.stack([*counts["high"].values()])).mean())
+    lowest = ensemble.rung_scores("", counts, "low", "", 8)
+    assert all(math.isnan(lowest[f"{metric} {key}"]) for metric in ("v2", "v3") for key in ("gain", "low", "high"))
+
+
+@pytest.mark.parametrize("v2, v3, text", [
+    ((0.1, 0.2), (-0.1, 0.1), "v2 gains, v3 within chance"), ((-0.2, -0.1), (0.01, 0.3), "v2 loses, v3 gains"),
+    ((math.nan, math.nan), (math.nan, math.nan), "the lowest rung")])
+def test_the_verdict_is_by_the_intervals(v2, v3, text):
+    row = {f"{metric} {key}": value for metric, interval in (("v2", v2), ("v3", v3))
+           for key, value in zip(("low", "high"), interval, strict=True)}
+    assert ensemble.rung_verdict(row, "") == text
+
+
+def test_the_cost_is_of_all_times_that_make_made_something(tmp_path):
+    (tmp_path / "cost.csv").write_text("seconds,user,system\n10.5,7.25,1\n2,1,0.5\n")
+    assert ensemble.read_cost(tmp_path) == {"seconds": 12.5, "cpu_seconds": 9.75}
+    assert math.isnan(ensemble.read_cost(tmp_path / "none")["seconds"])
+
+
+# ---- the climb ------------------------------------------------------------------------------------------------------
+
+SHORT = '''LADDER = (
+    Rung("low", {"MODELS": 1, "SCALES": 1, "FOLDS": 1, "TTA": "none", "VOTE": "equal", "POST": "none"}, "first"),
+    Rung("tried", {"TRAIN_ARGS": "--classmix plain"}, "aside", is_aside=True),
+    Rung("flip", {"TTA": "flip"}, "views"),
+    Rung("folds", {"FOLDS": 10}, "folds"),
+    Rung("fitted", {"POST": "fit"}, "steps"))
+
+'''
+
+
+def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page(tmp_path):
+    draw_data(tmp_path / "drawn", train=20, test=3, size=64)
+    project = new_folder(tmp_path / "project", tmp_path / "drawn")
+    text = (project / "ensemble.py").read_text()
+    start, end = text.index("LADDER = (\n"), text.index("# LADDER=NAME of make")
+    edit(project, "ensemble.py", text[start:end], SHORT)
+    knobs = {"EXP": "lad", "HOLDOUT": "0.2", "ROUNDS": None, "FOLDS": "0 1", "NFOLDS": 2}
+    done = make(project, "ladder", **knobs)
+    trained = re.findall(r"^\S*python.* train.py .*--exp (\S+) .*\n.*\n.*--fold (\d)", done.stdout, re.M)
+    assert trained == [("out/lad/low", "0"), ("out/lad/tried", "0"), ("out/lad/folds", "1")]
+    rows = read_csv(project / "out/lad/ladder.csv")
+    assert [row["rung"] for row in rows] == ["low", "tried", "flip", "folds", "fitted"]
+    assert [row["over"] for row in rows] == ["", "low", "low", "flip", "folds"]
+    held_out = json.loads((project / "out/lad/data/test.json").read_text())["images"]
+    assert {row["test images"] for row in rows} == {str(len(held_out))}
+    assert rows[3]["v3 gain"] == rows[3]["v3 low"] == "0.0"  # folds show on held-out photos alone
+    assert int(rows[3]["images"]) > int(rows[2]["images"])
+    assert all(float(row["seconds"]) > 0 and float(row["cpu_seconds"]) > 0 for row in rows)
+    counts = ensemble.read_oof_counts(project / "out/lad/fitted")
+    assert float(rows[4]["v3"]) == pytest.approx(common.image_miou(np.stack([*counts.values()])).mean())
+    assert (project / "out/lad/ladder.png").read_bytes().startswith(b"\x89PNG")
+    assert "<h2>ladder</h2>" in (project / "out/lad/report.html").read_text().split("<section")[1]
+    before = (project / "out/lad/ladder.csv").read_bytes()
+    again = make(project, "ladder", **knobs)
+    assert "train.py" not in again.stdout and (project / "out/lad/ladder.csv").read_bytes() == before
+
+
+def test_a_ladder_that_is_not_climbed_yet_says_what_is_missing(tiny_data, cache, tmp_path):
+    args = ensemble.parse_args(["ladder", "--data", str(tiny_data), "--cache", str(cache), "--exp", str(tmp_path)])
+    with pytest.raises(UserError, match="baseline/submission.oof.npz: .*: run make ladder, which makes it"):
+        ensemble.main(args)
+
+
+# ---- budgets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, seconds", [("40m", 2400), ("1h30m", 5400), ("90s", 90), ("2h", 7200), ("1h1m1s", 3661)])
+def test_a_duration_is_hours_minutes_and_seconds(text, seconds):
+    assert ensemble.duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "40", "0m", "m", "1m1h", "-1m", "1.5h"])
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="no time such as 40m"):
+        ensemble.duration(text)
+
+
+def test_an_epoch_trains_on_the_other_folds_and_looks_at_this_one():
+    epoch, rest = ensemble.seconds_of_a_fold([(10, 50), (5, 25)], 100, 40, 5, 3)
+    assert epoch == pytest.approx(80 / 10 + 20 / 50 + 80 / 5 + 20 / 25)
+    assert rest == pytest.approx(2 * ensemble.START_SECONDS + 60 * 3 / 50 + 60 * 3 / 25)
+
+
+@pytest.mark.parametrize("seconds, jobs, rounds, keep, expected", [
+    (10_000, 1, 0, False, (34, 5)), (100_000, 1, 0, False, (40, 5)), (3000, 1, 0, False, (16, 3)),
+    (3000, 2, 0, False, (20, 5)), (1000, 1, 0, False, (16, 1)), (300, 1, 0, False, (3, 1)), (3000, 1, 0, True, (9, 5)),
+    (3000, 1, 1, False, (11, 2))])
+def test_a_budget_buys_folds_with_enough_epochs_each(seconds, jobs, rounds, keep, expected):
+    """An epoch of a fold takes 50 s, a fold besides 80 s; 90% of the time is planned."""
+    args = argparse.Namespace(budget=seconds, jobs=jobs, rounds=rounds, keep_folds=keep, folds=list("01234"))
+    epochs, folds = ensemble.share_budget(args, 50, 80)
+    assert (epochs, len(folds)) == expected
+    if epochs < ensemble.MOST_EPOCHS:
+        assert (1 + rounds) * len(folds) * (80 + 50 * epochs) <= 0.9 * seconds * jobs
+        assert (1 + rounds) * len(folds) * (80 + 50 * (epochs + 1)) > 0.9 * seconds * jobs
+
+
+def test_a_budget_without_room_for_an_epoch_is_refused():
+    args = argparse.Namespace(budget=100, jobs=1, rounds=0, keep_folds=False, folds=["0"])
+    with pytest.raises(UserError, match="100 s have no room for one epoch, of 50 s for each fold, and 80 s to start"):
+        ensemble.share_budget(args, 50, 80)
+
+
+def test_a_budget_chooses_once_and_is_remembered(tmp_path):
+    draw_data(tmp_path / "drawn", train=12, test=3, size=64)
+    project = new_folder(tmp_path / "project", tmp_path / "drawn")
+    edit(project, "ensemble.py", "ENOUGH_EPOCHS, MOST_EPOCHS = 15, 40", "ENOUGH_EPOCHS, MOST_EPOCHS = 2, 2")
+    knobs = {"BUDGET": "10m", "EPOCHS": None, "FOLDS": None, "NFOLDS": 2, "ROUNDS": 0}
+    assert "make -n can't know" in make(project, "-n", "submit", code=2, **knobs).stderr
+    make(project, "submit", **knobs)
+    answer = json.loads((project / "out/main/budget.json").read_text())
+    assert (answer["epochs"], answer["folds"]) == (2, ["0", "1"])
+    log, = (project / "out/main").glob("r0/*/*/s64/f1/log.csv")
+    assert len(read_csv(log)) == 2
+    assert make(project, "submit", **knobs).stdout.startswith("make: Nothing to be done")
+    assert "BUDGET chooses EPOCHS" in make(project, "submit", code=2, **(knobs | {"EPOCHS": 3})).stderr
