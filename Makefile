@@ -286,21 +286,22 @@ compare: | $(SETUP) ## what each of EXPS gains over the one before: EXPS="main/r
 	    $(addprefix out/,$(EXPS))
 holdout: | $(SETUP) ## a DATA in out/EXP/data that tests on HOLDOUT=0.15 of the labelled photos
 	@$(run) ensemble.py holdout $(data) $(how_read) --share $(HOLDOUT) --out $(OUT)/data
-# a rung is one make submit; how long it took goes to cost.csv if it made anything
+# a rung is one make submit; how long it took goes to cost.csv if it made anything. Jobs of make -j
+# share the files 3 and 4.
 not_asked := EXP DATA LADDER TRUTH HOLDOUT PY LAUNCH DEVICE PER_GPU CODE
 asked   = --preset $(LADDER) $(foreach v,$(filter-out $(not_asked),$(set_by_user)),$(call quote,$v=$($v)))
 climbed = $(call quote,$(if $(HOLDOUT),$(OUT)/data,$(DATA)))
 ladder: | $(SETUP) ## the climb, rung after rung, and what each is worth, in out/EXP/ladder.csv and .png
 	$(if $(HOLDOUT),@$(MAKE) --no-print-directory holdout)
 	@rungs=$$($(PY) ensemble.py rungs $(asked)); TIMEFORMAT=%R,%U,%S; \
-	while IFS=$$'\t' read -ra knobs <&4; do \
+	while IFS=$$'\t' read -ra knobs <&8; do \
 	    rung=$(OUT)/$${knobs[0]}; cost=$$rung/cost.csv; mkdir -p $$rung; touch $$rung/.began; \
 	    echo "== $${knobs[*]}"; \
 	    { time $(MAKE) --no-print-directory submit DATA=$(climbed) EXP=$(EXP)/$${knobs[0]} \
-	        "$${knobs[@]:1}" 2>&3; } 3>&2 2> $$rung/.time; \
+	        "$${knobs[@]:1}" 2>&9; } 9>&2 2> $$rung/.time; \
 	    [ -e $$cost ] || echo seconds,user,system > $$cost; \
 	    if [ $$rung/submission.csv -nt $$rung/.began ]; then cat $$rung/.time >> $$cost; fi; \
-	    done 4<<< "$$rungs"
+	    done 8<<< "$$rungs"
 	@$(run) ensemble.py ladder --data $(climbed) --cache out/cache --exp $(OUT) $(how_read) \
 	    --batch $(BATCH) --image-id $(IMAGE_ID) $(TRUTH:%=--truth %) $(asked)
 runtimes: | $(SETUP) ## speed, size and memory of models and scales, in out/runtimes.csv and .png

@@ -50,14 +50,14 @@ from common import (
     atomic_write, build_model, cache_folder, changes, check_output, check_space, check_unchanged,
     class_iou, clean, code_hashes, code_of, code_question, code_state, confusion, data_files,
     data_options, decide, different_keys, draw_bars, draw_heat, figure_urls, fingerprint,
-    first_line, folds_hash, foreground_ids, image_miou, keep_code, label_settings, labels_code,
-    labels_hash, labels_recipe, library_versions, load_data, load_truths, lock, make_folds,
-    move_aside, move_mark, named, number, open_store, overlay, provenance, pseudo_folder,
-    read_description, read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows,
-    recipe_changes, run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash,
-    store_code, store_id, store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides,
-    tta_views, version_changes, whole_manifest, whole_numbers, write_coco, write_csv,
-    write_description, write_json, write_page, write_sheet)
+    folds_hash, foreground_ids, image_miou, keep_code, label_settings, labels_code, labels_hash,
+    labels_recipe, library_versions, load_data, load_truths, lock, make_folds, move_aside,
+    move_mark, named, number, open_store, overlay, provenance, pseudo_folder, read_description,
+    read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows, recipe_changes,
+    run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash, store_code,
+    store_id, store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides, tta_views,
+    version_changes, whole_manifest, whole_numbers, write_coco, write_csv, write_description,
+    write_json, write_page, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byte first: x86 and ARM
@@ -1937,7 +1937,7 @@ def read_oof_counts(folder):
         with np.load(path) as saved:
             return dict(zip(saved["ids"].tolist(), saved["counts"], strict=True))
     except (OSError, ValueError, KeyError, BadZipFile) as e:
-        raise UserError(f"{path}: {first_line(e)}: run make ladder, which makes it") from None
+        raise UserError(f"{path}: {e}: run make ladder, which makes it") from None
 
 
 def submission_counts(args, name, test, truths):

@@ -1087,8 +1087,9 @@ def run_that_stands(args, test, info, out, epochs, hashes):
 def take_over(folder, out, info, epochs, hashes):
     """Write the finished run in `folder` as that of `info` into `out`, config.json last."""
     checkpoints = {name: load_checkpoint(folder / name) for name in model_files(epochs)}
-    move_aside(out, [path.name for path in sorted(out.glob("*"))
-                     if path.name in ("config.json", "log.csv", *checkpoints)])
+    if (out / "model.pt").exists():
+        snapshots = sorted(path.name for path in out.glob("epoch-*.pt"))
+        move_aside(out, ["config.json", "log.csv", *snapshots, "model.pt"])
     for name in ("log.csv", "batch.png", "curves.png", "valid.png"):
         if (folder / name).exists():
             shutil.copy2(folder / name, out / name)

@@ -15,9 +15,11 @@ from fnmatch import fnmatch
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_csv
 from demo_data import draw_data
 from PIL import Image
+
+import common
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 KNOBS = re.findall(r"^([A-Z_]+) +\?=", MAKEFILE, re.M)
@@ -846,3 +848,49 @@ def test_compare_and_score_train_nothing(built):
     assert re.match(r"(the truth.json: test image \d+: it has no such image\n){4}make: ", error)
     make(built, "score")
     assert (built / "out/main/report").is_dir() and contents(built) == before
+
+
+# ---- a round that learns nothing ------------------------------------------------------------------------------------
+
+
+def test_a_round_that_keeps_no_label_is_not_trained_until_one_is_kept_by_hand(fresh):
+    knobs = {"PSEUDO_ARGS": "--confident 1", "SNAPSHOTS": 1, "LR": "3e-3"}
+    done = make(fresh, "submit", **knobs)
+    assert done.stdout.count("round 1 keeps no pseudo label, so it would learn nothing new: the run of round 0") == 2
+    first, second = fresh / "out/main" / A0, fresh / "out/main" / A0.replace("r0", "r1", 1)
+    names = sorted(path.name for path in first.glob("*.pt"))
+    assert names == sorted(path.name for path in second.glob("*.pt")) and len(names) == 2
+    for name in names:
+        before, after = (common.load_checkpoint(folder / name) for folder in (first, second))
+        assert all((before["model"][key] == after["model"][key]).all() for key in before["model"])
+        assert (before["recipe"]["round"], after["recipe"]["round"]) == (0, 1) and before["epoch"] == after["epoch"]
+    assert (first / "log.csv").read_bytes() == (second / "log.csv").read_bytes()
+    assert np.array_equal(np.load(first / "test.npy"), np.load(second / "test.npy"))
+    assert make(fresh, "submit", **knobs).stdout.startswith("make: Nothing to be done")
+    index = fresh / "out/main/r1/pseudo/f0/index.csv"
+    rows = read_csv(index)
+    rows[0]["keep"] = "1"
+    common.write_csv(index, rows)
+    assert plan(fresh, "submit", **knobs) == steps("train r1/*/f0", "infer r1/*/f0", "submit")
+    done = make(fresh, "submit", **knobs)
+    assert f"{second.relative_to(fresh)} epoch 2/2" in done.stdout
+    assert common.load_checkpoint(second / "model.pt")["recipe"]["round"] == 1
+    assert not np.array_equal(np.load(first / "test.npy"), np.load(second / "test.npy"))
+
+
+@pytest.mark.parametrize("knobs", [{"PSEUDO_ARGS": ""}, {"PSEUDO_ARGS": "--confident auto"}, {"PSEUDO_ARGS": "--soft"}])
+def test_one_fold_has_no_other_to_learn_from_how_sure_is_sure_enough(untouched, knobs):
+    error = make(untouched, "-n", "submit", FOLDS=0, code=2, **knobs).stderr
+    assert "give two or more FOLDS, or a number, PSEUDO_ARGS='--confident 0.8'" in error
+    make(untouched, "-n", "submit", FOLDS=0, PSEUDO_ARGS="--confident 0.5")
+    make(untouched, "-n", "submit", FOLDS=0, ROUNDS=0, PSEUDO_ARGS="")
+
+
+def test_labels_that_learn_from_other_folds_wait_for_them_and_follow_their_change(fresh):
+    knobs = {"PSEUDO_ARGS": "--precision 0.5"}
+    assert plan(fresh, "pseudo", FOLD=0, **knobs) == steps("check", "train r0/*", "infer r0/*", "pseudo r1/f0")
+    make(fresh, "submit", **knobs)
+    manifest = common.read_json(fresh / "out/main/r1/pseudo/f0/manifest.json")
+    assert len(manifest["recipe"]["out_of_fold"]) == 2 and len(manifest["makers"]) == 1
+    assert make(fresh, "submit", **knobs).stdout.startswith("make: Nothing to be done")
+    assert plan(fresh, "submit", PSEUDO_ARGS="--precision 0.6") == steps("pseudo *", "* r1/*", "submit")
