@@ -315,7 +315,7 @@ class Made(ensemble.Plan):
             recipe, code, "5ta7e", "", dict.fromkeys(common.VERSIONS, "1"), []), strict=True))
         ids = self.data["index"]["train" if split == "valid" else "test"]["ids"]
         made |= {"image_ids": ids[::5] if split == "valid" else ids, "classes": list(map(str, range(N_CLASSES))),
-                 "photos": {}}
+                 "photos": {}, "labels": []}
         with open(data, "wb") as f:
             f.write(str(path).encode())
             if data.suffix == ".npy":  # sparse: it has the size alone

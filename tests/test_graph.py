@@ -492,7 +492,7 @@ EDITS = [  # (file, old, new, name that is said, what CODE=new makes)
     ("common.py", "+= probs if scale == 1 else", "+= probs ** 2 if scale == 1 else", "predict_probs", FROM_INFER),
     ("common.py", '"flip": "identity,hflip,vflip"', '"flip": "identity,hflip"', "TTA[flip]", FROM_INFER),
     ("pseudo_label.py", "foreground = (label > 0) &", "foreground = (label > 1) &", "judge", FROM_LABELS),
-    ("ensemble.py", "areas = np.bincount(pred", "areas = 2 * np.bincount(pred", "remove_small", ["submit"]),
+    ("ensemble.py", "(areas >= min_area", "(areas > min_area", "remove_small", ["submit"]),
     ("ensemble.py", "MAX_PICKS = 30", "MAX_PICKS = 31", "MAX_PICKS", ["submit"])]
 HARMLESS = [
     ("common.py", "def region_loss(", "# a comment\n\n\ndef region_loss("),
@@ -503,7 +503,7 @@ HARMLESS = [
     ("common.py", '"none": squash,', '"none": squash, "mine": squash,'),
     ("common.py", "(0.05, 0.2), (0.05", "(0.1, 0.2), (0.05"),  # of another recipe's augmentation
     ("train.py", "figure.savefig(scratch, format=\"png\", dpi=90)", "figure.savefig(scratch, format=\"png\", dpi=60)"),
-    ("train.py", '"peak; a small FPN', '"the peak; a small FPN'),
+    ("train.py", '"peak; FPNs', '"the peak; FPNs'),
     ("report.html.jinja", "<html", "<html data-mine"),
     ("ensemble.py", "print(pd.DataFrame(grid).T.to_string())", "print(pd.DataFrame(grid).to_string())"),
     ("ensemble.py", "both from 0, is {shown}", "both from 0: {shown}"),

@@ -343,7 +343,8 @@ def test_background_for_want_of_a_photo_makes_a_whole_submission_and_exit_code_3
 def test_the_submission_has_no_class_below_its_minimum_area(tiny_data, cache, voters, tmp_path, monkeypatch):
     choose, areas = ensemble.choose, np.arange(12) * 1000
     monkeypatch.setattr(ensemble, "choose", lambda *args: (
-        {"weights": np.ones(1), "bias": np.zeros(12), "minimum area": areas}, *choose(*args)[1:]))
+        {"weights": np.ones(1), "log-bias": np.zeros(12), "least share": 0, "minimum area": areas},
+        *choose(*args)[1:]))
     _, ids = soft(tmp_path, tiny_data, cache, [voters["a", 0]])
     voted = np.load(voters["a", 0] / "test.npy").argmax(1).reshape(4, -1)
     for found, vote in zip(ids, voted, strict=True):
@@ -607,7 +608,7 @@ def test_a_run_may_get_a_submission_of_its_own(cache, project, monkeypatch):
     after = everything_in(project)
     assert {path: after[path] for path in before} == before
     assert {path.name for path in after.keys() - before.keys() if path.parent.name == "f0"} == {
-        "alone.csv", "alone.png", "alone.json", "alone.made.json", "code"}
+        "alone.csv", "alone.png", "alone.json", "alone.made.json", "alone.oof.npz", "code"}
 
 
 def test_submissions_alone_are_voted_on_as_the_data_is_to_be_read(tmp_path):

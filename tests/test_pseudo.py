@@ -862,12 +862,12 @@ def test_without_another_fold_or_with_other_models_auto_is_refused(makers, judge
         pseudo_label.main(automatic(makers, judges))
 
 
-def test_the_real_precision_stands_beside_the_expected_one(makers, judges, splits, tmp_path, monkeypatch):
+def test_the_real_precision_stands_beside_the_expected_one(makers, tmp_path, monkeypatch):
     truths = votes_of(makers).argmax(1).astype(np.uint8)
     truths[:, :128] = 11  # half of the pixels
     monkeypatch.setattr(pseudo_label, "truth_file", lambda data, truth: truth)
     monkeypatch.setattr(pseudo_label, "load_truths", lambda path, test, paint: truths)
-    pseudo_label.main(automatic(makers, judges, "--rule", "pixel", "--truth", str(tmp_path)))
+    pseudo_label.main(makers.args("--rule", "pixel", "--confident", "0.45", "--truth", str(tmp_path)))
     manifest, labels = common.read_json(makers.folder / "manifest.json"), np.load(makers.folder / "labels.npy")
     kept = labels[[keep == "1" for keep in keeps(makers)]]
     assert len(kept)

@@ -181,7 +181,8 @@ def made(tmp_path_factory):
                 common.write_json(path, common.read_json(path) | {"run": RUN})
             counts = {CLASSES[0]: {"kept": 1 + fold, "unsure": 3}, **dict.fromkeys(CLASSES[1:], {"unsure": 1})}
             common.write_json(exp / f"r1/pseudo/f{fold}/manifest.json", {
-                "round": 1, "fold": fold, "contaminated": True, "photos": counts | {CLASSES[1]: {"kept": 1}}})
+                "round": 1, "fold": fold, "contaminated": True, "photos": counts | {CLASSES[1]: {"kept": 1}},
+                "labels": [{"pixels": 50 + fold, "expected": 0.75, "real": None}]})
     with pytest.MonkeyPatch.context() as patch:
         for name in drawn:
             draw = getattr(ensemble, f"draw_{name}")
@@ -260,6 +261,7 @@ def test_the_report_says_what_was_scored_labelled_and_made(made):
     pseudo = [rows for rows in report.tables if "unsure" in rows[0]][0]
     assert [dict(zip(pseudo[0], row, strict=True)) for row in pseudo[1:]] == [
         {"round": "1", "fold": str(fold), "kept": str(1 + fold), "unsure": "3",
+         "foreground pixels": str(50 + fold), "foreground expected": "0.7500", "foreground real": "–",
          **{f"kept with {name}": str(int(name == CLASSES[1])) for name in CLASSES[1:]}} for fold in (0, 1)]
     assert re.search(r"Python 3\.\d+\.\d+, torch \d", report.source)
     balance, (_, test) = report.table("class", "predicted test"), made[1]
