@@ -184,7 +184,7 @@ def plain_steps(model, batch, device):
     if decoder == "efficientdet":
         net = common.build_model(model, N_CLASSES)
     else:
-        net = smp.create_model(decoder.removesuffix("-wide"), encoder, encoder_weights=None, classes=N_CLASSES)
+        net = smp.create_model(decoder.removesuffix("-narrow"), encoder, encoder_weights=None, classes=N_CLASSES)
     net = net.to(device).train()
     optimizer, loss = torch.optim.Adam(net.parameters(), lr=1e-4), torch.nn.CrossEntropyLoss()
     images, masks = batch[0].permute(0, 3, 1, 2).float().div(255).contiguous(), batch[1].long()

@@ -477,7 +477,7 @@ def test_make_stopped_after_a_file_is_written_and_before_its_script_ends_keeps_t
     stopper.chmod(0o755)
     make = subprocess.Popen(
         ["make", "submit", f"DATA={tiny_data}", f"MODELS={MODEL}", "SCALES=64", "FOLDS=0", "ROUNDS=1", "EPOCHS=1",
-         "WEIGHTS=none", "PY=./stopper"], cwd=tmp_path, env={"PATH": os.environ["PATH"]}, start_new_session=True,
+         "WEIGHTS=none", "PSEUDO_ARGS=--confident 0.5", "PY=./stopper"], cwd=tmp_path, env={"PATH": os.environ["PATH"]}, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     said = make.communicate()[1]
     with suppress(ProcessLookupError):

@@ -589,7 +589,7 @@ def test_the_command_in_a_scripts_docstring_can_be_pasted_from_the_file_as_one_c
     done = subprocess.run(["bash", "-ec", print_words + command], capture_output=True, text=True)
     name, *words = done.stdout.splitlines()
     assert done.returncode == 0 and done.stderr == "" and name == f"{script.__name__}.py"
-    assert words[-1].endswith(("model.pt", "test.json"))
+    assert words[-1].endswith(("model.pt", "valid.json"))
     script.parse_args(words)
 
 
