@@ -813,10 +813,12 @@ def choose(args, oof, thumbs, truths, weights):
 
 
 def take_best(options, before, metric, tried):
-    """Return the option that gains most over `before`, or `before` if none is to be taken.
+    """Return the option that is to be taken in place of `before`, or `before` if none is.
 
-    One is taken only if it gains in the metric, v2 or v3, by more than chance and doesn't lose in
-    the other by more than chance. options: {name: Option}; a row of each goes into `tried`.
+    Those count that gain in the metric, v2 or v3, by more than chance and don't lose in the other
+    by more than chance. Of them the first is taken that the best isn't better than by more than
+    chance: the best of many has been lucky. options: {name: Option}, the simplest first; a row of
+    each goes into `tried`.
     """
     other = "v2" if metric == "v3" else "v3"
     rows, sure = {}, []
@@ -825,10 +827,14 @@ def take_best(options, before, metric, tried):
         rows[name] = {f"{m} {key}": value for m in gains for key, value in gains[m].items()}
         if gains[metric]["low"] > 0 and gains[other]["high"] >= 0:
             sure.append(name)
-    best = max(sure, key=lambda name: rows[name][f"{metric} gain"], default=None)
+    taken = best = max(sure, key=lambda name: rows[name][f"{metric} gain"], default=None)
+    for name in sure:
+        if gain(options[best].counts, options[name].counts, metric)["low"] <= 0:
+            taken = name
+            break
     for name, row in rows.items():
-        tried.append({"tried": name, **row, "taken": "yes" if name == best else "no"})
-    return options.get(best, before)
+        tried.append({"tried": name, **row, "taken": "yes" if name == taken else "no"})
+    return options.get(taken, before)
 
 
 def combine_steps(before, thumbs, truths):

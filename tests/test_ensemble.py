@@ -379,6 +379,15 @@ def test_what_gains_in_one_score_and_loses_in_the_other_by_more_than_chance_is_n
     assert ensemble.take_best({"both": both}, before, "v2", []) is both
 
 
+def test_of_what_is_no_more_than_chance_apart_the_simplest_is_taken():
+    before, simple = option_of((0, 0), (3, 3))
+    _, lucky = option_of((0, 1), (3, 3))
+    lucky.counts[1:20] = before.counts[1:20]  # better on one image alone
+    _, better = option_of((3, 3), (3, 3))
+    assert ensemble.take_best({"simple": simple, "lucky": lucky}, before, "v3", []) is simple
+    assert ensemble.take_best({"simple": simple, "lucky": lucky, "better": better}, before, "v3", []) is better
+
+
 def test_the_metric_names_the_score_that_must_gain():
     before, same_v3 = option_of((0, 0), (0, 0))
     tried = []

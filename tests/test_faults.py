@@ -476,9 +476,10 @@ def test_make_stopped_after_a_file_is_written_and_before_its_script_ends_keeps_t
     stopper.write_text(STOPPER.format(python=sys.executable, call=MADE[name], name=name, number=int(number)))
     stopper.chmod(0o755)
     make = subprocess.Popen(
-        ["make", "submit", f"DATA={tiny_data}", f"MODELS={MODEL}", "SCALES=64", "FOLDS=0", "ROUNDS=1", "EPOCHS=1",
-         "WEIGHTS=none", "PSEUDO_ARGS=--confident 0.5", "PY=./stopper"], cwd=tmp_path, env={"PATH": os.environ["PATH"]}, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        ["make", "submit", f"DATA={tiny_data}", f"MODELS={MODEL}", "SCALES=64", "FOLDS=0", "ROUNDS=1",
+         "EPOCHS=1", "WEIGHTS=none", "PSEUDO_ARGS=--confident 0.5", "PY=./stopper"], cwd=tmp_path,
+        env={"PATH": os.environ["PATH"]}, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True)
     said = make.communicate()[1]
     with suppress(ProcessLookupError):
         os.killpg(make.pid, signal.SIGKILL)  # a script of which make didn't see the end
