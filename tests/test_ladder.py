@@ -176,6 +176,7 @@ def test_a_budget_without_room_for_an_epoch_is_refused():
         ensemble.share_budget(args, 50, 80)
 
 
+@pytest.mark.slow
 def test_a_budget_chooses_once_and_is_remembered(tmp_path):
     draw_data(tmp_path / "drawn", train=12, test=3, size=64)
     project = new_folder(tmp_path / "project", tmp_path / "drawn")

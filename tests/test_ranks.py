@@ -249,7 +249,8 @@ def test_two_ranks_count_the_pixels_that_one_process_counts(run_ranks, finished,
     assert one.shape[0] == VALID and one.sum() == VALID * 256 ** 2
     for counts in two:
         np.testing.assert_array_equal(counts, one)
-    best = max(read_csv(finished / RUN / "log.csv", ("v1", "v2", "v3")), key=lambda row: float(row["v2"]) + float(row["v3"]))
+    log = read_csv(finished / RUN / "log.csv", ("v1", "v2", "v3"))
+    best = max(log, key=lambda row: float(row["v2"]) + float(row["v3"]))
     assert {name: float(best[name]) for name in ("v1", "v2", "v3")} == {
         name: scores(one, 5)[name] for name in ("v1", "v2", "v3")}
 

@@ -92,6 +92,7 @@ def test_an_equal_experiment_takes_everything_and_says_so_and_is_then_up_to_date
     assert planned(built, "b", "score", ROUND=0) == ["score"]  # these stores too
 
 
+@pytest.mark.slow
 def test_a_link_costs_no_file_its_remembered_hash(built, monkeypatch):
     share(built, "b", "train")
     share(built, "c", "train")  # links a third name to the files of a and b
@@ -120,6 +121,7 @@ def test_a_sibling_makes_only_what_differs(template, knobs, patterns, grid):
     assert found == [name for name in wanted if name in found] and {*wanted} - {*found} <= {f"infer {A0}"}
 
 
+@pytest.mark.slow
 def test_experiments_beside_the_cache_share_nothing(built):
     (built / "out/lad/a").rename(built / "out/a")
     assert planned(built, "a", EXP="a") == [] and planned(built, "b", EXP="b") == steps("*", folds=[0])
@@ -136,6 +138,7 @@ def test_another_fold_is_trained_and_the_first_one_taken_with_the_folds_that_bot
     assert f"train {A0}" in planned(built, "b", "train", ROUNDS=0)
 
 
+@pytest.mark.slow
 def test_what_is_replaced_later_stays_in_the_sibling_and_what_was_there_is_moved_aside(built):
     share(built, "b", "train")
     kept = whole(lad(built, "b"))
@@ -152,6 +155,7 @@ def test_what_is_replaced_later_stays_in_the_sibling_and_what_was_there_is_moved
     assert whole(lad(built, "b")) == kept and planned(built, "b", "train") == []
 
 
+@pytest.mark.slow
 def test_a_run_that_was_begun_is_moved_aside_for_one_that_is_whole(built):
     run = lad(built, "b") / A0
     run.mkdir(parents=True)
@@ -176,6 +180,7 @@ def test_labels_bring_the_decisions_by_hand_and_never_replace_them(built):
     assert read_csv(copy)[1]["keep"] == "0"
 
 
+@pytest.mark.slow
 def test_where_links_can_not_be_made_files_are_copied(built):
     (built / "sitecustomize.py").write_text("import os\n\n\ndef link(*a, **k):\n    raise OSError(1, 'no')\n"
                                             "\n\nos.link = link\n")
@@ -187,6 +192,7 @@ def test_where_links_can_not_be_made_files_are_copied(built):
     assert planned(built, "b", "train") == []
 
 
+@pytest.mark.slow
 def test_the_code_that_made_it_comes_along(built):
     edit(built, "common.py", "def region_loss(", "# a comment\n\n\ndef region_loss(")
     share(built, "b", "train")
@@ -221,6 +227,7 @@ def test_what_is_damaged_is_not_taken(built, damage, name, goal, made):
     assert planned(built, "b", goal) == sorted(["check", *made])
 
 
+@pytest.mark.slow
 def test_a_damaged_store_is_predicted_anew_for_real(built):
     expected = (lad(built, "a") / B0 / "valid.npy").read_bytes()
     flip_byte(lad(built, "a") / B0 / "valid.npy")
@@ -241,6 +248,7 @@ def test_other_code_is_a_question_about_own_files_alone(built):
     assert planned(built, "b", "train", CODE="new") == []
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_holds_is_left_alone(built):
     run = lad(built, "b") / A0
     with common.lock(run):
