@@ -216,12 +216,12 @@ def open_out_of_fold(args, makers, train, hashes):
         return info["model"], info["scale"], info["tta"]
     expected = {"split": "valid", "classes": train.classes, "round": args.round - 1,
                 "paint": makers[0]["paint"], "folds_csv": makers[0]["folds_csv"],
-                "data": train.fingerprint, "contaminated": False}
+                "data": train.fingerprint}
     folds = {}
     for path in args.out_of_fold:
         store, info = open_store(path, hashes)
         for key, value in expected.items():
-            if info[key] != value and not (key in (*LINEAGE, "contaminated") and args.allow_leak):
+            if info[key] != value and not (key in LINEAGE and args.allow_leak):
                 raise UserError(f"{path}: {key} is {info[key]}, not {value}: --out-of-fold takes "
                                 f"valid.json of round {args.round - 1}; run infer.py again")
         folds.setdefault(info["fold"], {})[name(info)] = store, info
@@ -611,7 +611,9 @@ def main(args):
     train, test = data = load_data(args.data, args.cache, **data_options(infos[0]))
     contaminated = check_makers(args, infos, test)
     folds = open_out_of_fold(args, infos, train, hashes)
-    fold_ids = [store_id(info) for _, fold_infos in folds.values() for info in fold_infos]
+    fold_infos = [info for _, some in folds.values() for info in some]
+    fold_ids = [store_id(info) for info in fold_infos]
+    contaminated |= any(info["contaminated"] for info in fold_infos)
     recipe = labels_recipe(args, test.fingerprint, infos[0]["folds_csv"], infos[0]["paint"],
                            [store_id(info) for info in infos], fold_ids)
     makers = [(info["model"], info["tta"]) for info in infos]

@@ -862,6 +862,12 @@ def test_without_another_fold_or_with_other_models_auto_is_refused(makers, judge
         pseudo_label.main(automatic(makers, judges))
 
 
+def test_thresholds_of_contaminated_models_contaminate_the_labels(makers, judges):
+    change_json(judges[2], contaminated=True)
+    pseudo_label.main(automatic(makers, judges))
+    assert common.read_json(makers.folder / "manifest.json")["contaminated"] is True
+
+
 def test_the_real_precision_stands_beside_the_expected_one(makers, tmp_path, monkeypatch):
     truths = votes_of(makers).argmax(1).astype(np.uint8)
     truths[:, :128] = 11  # half of the pixels

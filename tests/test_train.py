@@ -1786,7 +1786,7 @@ def test_every_score_after_an_allowed_leak_is_marked(pseudo, capsys, tmp_path):
     for table in (tmp_path / "tables").iterdir():
         assert {row["contaminated"] for row in read_csv(table, ("contaminated",))} == {"yes"}, table
     args = pseudo_label.parse_args([*where, "--exp", str(tmp_path / "exp"), "--round", "2", "--fold", str(FOLD),
-                                    str(run / "test.json")])
+                                    str(run / "test.json"), "--confident", "0.8"])
     pseudo_label.main(args)  # what such a model labels is marked too
     manifest = common.read_json(common.pseudo_folder(tmp_path / "exp", 2, FOLD) / "manifest.json")
     assert manifest["contaminated"] is True
