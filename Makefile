@@ -52,7 +52,6 @@ LAUNCH     ?=
 DEVICE     ?= auto
 PER_GPU    ?= 1
 PY         ?= .venv/bin/python
-HOLDOUT    ?=
 CODE       ?=
 about.DATA        := folder of the competition, with train.json and test.json
 about.EXP         := name of the experiment; everything lands in out/EXP; lad/a, lad/b share runs
@@ -78,7 +77,7 @@ about.POST        := log-bias, least share and steps after the vote: fit (what g
 about.EXPS        := experiments, or rounds of them, that compare puts side by side
 about.LADDER      := the climb that ladder makes: full, or fast, an hour on two CPU cores
 about.TRUTH       := annotated COCO file of the test photos, for scores; else test.json
-about.HOLDOUT     := share of the training photos, 0.15, that are test photos of the ladder
+about.HOLDOUT     := share of the labelled photos that holdout makes a test set of, 0.05 to 0.5
 about.IMAGE_ID    := what names an image in the submission: id, file_name
 about.TRAIN_ARGS  := more for train.py, see its --help; INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS likewise
 about.SNAPSHOTS   := epochs of a run that vote together; 0: its best one alone
@@ -88,7 +87,6 @@ about.GPUS        := processes, each with a GPU, of one run; on a CPU as many pr
 about.LAUNCH      := goes before every command that computes, such as srun --gpus=1
 about.DEVICE      := auto takes an idle GPU, or the CPU
 about.PER_GPU     := jobs of make -j that may share a GPU, 1 to 9
-about.HOLDOUT     := share of the labelled photos that holdout makes a test set of, 0.05 to 0.5
 about.PY          := python to use; PY=python takes the current environment
 about.CODE        := after an edit of a script: new makes anew what it made, keep keeps it
 KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT ORIENTATION \
@@ -159,6 +157,7 @@ recipe := --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) $(TRAI
 infer  := --tta $(TTA) $(INFER_ARGS)
 fitted := --weights $(VOTE) --metric $(METRIC) --post $(POST) --batch $(BATCH)
 submit := $(fitted) --image-id $(IMAGE_ID) $(SUBMIT_ARGS)
+truth  := $(if $(TRUTH),--truth $(call quote,$(TRUTH)))
 code   := $(if $(CODE),--code $(CODE))
 device := --device $(DEVICE) --per-gpu $(PER_GPU)
 run    := $(strip $(LAUNCH) $(PY))
@@ -231,7 +230,7 @@ $(filter %/manifest.json,$(TODO)): | \
     $$(filter $$(addsuffix /test.json,$$(makers) $$(judges)),$(TODO))
 	$(run) pseudo_label.py $(data) --exp $(OUT) --round $(patsubst r%,%,$(call part,1)) \
 	    --fold $(patsubst f%,%,$(call part,3)) $(PSEUDO_ARGS) $(code) $(makers:=/test.json) \
-	    $(if $(judges),--out-of-fold $(judges:=/valid.json)) $(TRUTH:%=--truth %)
+	    $(if $(judges),--out-of-fold $(judges:=/valid.json)) $(truth)
 
 # asked again whether its runs are up to date: another make may have changed them since
 # exit code 3: the submission stands, but some test photos can't be read, as the lines above tell
@@ -281,15 +280,15 @@ why: | $(SETUP) ## why submit would make what it would make: for each file what 
 status: | $(SETUP) ## which runs are done, how long the others will take, what isn't up to date
 	@$(PY) ensemble.py status $(grid) --dry
 compare: | $(SETUP) ## what each of EXPS gains over the one before: EXPS="main/r0 main/r1 lr5"
-	@$(run) ensemble.py compare $(data) $(if $(TRUTH),--truth $(call quote,$(TRUTH))) \
-	    --tables out --picture out/compare.png $(filter --mixed,$(SUBMIT_ARGS)) \
+	@$(run) ensemble.py compare $(data) $(truth) --tables out --picture out/compare.png $(filter --mixed,$(SUBMIT_ARGS)) \
 	    $(addprefix out/,$(EXPS))
 holdout: | $(SETUP) ## a DATA in out/EXP/data that tests on HOLDOUT=0.15 of the labelled photos
 	@$(run) ensemble.py holdout $(data) $(how_read) --share $(HOLDOUT) --out $(OUT)/data
 # a rung is one make submit; how long it took goes to cost.csv if it made anything. Jobs of make -j
 # share the files 3 and 4.
 not_asked := EXP DATA LADDER TRUTH HOLDOUT PY LAUNCH DEVICE PER_GPU CODE
-asked   = --preset $(LADDER) $(foreach v,$(filter-out $(not_asked),$(set_by_user)),$(call quote,$v=$($v)))
+asked   = --preset $(LADDER) \
+    $(foreach v,$(filter-out $(not_asked),$(set_by_user)),$(call quote,$v=$($v)))
 climbed = $(call quote,$(if $(HOLDOUT),$(OUT)/data,$(DATA)))
 ladder: | $(SETUP) ## the climb, rung after rung, and what each is worth, in out/EXP/ladder.csv and .png
 	$(if $(HOLDOUT),@$(MAKE) --no-print-directory holdout)
@@ -303,7 +302,7 @@ ladder: | $(SETUP) ## the climb, rung after rung, and what each is worth, in out
 	    if [ $$rung/submission.csv -nt $$rung/.began ]; then cat $$rung/.time >> $$cost; fi; \
 	    done 8<<< "$$rungs"
 	@$(run) ensemble.py ladder --data $(climbed) --cache out/cache --exp $(OUT) $(how_read) \
-	    --batch $(BATCH) --image-id $(IMAGE_ID) $(TRUTH:%=--truth %) $(asked)
+	    --batch $(BATCH) --image-id $(IMAGE_ID) $(truth) $(asked)
 runtimes: | $(SETUP) ## speed, size and memory of models and scales, in out/runtimes.csv and .png
 	@failed=0; $(foreach m,$(MODEL),$(foreach s,$(SCALE),$(run) train.py $(data) --exp $(OUT) \
 	    --model $m --scale $s --batch $(BATCH) $(device) --runtimes out/runtimes.csv || \

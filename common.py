@@ -2378,13 +2378,14 @@ BESIDE = {
     "data_options", "decide", "different_keys", "file_hash", "fingerprint", "folds_hash",
     "git_commit", "gpu_of_rank", "has_kinds", "idle_gpu", "keep_code", "kill_children",
     "label_settings", "labels_code", "labels_hash", "labels_recipe", "library_versions",
-    "load_folds", "loader_options", "loader_workers", "lock", "matches_checksum", "move_aside",
-    "move_mark", "name_alternatives", "name_fault", "named", "number", "overlay", "project_files",
-    "provenance", "quoted", "raise_faults", "read_description", "read_folds", "read_index_json",
-    "read_json", "read_own_json", "read_rows", "recipe_changes", "run_code", "run_folder",
-    "run_recipe", "run_script", "settings_of", "short_hash", "signals_later", "spelling",
-    "store_code", "store_id", "store_recipe", "tune_process", "version_changes", "whole_manifest",
-    "write_checksums", "write_csv", "write_description", "write_json", "write_page", "write_sheet"}
+    "load_folds", "load_truths", "loader_options", "loader_workers", "lock", "matches_checksum",
+    "move_aside", "move_mark", "name_alternatives", "name_fault", "named", "number", "overlay",
+    "project_files", "provenance", "quoted", "raise_faults", "read_description", "read_folds",
+    "read_index_json", "read_json", "read_own_json", "read_rows", "recipe_changes", "run_code",
+    "run_folder", "run_recipe", "run_script", "settings_of", "short_hash", "signals_later",
+    "spelling", "store_code", "store_id", "store_recipe", "truth_file", "tune_process",
+    "version_changes", "whole_manifest", "write_checksums", "write_csv", "write_description",
+    "write_json", "write_page", "write_sheet"}
 DERIVED = ("mean", "std")  # keys of a recipe that follow from its other keys
 VERSIONS = ("torch", "timm", "segmentation-models-pytorch", "albumentations")  # only shown
 

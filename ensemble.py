@@ -74,17 +74,16 @@ ENOUGH_EPOCHS, MOST_EPOCHS = 15, 40  # by a budget: fewer for another fold lose,
 AREAS = (0, *(2 ** np.arange(4, 12)))  # up to 3% of the image: a larger one fits its own images
 TAKEN = "with what is taken"  # the name of the vote with all that gains out of fold
 SIZES = (0, 0.003, 0.01, 0.03, 0.1, 0.3)  # shares of an image where the report's bins begin
-STEP_COLUMNS = (" gain", " low", " high")  # behind the name of a score
-NO_GAIN = dict.fromkeys(("gain", "low", "high"), math.nan)  # of the lowest rung
+NO_GAIN = dict.fromkeys(("gain", "low", "high"), math.nan)  # what gain returns, of the lowest rung
 WHERE = {"": "out of fold", "test ": "on the test photos' truth"}  # by the prefix of columns
 CONTAMINATED = "CONTAMINATED: pseudo labels' makers have seen these images (--allow-leak)"
 BY_FOLD = ("fold", "pseudo", "contaminated")  # where the recipes of a member's folds may differ
 # what decides no result; see BESIDE in common.py
 BESIDE = {
     "TAKEN", "already_made", "check_classes", "check_names", "check_one_member", "check_store",
-    "describe_params", "difference", "explain", "made_file", "no_formula", "pixel_fault",
-    "run_name", "sample_pictures", "scratch_folder", "show", "show_scores", "soft_recipe",
-    "tell_unread", "write_made"}
+    "describe_params", "difference", "explain", "made_file", "no_formula", "oof_file",
+    "pixel_fault", "run_name", "sample_pictures", "scratch_folder", "show", "show_scores",
+    "soft_recipe", "tell_unread", "write_made"}
 
 
 # ---- the ladder: what make ladder climbs ---------------------------------------------------------
@@ -194,6 +193,21 @@ def shared_options():
     steps.add_argument("experiments", type=Path, nargs="+",
                        help="two or more: out/EXP for its last round, or out/EXP/rR")
     steps.add_argument("--picture", type=Path, help="the scores as a staircase, a PNG to write")
+    truth.add_argument("--truth", type=Path,
+                       help="COCO file with the objects of the test photos; else test.json's")
+    add_ladder(climb, rung)
+    held.add_argument("--share", type=number(float, 0.05, 0.5), required=True,
+                      help="of the labelled photos to hold out; 1/2, 1/3, ... 1/20 can be had")
+    held.add_argument("--out", type=Path, required=True, dest="folder",
+                      help="the folder to write, a DATA of its own")
+    add_data_options(held)
+    add_grid(grid)
+    add_budget(spend)
+    return groups
+
+
+def add_ladder(climb, rung):
+    """Add the options of the rungs, and those by which `ladder` scores them."""
     climb.add_argument("--preset", choices=LADDER_KNOBS, default="full", help="see LADDER_KNOBS")
     climb.add_argument("knobs", type=knob, nargs="*", metavar="KNOB=VALUE",
                        help="of make's command line")
@@ -202,19 +216,14 @@ def shared_options():
     rung.add_argument("--image-id", choices=("id", "file_name"), default="id",
                       help="what names an image in the submissions")
     add_data_options(rung)
-    truth.add_argument("--truth", type=Path,
-                       help="COCO file with the objects of the test photos; else test.json's")
-    held.add_argument("--share", type=number(float, 0.05, 0.5), required=True,
-                      help="of the labelled photos to hold out; 1/2, 1/3, ... 1/20 can be had")
-    held.add_argument("--out", type=Path, required=True, dest="folder",
-                      help="the folder to write, a DATA of its own")
-    add_data_options(held)
-    add_grid(grid)
+
+
+def add_budget(spend):
+    """Add the options of a budget besides the grid that it is for."""
     spend.add_argument("--budget", type=duration, required=True, help="40m, 1h30m or 90s")
     spend.add_argument("--jobs", type=number(int, 1), default=1, help="runs at a time")
     spend.add_argument("--keep-folds", action="store_true", help="use all --folds")
     spend.add_argument("--device", default="auto", help="as of train.py")
-    return groups
 
 
 def duration(text):
@@ -871,18 +880,18 @@ def gain(after, before, metric="v3"):
         gains = image_miou(after) - image_miou(before)
         low, high = bootstrap_interval(gains)
         return {"gain": gains.mean(), "low": low, "high": high}
-    gains = drawn_v2(after) - drawn_v2(before)
+    gains = image_miou(drawn_counts(after, 1000)) - image_miou(drawn_counts(before, 1000))
     low, high = np.percentile(gains[1:], (2.5, 97.5))
     return {"gain": gains[0], "low": low, "high": high}
 
 
-def drawn_v2(counts, n_draws=1000):
-    """Return v2 [1 + n_draws] of pixel counts [N, C, C]: of all images, then of draws of them."""
+def drawn_counts(counts, n_draws):
+    """Return sums [1 + n_draws, C, C] of pixel counts [N, C, C]: of all images, then of draws."""
     n_images, n_classes, _ = counts.shape
     draws = np.random.default_rng(0).integers(n_images, size=(n_draws, n_images))
     times = [np.bincount(draw, minlength=n_images) for draw in draws]  # that each image was drawn
     summed = np.vstack([np.ones(n_images), *times]) @ counts.reshape(n_images, -1)
-    return image_miou(summed.reshape(-1, n_classes, n_classes))
+    return summed.reshape(-1, n_classes, n_classes)
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -1446,9 +1455,9 @@ def made_file(out):
 def check_outputs(args):
     """Raise UserError if a command would write into DATA, or over its input or its own files."""
     given = vars(args)
-    outputs = []
     if "data" not in given:
         return
+    outputs = []
     if given.get("out"):
         outputs += [args.out, args.out.with_suffix(".png"), made_file(args.out),
                     oof_file(args.out)]
@@ -1789,14 +1798,11 @@ def compare_classes(comparison):
     The gain of the last over the first has its paired 95% interval.
     """
     before, after = comparison.valid[0], comparison.valid[-1]
-    gains = []
-    for draw in np.random.default_rng(0).integers(len(before), size=(500, len(before))):
-        gains.append(class_iou(after[draw].sum(0)) - class_iou(before[draw].sum(0)))
-    gains = np.stack(gains)  # [draws, C]
+    gains = class_iou(drawn_counts(after, 500)) - class_iou(drawn_counts(before, 500))
     iou = [class_iou(counts.sum(0)) for counts in comparison.valid]
     rows = []
     for c in np.flatnonzero(before.sum((0, 2))):
-        low, high = np.nanpercentile(gains[:, c], (2.5, 97.5))
+        low, high = np.nanpercentile(gains[1:, c], (2.5, 97.5))
         rows.append({"class": comparison.classes[c]}
                     | {str(place): values[c] for place, values in enumerate(iou, 1)}
                     | {"gain": iou[-1][c] - iou[0][c], "low": low, "high": high})
@@ -1831,9 +1837,9 @@ def draw_staircases(path, names, columns, groups, asides=()):
 
 def stairs_of(metric, columns, groups):
     """Return the series of draw_staircase of v2 or v3; columns, groups: as of draw_staircases."""
-    series = {}
+    series, endings = {}, ["", *(f" {key}" for key in NO_GAIN)]
     for group in groups:
-        values = (columns[f"{group}{metric}{ending}"] for ending in ("", *STEP_COLUMNS))
+        values = (columns[f"{group}{metric}{ending}"] for ending in endings)
         series[f"{metric} {WHERE[group]}"] = [around(*step) for step in zip(*values, strict=True)]
     return series
 
@@ -1949,14 +1955,9 @@ def read_oof_counts(folder):
 def submission_counts(args, name, test, truths):
     """Return {image id: pixel counts [C, C]} of the submission of rung `name` by truths [N, S, S].
     """
-    path, n_classes = args.exp / name / "submission.csv", len(test.classes)
-    counts = {}
-    rows = read_submission(path, image_names(args, test), n_classes)
-    for image_id, truth, (fault, pred) in zip(test.ids, truths, rows, strict=True):
-        if fault:
-            raise UserError(fault)
-        counts[image_id] = confusion(pred, truth, n_classes)
-    return counts
+    preds = masks_of(args.exp / name / "submission.csv", None, args, test)
+    return {image_id: confusion(pred, truth, len(test.classes))
+            for image_id, pred, truth in zip(test.ids, preds, truths, strict=True)}
 
 
 def rung_scores(prefix, counts, name, below, batch):
@@ -2345,7 +2346,10 @@ def budget(args):
     """
     check_grid(args)
     path = args.exp / "budget.json"
-    train_args, infer_args, _, _ = read_arguments(args, Answers(args.cache, args.gpus))
+    answers = Answers(args.cache, args.gpus)
+    train_args, infer_args, _, _ = read_arguments(args, answers)
+    if not args.dry:
+        answers.save()
     train, test = load_data(args.data, args.cache, **data_options(vars(args)))
     asked = {"budget": args.budget, "jobs": args.jobs, "models": args.models,
              "scales": args.scales, "folds": args.folds, "keep_folds": args.keep_folds,
@@ -2742,7 +2746,8 @@ class Plan:
         Their makers' stores may be gone, as long as their models would make the same.
         """
         folder = pseudo_folder(self.args.exp, round_, fold)
-        folds = self.args.folds if self.pseudo_args.confident == "auto" else [fold]
+        by_precision = self.pseudo_args.confident == "auto"
+        folds = self.args.folds if by_precision else [fold]
         grid = itertools.product([round_ - 1], self.args.models, self.args.scales, folds)
         runs = {key: self.once(self.judge_run, *key) for key in grid}
         reasons = []
@@ -2753,7 +2758,7 @@ class Plan:
                 continue
             if key[-1] == fold:
                 makers.append(store_id({"recipe": self.expected_store_recipe(run, "test")}))
-            if self.pseudo_args.confident == "auto":
+            if by_precision:
                 out_of_fold.append(store_id({"recipe": self.expected_store_recipe(run, "valid")}))
         args = argparse.Namespace(**vars(self.pseudo_args) | {"round": round_, "fold": int(fold)})
         recipe = labels_recipe(args, self.data["test"], self.folds, self.args.paint, makers,
@@ -2766,8 +2771,8 @@ class Plan:
             folder = shared.parent
         manifest = whole_manifest(folder, self.hashes)
         if self.judge("set(s) of pseudo labels", path, manifest, recipe, code, reasons):
+            splits = ("valid", "test") if by_precision else ("test",)
             for key in runs:
-                splits = ("valid", "test") if len(folds) > 1 else ("test",)
                 self.once(self.judge_stores, splits, *key)
             return None
         return labels_hash(folder, self.hashes), label_settings(manifest), manifest["contaminated"]
@@ -2953,8 +2958,8 @@ def main(args):
         raise UserError(f"--out {args.out}: must end in .csv; a .png or .json goes beside it")
     check_outputs(args)
     commands = {"soft": soft, "hard": hard, "score": score, "compare": compare, "rungs": rungs,
-                "holdout": holdout, "ladder": ladder,
-                "budget": budget, "plan": plan, "status": status}
+                "holdout": holdout, "ladder": ladder, "budget": budget, "plan": plan,
+                "status": status}
     lock_out = nullcontext()
     if writes_csv:
         lock_out = lock(args.out.parent, name=f".{args.out.name}.lock")

@@ -37,7 +37,9 @@ from common import (
 ROUNDING = 1e-6  # in float32, 204 / 255 is 0.8000001 and not 0.8
 LEAST_PHOTOS = 3  # with sure pixels of a class: fewer would open a class by chance
 # what decides no result; see BESIDE in common.py
-BESIDE = {"count_reasons", "draw_sheet", "move_labels_aside", "report_labels", "write_manifest"}
+BESIDE = {
+    "count_labelled", "count_reasons", "describe_labels", "draw_sheet", "move_labels_aside",
+    "report_labels", "share_right", "write_manifest"}
 
 # ---- rules ---------------------------------------------------------------------------------------
 # A rule is a function (probs float32 [C, H, W], args) -> (label, sure, reason):
@@ -448,7 +450,7 @@ def move_labels_aside(folder):
     move_aside(folder, ["manifest.json", "labels.npy"])
 
 
-def describe_labels(args, classes, thresholds, expected, labelled):
+def describe_labels(classes, thresholds, expected, labelled):
     """Return what is known of each class's labels, and last of all foreground, whose class is None.
 
     "threshold": the top probability from which on a pixel is sure, None if the class labels
@@ -583,7 +585,7 @@ def make_labels(folder, args, data, stores, infos, folds, wanted, contaminated, 
     rows, labelled = write_labels(folder / "new-labels.npy", test, stores, by_hand, truths, args)
     check_unchanged(args.stores, infos)
     counts = count_reasons(rows, test.classes)
-    labels = describe_labels(args, test.classes, thresholds, expected, labelled)
+    labels = describe_labels(test.classes, thresholds, expected, labelled)
     draw_sheet(folder / "sheet.png", rows, counts, labels, test, stores, args)
     names = ["labels.npy"]
     if args.coco:

@@ -52,8 +52,9 @@ CONFIG_KINDS = {"classes": [str], "epoch": int, "v3": float}  # see has_kinds; b
 BESIDE = {
     "CONFIG_KINDS", "begin", "check_args", "check_folder", "check_run_space", "choose_resume",
     "describe_run", "draw_batch", "draw_curves", "draw_some_curves", "draw_valid", "find_done",
-    "find_last", "images_of", "in_shared_memory", "keeps_done", "log_row", "model_files",
-    "run_that_stands", "show_progress", "start_logger", "warn_of_absent_classes", "write_config"}
+    "find_finished", "find_last", "images_of", "in_shared_memory", "keeps_done", "log_row",
+    "model_files", "run_that_stands", "show_progress", "start_logger", "warn_of_absent_classes",
+    "write_config"}
 
 # ---- what to try: schedules, optimizers, batch hooks ---------------------------------------------
 
@@ -952,12 +953,8 @@ def train_run(args, root, report=None, wait=False):
     with lock(out, wait=wait) if first else nullcontext():
         info = describe_run(args, train, test, folds, hashes)
         info |= {"classes": train.classes, "valid_ids": [train.ids[i] for i in valid_indices]}
-        done = find_done(out, hashes)
-        if done and keeps_done(done, info, out, epochs, args, hashes):
-            print(f"{out}/model.pt is there and has this recipe: nothing to do")
-            return done["v3"]
-        if before := run_that_stands(args, test, info, out, epochs, hashes):
-            return before["v3"]
+        if finished := find_finished(args, test, info, out, epochs, hashes):
+            return finished["v3"]
         resume = choose_resume(out, info, args, hashes)
         device = claim_device(args.device, args.per_gpu)
         if first:  # other ranks have read what is moved here, as claim_device waits for them
@@ -1031,6 +1028,18 @@ def check_run_space(run, args, out):
 
 
 # ---- a run's files -------------------------------------------------------------------------------
+
+
+def find_finished(args, test, info, out, epochs, hashes):
+    """Return what config.json says of a finished run that needs no training, or None.
+
+    It is the run in `out`, or the one of the round before if that stands for it.
+    """
+    done = find_done(out, hashes)
+    if done and keeps_done(done, info, out, epochs, args, hashes):
+        print(f"{out}/model.pt is there and has this recipe: nothing to do")
+        return done
+    return run_that_stands(args, test, info, out, epochs, hashes)
 
 
 def find_done(out, hashes):

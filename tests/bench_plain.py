@@ -122,8 +122,7 @@ def main(args):
     plain = count(np.load(path), truths, len(test.classes))
     print(f"{path}: v2 {common.image_miou(plain.sum(0)):.4f} v3 {common.image_miou(plain).mean():.4f}")
     for submission in args.against:
-        rows = ensemble.read_submission(submission, ensemble.image_names(args, test), len(test.classes))
-        ours = count([pred for _, pred in rows], truths, len(test.classes))
+        ours = count(ensemble.masks_of(submission, None, args, test), truths, len(test.classes))
         gains = [ensemble.gain_text(*ensemble.gain(ours, plain, metric).values()) for metric in ("v2", "v3")]
         print(f"{submission}: v2 {common.image_miou(ours.sum(0)):.4f} v3 {common.image_miou(ours).mean():.4f}, "
               f"over the plain script v2 {gains[0]}, v3 {gains[1]}")
