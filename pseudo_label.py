@@ -535,7 +535,8 @@ def draw_sheet(path, rows, counts, labels, test, stores, args):
         numbers = ", ".join(f"{n} {why}" for why, n in outcomes.items())
         row = labels[class_id or -1]  # the foreground stands for all photos
         text = f"{row['pixels']:,} pixels labelled{precision_text(row)}"
-        legend[class_id] = f"{name if class_id else 'all photos'}: {numbers}; {text}"
+        texts = filter(None, [numbers, text])  # no photo may have the class
+        legend[class_id] = f"{name if class_id else 'all photos'}: {'; '.join(texts)}"
     write_sheet(path, tiles, legend | {IGNORE_INDEX: "unsure"}, across=2)
 
 
