@@ -19,6 +19,7 @@ A model that trains on labels must hold out the fold that the makers of the labe
 validation image has had a part in its own training labels.
 """
 import argparse
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -237,58 +238,59 @@ def open_out_of_fold(args, makers, train, hashes):
             for fold, stores in sorted(folds.items())}
 
 
-def count_top_sums(folds, train):
-    """Return (pixels int [C, T, 2], best int [N, C]) of the soft votes of validation stores.
+def count_top_sums(stores, infos, train):
+    """Yield how the soft vote of validation stores does on each photo: pixels int [C, T, 2].
 
-    folds: [(stores, infos)] of open_out_of_fold. pixels: for each predicted class and sum of its
-    uint8 probabilities how many labelled pixels there are, and how many of them are right; T is 255
-    times the number of models, plus 1. best: the highest sum of each class in each photo, or -1.
+    For each predicted class and sum of its uint8 probabilities they are how many labelled pixels
+    there are, and how many of them are right; T is 255 times the number of models, plus 1.
+
+    stores, infos: of one fold, of open_out_of_fold.
     """
-    n_models, n_classes = len(folds[0][0]), len(train.classes)
-    n_sums = 255 * n_models + 1
-    pixels = np.zeros((n_classes * n_sums, 2), np.int64)
-    best = []
+    n_classes, n_sums = len(train.classes), 255 * len(stores) + 1
     position = {image_id: i for i, image_id in enumerate(train.ids)}
-    for stores, infos in folds:
-        orders = [{image_id: i for i, image_id in enumerate(info["image_ids"])} for info in infos]
-        for image_id in infos[0]["image_ids"]:
-            total = sum(read_probs(store, order[image_id]).astype(np.int64)
-                        for store, order in zip(stores, orders, strict=True))
-            truth = train.truth(position[image_id])
-            pred, top = total.argmax(0), total.max(0)
-            labelled = truth != IGNORE_INDEX
-            codes = (pred * n_sums + top)[labelled]
-            is_right = (pred == truth)[labelled]
-            pixels[:, 0] += np.bincount(codes, minlength=len(pixels))
-            pixels[:, 1] += np.bincount(codes[is_right], minlength=len(pixels))
-            highest = np.full(n_classes, -1)
-            np.maximum.at(highest, pred[labelled], top[labelled])
-            best.append(highest)
-    return pixels.reshape(n_classes, n_sums, 2), np.stack(best)
+    orders = [{image_id: i for i, image_id in enumerate(info["image_ids"])} for info in infos]
+    for image_id in infos[0]["image_ids"]:
+        total = sum(read_probs(store, order[image_id]).astype(np.int64)
+                    for store, order in zip(stores, orders, strict=True))
+        truth = train.truth(position[image_id])
+        pred, top = total.argmax(0), total.max(0)
+        labelled = truth != IGNORE_INDEX
+        codes = (pred * n_sums + top)[labelled]
+        is_right = (pred == truth)[labelled]
+        counts = [np.bincount(found, minlength=n_classes * n_sums)
+                  for found in (codes, codes[is_right])]
+        yield np.stack(counts, axis=1).reshape(n_classes, n_sums, 2)
 
 
-def fit_thresholds(pixels, best, precision):
+def fit_thresholds(photos, precision):
     """Return thresholds float [C]: from which top probability on a pixel of each class is sure.
 
-    It is the lowest from which on at least the share `precision` of the pixels were right, in
-    LEAST_PHOTOS photos or more; infinite where there is none. It lies between two probabilities
-    that can occur. pixels, best: of count_top_sums.
+    It is the lowest from which on at least the share `precision` of the pixels were right, even
+    without the photo that does most for it, in LEAST_PHOTOS photos or more; infinite where there is
+    none. It lies between two probabilities that can occur. photos: of count_top_sums.
     """
-    thresholds = np.full(len(pixels), np.inf)
-    for class_id, of_class in enumerate(pixels):
-        n_pixels, n_right = of_class[::-1].cumsum(0)[::-1].T  # from each sum on
-        n_photos = (best[:, class_id, None] >= np.arange(len(of_class))).sum(0)
-        was_seen = of_class[:, 0] > 0
-        is_enough = was_seen & (n_right >= precision * n_pixels) & (n_photos >= LEAST_PHOTOS)
-        if is_enough.any():
-            thresholds[class_id] = (is_enough.argmax() - 0.5) / (len(of_class) - 1)
-    return thresholds
+    pixels = n_photos = most_gained = 0  # each of [C, T], from that sum on; pixels [C, T, 2]
+    for counts in photos:
+        from_here = counts[:, ::-1].cumsum(1)[:, ::-1]
+        pixels = pixels + from_here
+        n_photos = n_photos + (from_here[..., 0] > 0)
+        most_gained = np.maximum(most_gained, gained(from_here, precision))
+    was_seen = -np.diff(pixels[..., 0], append=0) > 0
+    is_enough = gained(pixels, precision) >= most_gained - ROUNDING
+    is_fit = was_seen & is_enough & (n_photos >= LEAST_PHOTOS)
+    lowest = (is_fit.argmax(1) - 0.5) / (is_fit.shape[1] - 1)
+    return np.where(is_fit.any(1), lowest, np.inf)
+
+
+def gained(pixels, precision):
+    """Return by how many right pixels [...] counts [..., 2] are above the share `precision`."""
+    return pixels[..., 1] - precision * pixels[..., 0]
 
 
 def share_right(pixels, thresholds):
     """Return the share of the sure pixels that are right, [C + 1]: by class, then of foreground.
 
-    It is NaN where there are none. pixels: of count_top_sums.
+    It is NaN where there are none. pixels: int [C, T, 2] as of count_top_sums.
     """
     sums = np.arange(pixels.shape[1])
     is_sure = sums >= thresholds[:, None] * (len(sums) - 1)  # [C, T]
@@ -308,13 +310,14 @@ def choose_thresholds(args, folds, train):
     if args.confident != "auto":
         thresholds = np.full(len(train.classes), args.confident)
     elif others:
-        thresholds = fit_thresholds(*count_top_sums(others, train), args.precision)
+        photos = itertools.chain(*(count_top_sums(*fold, train) for fold in others))
+        thresholds = fit_thresholds(photos, args.precision)
     else:
         raise UserError(f"--confident auto needs --out-of-fold with valid.json of other folds than "
                         f"{args.fold}: train another fold, or give a number, --confident 0.8")
     if args.fold not in folds:
         return thresholds, None
-    pixels, _ = count_top_sums([folds[args.fold]], train)
+    pixels = sum(count_top_sums(*folds[args.fold], train))
     return thresholds, share_right(pixels, thresholds)
 
 

@@ -2,12 +2,13 @@
 
     make holdout DATA=litter HOLDOUT=0.25 EXP=plain
     make -j2 submit DATA=out/plain/data EXP=plain/ours BUDGET=5m WEIGHTS=FILE SCALES=192
-    python tests/bench_plain.py --data out/plain/data --weights FILE --scale 192 --cpu-seconds 600 \\
+    python tests/bench_plain.py --data out/plain/data --weights FILE --scale 192 --cpu-seconds 600 1800 \\
         --against out/plain/ours/submission.csv
 
 The plain script is what a competitor writes first: segmentation-models-pytorch's FPN with the same encoder and
 weights, all training photos, one mask painted by annToMask for each sample, mild augmentation, cross-entropy, Adam
-with 2e-4, the last weights, no TTA. Its masks are kept as OUT.npy and used again. Two --seed show what a seed makes.
+with 2e-4, the last weights, no TTA. Its rate is constant, so one run serves several --cpu-seconds. Its masks are kept
+in --out and used again. Two --seed show what a seed makes.
 """
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ def parse_args(argv=None):
     parser.add_argument("--weights", required=True, help="state dict of the encoder, of timm")
     parser.add_argument("--encoder", default="tf_efficientnet_lite0", help="of timm, with mean and std 0.5")
     parser.add_argument("--scale", type=int, default=192)
-    parser.add_argument("--cpu-seconds", type=float, default=500, help="of training; then it predicts")
+    parser.add_argument("--cpu-seconds", type=float, nargs="+", default=[500], help="of training, rising")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--against", type=Path, nargs="+", default=[], help="submissions to compare with")
     parser.add_argument("--image-id", choices=("id", "file_name"), default="id", help="of the submissions")
@@ -71,7 +72,7 @@ def samples(args):
 
 
 def train(args):
-    """Return the network after args.cpu_seconds of training."""
+    """Yield (CPU seconds, the network after as many of training) for each of args.cpu_seconds."""
     import segmentation_models_pytorch as smp
     import torch
     torch.manual_seed(args.seed)
@@ -79,19 +80,28 @@ def train(args):
     net = smp.FPN(f"tu-{args.encoder}", encoder_weights=None, classes=n_classes)
     net.encoder.model.load_state_dict(torch.load(args.weights, weights_only=True), strict=False)
     optimizer = torch.optim.Adam(net.parameters(), 2e-4)
-    loader = torch.utils.data.DataLoader(dataset, 8, shuffle=True, drop_last=True)
-    started, n_images = time.process_time(), 0
-    while True:
-        for images, masks in loader:
+    batches = forever(torch.utils.data.DataLoader(dataset, 8, shuffle=True, drop_last=True))
+    spent, n_images = 0.0, 0
+    for cpu_seconds in args.cpu_seconds:
+        net.train()
+        while spent < cpu_seconds:
+            started = time.process_time()
+            images, masks = next(batches)
             loss = torch.nn.functional.cross_entropy(net(images), masks)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             n_images += len(images)
-            if time.process_time() - started > args.cpu_seconds:
-                print(f"plain: {n_images / len(dataset):.1f} epochs of {len(dataset)} photos in {args.cpu_seconds:g} "
-                      "CPU s")
-                return net.eval()
+            spent += time.process_time() - started
+        n_epochs = n_images / len(dataset)
+        print(f"plain: {n_epochs:.1f} epochs of {len(dataset)} photos in {cpu_seconds:g} CPU s", flush=True)
+        yield cpu_seconds, net.eval()
+
+
+def forever(loader):
+    """Yield the loader's batches, epoch after epoch."""
+    while True:
+        yield from loader
 
 
 def predict(args, net, test):
@@ -115,12 +125,20 @@ def count(preds, truths, n_classes):
 def main(args):
     _, test = common.load_data(args.data, "out/cache")
     truths = common.load_truths(common.truth_file(args.data), test, "area")
-    path = args.out / f"{args.encoder}-{args.scale}-{args.cpu_seconds:g}-{args.seed}-{test.fingerprint[:8]}.npy"
-    if not path.exists():
-        args.out.mkdir(parents=True, exist_ok=True)
-        np.save(path, predict(args, train(args), test))
-    plain = count(np.load(path), truths, len(test.classes))
-    print(f"{path}: v2 {common.image_miou(plain.sum(0)):.4f} v3 {common.image_miou(plain).mean():.4f}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    paths = {seconds: args.out / f"{args.encoder}-{args.scale}-{seconds:g}-{args.seed}-{test.fingerprint[:8]}.npy"
+             for seconds in args.cpu_seconds}
+    if not all(path.exists() for path in paths.values()):
+        for seconds, net in train(args):
+            np.save(paths[seconds], predict(args, net, test))
+    for path in paths.values():
+        plain = count(np.load(path), truths, len(test.classes))
+        print(f"{path}: v2 {common.image_miou(plain.sum(0)):.4f} v3 {common.image_miou(plain).mean():.4f}")
+        say_gains(args, plain, truths, test)
+
+
+def say_gains(args, plain, truths, test):
+    """Print what each submission of --against gains over the plain script's pixel counts, by v2 and v3."""
     for submission in args.against:
         ours = count(ensemble.masks_of(submission, None, args, test), truths, len(test.classes))
         gains = [ensemble.gain_text(*ensemble.gain(ours, plain, metric).values()) for metric in ("v2", "v3")]

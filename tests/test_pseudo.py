@@ -770,7 +770,9 @@ def slow_thresholds(tops, preds, truths, photos, n_classes, precision):
         enough = []
         for least in {top for top, _, _ in mine}:
             sure = [(right, photo) for top, right, photo in mine if top >= least]
-            if sum(right for right, _ in sure) >= precision * len(sure) and len({p for _, p in sure}) >= 3:
+            of_photos = {p for _, p in sure}
+            parts = [[right for right, photo in sure if photo != left_out] for left_out in (*of_photos, None)]
+            if all(sum(part) >= precision * len(part) for part in parts) and len(of_photos) >= 3:
                 enough.append(least)
         found.append(min(enough, default=None))
     return found
@@ -783,14 +785,13 @@ def test_thresholds_are_those_of_a_slow_search(seed, precision):
     tops, preds, truths = rng.integers(4, n_sums, n), rng.integers(0, 3, n), rng.integers(0, 3, n)
     truths = np.where(rng.random(n) < 0.7, preds, truths)
     photos = rng.integers(0, 5, n)
-    pixels, best = np.zeros((n_classes, n_sums, 2), int), np.full((5, n_classes), -1)
+    pixels = np.zeros((5, n_classes, n_sums, 2), int)
     for top, pred, truth, photo in zip(tops, preds, truths, photos, strict=True):
-        pixels[pred, top] += (1, pred == truth)
-        best[photo, pred] = max(best[photo, pred], top)
-    found = pseudo_label.fit_thresholds(pixels, best, precision)
+        pixels[photo, pred, top] += (1, pred == truth)
+    found = pseudo_label.fit_thresholds(pixels, precision)
     slow = slow_thresholds(tops.tolist(), preds.tolist(), truths.tolist(), photos.tolist(), n_classes, precision)
     assert found.tolist() == [np.inf if s is None else pytest.approx((s - 0.5) / (n_sums - 1)) for s in slow]
-    shares = pseudo_label.share_right(pixels, found)
+    shares = pseudo_label.share_right(pixels.sum(0), found)
     for c, least in enumerate(slow):
         sure = [(pred == truth) for top, pred, truth in zip(tops, preds, truths, strict=True)
                 if pred == c and least is not None and top >= least]
