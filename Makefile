@@ -320,8 +320,10 @@ demo: | $(SETUP) ## draw a small dataset and run the whole graph on it, in out/d
 	    SCALES=128 FOLDS='0 1' NFOLDS=2 ROUNDS=1 WEIGHTS=none EPOCHS=6 BATCH=4 LR=3e-3 \
 	    TRAIN_ARGS='--encoder-lr 1' \
 	    PSEUDO_ARGS='--confident 0.5 --max-unsure 0.5'
+# files of tests run side by side, one on each core; a worker takes 1.5 GB
+each_core := -n auto --maxprocesses 8 --dist loadfile
 test: | $(SETUP) ## quick tests: unit, property and end to end
-	$(PY) -m pytest -q -m 'not slow'
+	$(PY) -m pytest -q -m 'not slow' $(each_core)
 chaos: | $(SETUP) ## kill the whole graph at 30 random moments and compare what it ends in
 	$(PY) -m pytest -q -s tests/test_chaos.py
 # a test that a signal can't end, since it waits for the GPU, ends the process after 100 s
@@ -329,7 +331,7 @@ test-gpu: | $(SETUP) ## the tests that need a GPU, in two minutes
 	$(PY) -m pytest -v --tb=short --durations=15 -o faulthandler_timeout=100 \
 	    -o faulthandler_exit_on_timeout=true -m gpu tests/test_gpu.py
 test-all: | $(SETUP) ## all tests
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q $(each_core)
 lint: | $(SETUP) ## ruff
 	$(PY) -m ruff check .
 clean: ## remove out/EXP with all its models

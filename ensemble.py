@@ -1463,7 +1463,7 @@ def check_outputs(args):
                     oof_file(args.out)]
         if args.coco:
             outputs.append(args.out.with_suffix(".json"))
-    outputs += [given[name] for name in ("report", "tables", "picture") if given.get(name)]
+    outputs += [given[name] for name in ("report", "tables", "picture", "exp") if given.get(name)]
     inputs = [args.truth] if given.get("truth") else []
     stores = [f"{split}.{ending}" for split in ("valid", "test") for ending in ("json", "npy")]
     for run in given.get("runs", ()):
@@ -1741,7 +1741,9 @@ def compare(args):
     text = "\n\n".join(compact_table(columns, label) for label in labels)
     show(args, comparison, "compare", title, columns, text)
     for i in range(1, len(comparison.names)):
-        print(verdict(columns, labels, i))
+        row = {name: values[i] for name, values in columns.items()}
+        before = comparison.names[i - 1]
+        print(f"{comparison.names[i]} against {before}: {verdict(row, labels)}")
     show(args, comparison, "compare-iou", "IoU of each class by the experiment's number; gain, low "
          "and high: of the last over the first", compare_classes(comparison))
     if args.picture:
@@ -1779,17 +1781,19 @@ def gain_text(gained, low, high):
     return "-" if math.isnan(gained) else f"{gained:+.3f} [{low:.3f}, {high:.3f}]"
 
 
-def verdict(columns, labels, i):
-    """Return a sentence that says whether experiment i beats the one before by each score."""
-    labels_by_word = defaultdict(list)
+def verdict(row, labels):
+    """Return in words what a step gains, such as "v3 gains, v2 within chance".
+
+    row: its columns, of each of `labels` the 95% interval "v3 low", "v3 high". What isn't known is
+    left out.
+    """
+    words = []
     for label in labels:
-        low, high = columns[f"{label} low"][i], columns[f"{label} high"][i]
-        word = "better" if low > 0 else "worse" if high < 0 else "no more than chance apart"
+        low, high = row[f"{label} low"], row[f"{label} high"]
+        what = "gains" if low > 0 else "loses" if high < 0 else "within chance"
         if not math.isnan(low):
-            labels_by_word[word].append(label)
-    parts = [f"{word} by {' and '.join(found)}" for word, found in labels_by_word.items()]
-    names = columns["experiment"]
-    return f"{names[i]} against {names[i - 1]}: {', '.join(parts)}"
+            words.append(f"{label} {what}")
+    return ", ".join(words)
 
 
 def compare_classes(comparison):
@@ -1931,12 +1935,14 @@ def ladder(args):
         scored["test "] = {rung.name: submission_counts(args, rung.name, test, truths)
                            for rung, _, _ in steps}
     honest = [*scored][-1]  # the labelled test set, if there is one
+    judged_by = [f"{honest}{metric}" for metric in ("v2", "v3")]
     rows = []
     for rung, _, below in steps:
         row = {"rung": rung.name, "over": below}
         for prefix, counts in scored.items():
             row |= rung_scores(prefix, counts, rung.name, below, args.batch)
-        row |= read_cost(args.exp / rung.name) | {"verdict": rung_verdict(row, honest)}
+        row |= read_cost(args.exp / rung.name)
+        row["verdict"] = verdict(row, judged_by) or "the lowest rung"
         adds = " ".join(f"{name}={value}" for name, value in rung.knobs.items())
         rows.append(row | {"adds": adds, "why": rung.why})
     show_ladder(args, rows, scored, train.classes)
@@ -1979,18 +1985,6 @@ def shared_gain(after, before, metric):
     """Return gain() of the images that both have; after, before: {image id: [C, C]}."""
     shared = [image_id for image_id in after if image_id in before]
     return gain(*(np.stack([counts[i] for i in shared]) for counts in (after, before)), metric)
-
-
-def rung_verdict(row, prefix):
-    """Return in words what a rung has gained, by the 95% intervals of its row."""
-    words = []
-    for metric in ("v2", "v3"):
-        low, high = row[f"{prefix}{metric} low"], row[f"{prefix}{metric} high"]
-        if math.isnan(low):
-            return "the lowest rung"
-        what = "gains" if low > 0 else "loses" if high < 0 else "within chance"
-        words.append(f"{metric} {what}")
-    return ", ".join(words)
 
 
 def show_ladder(args, rows, scored, classes):
@@ -2036,7 +2030,9 @@ def compact_row(row, scored):
         for metric in ("v2", "v3"):
             gained = (row[f"{prefix}{metric} {key}"] for key in NO_GAIN)
             shown[f"{prefix}{metric} over below"] = gain_text(*gained)
-    return shown | {key: row[key] for key in ("seconds", "cpu_seconds", "verdict")}
+    for key in ("seconds", "cpu_seconds"):
+        shown[key] = "-" if math.isnan(row[key]) else f"{row[key]:.0f}"
+    return shown | {"verdict": row["verdict"]}
 
 
 def climb_text(rows, scored):

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks the network on import
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's waiting threads else slow each other down
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # make test runs a file of tests on each core
 
 from demo_data import draw_data  # noqa: E402
 

@@ -815,8 +815,8 @@ def test_each_experiment_is_set_against_the_one_before_and_the_first(
 
 
 @pytest.mark.parametrize(("a", "b", "verdict"), [
-    ("weak", "good", "better by v3 and v2"), ("good", "weak", "worse by v3 and v2"),
-    ("good", "good/r1", "no more than chance apart by v3 and v2")])
+    ("weak", "good", "v3 gains, v2 gains"), ("good", "weak", "v3 loses, v2 loses"),
+    ("good", "good/r1", "v3 within chance, v2 within chance")])
 def test_a_verdict_is_given_for_each_step_in_the_last_round(tiny_data, cache, experiments, capsys, monkeypatch, a, b,
                                                             verdict):
     monkeypatch.chdir(experiments)
@@ -826,13 +826,14 @@ def test_a_verdict_is_given_for_each_step_in_the_last_round(tiny_data, cache, ex
     assert max(map(len, out.split("held out")[1].split("\nIoU")[0].splitlines()[1:])) <= 80
 
 
-def test_a_verdict_groups_the_scores_and_leaves_out_what_is_not_known():
-    columns = {"experiment": ["a", "b"]}
-    for label, low, high in (
-            ("v3", -0.1, 0.2), ("v2", 0.1, 0.2), ("test v3", -0.2, 0), ("test v2", math.nan, math.nan)):
-        columns |= {f"{label} low": [math.nan, low], f"{label} high": [math.nan, high]}
-    said = ensemble.verdict(columns, ["v3", "v2", "test v3", "test v2"], 1)
-    assert said == "b against a: no more than chance apart by v3 and test v3, better by v2"
+def test_a_verdict_is_by_the_intervals_and_leaves_out_what_is_not_known():
+    row = {}
+    for label, low, high in (("v3", -0.1, 0.2), ("v2", 0.1, 0.2), ("test v3", -0.2, -0.1), ("test v2", -0.2, 0),
+                             ("v1", math.nan, math.nan)):
+        row |= {f"{label} low": low, f"{label} high": high}
+    said = ensemble.verdict(row, ["v3", "v2", "test v3", "test v2", "v1"])
+    assert said == "v3 within chance, v2 gains, test v3 loses, test v2 within chance"
+    assert ensemble.verdict(row, ["v1"]) == ""
 
 
 def test_an_experiment_may_be_named_like_a_round(tiny_data, cache, experiments, tmp_path, capsys):

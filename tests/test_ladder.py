@@ -76,15 +76,6 @@ def test_gains_are_of_the_images_that_both_rungs_have():
     assert all(math.isnan(lowest[f"{metric} {key}"]) for metric in ("v2", "v3") for key in ("gain", "low", "high"))
 
 
-@pytest.mark.parametrize("v2, v3, text", [
-    ((0.1, 0.2), (-0.1, 0.1), "v2 gains, v3 within chance"), ((-0.2, -0.1), (0.01, 0.3), "v2 loses, v3 gains"),
-    ((math.nan, math.nan), (math.nan, math.nan), "the lowest rung")])
-def test_the_verdict_is_by_the_intervals(v2, v3, text):
-    row = {f"{metric} {key}": value for metric, interval in (("v2", v2), ("v3", v3))
-           for key, value in zip(("low", "high"), interval, strict=True)}
-    assert ensemble.rung_verdict(row, "") == text
-
-
 def test_the_cost_is_of_all_times_that_make_made_something(tmp_path):
     (tmp_path / "cost.csv").write_text("seconds,user,system\n10.5,7.25,1\n2,1,0.5\n")
     assert ensemble.read_cost(tmp_path) == {"seconds": 12.5, "cpu_seconds": 9.75}

@@ -590,7 +590,10 @@ READ, IN_DATA = "would be written over .*, which is read: choose", "lies in DATA
     ("soft --out data-link/batch_01/s.csv a/f0 a/f1", IN_DATA), ("soft --out data/new/s.csv a/f0 a/f1", IN_DATA),
     ("soft --out s.csv --report data/report.html a/f0 a/f1", IN_DATA),
     ("score --report data/train.json a/f0 a/f1", IN_DATA), ("score --tables data a/f0 a/f1", IN_DATA),
-    ("soft --out s.csv --tables data a/f0 a/f1", IN_DATA)])
+    ("soft --out s.csv --tables data a/f0 a/f1", IN_DATA),
+    ("ladder --exp data/climb", IN_DATA),
+    ("budget --exp data/b --budget 9m --models unet/resnet18 --pick-models unet/resnet18 --scales 64 --pick-scales 64 "
+     "--folds 0 --pick-folds 0", IN_DATA)])
 def test_nothing_is_written_over_what_is_read_or_into_the_data(cache, project, monkeypatch, line, told):
     monkeypatch.chdir(project)
     before = everything_in(project)
