@@ -80,10 +80,10 @@ CONTAMINATED = "CONTAMINATED: pseudo labels' makers have seen these images (--al
 BY_FOLD = ("fold", "pseudo", "contaminated")  # where the recipes of a member's folds may differ
 # what decides no result; see BESIDE in common.py
 BESIDE = {
-    "TAKEN", "already_made", "check_classes", "check_names", "check_one_member", "check_store",
-    "describe_params", "difference", "explain", "made_file", "no_formula", "oof_file",
-    "pixel_fault", "run_name", "sample_pictures", "scratch_folder", "show", "show_scores",
-    "soft_recipe", "tell_unread", "write_made"}
+    "TAKEN", "already_made", "as_text", "check_classes", "check_names", "check_one_member",
+    "check_store", "describe_params", "difference", "explain", "made_file", "no_formula",
+    "oof_file", "pixel_fault", "run_name", "sample_pictures", "scratch_folder", "show",
+    "show_scores", "soft_recipe", "tell_unread", "write_made"}
 
 
 # ---- the ladder: what make ladder climbs ---------------------------------------------------------
@@ -908,11 +908,15 @@ def show(args, oof, name, title, cells, text=None):
     if oof.contaminated:
         table["contaminated"] = "yes"
         title = f"{CONTAMINATED}\n{title}"
-    text = text or table.to_string(index=False, float_format="{:.4f}".format, na_rep="-")
-    print(f"\n{title}\n{text}")
+    print(f"\n{title}\n{text or as_text(table)}")
     if args.tables:
         with atomic_write(args.tables / f"{name}.csv") as scratch:
             table.map(no_formula).to_csv(scratch, index=False)
+
+
+def as_text(table):
+    """Return a DataFrame as columns of text, its numbers with four decimals."""
+    return table.to_string(index=False, float_format="{:.4f}".format, na_rep="-")
 
 
 def no_formula(cell):
@@ -1773,7 +1777,7 @@ def compact_table(columns, label):
     for heading, ending in (("over the one before", ""), ("over the first", " over first")):
         cells = zip(*(columns[f"{label} {name}{ending}"] for name in NO_GAIN), strict=True)
         table[heading] = [gain_text(*cell) for cell in cells]
-    return pd.DataFrame(table).to_string(index=False, float_format="{:.4f}".format, na_rep="-")
+    return as_text(pd.DataFrame(table))
 
 
 def gain_text(gained, low, high):
@@ -1996,7 +2000,7 @@ def show_ladder(args, rows, scored, classes):
     write_csv(args.exp / "ladder.csv", rows)
     table = pd.DataFrame([compact_row(row, scored) for row in rows])
     note = climb_text(rows, scored)
-    print(f"{table.to_string(index=False)}\n{note}")
+    print(f"{as_text(table)}\n{note}")
     names = [row["rung"] for row in rows]
     carried = {names[-1], *(row["over"] for row in rows)}
     asides = [i for i, name in enumerate(names) if name not in carried]
