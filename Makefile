@@ -131,14 +131,16 @@ legal   = $(if $(filter legal.$1,$(.VARIABLES)),$(legal.$1),$(text))
 matches = p='$(call legal,$1)'; [[ $(call quote,$($1)) =~ ^($$p)$$ ]]
 wrong  := $(strip $(shell $(foreach v,$(filter-out DATA,$(KNOBS)),\
     $(call matches,$v) || echo $(call quote,$v=$($v));)))
-$(if $(wrong),$(error $(wrong) can not be: numbers are whole, CODE is new or keep, no part of EXP \
-    begins with a dot, and quotes and other signs that a shell knows have no place in a knob but \
-    DATA))
+$(if $(wrong),$(error $(wrong) can not be: $(about.$(firstword $(subst =, ,$(wrong)))). Numbers are \
+    whole, no part of EXP begins with a dot, and quotes and other signs that a shell knows have no \
+    place in a knob but DATA))
 $(if $(filter cache cache/%,$(EXP)),$(error EXP=$(EXP): out/cache belongs to all experiments))
 $(if $(filter pseudo,$(wanted)),\
     $(if $(filter 0,$(ROUND)),$(error ROUND=0 learns from no pseudo labels)))
 $(if $(filter holdout,$(wanted)),\
     $(if $(HOLDOUT),,$(error HOLDOUT is empty: holdout takes a share, HOLDOUT=0.15)))
+$(if $(and $(filter ladder,$(wanted)),$(BUDGET)),\
+    $(error BUDGET is for one submit: the rungs of the ladder have EPOCHS and FOLDS))
 $(foreach goal,$(filter submit ladder,$(wanted)),\
     $(foreach v,$(filter MODEL SCALE FOLD ROUND,$(given)),$(error $(goal) takes $vS, not $v)))
 scored  = $(wildcard out/$1/r[0-9]/*/*/s*/f*/valid.json out/$1/*/*/s*/f*/valid.json)
@@ -284,25 +286,33 @@ compare: | $(SETUP) ## what each of EXPS gains over the one before: EXPS="main/r
 	    $(addprefix out/,$(EXPS))
 holdout: | $(SETUP) ## a DATA in out/EXP/data that tests on HOLDOUT=0.15 of the labelled photos
 	@$(run) ensemble.py holdout $(data) $(how_read) --share $(HOLDOUT) --out $(OUT)/data
-# a rung is one make submit; how long it took goes to cost.csv if it made anything. Jobs of make -j
-# share the files 3 and 4.
+# a rung is one make submit, and make -n first looks at the highest; how long it took goes to cost.csv
+# if it made anything or failed. Jobs of make -j share the files 3 and 4.
 not_asked := EXP DATA LADDER TRUTH HOLDOUT PY LAUNCH DEVICE PER_GPU CODE
 asked   = --preset $(LADDER) \
     $(foreach v,$(filter-out $(not_asked),$(set_by_user)),$(call quote,$v=$($v)))
-climbed = $(call quote,$(if $(HOLDOUT),$(OUT)/data,$(DATA)))
+climbed = $(call quote,$(if $(and $(HOLDOUT),$(if $(dry),,x)),$(OUT)/data,$(DATA)))
+table   = --data $(climbed) --cache out/cache --exp $(OUT) $(how_read) --batch $(BATCH) \
+    --image-id $(IMAGE_ID) $(truth) $(asked)
+define climb
+rungs=$$($(PY) ensemble.py rungs $(table)); TIMEFORMAT=%R,%U,%S; \
+rung() { $(MAKE) --no-print-directory submit DATA=$(climbed) EXP=$(EXP)/"$$@"; }; \
+IFS=$$'\t' read -ra knobs <<< "$${rungs##*$$'\n'}"; \
+rung "$${knobs[@]}" -n > /dev/null; \
+while IFS=$$'\t' read -ra knobs <&8; do \
+    folder=$(OUT)/$${knobs[0]}; cost=$$folder/cost.csv; failed=0; \
+    mkdir -p $$folder; touch $$folder/.began; echo "== $${knobs[*]}"; \
+    { time rung "$${knobs[@]}" 2>&9; } 9>&2 2> $$folder/.time || failed=$$?; \
+    [ -e $$cost ] || echo seconds,user,system,knobs > $$cost; \
+    if [ $$failed != 0 ] || [ $$folder/submission.csv -nt $$folder/.began ]; then \
+        echo "$$(< $$folder/.time),\"$${knobs[*]:1}\"" >> $$cost; fi; \
+    [ $$failed = 0 ] || exit $$failed; \
+done 8<<< "$$rungs"
+endef
 ladder: | $(SETUP) ## the climb, rung after rung, and what each is worth, in out/EXP/ladder.csv and .png
 	$(if $(HOLDOUT),@$(MAKE) --no-print-directory holdout)
-	@rungs=$$($(PY) ensemble.py rungs $(asked)); TIMEFORMAT=%R,%U,%S; \
-	while IFS=$$'\t' read -ra knobs <&8; do \
-	    rung=$(OUT)/$${knobs[0]}; cost=$$rung/cost.csv; mkdir -p $$rung; touch $$rung/.began; \
-	    echo "== $${knobs[*]}"; \
-	    { time $(MAKE) --no-print-directory submit DATA=$(climbed) EXP=$(EXP)/$${knobs[0]} \
-	        "$${knobs[@]:1}" 2>&9; } 9>&2 2> $$rung/.time; \
-	    [ -e $$cost ] || echo seconds,user,system > $$cost; \
-	    if [ $$rung/submission.csv -nt $$rung/.began ]; then cat $$rung/.time >> $$cost; fi; \
-	    done 8<<< "$$rungs"
-	@$(run) ensemble.py ladder --data $(climbed) --cache out/cache --exp $(OUT) $(how_read) \
-	    --batch $(BATCH) --image-id $(IMAGE_ID) $(truth) $(asked)
+	+@$(if $(dry),$(PY) ensemble.py rungs $(table),$(climb))
+	@$(run) ensemble.py ladder $(table)
 runtimes: | $(SETUP) ## speed, size and memory of models and scales, in out/runtimes.csv and .png
 	@failed=0; $(foreach m,$(MODEL),$(foreach s,$(SCALE),$(run) train.py $(data) --exp $(OUT) \
 	    --model $m --scale $s --batch $(BATCH) $(device) --runtimes out/runtimes.csv || \

@@ -56,7 +56,7 @@ from common import (
     read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows, recipe_changes,
     run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash, store_code,
     store_id, store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides, tta_views,
-    version_changes, whole_manifest, whole_numbers, write_coco, write_csv, write_description,
+    version_changes, whole_manifest, whole_numbers, write_coco, write_description,
     write_json, write_page, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
@@ -69,7 +69,7 @@ BIASES = (-1.4, -1, -0.7, -0.35, 0.35, 0.7, 1, 1.4)  # tried for each class
 LEAST_SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)  # see drop_small
 HALF_TRUSTED = 10  # images; see shrink
 BUDGET_SHARE = 0.9  # of a budget that is planned: what else runs slows some steps
-START_SECONDS = 15  # of a run's scripts: libraries, checks, pictures
+START_SECONDS = 15  # of a run's scripts, libraries, checks and pictures, and again of the vote
 ENOUGH_EPOCHS, MOST_EPOCHS = 15, 40  # by a budget: fewer for another fold lose, more gain nothing
 AREAS = (0, *(2 ** np.arange(4, 12)))  # up to 3% of the image: a larger one fits its own images
 TAKEN = "with what is taken"  # the name of the vote with all that gains out of fold
@@ -145,7 +145,7 @@ def parse_args(argv=None):
             ("hard", "data voted runs out", "count the votes of submissions and runs"),
             ("score", "data runs mixed scored tables", "print out-of-fold scores"),
             ("compare", "data mixed tables truth steps", "say what experiments gain"),
-            ("rungs", "climb", "print the rungs of the ladder, each as make's knobs"),
+            ("rungs", "data climb rung truth", "print the rungs of a ladder, each as make's knobs"),
             ("holdout", "data held", "hold labelled photos out as a test set with annotations"),
             ("ladder", "data climb rung truth", "say what each rung of a ladder is worth"),
             ("budget", "data grid spend", "print the epochs and folds that fit into a time"),
@@ -1795,6 +1795,8 @@ def verdict(row, labels):
     for label in labels:
         low, high = row[f"{label} low"], row[f"{label} high"]
         what = "gains" if low > 0 else "loses" if high < 0 else "within chance"
+        if low == high == 0:
+            what = "same"  # not an image differs, as out of fold where a fold was added
         if not math.isnan(low):
             words.append(f"{label} {what}")
     return ", ".join(words)
@@ -1894,8 +1896,10 @@ def climb(preset, asked):
     """Return [(Rung, its knobs {name: value}, name of the rung that it stands on)] of LADDER.
 
     asked: {knob: value} of make's command line. A rung that changes nothing is left out, as one of
-    a second scale where one is asked for. Raises UserError for a knob that the rungs set.
+    a second scale where one is asked for. Raises UserError for a knob that the rungs set, and for
+    what can't be in LADDER.
     """
+    check_ladder()
     n_folds = int(asked.get("NFOLDS", 5))
     folds = " ".join(map(str, range(n_folds)))
     asked = {"MODELS": LADDER_MODELS, "FOLDS": folds} | LADDER_KNOBS[preset] | asked
@@ -1920,10 +1924,37 @@ def climb(preset, asked):
     return rungs
 
 
+def check_ladder():
+    """Raise UserError for a name in LADDER that is no folder's, or taken; a number in vain."""
+    names = [rung.name for rung in LADDER]
+    for name in names:
+        if not re.fullmatch(r"\w[\w.+-]*", name, re.ASCII) or name == "data":
+            raise UserError(f"LADDER: a rung {name!r}: the name, of its folder in out/EXP, is made "
+                            "of letters, digits, _ . + - and isn't data")
+        if names.count(name) > 1:
+            raise UserError(f"LADDER: two rungs have the name {name}, and so the same folder")
+    for name, knob, value in [(rung.name, *item) for rung in LADDER for item in rung.knobs.items()]:
+        if isinstance(value, int) and knob not in ("MODELS", "SCALES", "FOLDS"):
+            raise UserError(f"LADDER: {name}: a number takes so many of MODELS, SCALES or FOLDS; "
+                            f'write a text, "{knob}": "{value}"')
+
+
+def make_words(knobs):
+    """Return the knobs {name: value} as words of make's command line."""
+    return [f"{name}={value}" for name, value in knobs.items()]
+
+
 def rungs(args):
-    """Print a line for each rung: its name and the knobs of its make submit, with tabs between."""
-    for rung, knobs, _ in climb(args.preset, dict(args.knobs)):
-        print("\t".join([rung.name, *(f"{knob}={value}" for knob, value in knobs.items())]))
+    """Print a line for each rung: its name and the knobs of its make submit, with tabs between.
+
+    What the table of the ladder needs is looked at first, before hours go into rungs.
+    """
+    steps = climb(args.preset, dict(args.knobs))
+    _, test = load_data(args.data, args.cache, **data_options(vars(args)))
+    if path := truth_file(args.data, args.truth):
+        load_truths(path, test, args.paint)
+    for rung, knobs, _ in steps:
+        print("\t".join([rung.name, *make_words(knobs)]))
 
 
 def ladder(args):
@@ -1941,11 +1972,11 @@ def ladder(args):
     honest = [*scored][-1]  # the labelled test set, if there is one
     judged_by = [f"{honest}{metric}" for metric in ("v2", "v3")]
     rows = []
-    for rung, _, below in steps:
+    for rung, knobs, below in steps:
         row = {"rung": rung.name, "over": below}
         for prefix, counts in scored.items():
             row |= rung_scores(prefix, counts, rung.name, below, args.batch)
-        row |= read_cost(args.exp / rung.name)
+        row |= read_cost(args.exp / rung.name, knobs)
         row["verdict"] = verdict(row, judged_by) or "the lowest rung"
         adds = " ".join(f"{name}={value}" for name, value in rung.knobs.items())
         rows.append(row | {"adds": adds, "why": rung.why})
@@ -1997,7 +2028,8 @@ def show_ladder(args, rows, scored, classes):
     rows: of the rungs; scored: {prefix of the columns: {rung: {image id: [C, C]}}}.
     """
     import pandas as pd
-    write_csv(args.exp / "ladder.csv", rows)
+    with atomic_write(args.exp / "ladder.csv") as scratch:
+        pd.DataFrame(rows).map(no_formula).to_csv(scratch, index=False)
     table = pd.DataFrame([compact_row(row, scored) for row in rows])
     note = climb_text(rows, scored)
     print(f"{as_text(table)}\n{note}")
@@ -2027,13 +2059,13 @@ def show_ladder(args, rows, scored, classes):
 
 def compact_row(row, scored):
     """Return a row of ladder.csv as it is printed: each gain in one cell with its interval."""
-    shown = {"rung": row["rung"]}
+    shown = {"rung": row["rung"], "over": row["over"] or "-"}
     for prefix in scored:
-        for metric in ("v1", "v2", "v3"):
-            shown[f"{prefix}{metric}"] = row[f"{prefix}{metric}"]
+        for name in ("images", "v1", "v2", "v3"):
+            shown[f"{prefix}{name}"] = row[f"{prefix}{name}"]
         for metric in ("v2", "v3"):
             gained = (row[f"{prefix}{metric} {key}"] for key in NO_GAIN)
-            shown[f"{prefix}{metric} over below"] = gain_text(*gained)
+            shown[f"{prefix}{metric} gain"] = gain_text(*gained)
     for key in ("seconds", "cpu_seconds"):
         shown[key] = "-" if math.isnan(row[key]) else f"{row[key]:.0f}"
     return shown | {"verdict": row["verdict"]}
@@ -2042,7 +2074,7 @@ def compact_row(row, scored):
 def climb_text(rows, scored):
     """Return sentences on the climb from the lowest rung to the highest."""
     first, last = rows[0]["rung"], rows[-1]["rung"]
-    sentences = []
+    sentences = ["Scores are of all images of a rung, gains of those that both rungs predict."]
     for prefix, counts in scored.items():
         v2, v3 = (gain_text(*shared_gain(counts[last], counts[first], metric).values())
                   for metric in ("v2", "v3"))
@@ -2053,17 +2085,21 @@ def climb_text(rows, scored):
     return " ".join(sentences)
 
 
-def read_cost(folder):
+def read_cost(folder, knobs):
     """Return {"seconds", "cpu_seconds"} of a rung: what make took for what no other rung had made.
 
-    make ladder adds a line to cost.csv each time that it makes something.
+    make ladder adds a line to cost.csv each time that it makes something or fails. Lines of other
+    knobs than {name: value} don't count.
     """
     path = folder / "cost.csv"
     if not path.exists():
         return {"seconds": math.nan, "cpu_seconds": math.nan}
-    rows = read_numbers(path, ("seconds", "user", "system"))
-    return {"seconds": sum(row["seconds"] for row in rows),
-            "cpu_seconds": sum(row["user"] + row["system"] for row in rows)}
+    totals = {"seconds": 0, "user": 0, "system": 0}
+    for line, row in read_rows(path, (*totals, "knobs")):
+        if row["knobs"].split() == " ".join(make_words(knobs)).split():
+            for name in totals:
+                totals[name] += as_number(row[name], f"{path} line {line}: {name}")
+    return {"seconds": totals["seconds"], "cpu_seconds": totals["user"] + totals["system"]}
 
 
 # ---- a test set that is held out -----------------------------------------------------------------
@@ -2407,10 +2443,13 @@ def share_budget(args, epoch, rest):
 
     epoch, rest: of seconds_of_a_fold. Raises UserError if there is no time for an epoch.
     """
-    seconds = BUDGET_SHARE * args.budget * args.jobs / (1 + args.rounds)
+    seconds = (BUDGET_SHARE * args.budget - START_SECONDS) / (1 + args.rounds)
+    n_members = len(args.models) * len(args.scales)
 
     def epochs_of(n_folds):
-        return math.floor((seconds / n_folds - rest) / epoch)
+        """Return the epochs of runs that are trained args.jobs at a time, one lot after another."""
+        lots = math.ceil(n_folds * n_members / args.jobs)
+        return math.floor((seconds / lots * n_members - rest) / epoch)
     least = len(args.folds) if args.keep_folds else min(len(args.folds), 1 + (args.rounds > 0))
     n_folds = next((n for n in range(len(args.folds), least, -1) if epochs_of(n) >= ENOUGH_EPOCHS),
                    least)

@@ -556,7 +556,7 @@ def report_labels(folder, args, counts, labels, by_hand, contaminated):
     table = pd.DataFrame(counts).T.fillna(0).astype(int)
     print(f"{folder}: photos by the classes that the models see in them, {BACKGROUND} is all of "
           f"them\n{table.to_string()}")
-    table = pd.DataFrame(labels).fillna({"class": "foreground"})
+    table = pd.DataFrame(labels).fillna({"class": "foreground"}).fillna(np.nan)
     print(f"labelled pixels; threshold: the top probability from which on a pixel of the class is "
           f"sure; expected, real: the share that is right\n"
           f"{table.to_string(index=False, na_rep='-', float_format='{:.3f}'.format)}")

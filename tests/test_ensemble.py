@@ -829,11 +829,11 @@ def test_a_verdict_is_given_for_each_step_in_the_last_round(tiny_data, cache, ex
 def test_a_verdict_is_by_the_intervals_and_leaves_out_what_is_not_known():
     row = {}
     for label, low, high in (("v3", -0.1, 0.2), ("v2", 0.1, 0.2), ("test v3", -0.2, -0.1), ("test v2", -0.2, 0),
-                             ("v1", math.nan, math.nan)):
+                             ("v1", math.nan, math.nan), ("test v1", 0, 0)):
         row |= {f"{label} low": low, f"{label} high": high}
     said = ensemble.verdict(row, ["v3", "v2", "test v3", "test v2", "v1"])
     assert said == "v3 within chance, v2 gains, test v3 loses, test v2 within chance"
-    assert ensemble.verdict(row, ["v1"]) == ""
+    assert ensemble.verdict(row, ["v1"]) == "" and ensemble.verdict(row, ["test v1"]) == "test v1 same"
 
 
 def test_an_experiment_may_be_named_like_a_round(tiny_data, cache, experiments, tmp_path, capsys):

@@ -59,6 +59,17 @@ def test_the_ladder_holds_what_the_climb_was_made_of():
     assert [len(last[name].split()) for name in ("MODELS", "SCALES", "FOLDS")] == [3, 2, 5]
 
 
+@pytest.mark.parametrize("rungs, told", [
+    ([Rung("flip it", {}, "")], "a rung 'flip it': the name"), ([Rung("../x", {}, "")], "a rung '../x'"),
+    ([Rung("", {}, "")], "a rung ''"), ([Rung("data", {}, "")], "a rung 'data'"), ([Rung(".x", {}, "")], "'.x'"),
+    ([Rung("a", {}, ""), Rung("b", {}, ""), Rung("a", {}, "")], "two rungs have the name a,"),
+    ([Rung("a", {"MODELS": 1, "ROUNDS": 1}, "")], """a: a number .* write a text, "ROUNDS": "1"$""")])
+def test_what_can_not_be_a_rung_is_told_before_the_climb(monkeypatch, rungs, told):
+    monkeypatch.setattr(ensemble, "LADDER", rungs)
+    with pytest.raises(UserError, match=f"^LADDER: .*{told}"):
+        ensemble.climb("fast", {})
+
+
 # ---- what a rung is worth -------------------------------------------------------------------------------------------
 
 
@@ -77,9 +88,10 @@ def test_gains_are_of_the_images_that_both_rungs_have():
 
 
 def test_the_cost_is_of_all_times_that_make_made_something(tmp_path):
-    (tmp_path / "cost.csv").write_text("seconds,user,system\n10.5,7.25,1\n2,1,0.5\n")
-    assert ensemble.read_cost(tmp_path) == {"seconds": 12.5, "cpu_seconds": 9.75}
-    assert math.isnan(ensemble.read_cost(tmp_path / "none")["seconds"])
+    (tmp_path / "cost.csv").write_text('seconds,user,system,knobs\n10.5,7.25,1,"LR=1 TTA=a,b"\n2,1,0.5,"LR=1 TTA=a,b"\n'
+                                       '40,40,0,LR=1 TTA=none\n')
+    assert ensemble.read_cost(tmp_path, {"LR": "1", "TTA": "a,b"}) == {"seconds": 12.5, "cpu_seconds": 9.75}
+    assert math.isnan(ensemble.read_cost(tmp_path / "none", {})["seconds"])
 
 
 # ---- the climb ------------------------------------------------------------------------------------------------------
@@ -101,6 +113,13 @@ def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page
     start, end = text.index("LADDER = (\n"), text.index("# LADDER=NAME of make")
     edit(project, "ensemble.py", text[start:end], SHORT)
     knobs = {"EXP": "lad", "HOLDOUT": "0.2", "ROUNDS": None, "FOLDS": "0 1", "NFOLDS": 2}
+    assert [line.split("\t")[0] for line in make(project, "-n", "ladder", **knobs).stdout.splitlines() if "\t" in line
+            ] == ["low", "tried", "flip", "folds", "fitted"]
+    for mistake, told in (({"HOLDOUT": None, "TRUTH": "nosuch.json"}, "nosuch.json: "),
+                          ({"HOLDOUT": None, "FOLDS": "0 1 2"}, "FOLDS and FOLD go from 0 to 1"),
+                          ({"HOLDOUT": None, "BUDGET": "9m"}, "BUDGET is for one submit")):
+        assert told in make(project, "ladder", code=2, **(knobs | mistake)).stderr
+    assert not (project / "out/lad").exists()
     done = make(project, "ladder", **knobs)
     trained = re.findall(r"^\S*python.* train.py .*--exp (\S+) .*\n.*\n.*--fold (\d)", done.stdout, re.M)
     assert trained == [("out/lad/low", "0"), ("out/lad/tried", "0"), ("out/lad/folds", "1")]
@@ -150,20 +169,28 @@ def test_an_epoch_trains_on_the_other_folds_and_looks_at_this_one():
 
 @pytest.mark.parametrize("seconds, jobs, rounds, keep, expected", [
     (10_000, 1, 0, False, (34, 5)), (100_000, 1, 0, False, (40, 5)), (3000, 1, 0, False, (16, 3)),
-    (3000, 2, 0, False, (20, 5)), (1000, 1, 0, False, (16, 1)), (300, 1, 0, False, (3, 1)), (3000, 1, 0, True, (9, 5)),
-    (3000, 1, 1, False, (11, 2))])
+    (3000, 2, 0, False, (16, 5)), (1000, 1, 0, False, (16, 1)), (1000, 2, 0, False, (16, 2)),
+    (300, 1, 0, False, (3, 1)), (3000, 1, 0, True, (9, 5)), (3000, 1, 1, False, (11, 2))])
 def test_a_budget_buys_folds_with_enough_epochs_each(seconds, jobs, rounds, keep, expected):
-    """An epoch of a fold takes 50 s, a fold besides 80 s; 90% of the time is planned."""
-    args = argparse.Namespace(budget=seconds, jobs=jobs, rounds=rounds, keep_folds=keep, folds=list("01234"))
+    """An epoch of a fold takes 50 s, a fold besides 80 s; 90% of the time is planned, and 15 s are the vote's."""
+    args = argparse.Namespace(budget=seconds, jobs=jobs, rounds=rounds, keep_folds=keep, folds=list("01234"),
+                              models=["m"], scales=["64"])
     epochs, folds = ensemble.share_budget(args, 50, 80)
     assert (epochs, len(folds)) == expected
+    lots = math.ceil(len(folds) / jobs)  # of five folds two at a time are three lots
     if epochs < ensemble.MOST_EPOCHS:
-        assert (1 + rounds) * len(folds) * (80 + 50 * epochs) <= 0.9 * seconds * jobs
-        assert (1 + rounds) * len(folds) * (80 + 50 * (epochs + 1)) > 0.9 * seconds * jobs
+        assert (1 + rounds) * lots * (80 + 50 * epochs) <= 0.9 * seconds - 15
+        assert (1 + rounds) * lots * (80 + 50 * (epochs + 1)) > 0.9 * seconds - 15
+
+
+def test_a_budget_s_jobs_share_the_members_of_a_fold():
+    args = argparse.Namespace(budget=1000, jobs=2, rounds=0, keep_folds=False, folds=["0"], models=["a", "b"],
+                              scales=["64"])  # 50 s and 80 s are those of both: each run takes half of that
+    assert ensemble.share_budget(args, 50, 80) == (33, ["0"])
 
 
 def test_a_budget_without_room_for_an_epoch_is_refused():
-    args = argparse.Namespace(budget=100, jobs=1, rounds=0, keep_folds=False, folds=["0"])
+    args = argparse.Namespace(budget=100, jobs=1, rounds=0, keep_folds=False, folds=["0"], models=["m"], scales=["64"])
     with pytest.raises(UserError, match="100 s have no room for one epoch, of 50 s for each fold, and 80 s to start"):
         ensemble.share_budget(args, 50, 80)
 
