@@ -289,10 +289,11 @@ holdout: | $(SETUP) ## a DATA in out/EXP/data that tests on HOLDOUT=0.15 of the 
 # a rung is one make submit, and make -n first looks at the highest; how long it took goes to cost.csv
 # if it made anything or failed. Jobs of make -j share the files 3 and 4.
 not_asked := EXP DATA LADDER TRUTH HOLDOUT PY LAUNCH DEVICE PER_GPU CODE
-asked   = --preset $(LADDER) \
+asked    = --preset $(LADDER) \
     $(foreach v,$(filter-out $(not_asked),$(set_by_user)),$(call quote,$v=$($v)))
-climbed = $(call quote,$(if $(and $(HOLDOUT),$(if $(dry),,x)),$(OUT)/data,$(DATA)))
-table   = --data $(climbed) --cache out/cache --exp $(OUT) $(how_read) --batch $(BATCH) \
+held_out = $(if $(dry),,$(HOLDOUT))
+climbed  = $(call quote,$(if $(held_out),$(OUT)/data,$(DATA)))
+table    = --data $(climbed) --cache out/cache --exp $(OUT) $(how_read) --batch $(BATCH) \
     --image-id $(IMAGE_ID) $(truth) $(asked)
 define climb
 rungs=$$($(PY) ensemble.py rungs $(table)); TIMEFORMAT=%R,%U,%S; \
