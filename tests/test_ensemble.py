@@ -816,7 +816,7 @@ def test_each_experiment_is_set_against_the_one_before_and_the_first(
 
 @pytest.mark.parametrize(("a", "b", "verdict"), [
     ("weak", "good", "v3 gains, v2 gains"), ("good", "weak", "v3 loses, v2 loses"),
-    ("good", "good/r1", "v3 within chance, v2 within chance")])
+    ("good", "good/r1", "v3 same, v2 same")])
 def test_a_verdict_is_given_for_each_step_in_the_last_round(tiny_data, cache, experiments, capsys, monkeypatch, a, b,
                                                             verdict):
     monkeypatch.chdir(experiments)
@@ -829,11 +829,12 @@ def test_a_verdict_is_given_for_each_step_in_the_last_round(tiny_data, cache, ex
 def test_a_verdict_is_by_the_intervals_and_leaves_out_what_is_not_known():
     row = {}
     for label, low, high in (("v3", -0.1, 0.2), ("v2", 0.1, 0.2), ("test v3", -0.2, -0.1), ("test v2", -0.2, 0),
-                             ("v1", math.nan, math.nan), ("test v1", 0, 0)):
+                             ("v1", math.nan, math.nan), ("test v1", 0, 0), ("low", 0, 0.1)):
         row |= {f"{label} low": low, f"{label} high": high}
     said = ensemble.verdict(row, ["v3", "v2", "test v3", "test v2", "v1"])
     assert said == "v3 within chance, v2 gains, test v3 loses, test v2 within chance"
-    assert ensemble.verdict(row, ["v1"]) == "" and ensemble.verdict(row, ["test v1"]) == "test v1 same"
+    assert ensemble.verdict(row, ["v1"]) == ""
+    assert ensemble.verdict(row, ["test v1", "low"]) == "test v1 same, low within chance"
 
 
 def test_an_experiment_may_be_named_like_a_round(tiny_data, cache, experiments, tmp_path, capsys):

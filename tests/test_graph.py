@@ -840,7 +840,7 @@ def test_compare_and_score_train_nothing(built):
     shutil.copytree(built / "out/main", built / "out/lr5")
     shutil.copy(built / "data/train.json", built / "the truth.json")
     out = make(built, "compare", EXPS="main/r0  main lr5").stdout
-    assert "\nout/lr5 against out/main: v3 within chance, v2 within chance\n" in out
+    assert "\nout/lr5 against out/main: v3 same, v2 same\n" in out
     assert "\nout/main against out/main/r0: " in out
     assert (built / "out/compare.csv").read_text().count("\n") == 4 and (built / "out/compare-iou.csv").exists()
     assert (built / "out/compare.png").read_bytes().startswith(b"\x89PNG")

@@ -170,7 +170,7 @@ def test_an_epoch_trains_on_the_other_folds_and_looks_at_this_one():
 @pytest.mark.parametrize("seconds, jobs, rounds, keep, expected", [
     (10_000, 1, 0, False, (34, 5)), (100_000, 1, 0, False, (40, 5)), (3000, 1, 0, False, (16, 3)),
     (3000, 2, 0, False, (16, 5)), (1000, 1, 0, False, (16, 1)), (1000, 2, 0, False, (16, 2)),
-    (300, 1, 0, False, (3, 1)), (3000, 1, 0, True, (9, 5)), (3000, 1, 1, False, (11, 2))])
+    (300, 1, 0, False, (3, 1)), (3000, 1, 0, True, (9, 5)), (3000, 1, 1, False, (11, 2)), (1862, 1, 0, False, (15, 2))])
 def test_a_budget_buys_folds_with_enough_epochs_each(seconds, jobs, rounds, keep, expected):
     """An epoch of a fold takes 50 s, a fold besides 80 s; 90% of the time is planned, and 15 s are the vote's."""
     args = argparse.Namespace(budget=seconds, jobs=jobs, rounds=rounds, keep_folds=keep, folds=list("01234"),
@@ -189,9 +189,11 @@ def test_a_budget_s_jobs_share_the_members_of_a_fold():
     assert ensemble.share_budget(args, 50, 80) == (33, ["0"])
 
 
-def test_a_budget_without_room_for_an_epoch_is_refused():
-    args = argparse.Namespace(budget=100, jobs=1, rounds=0, keep_folds=False, folds=["0"], models=["m"], scales=["64"])
-    with pytest.raises(UserError, match="100 s have no room for one epoch, of 50 s for each fold, and 80 s to start"):
+@pytest.mark.parametrize("seconds", [100, 110])
+def test_a_budget_without_room_for_an_epoch_is_refused(seconds):
+    args = argparse.Namespace(budget=seconds, jobs=1, rounds=0, keep_folds=False, folds=["0"], models=["m"],
+                              scales=["64"])
+    with pytest.raises(UserError, match=f"{seconds} s have no room for one epoch, of 50 s for each fold, and 80 s to"):
         ensemble.share_budget(args, 50, 80)
 
 
