@@ -141,6 +141,8 @@ $(if $(filter holdout,$(wanted)),\
     $(if $(HOLDOUT),,$(error HOLDOUT is empty: holdout takes a share, HOLDOUT=0.15)))
 $(if $(and $(filter ladder,$(wanted)),$(BUDGET)),\
     $(error BUDGET is for one submit: the rungs of the ladder have EPOCHS and FOLDS))
+$(if $(and $(filter ladder,$(wanted)),$(wildcard out/$(EXP)/r[0-9])),$(error EXP=$(EXP) has runs and \
+    a report of its own: name another folder for the ladder, EXP=climb))
 $(foreach goal,$(filter submit ladder,$(wanted)),\
     $(foreach v,$(filter MODEL SCALE FOLD ROUND,$(given)),$(error $(goal) takes $vS, not $v)))
 scored  = $(wildcard out/$1/r[0-9]/*/*/s*/f*/valid.json out/$1/*/*/s*/f*/valid.json)
@@ -184,7 +186,8 @@ both := $(and $(BUDGET),$(filter EPOCHS,$(set_by_user)))
 $(if $(both),$(error BUDGET chooses EPOCHS: give one of the two))
 spend := $(and $(BUDGET),$(if $(first),,$(goals) $(filter why status,$(wanted))))
 afford = $(shell $(PY) ensemble.py budget $(grid) --folds '$(FOLDS)' --pick-folds '$(FOLD)' \
-    --train-args='$(recipe)' --infer-args='$(infer)' --budget $(BUDGET) --jobs $(jobs) $(dry) \
+    --train-args='$(recipe)' --infer-args='$(infer)' --budget $(BUDGET) \
+    $(if $(filter why status,$(wanted)),--dry,$(dry)) \
     --device $(DEVICE) $(if $(filter FOLDS,$(set_by_user)),--keep-folds) || echo stop)
 ifneq ($(strip $(spend)),)
 chosen := $(afford)
@@ -296,7 +299,7 @@ climbed  = $(call quote,$(if $(held_out),$(OUT)/data,$(DATA)))
 table    = --data $(climbed) --cache out/cache --exp $(OUT) $(how_read) --batch $(BATCH) \
     --image-id $(IMAGE_ID) $(truth) $(asked)
 define climb
-rungs=$$($(PY) ensemble.py rungs $(table)); TIMEFORMAT=%R,%U,%S; \
+rungs=$$($(PY) ensemble.py rungs $(table)); TIMEFORMAT=%R,%U,%S; LC_ALL=C; \
 rung() { $(MAKE) --no-print-directory submit DATA=$(climbed) EXP=$(EXP)/"$$@"; }; \
 IFS=$$'\t' read -ra knobs <<< "$${rungs##*$$'\n'}"; \
 rung "$${knobs[@]}" -n > /dev/null; \

@@ -221,7 +221,6 @@ def add_ladder(climb, rung):
 def add_budget(spend):
     """Add the options of a budget besides the grid that it is for."""
     spend.add_argument("--budget", type=duration, required=True, help="40m, 1h30m or 90s")
-    spend.add_argument("--jobs", type=number(int, 1), default=1, help="runs at a time")
     spend.add_argument("--keep-folds", action="store_true", help="use all --folds")
     spend.add_argument("--device", default="auto", help="as of train.py")
 
@@ -1902,7 +1901,7 @@ def climb(preset, asked):
     check_ladder()
     n_folds = int(asked.get("NFOLDS", 5))
     folds = " ".join(map(str, range(n_folds)))
-    asked = {"MODELS": LADDER_MODELS, "FOLDS": folds} | LADDER_KNOBS[preset] | asked
+    given, asked = asked, {"MODELS": LADDER_MODELS, "FOLDS": folds} | LADDER_KNOBS[preset] | asked
     knobs, below, rungs = dict(asked), "", []
     for rung in LADDER:
         changed = dict(knobs)
@@ -1910,9 +1909,12 @@ def climb(preset, asked):
             if isinstance(value, int):
                 changed[name] = " ".join(asked[name].split()[:value])
             elif name.endswith("_ARGS"):
+                if both := option_names(given.get(name, "")) & option_names(value):
+                    raise UserError(f"{name}={given[name]}: rungs of the ladder set {min(both)} "
+                                    "themselves: see LADDER in ensemble.py")
                 changed[name] = f"{knobs.get(name, '')} {value}".strip()
-            elif name in asked:
-                raise UserError(f"{name}={asked[name]}: rungs of the ladder set {name} themselves: "
+            elif name in given:
+                raise UserError(f"{name}={given[name]}: rungs of the ladder set {name} themselves: "
                                 "see LADDER in ensemble.py")
             else:
                 changed[name] = value
@@ -1922,6 +1924,11 @@ def climb(preset, asked):
         if not rung.is_aside:
             knobs, below = changed, rung.name
     return rungs
+
+
+def option_names(text):
+    """Return the set of options such as --loss in a text of arguments."""
+    return {word.partition("=")[0] for word in text.split() if word.startswith("--")}
 
 
 def check_ladder():
@@ -1980,7 +1987,8 @@ def ladder(args):
         row["verdict"] = verdict(row, judged_by) or "the lowest rung"
         adds = " ".join(f"{name}={value}" for name, value in rung.knobs.items())
         rows.append(row | {"adds": adds, "why": rung.why})
-    show_ladder(args, rows, scored, train.classes)
+    asides = [i for i, (rung, _, _) in enumerate(steps) if rung.is_aside]
+    show_ladder(args, rows, asides, scored, train.classes)
 
 
 def read_oof_counts(folder):
@@ -2022,10 +2030,24 @@ def shared_gain(after, before, metric):
     return gain(*(np.stack([counts[i] for i in shared]) for counts in (after, before)), metric)
 
 
-def show_ladder(args, rows, scored, classes):
+def climbed_scores(rows, label):
+    """Return the score of the lowest rung, and of each other that of the rung below plus the gain.
+
+    So the picture has no step where a rung predicts more images and no pixel differs otherwise.
+    rows: of ladder.csv; label: a column such as "test v3".
+    """
+    levels = {}
+    for row in rows:
+        below = row["over"]
+        levels[row["rung"]] = levels[below] + row[f"{label} gain"] if below else row[label]
+    return [*levels.values()]
+
+
+def show_ladder(args, rows, asides, scored, classes):
     """Print the climb, and write it as EXP/ladder.csv, ladder.png and report.html.
 
-    rows: of the rungs; scored: {prefix of the columns: {rung: {image id: [C, C]}}}.
+    rows: of the rungs; asides: which of them, from 0, were only tried; scored: {prefix of the
+    columns: {rung: {image id: [C, C]}}}.
     """
     import pandas as pd
     with atomic_write(args.exp / "ladder.csv") as scratch:
@@ -2034,9 +2056,9 @@ def show_ladder(args, rows, scored, classes):
     note = climb_text(rows, scored)
     print(f"{as_text(table)}\n{note}")
     names = [row["rung"] for row in rows]
-    carried = {names[-1], *(row["over"] for row in rows)}
-    asides = [i for i, name in enumerate(names) if name not in carried]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
+    for label in (f"{prefix}{metric}" for prefix in scored for metric in ("v2", "v3")):
+        columns[label] = climbed_scores(rows, label)
     with atomic_write(args.exp / "ladder.png") as scratch:
         draw_staircases(scratch, names, columns, scored, asides)
     figures = []
@@ -2105,19 +2127,19 @@ def read_cost(folder, knobs):
 # ---- a test set that is held out -----------------------------------------------------------------
 
 
-def choose_held_out(present, groups, share):
-    """Return which images to hold out, bool [N]: about `share` of them, a fold of make_folds.
+def choose_held_out(present, groups, n_folds):
+    """Return which images to hold out, bool [N]: a fold of make_folds, one of `n_folds`.
 
     present: bool [N, K], which classes an image has; groups: N labels. It is the fold that leaves
     the fewest classes without an image in training and then, of these, in itself.
     """
-    folds = make_folds(present, groups, round(1 / share))
+    folds = make_folds(present, groups, n_folds)
 
     def lost(fold):
         """Return how many classes have no image outside the fold, and how many none in it."""
         outside, inside = present[folds != fold].any(0), present[folds == fold].any(0)
-        return -outside.sum(), -inside.sum()
-    return folds == min(range(round(1 / share)), key=lost)
+        return (~outside).sum(), (~inside).sum()
+    return folds == min(range(n_folds), key=lost)
 
 
 def link_photos(folder, links):
@@ -2152,7 +2174,8 @@ def holdout(args):
     links = {name: os.path.abspath(data / name) for name in links}
     if taken := {*links} & {"holdout.json", "replaced", "train_all.json", *names}:
         raise UserError(f"{data}/{min(taken)}: photos can't lie there, holdout writes such a file")
-    if (n_groups := len(set(train.groups))) < round(1 / args.share):
+    n_folds = min(range(2, 21), key=lambda n: abs(1 / n - args.share))
+    if (n_groups := len(set(train.groups))) < n_folds:
         raise UserError(f"{data}: {n_groups} group(s) of photos are too few to hold out a share of "
                         f"{args.share:g}: take a larger --share")
     wanted = {"share": args.share, "data": train.fingerprint, "links": links}
@@ -2166,7 +2189,7 @@ def holdout(args):
             print(f"{folder} is there and was made like this: nothing to do")
             return
         present = np.array(train.pixels)[:, 1:] > 0
-        held = choose_held_out(present, train.groups, args.share)
+        held = choose_held_out(present, train.groups, n_folds)
         held_ids = {image_id for image_id, is_held in zip(train.ids, held, strict=True) if is_held}
         move_aside(folder, ["holdout.json", *names, "train_all.json"])
         link_photos(folder, links)
@@ -2387,19 +2410,19 @@ def budget(args):
     if not args.dry:
         answers.save()
     train, test = load_data(args.data, args.cache, **data_options(vars(args)))
-    asked = {"budget": args.budget, "jobs": args.jobs, "models": args.models,
+    asked = {"budget": args.budget, "models": args.models,
              "scales": args.scales, "folds": args.folds, "keep_folds": args.keep_folds,
              "nfolds": args.nfolds, "rounds": args.rounds, "batch": train_args.batch,
              "tta": tta_name(infer_args), "data": train.fingerprint, "gpus": args.gpus}
     answer = read_own_json(path, {"asked": dict, "epochs": int, "folds": [str]})
     if answer is None or answer["asked"] != asked:
         if args.dry:
-            raise UserError("BUDGET: nothing is measured yet, so make -n can't know the EPOCHS: "
-                            "run it without -n")
+            raise UserError("BUDGET: nothing is measured yet, so nobody knows the EPOCHS: make "
+                            "train or submit measures")
         speeds = measure_speeds(args, train_args.batch)
         n_views = len(tta_views(infer_args.tta)) * len(infer_args.tta_scales)
         epoch, rest = seconds_of_a_fold(speeds, len(train.ids), len(test.ids), args.nfolds, n_views)
-        epochs, folds = share_budget(args, epoch, rest)
+        epochs, folds = share_budget(args, count_lanes(args), epoch, rest)
         answer = {"asked": asked, "epochs": epochs, "folds": folds}
         write_json(path, answer)
     print(f"BUDGET: {answer['epochs']} epochs on fold(s) {' '.join(answer['folds'])}",
@@ -2413,9 +2436,11 @@ def measure_speeds(args, batch):
     table.unlink(missing_ok=True)
     for model, scale in itertools.product(args.models, args.scales):
         script = str(Path(__file__).with_name("train.py"))
-        subprocess.run([sys.executable, script, "--data", str(args.data), "--exp", str(args.exp),
-                        "--model", model, "--scale", scale, "--batch", str(batch), "--device",
-                        args.device, "--runtimes", str(table)], check=True, stdout=sys.stderr)
+        line = [sys.executable, script, "--data", str(args.data), "--exp", str(args.exp), "--model",
+                model, "--scale", scale, "--batch", str(batch), "--device", args.device,
+                "--runtimes", str(table)]
+        if subprocess.run(line, stdout=sys.stderr).returncode:
+            raise UserError(f"BUDGET: {model} at {scale} can't be measured, for the reason above")
     speeds = []
     for line, row in read_rows(table, ("model", "scale", "train_images_per_s",
                                        "infer_images_per_s", "reason")):
@@ -2438,17 +2463,24 @@ def seconds_of_a_fold(speeds, n_train, n_test, n_folds, n_views):
     return epoch, rest
 
 
-def share_budget(args, epoch, rest):
+def count_lanes(args):
+    """Return how many runs are trained at a time: one on each GPU, or --gpus; one on the CPU."""
+    import torch
+    return max(1, torch.cuda.device_count() // args.gpus) if args.device == "auto" else 1
+
+
+def share_budget(args, n_lanes, epoch, rest):
     """Return (epochs, folds): as many folds as have ENOUGH_EPOCHS, or else one, two with rounds.
 
-    epoch, rest: of seconds_of_a_fold. Raises UserError if there is no time for an epoch.
+    n_lanes: runs at a time; epoch, rest: of seconds_of_a_fold. Raises UserError if there is no time
+    for an epoch.
     """
     seconds = (BUDGET_SHARE * args.budget - START_SECONDS) / (1 + args.rounds)
     n_members = len(args.models) * len(args.scales)
 
     def epochs_of(n_folds):
-        """Return the epochs of runs that are trained args.jobs at a time, one lot after another."""
-        lots = math.ceil(n_folds * n_members / args.jobs)
+        """Return the epochs of runs that are trained n_lanes at a time, one lot after another."""
+        lots = math.ceil(n_folds * n_members / n_lanes)
         return math.floor((seconds / lots * n_members - rest) / epoch)
     least = len(args.folds) if args.keep_folds else min(len(args.folds), 1 + (args.rounds > 0))
     n_folds = next((n for n in range(len(args.folds), least, -1) if epochs_of(n) >= ENOUGH_EPOCHS),
@@ -2786,7 +2818,7 @@ class Plan:
         """
         folder = pseudo_folder(self.args.exp, round_, fold)
         by_precision = self.pseudo_args.confident == "auto"
-        folds = self.args.folds if by_precision else [fold]
+        folds = dict.fromkeys([*self.args.folds, fold]) if by_precision else [fold]
         grid = itertools.product([round_ - 1], self.args.models, self.args.scales, folds)
         runs = {key: self.once(self.judge_run, *key) for key in grid}
         reasons = []
@@ -2797,7 +2829,7 @@ class Plan:
                 continue
             if key[-1] == fold:
                 makers.append(store_id({"recipe": self.expected_store_recipe(run, "test")}))
-            if by_precision:
+            if by_precision and key[-1] in self.args.folds:
                 out_of_fold.append(store_id({"recipe": self.expected_store_recipe(run, "valid")}))
         args = argparse.Namespace(**vars(self.pseudo_args) | {"round": round_, "fold": int(fold)})
         recipe = labels_recipe(args, self.data["test"], self.folds, self.args.paint, makers,

@@ -210,23 +210,28 @@ def soft_vote(stores, i):
 
 
 def open_out_of_fold(args, makers, train, hashes):
-    """Return {fold: (stores, infos)} of args.out_of_fold, the stores in the makers' order.
+    """Return ({fold: (stores, infos)} of args.out_of_fold, whether one may have seen this fold).
 
-    makers: the JSON of each maker's store. Raises UserError for a store that isn't of the makers'
-    round, folds and data, and unless each fold has just the makers' models.
+    The stores are in the makers' order; makers: the JSON of each one's store. Raises UserError for
+    a store that isn't of the makers' round, folds and data, and unless each fold has just the
+    makers' models.
     """
     def name(info):
         return info["model"], info["scale"], info["tta"]
     expected = {"split": "valid", "classes": train.classes, "round": args.round - 1,
                 "paint": makers[0]["paint"], "folds_csv": makers[0]["folds_csv"],
                 "data": train.fingerprint}
-    folds = {}
+    folds, leaks = {}, False
     for path in args.out_of_fold:
         store, info = open_store(path, hashes)
+        leaks |= info["contaminated"]
         for key, value in expected.items():
-            if info[key] != value and not (key in LINEAGE and args.allow_leak):
+            if info[key] == value:
+                continue
+            if not (key in LINEAGE and args.allow_leak):
                 raise UserError(f"{path}: {key} is {info[key]}, not {value}: --out-of-fold takes "
                                 f"valid.json of round {args.round - 1}; run infer.py again")
+            leaks = True
         folds.setdefault(info["fold"], {})[name(info)] = store, info
     wanted = [name(info) for info in makers]
     for fold, stores in folds.items():
@@ -235,7 +240,7 @@ def open_out_of_fold(args, makers, train, hashes):
             raise UserError(f"--out-of-fold: fold {fold} and the makers of the labels differ in "
                             f"{what}: give the valid.json of the same models")
     return {fold: list(zip(*(stores[key] for key in wanted), strict=True))
-            for fold, stores in sorted(folds.items())}
+            for fold, stores in sorted(folds.items())}, leaks
 
 
 def count_top_sums(stores, infos, train):
@@ -558,7 +563,8 @@ def report_labels(folder, args, counts, labels, by_hand, contaminated):
           f"them\n{table.to_string()}")
     table = pd.DataFrame(labels).fillna({"class": "foreground"}).fillna(np.nan)
     print(f"labelled pixels; threshold: the top probability from which on a pixel of the class is "
-          f"sure; expected, real: the share that is right\n"
+          f"sure; expected: the share of sure pixels that was right out of fold; real: of the "
+          f"labelled pixels the share that is right\n"
           f"{table.to_string(index=False, na_rep='-', float_format='{:.3f}'.format)}")
     if by_hand:
         print(f"{folder}: {len(by_hand)} decision(s) made by hand in index.csv kept")
@@ -616,10 +622,9 @@ def main(args):
     infos = [info for _, info in opened]
     train, test = data = load_data(args.data, args.cache, **data_options(infos[0]))
     contaminated = check_makers(args, infos, test)
-    folds = open_out_of_fold(args, infos, train, hashes)
-    fold_infos = [info for _, some in folds.values() for info in some]
-    fold_ids = [store_id(info) for info in fold_infos]
-    contaminated |= any(info["contaminated"] for info in fold_infos)
+    folds, leaks = open_out_of_fold(args, infos, train, hashes)
+    fold_ids = [store_id(info) for _, some in folds.values() for info in some]
+    contaminated |= leaks
     recipe = labels_recipe(args, test.fingerprint, infos[0]["folds_csv"], infos[0]["paint"],
                            [store_id(info) for info in infos], fold_ids)
     makers = [(info["model"], info["tta"]) for info in infos]

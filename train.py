@@ -1096,12 +1096,12 @@ def run_that_stands(args, test, info, out, epochs, hashes):
 def take_over(folder, out, info, epochs, hashes):
     """Write the finished run in `folder` as that of `info` into `out`, config.json last."""
     checkpoints = {name: load_checkpoint(folder / name) for name in model_files(epochs)}
-    if (out / "model.pt").exists():
-        snapshots = sorted(path.name for path in out.glob("epoch-*.pt"))
-        move_aside(out, ["config.json", "log.csv", *snapshots, "model.pt"])
+    begun = sorted(path.name for glob in ("epoch-*.pt", "last*") for path in out.glob(glob))
+    move_aside(out, ["config.json", "log.csv", *begun, "model.pt"])
     for name in ("log.csv", "batch.png", "curves.png", "valid.png"):
-        if (folder / name).exists():
-            shutil.copy2(folder / name, out / name)
+        if (folder / name).exists():  # what stands may be linked from another experiment
+            with atomic_write(out / name) as scratch:
+                shutil.copyfile(folder / name, scratch)
     for name, checkpoint in checkpoints.items():
         save_checkpoint(out / name, **(checkpoint | info))
     write_config(out, checkpoints["model.pt"] | info, epochs, hashes)

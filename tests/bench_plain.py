@@ -78,7 +78,10 @@ def train(args):
     torch.manual_seed(args.seed)
     dataset, n_classes = samples(args)
     net = smp.FPN(f"tu-{args.encoder}", encoder_weights=None, classes=n_classes)
-    net.encoder.model.load_state_dict(torch.load(args.weights, weights_only=True), strict=False)
+    weights = torch.load(args.weights, weights_only=True)
+    absent = net.encoder.model.load_state_dict(weights, strict=False).missing_keys  # it has more: a classifier
+    if absent:
+        raise common.UserError(f"{args.weights}: no {absent[0]}: not the weights of {args.encoder}")
     optimizer = torch.optim.Adam(net.parameters(), 2e-4)
     batches = forever(torch.utils.data.DataLoader(dataset, 8, shuffle=True, drop_last=True))
     spent, n_images = 0.0, 0
@@ -126,7 +129,8 @@ def main(args):
     _, test = common.load_data(args.data, "out/cache")
     truths = common.load_truths(common.truth_file(args.data), test, "area")
     args.out.mkdir(parents=True, exist_ok=True)
-    paths = {seconds: args.out / f"{args.encoder}-{args.scale}-{seconds:g}-{args.seed}-{test.fingerprint[:8]}.npy"
+    made_from = f"{test.fingerprint[:8]}-{common.file_hash(args.weights)[:8]}"
+    paths = {seconds: args.out / f"{args.encoder}-{args.scale}-{seconds:g}-{args.seed}-{made_from}.npy"
              for seconds in args.cpu_seconds}
     if not all(path.exists() for path in paths.values()):
         for seconds, net in train(args):

@@ -894,3 +894,11 @@ def test_labels_that_learn_from_other_folds_wait_for_them_and_follow_their_chang
     assert len(manifest["recipe"]["out_of_fold"]) == 2 and len(manifest["makers"]) == 1
     assert make(fresh, "submit", **knobs).stdout.startswith("make: Nothing to be done")
     assert plan(fresh, "submit", PSEUDO_ARGS="--precision 0.6") == steps("pseudo *", "* r1/*", "submit")
+
+
+def test_labels_of_another_fold_than_folds_has_are_made_once(fresh):
+    knobs = {"NFOLDS": 3, "FOLD": 2, "PSEUDO_ARGS": "--precision 0.5"}
+    make(fresh, "pseudo", **knobs)
+    manifest = common.read_json(fresh / "out/main/r1/pseudo/f2/manifest.json")
+    assert len(manifest["recipe"]["out_of_fold"]) == 2 and len(manifest["makers"]) == 1
+    assert make(fresh, "pseudo", **knobs).stdout.startswith("make: Nothing to be done")

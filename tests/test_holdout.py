@@ -140,16 +140,16 @@ def test_the_fold_that_is_held_out_costs_training_no_class_if_another_one_does_n
     present = np.zeros((12, 2), bool)
     present[:, 0] = True
     present[3, 1] = True  # the one image of its class
-    held = ensemble.choose_held_out(present, [str(i) for i in range(12)], 0.25)
+    held = ensemble.choose_held_out(present, [str(i) for i in range(12)], 4)
     assert held.sum() == 3 and not held[3]
     present[[5, 7], 1] = True  # now a fold without it would lack it
-    held = ensemble.choose_held_out(present, [str(i) for i in range(12)], 0.25)
+    held = ensemble.choose_held_out(present, [str(i) for i in range(12)], 4)
     assert held.sum() == 3 and present[held, 1].any() and present[~held, 1].any()
 
 
 def test_a_group_is_held_out_whole():
     groups = [str(i % 4) for i in range(12)]
-    held = ensemble.choose_held_out(np.ones((12, 1), bool), groups, 0.25)
+    held = ensemble.choose_held_out(np.ones((12, 1), bool), groups, 4)
     assert sorted(np.array(groups)[held]) == [groups[held.argmax()]] * 3
 
 
@@ -174,6 +174,12 @@ def test_too_few_groups_are_refused(tmp_path):
     with pytest.raises(common.UserError, match=r"data: 3 group\(s\) of photos are too few to hold out a share of 0\.2"):
         hold_out(data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_share_held_out_is_the_nearest_that_folds_have(tmp_path):
+    data = write_coco(tmp_path / "data", [{"id": i} for i in range(12)], [(i, 0, BOX) for i in range(12)])
+    hold_out(data, tmp_path / "out", 0.4)  # a third, not half
+    assert len(common.read_json(tmp_path / "out/test.json")["images"]) == 4
 
 
 def test_nothing_is_written_into_data_or_over_other_files(data, tmp_path):

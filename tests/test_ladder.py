@@ -46,6 +46,16 @@ def test_a_rung_changes_what_it_says_of_the_rungs_below_and_one_aside_changes_no
     assert ensemble.climb("full", {"NFOLDS": "4"})[-1][1]["FOLDS"] == "0 1 2 3"
     with pytest.raises(UserError, match="^TTA=d4: rungs of the ladder set TTA themselves"):
         ensemble.climb("full", {"TTA": "d4"})
+    with pytest.raises(UserError, match="^TRAIN_ARGS=--loss=ce: rungs of the ladder set --loss themselves"):
+        ensemble.climb("full", {"TRAIN_ARGS": "--loss=ce"})
+
+
+def test_a_rung_may_change_what_a_preset_gives(monkeypatch):
+    monkeypatch.setattr(ensemble, "LADDER", (
+        Rung("low", {"FOLDS": 1}, "first"), Rung("longer", {"EPOCHS": "80"}, "why")))
+    assert [knobs["EPOCHS"] for _, knobs, _ in ensemble.climb("fast", {})] == ["6", "80"]
+    with pytest.raises(UserError, match="^EPOCHS=3: rungs"):
+        ensemble.climb("fast", {"EPOCHS": "3"})
 
 
 def test_the_ladder_holds_what_the_climb_was_made_of():
@@ -85,6 +95,12 @@ def test_gains_are_of_the_images_that_both_rungs_have():
     assert row["test v3"] == pytest.approx(common.image_miou(np.stack([*counts["high"].values()])).mean())
     lowest = ensemble.rung_scores("", counts, "low", "", 8)
     assert all(math.isnan(lowest[f"{metric} {key}"]) for metric in ("v2", "v3") for key in ("gain", "low", "high"))
+
+
+def test_the_picture_adds_up_the_gains_from_the_lowest_rung_on():
+    rows = [{"rung": name, "over": over, "v3": score, "v3 gain": gain} for name, over, score, gain in (
+        ("low", "", 0.2, math.nan), ("tried", "low", 0.9, -0.1), ("more", "low", 0.8, 0.0), ("top", "more", 0.7, 0.25))]
+    assert ensemble.climbed_scores(rows, "v3") == pytest.approx([0.2, 0.1, 0.2, 0.45])
 
 
 def test_the_cost_is_of_all_times_that_make_made_something(tmp_path):
@@ -137,6 +153,8 @@ def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page
     assert (project / "out/lad/ladder.png").read_bytes().startswith(b"\x89PNG")
     assert "<h2>ladder</h2>" in (project / "out/lad/report.html").read_text().split("<section")[1]
     before = (project / "out/lad/ladder.csv").read_bytes()
+    error = make(project, "ladder", code=2, **(knobs | {"EXP": "lad/low"})).stderr
+    assert "EXP=lad/low has runs and a report of its own" in error
     again = make(project, "ladder", **knobs)
     assert "train.py" not in again.stdout and (project / "out/lad/ladder.csv").read_bytes() == before
 
@@ -173,9 +191,9 @@ def test_an_epoch_trains_on_the_other_folds_and_looks_at_this_one():
     (300, 1, 0, False, (3, 1)), (3000, 1, 0, True, (9, 5)), (3000, 1, 1, False, (11, 2)), (1862, 1, 0, False, (15, 2))])
 def test_a_budget_buys_folds_with_enough_epochs_each(seconds, jobs, rounds, keep, expected):
     """An epoch of a fold takes 50 s, a fold besides 80 s; 90% of the time is planned, and 15 s are the vote's."""
-    args = argparse.Namespace(budget=seconds, jobs=jobs, rounds=rounds, keep_folds=keep, folds=list("01234"),
-                              models=["m"], scales=["64"])
-    epochs, folds = ensemble.share_budget(args, 50, 80)
+    args = argparse.Namespace(budget=seconds, rounds=rounds, keep_folds=keep, folds=list("01234"), models=["m"],
+                              scales=["64"])
+    epochs, folds = ensemble.share_budget(args, jobs, 50, 80)
     assert (epochs, len(folds)) == expected
     lots = math.ceil(len(folds) / jobs)  # of five folds two at a time are three lots
     if epochs < ensemble.MOST_EPOCHS:
@@ -183,18 +201,23 @@ def test_a_budget_buys_folds_with_enough_epochs_each(seconds, jobs, rounds, keep
         assert (1 + rounds) * lots * (80 + 50 * (epochs + 1)) > 0.9 * seconds - 15
 
 
-def test_a_budget_s_jobs_share_the_members_of_a_fold():
-    args = argparse.Namespace(budget=1000, jobs=2, rounds=0, keep_folds=False, folds=["0"], models=["a", "b"],
-                              scales=["64"])  # 50 s and 80 s are those of both: each run takes half of that
-    assert ensemble.share_budget(args, 50, 80) == (33, ["0"])
+def test_the_members_of_a_fold_share_the_lanes_of_a_budget():
+    args = argparse.Namespace(budget=1000, rounds=0, keep_folds=False, folds=["0"], models=["a", "b"], scales=["64"])
+    assert ensemble.share_budget(args, 2, 50, 80) == (33, ["0"])  # 50 s and 80 s are those of both: a run takes half
+
+
+@pytest.mark.parametrize("device, gpus, n_lanes", [("auto", 1, 4), ("auto", 2, 2), ("auto", 8, 1), ("cpu", 1, 1),
+                                                   ("cuda:1", 1, 1)])
+def test_a_budget_counts_on_a_run_on_each_gpu(monkeypatch, device, gpus, n_lanes):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert ensemble.count_lanes(argparse.Namespace(device=device, gpus=gpus)) == n_lanes
 
 
 @pytest.mark.parametrize("seconds", [100, 110])
 def test_a_budget_without_room_for_an_epoch_is_refused(seconds):
-    args = argparse.Namespace(budget=seconds, jobs=1, rounds=0, keep_folds=False, folds=["0"], models=["m"],
-                              scales=["64"])
+    args = argparse.Namespace(budget=seconds, rounds=0, keep_folds=False, folds=["0"], models=["m"], scales=["64"])
     with pytest.raises(UserError, match=f"{seconds} s have no room for one epoch, of 50 s for each fold, and 80 s to"):
-        ensemble.share_budget(args, 50, 80)
+        ensemble.share_budget(args, 1, 50, 80)
 
 
 @pytest.mark.slow
@@ -203,7 +226,9 @@ def test_a_budget_chooses_once_and_is_remembered(tmp_path):
     project = new_folder(tmp_path / "project", tmp_path / "drawn")
     edit(project, "ensemble.py", "ENOUGH_EPOCHS, MOST_EPOCHS = 15, 40", "ENOUGH_EPOCHS, MOST_EPOCHS = 2, 2")
     knobs = {"BUDGET": "10m", "EPOCHS": None, "FOLDS": None, "NFOLDS": 2, "ROUNDS": 0}
-    assert "make -n can't know" in make(project, "-n", "submit", code=2, **knobs).stderr
+    for words in (["-n", "submit"], ["why"]):
+        assert "nobody knows the EPOCHS" in make(project, *words, code=2, **knobs).stderr
+    assert not (project / "out/main/budget.csv").exists()
     make(project, "submit", **knobs)
     answer = json.loads((project / "out/main/budget.json").read_text())
     assert (answer["epochs"], answer["folds"]) == (2, ["0", "1"])

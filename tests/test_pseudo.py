@@ -869,6 +869,13 @@ def test_thresholds_of_contaminated_models_contaminate_the_labels(makers, judges
     assert common.read_json(makers.folder / "manifest.json")["contaminated"] is True
 
 
+@pytest.mark.parametrize("change, contaminated", [({}, False), ({"round": 1}, True), ({"folds_csv": "other"}, True)])
+def test_thresholds_of_models_that_may_have_seen_the_fold_contaminate_the_labels(makers, judges, change, contaminated):
+    change_json(judges[2], **change)
+    pseudo_label.main(automatic(makers, judges, "--allow-leak"))
+    assert common.read_json(makers.folder / "manifest.json")["contaminated"] is contaminated
+
+
 def test_the_real_precision_stands_beside_the_expected_one(makers, tmp_path, monkeypatch):
     truths = votes_of(makers).argmax(1).astype(np.uint8)
     truths[:, :128] = 11  # half of the pixels

@@ -256,3 +256,16 @@ def test_a_run_that_another_process_holds_is_left_alone(built):
         stopped = make(built, "train", code=2, FOLDS=0, EXP="lad/b")
         assert shared_lines(stopped) == [] and sorted(run.iterdir()) == before
     assert planned(built, "b", "train") == []
+
+
+def test_a_round_that_stands_for_another_leaves_the_pictures_of_siblings_alone(built):
+    share(built, "b", "submit")
+    pictures = {path: path.read_bytes() for path in (built / "out/lad/a" / B0).glob("*.png")}
+    assert len(pictures) == 3
+    assert all((built / "out/lad/b" / B0 / path.name).samefile(path) for path in pictures)
+    done = share(built, "b", "submit", PSEUDO_ARGS="--confident 1")
+    assert "round 1 keeps no pseudo label" in done.stdout
+    assert {path: path.read_bytes() for path in pictures} == pictures
+    second = built / "out/lad/b" / B0
+    first = built / "out/lad/b" / B0.replace("r1", "r0", 1)
+    assert all((second / path.name).read_bytes() == (first / path.name).read_bytes() for path in pictures)
