@@ -285,12 +285,12 @@ why: | $(SETUP) ## why submit would make what it would make: for each file what 
 status: | $(SETUP) ## which runs are done, how long the others will take, what isn't up to date
 	@$(PY) ensemble.py status $(grid) --dry
 compare: | $(SETUP) ## what each of EXPS gains over the one before: EXPS="main/r0 main/r1 lr5"
-	@$(run) ensemble.py compare $(data) $(truth) --tables out --picture out/compare.png $(filter --mixed,$(SUBMIT_ARGS)) \
-	    $(addprefix out/,$(EXPS))
+	@$(run) ensemble.py compare $(data) $(truth) --tables out --picture out/compare.png \
+	    $(filter --mixed,$(SUBMIT_ARGS)) $(addprefix out/,$(EXPS))
 holdout: | $(SETUP) ## a DATA in out/EXP/data that tests on HOLDOUT=0.15 of the labelled photos
 	@$(run) ensemble.py holdout $(data) $(how_read) --share $(HOLDOUT) --out $(OUT)/data
-# a rung is one make submit, and make -n first looks at the highest; how long it took goes to cost.csv
-# if it made anything or failed. Jobs of make -j share the files 3 and 4.
+# a rung is one make submit, and make -n first looks at the highest; how long it took goes to
+# cost.csv if it made anything or failed. Jobs of make -j share the files 3 and 4.
 not_asked := EXP DATA LADDER TRUTH HOLDOUT PY LAUNCH DEVICE PER_GPU CODE
 asked    = --preset $(LADDER) \
     $(foreach v,$(filter-out $(not_asked),$(set_by_user)),$(call quote,$v=$($v)))
