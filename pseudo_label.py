@@ -210,7 +210,7 @@ def soft_vote(stores, i):
 
 
 def open_out_of_fold(args, makers, train, hashes):
-    """Return ({fold: (stores, infos)} of args.out_of_fold, whether one may have seen this fold).
+    """Return ({fold: (stores, infos, paths)} of --out-of-fold, whether one may have seen the fold).
 
     The stores are in the makers' order; makers: the JSON of each one's store. Raises UserError for
     a store that isn't of the makers' round, folds and data, and unless each fold has just the
@@ -232,7 +232,7 @@ def open_out_of_fold(args, makers, train, hashes):
                 raise UserError(f"{path}: {key} is {info[key]}, not {value}: --out-of-fold takes "
                                 f"valid.json of round {args.round - 1}; run infer.py again")
             leaks = True
-        folds.setdefault(info["fold"], {})[name(info)] = store, info
+        folds.setdefault(info["fold"], {})[name(info)] = store, info, path
     wanted = [name(info) for info in makers]
     for fold, stores in folds.items():
         if differing := set(wanted) ^ stores.keys():
@@ -315,14 +315,15 @@ def choose_thresholds(args, folds, train):
     if args.confident != "auto":
         thresholds = np.full(len(train.classes), args.confident)
     elif others:
-        photos = itertools.chain(*(count_top_sums(*fold, train) for fold in others))
+        photos = itertools.chain(*(count_top_sums(*fold, train) for *fold, _ in others))
         thresholds = fit_thresholds(photos, args.precision)
     else:
         raise UserError(f"--confident auto needs --out-of-fold with valid.json of other folds than "
                         f"{args.fold}: train another fold, or give a number, --confident 0.8")
     if args.fold not in folds:
         return thresholds, None
-    pixels = sum(count_top_sums(*folds[args.fold], train))
+    *fold, _ = folds[args.fold]
+    pixels = sum(count_top_sums(*fold, train))
     return thresholds, share_right(pixels, thresholds)
 
 
@@ -588,6 +589,8 @@ def make_labels(folder, args, data, stores, infos, folds, wanted, contaminated, 
     """
     train, test = data
     thresholds, expected = choose_thresholds(args, folds, train)
+    for _, fold_infos, paths in folds.values():
+        check_unchanged(paths, fold_infos)
     args = argparse.Namespace(**vars(args), thresholds=thresholds)
     by_hand = hand_decisions(folder, test)
     path = truth_file(args.data, args.truth)
@@ -623,7 +626,7 @@ def main(args):
     train, test = data = load_data(args.data, args.cache, **data_options(infos[0]))
     contaminated = check_makers(args, infos, test)
     folds, leaks = open_out_of_fold(args, infos, train, hashes)
-    fold_ids = [store_id(info) for _, some in folds.values() for info in some]
+    fold_ids = [store_id(info) for _, some, _ in folds.values() for info in some]
     contaminated |= leaks
     recipe = labels_recipe(args, test.fingerprint, infos[0]["folds_csv"], infos[0]["paint"],
                            [store_id(info) for info in infos], fold_ids)

@@ -876,6 +876,18 @@ def test_thresholds_of_models_that_may_have_seen_the_fold_contaminate_the_labels
     assert common.read_json(makers.folder / "manifest.json")["contaminated"] is contaminated
 
 
+def test_thresholds_of_a_store_that_is_replaced_meanwhile_make_no_labels(makers, judges, monkeypatch):
+    count = pseudo_label.count_top_sums
+
+    def count_and_replace(*fold):
+        yield from count(*fold)
+        change_json(judges[3], files={"valid.npy": "other"})
+    monkeypatch.setattr(pseudo_label, "count_top_sums", count_and_replace)
+    with pytest.raises(UserError, match="valid.json was replaced while it was read"):
+        pseudo_label.main(automatic(makers, judges))
+    assert not (makers.folder / "manifest.json").exists()
+
+
 def test_the_real_precision_stands_beside_the_expected_one(makers, tmp_path, monkeypatch):
     truths = votes_of(makers).argmax(1).astype(np.uint8)
     truths[:, :128] = 11  # half of the pixels
