@@ -3502,9 +3502,12 @@ def begin_worker():
 
 
 def end_with_parent(*_):
-    """Let the kernel kill this process when the one that forked it dies."""
+    """Let the kernel kill this process when its parent dies; end a fork whose parent is dead."""
     kill_with_parent = 1  # PR_SET_PDEATHSIG in prctl.h
     ctypes.CDLL(None).prctl(kill_with_parent, signal.SIGKILL)
+    forked_by = parent_process()
+    if forked_by and os.getppid() != forked_by.pid:  # it died before the kernel was told
+        os._exit(1)
 
 
 @contextmanager

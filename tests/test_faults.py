@@ -404,7 +404,27 @@ def test_loader_processes_that_are_stopped_keep_no_run_alive(line, tmp_path, end
     end_of_all()
 
 
-@pytest.mark.slow  # once of three times on a busy machine a process was left after 30 s
+def test_a_process_that_starts_as_its_parent_dies_ends_too(end_of_all):
+    dead, alive = os.pipe()  # the parent alone holds the end that is written to
+
+    def start_late():
+        os.close(alive)
+        os.read(dead, 1)  # until the parent is dead
+        common.end_with_parent()
+        select.select([], [], [])
+
+    def die_early():
+        get_context("fork").Process(target=start_late).start()
+        kill_me()
+    process = get_context("fork").Process(target=die_early)
+    process.start()
+    os.close(alive)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    end_of_all()
+    os.close(dead)
+
+
 def test_loader_processes_end_with_a_run_that_is_killed_even_if_they_are_stuck(line, tmp_path, end_of_all):
     def kill_the_run():
         os.kill(os.getppid(), signal.SIGKILL)
