@@ -3413,13 +3413,22 @@ def signals_later():
     """Let the signals of ENDING wait for the end of the block, in which processes are forked.
 
     Python drops a KeyboardInterrupt in the middle of a fork. The new processes never get these
-    signals: they end with this one.
+    signals: they end with this one. The mask is this thread's and theirs; what another thread gets,
+    such as one of a library, Python handles here all the same, so it is noted and raised again.
     """
+    came = []
+    handlers = {number: signal.getsignal(number) for number in ENDING}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
+        for number in ENDING:
+            signal.signal(number, lambda number, _: came.append(number))
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def kill_children(but=()):

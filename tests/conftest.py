@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks the network on import
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's waiting threads else slow each other down
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # make test runs a file of tests on each core
+if "PYTEST_XDIST_WORKER" in os.environ:  # a file of tests runs on each core
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 from demo_data import draw_data  # noqa: E402
 

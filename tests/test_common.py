@@ -1396,6 +1396,31 @@ def test_what_stops_a_script_is_a_line_and_an_exit_code(end, error, code, told):
     assert end(error) == (code, told)
 
 
+def test_a_signal_that_another_thread_gets_waits_for_the_end_of_a_fork():
+    code = """
+import os, signal, threading
+from common import run_script, signals_later
+def main(args):
+    got, note = os.pipe()
+    os.set_blocking(note, False)
+    signal.set_wakeup_fd(note)
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    def terminate():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.read(got, 1)  # until the other thread has it, since this one waits
+    os.register_at_fork(before=terminate)
+    with signals_later():
+        if not os.fork():
+            os._exit(0)
+        print("forked", flush=True)
+    print("never printed")
+run_script(main, None)
+"""
+    done = run_python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        143, "forked\n", "interrupted; the same command carries on\n")
+
+
 def test_a_signal_waits_for_the_end_of_a_fork():
     code = """
 import os, signal
