@@ -3255,6 +3255,11 @@ def move_aside(folder, names):
         print(f"{aside}: {', '.join(moved)} of before", flush=True)
 
 
+def begun_files(folder):
+    """Return the names of a run's snapshots and of what an interrupted run has left, sorted."""
+    return sorted(path.name for glob in ("epoch-*.pt", "last*") for path in folder.glob(glob))
+
+
 def move_mark(path):
     """Return the file that stands from move_aside until the JSON `path` is written anew."""
     return path.parent / "replaced" / f".{path.name}.moving"

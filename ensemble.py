@@ -47,16 +47,16 @@ from tqdm import tqdm
 from common import (
     BACKGROUND, DERIVED, DESCRIPTION_KINDS, MANIFEST_KINDS, RUN_PLACE, STORE_KINDS, SUBMIT_SIZE,
     TORCHRUN, Hashes, Help, Parser, UserError, accepted_code, add_data_options, as_number,
-    atomic_write, build_model, cache_folder, changes, check_output, check_space, check_unchanged,
-    class_iou, clean, code_hashes, code_of, code_question, code_state, confusion, data_files,
-    data_options, decide, different_keys, draw_bars, draw_heat, figure_urls, fingerprint,
-    folds_hash, foreground_ids, image_miou, keep_code, label_settings, labels_code, labels_hash,
-    labels_recipe, library_versions, load_data, load_truths, lock, make_folds, move_aside,
-    move_mark, named, number, open_store, overlay, provenance, pseudo_folder, read_description,
-    read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows, recipe_changes,
-    run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash, store_code,
-    store_id, store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides, tta_views,
-    version_changes, whole_manifest, whole_numbers, write_coco, write_description,
+    atomic_write, begun_files, build_model, cache_folder, changes, check_output, check_space,
+    check_unchanged, class_iou, clean, code_hashes, code_of, code_question, code_state, confusion,
+    data_files, data_options, decide, different_keys, draw_bars, draw_heat, figure_urls,
+    fingerprint, folds_hash, foreground_ids, image_miou, keep_code, label_settings, labels_code,
+    labels_hash, labels_recipe, library_versions, load_data, load_truths, lock, make_folds,
+    move_aside, move_mark, named, number, open_store, overlay, provenance, pseudo_folder,
+    read_description, read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows,
+    recipe_changes, run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash,
+    store_code, store_id, store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides,
+    tta_views, version_changes, whole_manifest, whole_numbers, write_coco, write_description,
     write_json, write_page, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
@@ -909,8 +909,13 @@ def show(args, oof, name, title, cells, text=None):
         title = f"{CONTAMINATED}\n{title}"
     print(f"\n{title}\n{text or as_text(table)}")
     if args.tables:
-        with atomic_write(args.tables / f"{name}.csv") as scratch:
-            table.map(no_formula).to_csv(scratch, index=False)
+        write_table(args.tables / f"{name}.csv", table)
+
+
+def write_table(path, table):
+    """Write a DataFrame as a CSV that a spreadsheet opens without harm."""
+    with atomic_write(path) as scratch:
+        table.map(no_formula).to_csv(scratch, index=False)
 
 
 def as_text(table):
@@ -1935,9 +1940,10 @@ def check_ladder():
     """Raise UserError for a name in LADDER that is no folder's, or taken; a number in vain."""
     names = [rung.name for rung in LADDER]
     for name in names:
-        if not re.fullmatch(r"\w[\w.+-]*", name, re.ASCII) or name == "data":
+        is_taken = re.fullmatch("data|r[0-9]", name)
+        if is_taken or not re.fullmatch(r"\w[\w.+-]*", name, re.ASCII):
             raise UserError(f"LADDER: a rung {name!r}: the name, of its folder in out/EXP, is made "
-                            "of letters, digits, _ . + - and isn't data")
+                            "of letters, digits, _ . + - and is neither data nor a round's, r1")
         if names.count(name) > 1:
             raise UserError(f"LADDER: two rungs have the name {name}, and so the same folder")
     for name, knob, value in [(rung.name, *item) for rung in LADDER for item in rung.knobs.items()]:
@@ -1985,8 +1991,7 @@ def ladder(args):
             row |= rung_scores(prefix, counts, rung.name, below, args.batch)
         row |= read_cost(args.exp / rung.name, knobs)
         row["verdict"] = verdict(row, judged_by) or "the lowest rung"
-        adds = " ".join(f"{name}={value}" for name, value in rung.knobs.items())
-        rows.append(row | {"adds": adds, "why": rung.why})
+        rows.append(row | {"adds": " ".join(make_words(rung.knobs)), "why": rung.why})
     asides = [i for i, (rung, _, _) in enumerate(steps) if rung.is_aside]
     show_ladder(args, rows, asides, scored, train.classes)
 
@@ -2050,8 +2055,7 @@ def show_ladder(args, rows, asides, scored, classes):
     columns: {rung: {image id: [C, C]}}}.
     """
     import pandas as pd
-    with atomic_write(args.exp / "ladder.csv") as scratch:
-        pd.DataFrame(rows).map(no_formula).to_csv(scratch, index=False)
+    write_table(args.exp / "ladder.csv", pd.DataFrame(rows))
     table = pd.DataFrame([compact_row(row, scored) for row in rows])
     note = climb_text(rows, scored)
     print(f"{as_text(table)}\n{note}")
@@ -2117,8 +2121,9 @@ def read_cost(folder, knobs):
     if not path.exists():
         return {"seconds": math.nan, "cpu_seconds": math.nan}
     totals = {"seconds": 0, "user": 0, "system": 0}
+    wanted = " ".join(make_words(knobs)).split()
     for line, row in read_rows(path, (*totals, "knobs")):
-        if row["knobs"].split() == " ".join(make_words(knobs)).split():
+        if row["knobs"].split() == wanted:
             for name in totals:
                 totals[name] += as_number(row[name], f"{path} line {line}: {name}")
     return {"seconds": totals["seconds"], "cpu_seconds": totals["user"] + totals["system"]}
@@ -2464,7 +2469,7 @@ def seconds_of_a_fold(speeds, n_train, n_test, n_folds, n_views):
 
 
 def count_lanes(args):
-    """Return how many runs are trained at a time: one on each GPU, or --gpus; one on the CPU."""
+    """Return how many runs are trained at a time: one on every --gpus GPUs, or one on the CPU."""
     import torch
     return max(1, torch.cuda.device_count() // args.gpus) if args.device == "auto" else 1
 
@@ -2553,9 +2558,7 @@ class Siblings:
     def link(self, kind, path, sibling, info, names):
         """Link the files `names` of a sibling's artefact beside `path`, then write that JSON."""
         source, folder = sibling / path.parent.relative_to(self.exp), path.parent
-        begun = []
-        if path.name == "config.json":
-            begun = [file.name for glob in ("epoch-*.pt", "last*") for file in folder.glob(glob)]
+        begun = begun_files(folder) if path.name == "config.json" else []
         with redirect_stdout(sys.stderr):  # make reads stdout
             move_aside(folder, list(dict.fromkeys([path.name, *names, *begun])))
         copied = {name for name in names if not self.link_file(source / name, folder / name)}

@@ -34,7 +34,7 @@ from common import (
     AUGMENTATIONS, COLOURS, DATA_OPTIONS, DECODERS, DERIVED, DESCRIBED, GPU_MEMORY_WORDS, HOOK,
     IGNORE_INDEX, LOSSES, MODEL_KINDS, STEP, STRIDE, SUBMIT_SIZE, EpochBatches, EvalPhotos, Hashes,
     Parser, TrainSamples, UserError, add_data_options, amp, as_number, atomic_write, batch_bytes,
-    build_model, check_labels, check_output, check_shared_memory, check_space, checked,
+    begun_files, build_model, check_labels, check_output, check_shared_memory, check_space, checked,
     claim_device, code_of, confusion, data_options, decide, different_keys, draw_bars, draw_heat,
     encoder_mean_std, figure_urls, folds_hash, foreground_ids, full_batch, has_kinds, image_miou,
     keep_code, last_convolution, load_checkpoint, load_data, load_folds, load_labels,
@@ -1096,8 +1096,7 @@ def run_that_stands(args, test, info, out, epochs, hashes):
 def take_over(folder, out, info, epochs, hashes):
     """Write the finished run in `folder` as that of `info` into `out`, config.json last."""
     checkpoints = {name: load_checkpoint(folder / name) for name in model_files(epochs)}
-    begun = sorted(path.name for glob in ("epoch-*.pt", "last*") for path in out.glob(glob))
-    move_aside(out, ["config.json", "log.csv", *begun, "model.pt"])
+    move_aside(out, ["config.json", "log.csv", *begun_files(out), "model.pt"])
     for name in ("log.csv", "batch.png", "curves.png", "valid.png"):
         if (folder / name).exists():  # what stands may be linked from another experiment
             with atomic_write(out / name) as scratch:

@@ -1,7 +1,7 @@
 """Train a plain script for so many CPU seconds, and compare it with a submission of ours on photos held out of both.
 
     make holdout DATA=litter HOLDOUT=0.25 EXP=plain
-    make -j2 submit DATA=out/plain/data EXP=plain/ours BUDGET=5m WEIGHTS=FILE SCALES=192
+    make submit DATA=out/plain/data EXP=plain/ours BUDGET=5m WEIGHTS=FILE SCALES=192
     python tests/bench_plain.py --data out/plain/data --weights FILE --scale 192 --cpu-seconds 600 1800 \\
         --against out/plain/ours/submission.csv
 
@@ -134,19 +134,20 @@ def main(args):
              for seconds in args.cpu_seconds}
     if not all(path.exists() for path in paths.values()):
         for seconds, net in train(args):
-            np.save(paths[seconds], predict(args, net, test))
+            with common.atomic_write(paths[seconds]) as scratch, open(scratch, "wb") as f:
+                np.save(f, predict(args, net, test))
+    ours = {path: count(ensemble.masks_of(path, None, args, test), truths, len(test.classes)) for path in args.against}
     for path in paths.values():
         plain = count(np.load(path), truths, len(test.classes))
         print(f"{path}: v2 {common.image_miou(plain.sum(0)):.4f} v3 {common.image_miou(plain).mean():.4f}")
-        say_gains(args, plain, truths, test)
+        say_gains(ours, plain)
 
 
-def say_gains(args, plain, truths, test):
-    """Print what each submission of --against gains over the plain script's pixel counts, by v2 and v3."""
-    for submission in args.against:
-        ours = count(ensemble.masks_of(submission, None, args, test), truths, len(test.classes))
-        gains = [ensemble.gain_text(*ensemble.gain(ours, plain, metric).values()) for metric in ("v2", "v3")]
-        print(f"{submission}: v2 {common.image_miou(ours.sum(0)):.4f} v3 {common.image_miou(ours).mean():.4f}, "
+def say_gains(ours, plain):
+    """Print what submissions, {path: pixel counts}, gain over the plain script's pixel counts by v2 and v3."""
+    for submission, counts in ours.items():
+        gains = [ensemble.gain_text(*ensemble.gain(counts, plain, metric).values()) for metric in ("v2", "v3")]
+        print(f"{submission}: v2 {common.image_miou(counts.sum(0)):.4f} v3 {common.image_miou(counts).mean():.4f}, "
               f"over the plain script v2 {gains[0]}, v3 {gains[1]}")
 
 

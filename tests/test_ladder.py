@@ -71,7 +71,8 @@ def test_the_ladder_holds_what_the_climb_was_made_of():
 
 @pytest.mark.parametrize("rungs, told", [
     ([Rung("flip it", {}, "")], "a rung 'flip it': the name"), ([Rung("../x", {}, "")], "a rung '../x'"),
-    ([Rung("", {}, "")], "a rung ''"), ([Rung("data", {}, "")], "a rung 'data'"), ([Rung(".x", {}, "")], "'.x'"),
+    ([Rung("", {}, "")], "a rung ''"), ([Rung("data", {}, "")], "a rung 'data'"), ([Rung("r1", {}, "")], "a rung 'r1'"),
+    ([Rung(".x", {}, "")], "'.x'"),
     ([Rung("a", {}, ""), Rung("b", {}, ""), Rung("a", {}, "")], "two rungs have the name a,"),
     ([Rung("a", {"MODELS": 1, "ROUNDS": 1}, "")], """a: a number .* write a text, "ROUNDS": "1"$""")])
 def test_what_can_not_be_a_rung_is_told_before_the_climb(monkeypatch, rungs, told):
