@@ -174,7 +174,9 @@ cores  := $(shell nproc)
 jobs    = $(or $(patsubst -j%,%,$(patsubst -j,-j$(cores),$(filter -j%,$(MAKEFLAGS)))),1)
 export OMP_NUM_THREADS = $(shell n=$$(( $(cores) / $(jobs) / $(GPUS) )); echo $$(( n > 0 ? n : 1 )))
 SETUP := $(filter .venv/.installed,$(PY:.venv/bin/python=.venv/.installed))
-first := $(if $(SETUP),$(shell [ .venv/.installed -nt requirements.txt ] || echo yes))
+# as make compares: what is as old as requirements.txt is up to date
+is_set_up = [ -e .venv/.installed ] && [ ! requirements.txt -nt .venv/.installed ]
+first := $(if $(SETUP),$(shell $(is_set_up) || echo yes))
 dry   := $(if $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS)))),--dry)
 goals := $(filter train pseudo submit score,$(wanted))
 grid  := $(data) --exp $(OUT) $(how_read) --nfolds $(NFOLDS) \
@@ -248,7 +250,7 @@ $(filter %/submission.csv,$(TODO)): | $(filter-out %/submission.csv,$(TODO))
 .venv/.installed: requirements.txt
 	@mkdir -p .venv; exec 9>.venv/.lock; \
 	    flock -n 9 || { echo 'another make installs into .venv: waiting'; flock 9; }; \
-	    if [ $@ -nt $< ]; then exit; fi; echo 'installing requirements.txt into .venv'; \
+	    if $(is_set_up); then exit; fi; echo 'installing requirements.txt into .venv'; \
 	    for p in python3 python3.11 python3.12 python3.13; do \
 	    if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
 	    then python=$$p; break; fi; done; \

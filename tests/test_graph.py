@@ -801,6 +801,11 @@ def test_environment_is_made_first_and_once(built):
     (built / ".venv/bin/python").chmod(0o755)
     (built / ".venv/.installed").touch()
     make(built, "-q", "submit", PY=".venv/bin/python")
+    times = (built / "requirements.txt").stat()
+    os.utime(built / ".venv/.installed", ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copy may have it
+    assert "train.py" in make(built, "-n", "submit", PY=".venv/bin/python", EXP="new").stdout
+    os.utime(built / ".venv/.installed", (0, 0))
+    assert " -m pip install " in make(built, "-n", "submit", PY=".venv/bin/python", EXP="new").stdout
 
 
 def test_clean_removes_its_experiment_and_no_other(built):
