@@ -1728,10 +1728,13 @@ def count_test(args, oof, runs, truths, used):
 
 def compare(args):
     """Show what each experiment gains over the one before and over the first."""
-    paths = Counter(map(os.path.realpath, args.experiments))
-    if len(paths) < max(2, len(args.experiments)):
-        raise UserError(f"compare takes two or more experiments, none of them twice, not "
-                        f"{', '.join(map(str, args.experiments))}")
+    names = ", ".join(map(str, args.experiments))
+    if len(args.experiments) < 2:
+        raise UserError(f"compare takes two or more experiments, not {names}")
+    rounds = Counter(os.path.realpath(last_round(exp)[0].parents[3]) for exp in args.experiments)
+    for path, n_times in rounds.items():
+        if n_times > 1:
+            raise UserError(f"compare of {names}: {n_times} of them are the round {path}")
     comparison = Comparison(args)
     groups = {"": comparison.valid}
     title = (f"{len(comparison.valid[0])} images that all of them held out; 95% intervals by "

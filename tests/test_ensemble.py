@@ -854,7 +854,8 @@ def test_only_the_images_that_all_held_out_are_compared(tiny_data, cache, splits
     assert pd.read_csv(tmp_path / "compare.csv")["v3"][1] == pytest.approx(slow_v3(store.argmax(1), truths))
     for wrong, told in (([half, other, experiments / "good"], "have no validation image in common"),
                         ([half, tmp_path / "nosuch"], "nosuch: no run with a valid.json"),
-                        ([half], "takes two or more experiments"), ([half, other, half], "none of them twice")):
+                        ([half], "takes two or more experiments"),
+                        ([half, other, half / "r0"], "other.*half/r0: 2 of them are the round /.*half/r0$")):
         with pytest.raises(UserError, match=told):
             run_ensemble(tiny_data, cache, "compare", *wrong)
 
