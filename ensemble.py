@@ -93,18 +93,23 @@ class Rung(NamedTuple):
     """A step of the climb: an experiment EXP/name of make submit."""
     name: str
     # what it changes of make's knobs: a text, which for *_ARGS is added to that of the rungs below,
-    # or a number: so many of the MODELS, SCALES or FOLDS that are asked for, the first ones
+    # or a number: so many of the LISTS that are asked for, the first ones, or -1 for the last one
     knobs: dict
     why: str
-    is_aside: bool = False  # tried once: the rungs above it don't stand on it
+    aside_in: tuple = ()  # presets in which it is tried, and the rungs above don't stand on it
 
 
-# from the bottom to the top; edit it as you like: each rung is whatever make submit can do
+LISTS = ("MODELS", "SCALES", "EPOCHS", "FOLDS")
+RECIPE_KNOBS = ("EPOCHS", "BATCH", "LR", "SEED", "WEIGHTS", "TRAIN_ARGS")  # of every run
+
+# From the bottom to the top: ideas are tried at the first of SCALES and EPOCHS, the climb ends at
+# the last. Edit it as you like: each rung is whatever make submit can do.
 LADDER = (
     Rung("baseline", {
-        "MODELS": 1, "SCALES": 1, "FOLDS": 1, "ROUNDS": "0", "TTA": "none", "VOTE": "equal",
-        "POST": "none", "LR": "5e-4", "TRAIN_ARGS": "--loss ce --schedule constant --warmup 0 "
-                                                    "--ema 0 --encoder-lr 1 --augment none"},
+        "MODELS": 1, "SCALES": 1, "EPOCHS": 1, "FOLDS": 1, "ROUNDS": "0", "TTA": "none",
+        "VOTE": "equal", "POST": "none", "LR": "5e-4",
+        "TRAIN_ARGS": "--loss ce --schedule constant --warmup 0 --ema 0 --encoder-lr 1 "
+                      "--augment none"},
         "cross-entropy, one model on one fold, as public baselines start"),
     Rung("iou-ce", {"TRAIN_ARGS": "--loss iou_ce"}, "0.4 IoU + 0.6 cross-entropy"),
     Rung("schedule", {
@@ -112,24 +117,27 @@ LADDER = (
         "warm-up, a high peak, cosine, averaged weights"),
     Rung("augment", {"TRAIN_ARGS": "--augment basic"}, "random crops, flips and turns"),
     Rung("classmix", {"TRAIN_ARGS": "--classmix plain"},
-         "half an image's classes pasted on another", is_aside=True),
+         "half an image's classes pasted on another", aside_in=("full", "fast")),
     Rung("classmix-rare", {"TRAIN_ARGS": "--classmix weighted"},
-         "the same, rather rare classes", is_aside=True),
+         "the same, rather rare classes", aside_in=("full", "fast")),
     Rung("flip", {"TTA": "flip"}, "prediction averaged with the mirrored photo's"),
     Rung("turns", {"TTA": "flip_rot"}, "and with those of quarter turns"),
-    Rung("scales", {"SCALES": 2}, "a second scale votes"),
     Rung("folds", {"FOLDS": 10}, "a model of each fold: only test photos can show it"),
-    Rung("models-2", {"MODELS": 2}, "a second architecture votes"),
-    Rung("models-3", {"MODELS": 3}, "a third one"),
-    Rung("pseudo-1", {"ROUNDS": "1"}, "trained again with pseudo labels of the vote below"),
-    Rung("pseudo-2", {"ROUNDS": "2"}, "and once more"),
+    Rung("models-2", {"MODELS": 2}, "a second architecture votes", aside_in=("fast",)),
+    Rung("models-3", {"MODELS": 3}, "a third one", aside_in=("fast",)),
+    Rung("pseudo-1", {"ROUNDS": "1"}, "trained again with pseudo labels of the vote below",
+         aside_in=("fast",)),
+    Rung("pseudo-2", {"ROUNDS": "2"}, "and once more", aside_in=("fast",)),
+    Rung("full-size", {"SCALES": -1, "EPOCHS": -1}, "larger photos for more epochs: no trial now"),
+    Rung("scales", {"SCALES": 10}, "the smaller scale votes too"),
     Rung("fitted", {"VOTE": "fit", "POST": "fit"},
          "weights and steps after the vote, those that gain"))
 
-# LADDER=NAME of make -> knobs below the lowest rung, where the command line has no others
+# LADDER=NAME of make -> knobs where the command line has no others. In fast, members and rounds
+# that gained nothing on photos held out are tried aside: the hour is worth more in epochs.
 LADDER_KNOBS = {
-    "full": {"SCALES": "512 384", "EPOCHS": "40"},
-    "fast": {"SCALES": "128 96", "EPOCHS": "6", "FOLDS": "0 1"}}
+    "full": {"SCALES": "384 512", "EPOCHS": "20 40"},
+    "fast": {"SCALES": "128 192", "EPOCHS": "6 12", "FOLDS": "0 1"}}
 LADDER_MODELS = ("fpn/tu-tf_efficientnet_lite0 efficientdet/tu-tf_efficientnet_lite0 "
                  "unet/tu-tf_efficientnet_lite0")  # one encoder: WEIGHTS may be a file
 
@@ -1915,7 +1923,8 @@ def climb(preset, asked):
         changed = dict(knobs)
         for name, value in rung.knobs.items():
             if isinstance(value, int):
-                changed[name] = " ".join(asked[name].split()[:value])
+                words = asked[name].split()
+                changed[name] = " ".join(words[:value] if value > 0 else words[value:])
             elif name.endswith("_ARGS"):
                 if both := option_names(given.get(name, "")) & option_names(value):
                     raise UserError(f"{name}={given[name]}: rungs of the ladder set {min(both)} "
@@ -1929,7 +1938,7 @@ def climb(preset, asked):
         if changed == knobs:
             continue
         rungs.append((rung, changed, below))
-        if not rung.is_aside:
+        if preset not in rung.aside_in:
             knobs, below = changed, rung.name
     return rungs
 
@@ -1950,9 +1959,9 @@ def check_ladder():
         if names.count(name) > 1:
             raise UserError(f"LADDER: two rungs have the name {name}, and so the same folder")
     for name, knob, value in [(rung.name, *item) for rung in LADDER for item in rung.knobs.items()]:
-        if isinstance(value, int) and knob not in ("MODELS", "SCALES", "FOLDS"):
-            raise UserError(f"LADDER: {name}: a number takes so many of MODELS, SCALES or FOLDS; "
-                            f'write a text, "{knob}": "{value}"')
+        if isinstance(value, int) and (knob not in LISTS or not value):
+            raise UserError(f"LADDER: {name}: a number, but 0, takes so many of {', '.join(LISTS)};"
+                            f' write a text, "{knob}": "{value}"')
 
 
 def make_words(knobs):
@@ -1961,16 +1970,30 @@ def make_words(knobs):
 
 
 def rungs(args):
-    """Print a line for each rung: its name and the knobs of its make submit, with tabs between.
+    """Print a line for each rung: its name, a rung to wait for, the knobs of its make submit.
 
-    What the table of the ladder needs is looked at first, before hours go into rungs.
+    Tabs stand between. What the table of the ladder needs is looked at first, before hours go into
+    rungs.
     """
     steps = climb(args.preset, dict(args.knobs))
     _, test = load_data(args.data, args.cache, **data_options(vars(args)))
     if path := truth_file(args.data, args.truth):
         load_truths(path, test, args.paint)
+    for (rung, knobs, _), earlier in zip(steps, to_wait_for(steps), strict=True):
+        print("\t".join([rung.name, earlier, *make_words(knobs)]))
+
+
+def to_wait_for(steps):
+    """Return for each step of climb the name of the last one that may have the same runs, or "".
+
+    Others make nothing that it can take over, so that both can be made at once.
+    """
+    names, last = [], {}
     for rung, knobs, _ in steps:
-        print("\t".join([rung.name, *make_words(knobs)]))
+        recipe = tuple(knobs.get(name) for name in RECIPE_KNOBS)
+        names.append(last.get(recipe, ""))
+        last[recipe] = rung.name
+    return names
 
 
 def ladder(args):
@@ -1995,7 +2018,7 @@ def ladder(args):
         row |= read_cost(args.exp / rung.name, knobs)
         row["verdict"] = verdict(row, judged_by) or "the lowest rung"
         rows.append(row | {"adds": " ".join(make_words(rung.knobs)), "why": rung.why})
-    asides = [i for i, (rung, _, _) in enumerate(steps) if rung.is_aside]
+    asides = [i for i, (rung, _, _) in enumerate(steps) if args.preset in rung.aside_in]
     show_ladder(args, rows, asides, scored, train.classes)
 
 

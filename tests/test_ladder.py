@@ -21,7 +21,8 @@ from ensemble import Rung
 def test_each_rung_has_a_name_that_a_folder_can_have_and_a_reason():
     names = [rung.name for rung in ensemble.LADDER]
     assert len(set(names)) == len(names) and all(re.fullmatch("[a-z][a-z0-9-]+", name) for name in names)
-    assert all(rung.why and rung.knobs for rung in ensemble.LADDER) and not ensemble.LADDER[0].is_aside
+    assert all(rung.why and rung.knobs for rung in ensemble.LADDER) and not ensemble.LADDER[0].aside_in
+    assert {*sum((rung.aside_in for rung in ensemble.LADDER), ())} <= {*ensemble.LADDER_KNOBS}
     assert not {*names} & {"data", "code", "report", "pseudo"}
 
 
@@ -29,7 +30,7 @@ def test_a_rung_changes_what_it_says_of_the_rungs_below_and_one_aside_changes_no
     monkeypatch.setattr(ensemble, "LADDER", (
         Rung("low", {"MODELS": 1, "SCALES": 1, "FOLDS": 1, "TTA": "none", "TRAIN_ARGS": "--loss ce"}, "first"),
         Rung("loss", {"TRAIN_ARGS": "--loss iou_ce"}, "why"),
-        Rung("tried", {"TRAIN_ARGS": "--classmix plain", "TTA": "d4"}, "why", is_aside=True),
+        Rung("tried", {"TRAIN_ARGS": "--classmix plain", "TTA": "d4"}, "why", aside_in=("fast",)),
         Rung("views", {"TTA": "flip"}, "why"),
         Rung("scales", {"SCALES": 2}, "nothing, with one scale"),
         Rung("folds", {"FOLDS": 10}, "all of them")))
@@ -43,7 +44,9 @@ def test_a_rung_changes_what_it_says_of_the_rungs_below_and_one_aside_changes_no
     assert knobs["tried"]["TRAIN_ARGS"] == "--ema 0.9 --loss ce --loss iou_ce --classmix plain"
     assert knobs["views"] == knobs["loss"] | {"TTA": "flip"} and knobs["folds"]["FOLDS"] == "0 1 2"
     assert knobs["low"]["EPOCHS"] == ensemble.LADDER_KNOBS["fast"]["EPOCHS"]
-    assert ensemble.climb("full", {"NFOLDS": "4"})[-1][1]["FOLDS"] == "0 1 2 3"
+    climbed = ensemble.climb("full", {"NFOLDS": "4"})
+    assert climbed[-1][1]["FOLDS"] == "0 1 2 3"
+    assert [below for _, _, below in climbed][:4] == ["", "low", "loss", "tried"]  # in full it isn't aside
     with pytest.raises(UserError, match="^TTA=d4: rungs of the ladder set TTA themselves"):
         ensemble.climb("full", {"TTA": "d4"})
     with pytest.raises(UserError, match="^TRAIN_ARGS=--loss=ce: rungs of the ladder set --loss themselves"):
@@ -52,21 +55,36 @@ def test_a_rung_changes_what_it_says_of_the_rungs_below_and_one_aside_changes_no
 
 def test_a_rung_may_change_what_a_preset_gives(monkeypatch):
     monkeypatch.setattr(ensemble, "LADDER", (
-        Rung("low", {"FOLDS": 1}, "first"), Rung("longer", {"EPOCHS": "80"}, "why")))
-    assert [knobs["EPOCHS"] for _, knobs, _ in ensemble.climb("fast", {})] == ["6", "80"]
+        Rung("low", {"EPOCHS": 1}, "first"), Rung("more", {"EPOCHS": -1}, "why"),
+        Rung("longer", {"EPOCHS": "80"}, "why"), Rung("shorter", {"EPOCHS": 1}, "the first that was asked for")))
+    monkeypatch.setitem(ensemble.LADDER_KNOBS, "fast", {"EPOCHS": "6 9 12"})
+    assert [knobs["EPOCHS"] for _, knobs, _ in ensemble.climb("fast", {})] == ["6", "12", "80", "6"]
     with pytest.raises(UserError, match="^EPOCHS=3: rungs"):
         ensemble.climb("fast", {"EPOCHS": "3"})
 
 
 def test_the_ladder_holds_what_the_climb_was_made_of():
-    """Baseline, loss, schedule, augmentation, ClassMix twice aside, views twice, scale, folds, models, rounds, fits."""
+    """Baseline, loss, schedule, augmentation, ClassMix, views, folds, models, rounds, size, scales, fits."""
     climbed = ensemble.climb("full", {})
-    assert [rung.name for rung, _, _ in climbed] == [rung.name for rung in ensemble.LADDER] and len(climbed) == 15
-    assert [rung.name for rung, _, _ in climbed if rung.is_aside] == ["classmix", "classmix-rare"]
+    assert [rung.name for rung, _, _ in climbed] == [rung.name for rung in ensemble.LADDER] and len(climbed) == 16
+    assert [rung.name for rung, _, _ in climbed if "full" in rung.aside_in] == ["classmix", "classmix-rare"]
     first, last = climbed[0][1], climbed[-1][1]
     assert (first["TTA"], first["VOTE"], first["POST"], first["ROUNDS"]) == ("none", "equal", "none", "0")
     assert (last["VOTE"], last["POST"], last["ROUNDS"]) == ("fit", "fit", "2")
-    assert [len(last[name].split()) for name in ("MODELS", "SCALES", "FOLDS")] == [3, 2, 5]
+    sizes = [[len(knobs[name].split()) for name in ensemble.LISTS] for knobs in (first, last)]
+    assert sizes == [[1, 1, 1, 1], [3, 2, 1, 5]]
+    assert int(first["EPOCHS"]) < int(last["EPOCHS"]) and int(first["SCALES"]) <= min(map(int, last["SCALES"].split()))
+    aside = {rung.name for rung, _, _ in climbed if "fast" in rung.aside_in}
+    assert not aside & {below for _, _, below in ensemble.climb("fast", {})}
+
+
+def test_a_rung_waits_for_one_that_may_have_the_same_runs():
+    """Rungs of other recipes are made at the same time; what is predicted otherwise has the same runs."""
+    steps = [(Rung(name, {}, ""), knobs, "") for name, knobs in (
+        ("a", {"LR": "1", "FOLDS": "0"}), ("b", {"LR": "1", "TRAIN_ARGS": "--x"}), ("c", {"LR": "2"}),
+        ("d", {"LR": "1", "TTA": "flip"}), ("e", {"LR": "1", "TRAIN_ARGS": "--x", "ROUNDS": "1"}),
+        ("f", {"LR": "1", "FOLDS": "0 1"}))]
+    assert ensemble.to_wait_for(steps) == ["", "", "", "a", "b", "d"]
 
 
 @pytest.mark.parametrize("rungs, told", [
@@ -74,7 +92,8 @@ def test_the_ladder_holds_what_the_climb_was_made_of():
     ([Rung("", {}, "")], "a rung ''"), ([Rung("data", {}, "")], "a rung 'data'"), ([Rung("r1", {}, "")], "a rung 'r1'"),
     ([Rung(".x", {}, "")], "'.x'"),
     ([Rung("a", {}, ""), Rung("b", {}, ""), Rung("a", {}, "")], "two rungs have the name a,"),
-    ([Rung("a", {"MODELS": 1, "ROUNDS": 1}, "")], """a: a number .* write a text, "ROUNDS": "1"$""")])
+    ([Rung("a", {"MODELS": 1, "ROUNDS": 1}, "")], """a: a number, .* write a text, "ROUNDS": "1"$"""),
+    ([Rung("a", {"MODELS": 0}, "")], """a: a number, but 0, takes so many""")])
 def test_what_can_not_be_a_rung_is_told_before_the_climb(monkeypatch, rungs, told):
     monkeypatch.setattr(ensemble, "LADDER", rungs)
     with pytest.raises(UserError, match=f"^LADDER: .*{told}"):
@@ -114,8 +133,9 @@ def test_the_cost_is_of_all_times_that_make_made_something(tmp_path):
 # ---- the climb ------------------------------------------------------------------------------------------------------
 
 SHORT = '''LADDER = (
-    Rung("low", {"MODELS": 1, "SCALES": 1, "FOLDS": 1, "TTA": "none", "VOTE": "equal", "POST": "none"}, "first"),
-    Rung("tried", {"TRAIN_ARGS": "--classmix plain"}, "aside", is_aside=True),
+    Rung("low", {"MODELS": 1, "SCALES": 1, "EPOCHS": 1, "FOLDS": 1, "TTA": "none", "VOTE": "equal",
+                 "POST": "none"}, "first"),
+    Rung("tried", {"TRAIN_ARGS": "--classmix plain"}, "aside", aside_in=("full", "fast")),
     Rung("flip", {"TTA": "flip"}, "views"),
     Rung("folds", {"FOLDS": 10}, "folds"),
     Rung("fitted", {"POST": "fit"}, "steps"))
@@ -129,7 +149,7 @@ def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page
     text = (project / "ensemble.py").read_text()
     start, end = text.index("LADDER = (\n"), text.index("# LADDER=NAME of make")
     edit(project, "ensemble.py", text[start:end], SHORT)
-    knobs = {"EXP": "lad", "HOLDOUT": "0.2", "ROUNDS": None, "FOLDS": "0 1", "NFOLDS": 2}
+    knobs = {"EXP": "lad", "HOLDOUT": "0.2", "ROUNDS": None, "FOLDS": "0 1", "NFOLDS": 2, "EPOCHS": "1 2"}
     assert [line.split("\t")[0] for line in make(project, "-n", "ladder", **knobs).stdout.splitlines() if "\t" in line
             ] == ["low", "tried", "flip", "folds", "fitted"]
     for mistake, told in (({"HOLDOUT": None, "TRUTH": "nosuch.json"}, "nosuch.json: "),
@@ -137,9 +157,10 @@ def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page
                           ({"HOLDOUT": None, "BUDGET": "9m"}, "BUDGET is for one submit")):
         assert told in make(project, "ladder", code=2, **(knobs | mistake)).stderr
     assert not (project / "out/lad").exists()
-    done = make(project, "ladder", **knobs)
+    assert "EPOCHS=1 2 can not be" in make(project, "submit", code=2, FOLDS="0 1", NFOLDS=2, EPOCHS="1 2").stderr
+    done = make(project, "-j2", "ladder", **knobs)
     trained = re.findall(r"^\S*python.* train.py .*--exp (\S+) .*\n.*\n.*--fold (\d)", done.stdout, re.M)
-    assert trained == [("out/lad/low", "0"), ("out/lad/tried", "0"), ("out/lad/folds", "1")]
+    assert sorted(trained) == [("out/lad/folds", "1"), ("out/lad/low", "0"), ("out/lad/tried", "0")]
     rows = read_csv(project / "out/lad/ladder.csv")
     assert [row["rung"] for row in rows] == ["low", "tried", "flip", "folds", "fitted"]
     assert [row["over"] for row in rows] == ["", "low", "low", "flip", "folds"]
