@@ -123,21 +123,21 @@ LADDER = (
     Rung("flip", {"TTA": "flip"}, "prediction averaged with the mirrored photo's"),
     Rung("turns", {"TTA": "flip_rot"}, "and with those of quarter turns"),
     Rung("folds", {"FOLDS": 10}, "a model of each fold: only test photos can show it"),
-    Rung("models-2", {"MODELS": 2}, "a second architecture votes", aside_in=("fast",)),
-    Rung("models-3", {"MODELS": 3}, "a third one", aside_in=("fast",)),
     Rung("pseudo-1", {"ROUNDS": "1"}, "trained again with pseudo labels of the vote below",
          aside_in=("fast",)),
     Rung("pseudo-2", {"ROUNDS": "2"}, "and once more", aside_in=("fast",)),
-    Rung("full-size", {"SCALES": -1, "EPOCHS": -1}, "larger photos for more epochs: no trial now"),
-    Rung("scales", {"SCALES": 10}, "the smaller scale votes too"),
+    Rung("models-2", {"MODELS": 2}, "a second architecture votes"),
+    Rung("models-3", {"MODELS": 3}, "a third one", aside_in=("fast",)),
+    Rung("full-size", {"SCALES": -1, "EPOCHS": -1}, "larger photos, more epochs: no trial now"),
+    Rung("scales", {"SCALES": 10}, "the smaller scale votes too", aside_in=("fast",)),
     Rung("fitted", {"VOTE": "fit", "POST": "fit"},
          "weights and steps after the vote, those that gain"))
 
-# LADDER=NAME of make -> knobs where the command line has no others. In fast, members and rounds
-# that gained nothing on photos held out are tried aside: the hour is worth more in epochs.
+# LADDER=NAME of make -> knobs where the command line has no others. In fast, what gained nothing on
+# photos held out is aside: its hour is worth more in epochs.
 LADDER_KNOBS = {
     "full": {"SCALES": "384 512", "EPOCHS": "20 40"},
-    "fast": {"SCALES": "128 192", "EPOCHS": "6 12", "FOLDS": "0 1"}}
+    "fast": {"SCALES": "128 192", "EPOCHS": "5 12", "FOLDS": "0 1"}}
 LADDER_MODELS = ("fpn/tu-tf_efficientnet_lite0 efficientdet/tu-tf_efficientnet_lite0 "
                  "unet/tu-tf_efficientnet_lite0")  # one encoder: WEIGHTS may be a file
 
