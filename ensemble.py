@@ -2083,9 +2083,9 @@ def show_ladder(args, rows, asides, scored, classes):
     import pandas as pd
     write_table(args.exp / "ladder.csv", pd.DataFrame(rows))
     table = pd.DataFrame([compact_row(row, scored) for row in rows])
-    note = climb_text(rows, scored)
-    print(f"{as_text(table)}\n{note}")
     names = [row["rung"] for row in rows]
+    note = climb_text([name for i, name in enumerate(names) if i not in asides], scored)
+    print(f"{as_text(table)}\n{note}")
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     for label in (f"{prefix}{metric}" for prefix in scored for metric in ("v2", "v3")):
         columns[label] = climbed_scores(rows, label)
@@ -2123,9 +2123,9 @@ def compact_row(row, scored):
     return shown | {"verdict": row["verdict"]}
 
 
-def climb_text(rows, scored):
-    """Return sentences on the climb from the lowest rung to the highest."""
-    first, last = rows[0]["rung"], rows[-1]["rung"]
+def climb_text(names, scored):
+    """Return sentences on the climb over the rungs `names`, from the lowest to the highest."""
+    first, last = names[0], names[-1]
     sentences = ["Scores are of all images of a rung, gains of those that both rungs predict."]
     for prefix, counts in scored.items():
         v2, v3 = (gain_text(*shared_gain(counts[last], counts[first], metric).values())

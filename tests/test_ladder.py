@@ -123,6 +123,16 @@ def test_the_picture_adds_up_the_gains_from_the_lowest_rung_on():
     assert ensemble.climbed_scores(rows, "v3") == pytest.approx([0.2, 0.1, 0.2, 0.45])
 
 
+def test_the_climb_ends_at_the_highest_rung_that_is_not_aside(tmp_path, capsys):
+    counts = {name: {1: np.array([[8, 0], [8 - right, right]])} for name, right in (("a", 2), ("b", 6), ("tried", 8))}
+    rows = [{"rung": name, "over": below, "adds": "", "why": "", "seconds": math.nan, "cpu_seconds": math.nan,
+             "verdict": ""} | ensemble.rung_scores("", counts, name, below, 8)
+            for name, below in (("a", ""), ("b", "a"), ("tried", "b"))]
+    ensemble.show_ladder(argparse.Namespace(exp=tmp_path), rows, [2], {"": counts}, ["Background", "Can"])
+    gained = (8 / 10 + 6 / 8) / 2 - (8 / 14 + 2 / 8) / 2
+    assert f"From a to b out of fold: v2 +{gained:.3f} [" in capsys.readouterr().out
+
+
 def test_the_cost_is_of_all_times_that_make_made_something(tmp_path):
     (tmp_path / "cost.csv").write_text('seconds,user,system,knobs\n10.5,7.25,1,"LR=1 TTA=a,b"\n2,1,0.5,"LR=1 TTA=a,b"\n'
                                        '40,40,0,LR=1 TTA=none\n')
