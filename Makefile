@@ -64,7 +64,7 @@ about.NFOLDS      := folds that the training images are split into
 about.PAINT       := which object wins where they overlap: area (the smaller), id, order
 about.ORIENTATION := how photos are read that EXIF turns to the same size: shown (turned) or stored
 about.UNUSED      := categories without annotations: keep them as classes, or drop them
-about.EPOCHS      := of every run; ladder: of a trial, and of the last rungs, "6 12"
+about.EPOCHS      := of every run; ladder: "20 40", of trials, then of full-size and above
 about.BUDGET      := time for all runs, 40m or 1h30m, which chooses EPOCHS and how many FOLDS
 about.BATCH       := images in a training step
 about.LR          := peak learning rate
@@ -127,7 +127,7 @@ legal.ROUND  := [0-9]?
 legal.PER_GPU := [1-9]
 legal.SNAPSHOTS := 0|[1-9][0-9]*
 $(foreach v,GPUS TRIALS EPOCHS BATCH,$(eval legal.$v := [1-9][0-9]*))
-$(if $(filter ladder holdout climb,$(wanted)),$(eval legal.EPOCHS := [1-9][0-9]*( [1-9][0-9]*)*))
+$(if $(filter ladder holdout climb,$(wanted)),$(eval legal.EPOCHS := [1-9][0-9]*( +[1-9][0-9]*)*))
 legal   = $(if $(filter legal.$1,$(.VARIABLES)),$(legal.$1),$(text))
 matches = p='$(call legal,$1)'; [[ $(call quote,$($1)) =~ ^($$p)$$ ]]
 wrong  := $(strip $(shell $(foreach v,$(filter-out DATA,$(KNOBS)),\
@@ -140,6 +140,7 @@ $(if $(filter pseudo,$(wanted)),\
     $(if $(filter 0,$(ROUND)),$(error ROUND=0 learns from no pseudo labels)))
 $(if $(filter holdout,$(wanted)),\
     $(if $(HOLDOUT),,$(error HOLDOUT is empty: holdout takes a share, HOLDOUT=0.15)))
+$(if $(and $(filter ladder,$(wanted)),$(word 2,$(wanted))),$(error ladder goes alone: $(wanted)))
 $(if $(and $(filter ladder,$(wanted)),$(BUDGET)),\
     $(error BUDGET is for one submit: the rungs of the ladder have EPOCHS and FOLDS))
 $(if $(and $(filter ladder,$(wanted)),$(wildcard out/$(EXP)/r[0-9])),$(error EXP=$(EXP) has runs and \
@@ -292,8 +293,8 @@ compare: | $(SETUP) ## what each of EXPS gains over the one before: EXPS="main/r
 	    $(filter --mixed,$(SUBMIT_ARGS)) $(addprefix out/,$(EXPS))
 holdout: | $(SETUP) ## a DATA in out/EXP/data that tests on HOLDOUT=0.15 of the labelled photos
 	@$(run) ensemble.py holdout $(data) $(how_read) --share $(HOLDOUT) --out $(OUT)/data
-# a rung is one make submit; make -n first looks at the highest, then make climb runs those at once
-# that have no run in common
+# A rung is one make submit. make -n first looks at all of them; then make climb, a part of make
+# ladder, makes those at once whose recipes differ, so that they have no run in common.
 not_asked := EXP DATA LADDER TRUTH HOLDOUT PY LAUNCH DEVICE PER_GPU CODE
 asked    = --preset $(LADDER) \
     $(foreach v,$(filter-out $(not_asked),$(set_by_user)),$(call quote,$v=$($v)))
@@ -301,23 +302,28 @@ held_out = $(if $(dry),,$(HOLDOUT))
 climbed  = $(call quote,$(if $(held_out),$(OUT)/data,$(DATA)))
 table    = --data $(climbed) --cache out/cache --exp $(OUT) $(how_read) --batch $(BATCH) \
     --image-id $(IMAGE_ID) $(truth) $(asked)
+# name and knobs: of the shell that runs it
 submit_rung = $(MAKE) --no-print-directory submit DATA=$(climbed) EXP=$(EXP)/$$name "$${knobs[@]}"
-define plan_climb
+define climb
 rungs=$$($(PY) ensemble.py rungs $(table)); \
-highest=$${rungs##*$$'\n'}; name=$${highest%%$$'\t'*}; \
-IFS=$$'\t' read -ra knobs < <(cut -f3- <<< "$$highest"); $(submit_rung) -n > /dev/null; \
-mkdir -p $(OUT); echo "$$rungs" > $(OUT)/rungs.tsv
+while IFS= read -r rung <&8; do \
+    name=$${rung%%$$'\t'*}; IFS=$$'\t' read -ra knobs < <(cut -f3- <<< "$$rung"); \
+    $(submit_rung) -n > /dev/null; done 8<<< "$$rungs"; \
+mkdir -p $(OUT); exec 7>> $(OUT)/.climb; \
+flock -n 7 || { echo '$(OUT): another make ladder climbs: wait, or name another EXP' >&2; exit 2; }; \
+echo "$$rungs" > $(OUT)/.rungs; mv $(OUT)/.rungs $(OUT)/rungs.tsv; \
+$(MAKE) --no-print-directory climb
 endef
 ladder: | $(SETUP) ## the climb, rung by rung, and what each is worth, in out/EXP/ladder.csv and .png
 	$(if $(HOLDOUT),@$(MAKE) --no-print-directory holdout)
-	+@$(if $(dry),$(PY) ensemble.py rungs $(table),$(plan_climb))
-	$(if $(dry),,+@$(MAKE) --no-print-directory climb)
+	+@$(if $(dry),$(PY) ensemble.py rungs $(table),$(climb))
 	@$(run) ensemble.py ladder $(table)
 
-# how long a rung took goes to cost.csv if it made anything or failed
+# how long a rung took goes to cost.csv if it made anything or failed; jobs of make -j share the
+# files 3 and 4
 define make_rung
 name=$*; folder=$(OUT)/$$name; cost=$$folder/cost.csv; failed=0; TIMEFORMAT=%R,%U,%S; LC_ALL=C; \
-IFS=$$'\t' read -ra knobs < <($(call rung_column,$*,3-)); \
+IFS=$$'\t' read -ra knobs < <($(rung_line) | cut -f3-); \
 mkdir -p $$folder; touch $$folder/.began; echo "== $$name $${knobs[*]}"; \
 { time $(submit_rung) 2>&9; } 9>&2 2> $$folder/.time || failed=$$?; \
 [ -e $$cost ] || echo seconds,user,system,knobs > $$cost; \
@@ -325,12 +331,15 @@ if [ $$failed != 0 ] || [ $$folder/submission.csv -nt $$folder/.began ]; then \
     echo "$$(< $$folder/.time),\"$${knobs[*]}\"" >> $$cost; fi; \
 exit $$failed
 endef
-rung_column = awk -F '\t' '$$1 == "$1"' $(OUT)/rungs.tsv | cut -f$2
-rungs := $(if $(filter climb,$(wanted)),$(shell cut -f1 $(OUT)/rungs.tsv))
-.PHONY: climb $(rungs:%=rung/%)
-climb: $(rungs:%=rung/%)
-$(rungs:%=rung/%): rung/%: $$(addprefix rung/,$$(shell $$(call rung_column,$$*,2)))
+rung_line = awk -F '\t' '$$1 == "$*"' $(OUT)/rungs.tsv
+ifneq ($(filter climb,$(wanted)),)
+$(if $(filter 0,$(MAKELEVEL)),$(error climb is a part of make ladder))
+rung_names := $(shell cut -f1 $(OUT)/rungs.tsv)
+.PHONY: climb $(rung_names:%=rung/%)
+climb: $(rung_names:%=rung/%)
+$(rung_names:%=rung/%): rung/%: $$(addprefix rung/,$$(shell $$(rung_line) | cut -f2))
 	+@$(make_rung)
+endif
 runtimes: | $(SETUP) ## speed, size and memory of models and scales, in out/runtimes.csv and .png
 	@failed=0; $(foreach m,$(MODEL),$(foreach s,$(SCALE),$(run) train.py $(data) --exp $(OUT) \
 	    --model $m --scale $s --batch $(BATCH) $(device) --runtimes out/runtimes.csv || \

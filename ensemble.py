@@ -93,17 +93,26 @@ class Rung(NamedTuple):
     """A step of the climb: an experiment EXP/name of make submit."""
     name: str
     # what it changes of make's knobs: a text, which for *_ARGS is added to that of the rungs below,
-    # or a number: so many of the LISTS that are asked for, the first ones, or -1 for the last one
+    # or a number of those that LIST_KNOBS ask for: 2 takes the first two, -1 the last one
     knobs: dict
     why: str
     aside_in: tuple = ()  # presets in which it is tried, and the rungs above don't stand on it
 
 
-LISTS = ("MODELS", "SCALES", "EPOCHS", "FOLDS")
+LIST_KNOBS = ("MODELS", "SCALES", "EPOCHS", "FOLDS", "ROUNDS")
 RECIPE_KNOBS = ("EPOCHS", "BATCH", "LR", "SEED", "WEIGHTS", "TRAIN_ARGS")  # of every run
 
+# LADDER=NAME of make -> knobs where the command line has no others
+LADDER_KNOBS = {
+    "full": {"SCALES": "384 512", "EPOCHS": "20 40", "ROUNDS": "0 2"},
+    "fast": {"SCALES": "128 192", "EPOCHS": "5 12", "ROUNDS": "0", "FOLDS": "0 1"}}
+LADDER_MODELS = ("fpn/tu-tf_efficientnet_lite0 efficientdet/tu-tf_efficientnet_lite0 "
+                 "unet/tu-tf_efficientnet_lite0")  # one encoder: WEIGHTS may be a file
+ALL_PRESETS = tuple(LADDER_KNOBS)
+
 # From the bottom to the top: ideas are tried at the first of SCALES and EPOCHS, the climb ends at
-# the last. Edit it as you like: each rung is whatever make submit can do.
+# the last. Edit it as you like: each rung is whatever make submit can do. In fast, what gained
+# nothing on photos held out is aside: its hour is worth more in epochs.
 LADDER = (
     Rung("baseline", {
         "MODELS": 1, "SCALES": 1, "EPOCHS": 1, "FOLDS": 1, "ROUNDS": "0", "TTA": "none",
@@ -117,29 +126,22 @@ LADDER = (
         "warm-up, a high peak, cosine, averaged weights"),
     Rung("augment", {"TRAIN_ARGS": "--augment basic"}, "random crops, flips and turns"),
     Rung("classmix", {"TRAIN_ARGS": "--classmix plain"},
-         "half an image's classes pasted on another", aside_in=("full", "fast")),
+         "half an image's classes pasted on another", aside_in=ALL_PRESETS),
     Rung("classmix-rare", {"TRAIN_ARGS": "--classmix weighted"},
-         "the same, rather rare classes", aside_in=("full", "fast")),
+         "the same, rather rare classes", aside_in=ALL_PRESETS),
     Rung("flip", {"TTA": "flip"}, "prediction averaged with the mirrored photo's"),
     Rung("turns", {"TTA": "flip_rot"}, "and with those of quarter turns"),
     Rung("folds", {"FOLDS": 10}, "a model of each fold: only test photos can show it"),
     Rung("pseudo-1", {"ROUNDS": "1"}, "trained again with pseudo labels of the vote below",
-         aside_in=("fast",)),
-    Rung("pseudo-2", {"ROUNDS": "2"}, "and once more", aside_in=("fast",)),
+         aside_in=ALL_PRESETS),
+    Rung("pseudo-2", {"ROUNDS": "2"}, "and once more", aside_in=ALL_PRESETS),
     Rung("models-2", {"MODELS": 2}, "a second architecture votes"),
     Rung("models-3", {"MODELS": 3}, "a third one", aside_in=("fast",)),
-    Rung("full-size", {"SCALES": -1, "EPOCHS": -1}, "larger photos, more epochs: no trial now"),
+    Rung("full-size", {"SCALES": -1, "EPOCHS": -1}, "larger photos, more epochs than in a trial"),
     Rung("scales", {"SCALES": 10}, "the smaller scale votes too", aside_in=("fast",)),
+    Rung("pseudo-all", {"ROUNDS": -1}, "all trained again with pseudo labels"),
     Rung("fitted", {"VOTE": "fit", "POST": "fit"},
          "weights and steps after the vote, those that gain"))
-
-# LADDER=NAME of make -> knobs where the command line has no others. In fast, what gained nothing on
-# photos held out is aside: its hour is worth more in epochs.
-LADDER_KNOBS = {
-    "full": {"SCALES": "384 512", "EPOCHS": "20 40"},
-    "fast": {"SCALES": "128 192", "EPOCHS": "5 12", "FOLDS": "0 1"}}
-LADDER_MODELS = ("fpn/tu-tf_efficientnet_lite0 efficientdet/tu-tf_efficientnet_lite0 "
-                 "unet/tu-tf_efficientnet_lite0")  # one encoder: WEIGHTS may be a file
 
 # ---- options -------------------------------------------------------------------------------------
 
@@ -1917,8 +1919,11 @@ def climb(preset, asked):
     check_ladder()
     n_folds = int(asked.get("NFOLDS", 5))
     folds = " ".join(map(str, range(n_folds)))
-    given, asked = asked, {"MODELS": LADDER_MODELS, "FOLDS": folds} | LADDER_KNOBS[preset] | asked
-    knobs, below, rungs = dict(asked), "", []
+    given, basis = asked, {"MODELS": LADDER_MODELS, "FOLDS": folds, "ROUNDS": "0"}
+    asked = basis | LADDER_KNOBS[preset] | asked
+    check_sizes(asked)
+    knobs = asked | {name: asked[name].split()[0] for name in ("EPOCHS", "ROUNDS")}
+    below, rungs = "", []
     for rung in LADDER:
         changed = dict(knobs)
         for name, value in rung.knobs.items():
@@ -1935,7 +1940,7 @@ def climb(preset, asked):
                                 "see LADDER in ensemble.py")
             else:
                 changed[name] = value
-        if changed == knobs:
+        if rungs and changed == knobs:
             continue
         rungs.append((rung, changed, below))
         if preset not in rung.aside_in:
@@ -1948,20 +1953,42 @@ def option_names(text):
     return {word.partition("=")[0] for word in text.split() if word.startswith("--")}
 
 
+def check_sizes(asked):
+    """Raise UserError unless SCALES and EPOCHS rise from a trial's to those of the full size."""
+    for name in ("SCALES", "EPOCHS"):
+        values = asked.get(name, "").split()
+        if not values:
+            raise UserError(f"LADDER_KNOBS in ensemble.py: a preset without {name}")
+        numbers = [int(value) for value in values if value.isdecimal()]
+        if numbers != sorted(set(numbers)):
+            raise UserError(f"{name}={asked[name]}: a ladder takes the lowest first, as its ideas "
+                            "are tried at it")
+    if len(values) > 2:
+        raise UserError(f"EPOCHS={asked['EPOCHS']}: a ladder takes one or two numbers: those of a "
+                        "trial, and of the rungs from full-size on")
+
+
 def check_ladder():
-    """Raise UserError for a name in LADDER that is no folder's, or taken; a number in vain."""
+    """Raise UserError for what can't be in LADDER: a name, a number or a preset."""
     names = [rung.name for rung in LADDER]
-    for name in names:
-        is_taken = re.fullmatch("data|r[0-9]", name)
-        if is_taken or not re.fullmatch(r"\w[\w.+-]*", name, re.ASCII):
-            raise UserError(f"LADDER: a rung {name!r}: the name, of its folder in out/EXP, is made "
-                            "of letters, digits, _ . + - and is neither data nor a round's, r1")
-        if names.count(name) > 1:
-            raise UserError(f"LADDER: two rungs have the name {name}, and so the same folder")
-    for name, knob, value in [(rung.name, *item) for rung in LADDER for item in rung.knobs.items()]:
-        if isinstance(value, int) and (knob not in LISTS or not value):
-            raise UserError(f"LADDER: {name}: a number, but 0, takes so many of {', '.join(LISTS)};"
-                            f' write a text, "{knob}": "{value}"')
+    for rung in LADDER:
+        is_taken = re.fullmatch("data|code|report|pseudo|r[0-9]", rung.name)
+        if is_taken or not re.fullmatch(r"\w[\w+-]*", rung.name, re.ASCII):
+            raise UserError(f"LADDER: a rung {rung.name!r}: the name, of its folder in out/EXP, is "
+                            "made of letters, digits, _ + -, and is none of data, code, report, "
+                            "pseudo and r0 to r9")
+        if names.count(rung.name) > 1:
+            raise UserError(f"LADDER: two rungs have the name {rung.name}, and so the same folder")
+        if not isinstance(rung.aside_in, tuple) or set(rung.aside_in) - set(LADDER_KNOBS):
+            raise UserError(f"LADDER: {rung.name}: aside_in is a tuple of presets, of "
+                            f"{', '.join(LADDER_KNOBS)}, not {rung.aside_in!r}")
+        for knob, value in rung.knobs.items():
+            if isinstance(value, int) and knob not in LIST_KNOBS:
+                raise UserError(f'LADDER: {rung.name}: write a text, "{knob}": "{value}"; a number '
+                                f"takes so many of {', '.join(LIST_KNOBS)}")
+            if isinstance(value, int) and (value < -1 or value == 0):
+                raise UserError(f"LADDER: {rung.name}: {knob}: {value}: 2 takes the first two, -1 "
+                                "the last one")
 
 
 def make_words(knobs):
@@ -1970,23 +1997,28 @@ def make_words(knobs):
 
 
 def rungs(args):
-    """Print a line for each rung: its name, a rung to wait for, the knobs of its make submit.
-
-    Tabs stand between. What the table of the ladder needs is looked at first, before hours go into
-    rungs.
-    """
+    """Print rung_lines. What the table of the ladder needs is looked at first, before hours go."""
     steps = climb(args.preset, dict(args.knobs))
+    check_encoders(dict.fromkeys(" ".join(knobs["MODELS"] for _, knobs, _ in steps).split()))
     _, test = load_data(args.data, args.cache, **data_options(vars(args)))
     if path := truth_file(args.data, args.truth):
         load_truths(path, test, args.paint)
-    for (rung, knobs, _), earlier in zip(steps, to_wait_for(steps), strict=True):
-        print("\t".join([rung.name, earlier, *make_words(knobs)]))
+    print("\n".join(rung_lines(steps)))
 
 
-def to_wait_for(steps):
-    """Return for each step of climb the name of the last one that may have the same runs, or "".
+def rung_lines(steps):
+    """Return lines of rungs.tsv: a rung's name, one that is made before it or "", its make's knobs.
 
-    Others make nothing that it can take over, so that both can be made at once.
+    steps: of climb. Tabs stand between.
+    """
+    return ["\t".join([rung.name, earlier, *make_words(knobs)])
+            for (rung, knobs, _), earlier in zip(steps, same_recipe_before(steps), strict=True)]
+
+
+def same_recipe_before(steps):
+    """Return for each step of climb the name of the last one below with its recipe, or "".
+
+    They may have runs in common, so the lower one is made first. Other rungs are made at once.
     """
     names, last = [], {}
     for rung, knobs, _ in steps:
@@ -2002,6 +2034,10 @@ def ladder(args):
     Writes EXP/ladder.csv, ladder.png and report.html.
     """
     steps = climb(args.preset, dict(args.knobs))
+    path = args.exp / "rungs.tsv"
+    if not path.exists() or path.read_text().splitlines() != rung_lines(steps):
+        raise UserError(f"{path}: LADDER or the knobs are others than of the climb: make ladder "
+                        "again, which makes what has changed")
     train, test = load_data(args.data, args.cache, **data_options(vars(args)))
     scored = {"": {rung.name: read_oof_counts(args.exp / rung.name) for rung, _, _ in steps}}
     if path := truth_file(args.data, args.truth):
@@ -2143,16 +2179,14 @@ def read_cost(folder, knobs):
     make ladder adds a line to cost.csv each time that it makes something or fails. Lines of other
     knobs than {name: value} don't count.
     """
-    path = folder / "cost.csv"
-    if not path.exists():
-        return {"seconds": math.nan, "cpu_seconds": math.nan}
-    totals = {"seconds": 0, "user": 0, "system": 0}
-    wanted = " ".join(make_words(knobs)).split()
-    for line, row in read_rows(path, (*totals, "knobs")):
+    path, wanted = folder / "cost.csv", " ".join(make_words(knobs)).split()
+    names = ("seconds", "user", "system")
+    costs = []
+    for line, row in read_rows(path, (*names, "knobs")) if path.exists() else ():
         if row["knobs"].split() == wanted:
-            for name in totals:
-                totals[name] += as_number(row[name], f"{path} line {line}: {name}")
-    return {"seconds": totals["seconds"], "cpu_seconds": totals["user"] + totals["system"]}
+            costs.append([as_number(row[name], f"{path} line {line}: {name}") for name in names])
+    seconds, user, system = np.sum(costs, axis=0) if costs else 3 * [math.nan]
+    return {"seconds": seconds, "cpu_seconds": user + system}
 
 
 # ---- a test set that is held out -----------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The ladder: its table of rungs, what each is worth, and the whole climb with the real Makefile; and budgets."""
 import argparse
+import fcntl
 import json
 import math
 import re
@@ -40,10 +41,11 @@ def test_a_rung_changes_what_it_says_of_the_rungs_below_and_one_aside_changes_no
         ("low", ""), ("loss", "low"), ("tried", "loss"), ("views", "loss"), ("folds", "views")]
     knobs = {rung.name: knobs for rung, knobs, _ in climbed}
     assert knobs["low"] | {"EPOCHS": ""} == asked | {
-        "EPOCHS": "", "MODELS": "unet/a", "FOLDS": "0", "TTA": "none", "TRAIN_ARGS": "--ema 0.9 --loss ce"}
+        "EPOCHS": "", "ROUNDS": "0",
+        "MODELS": "unet/a", "FOLDS": "0", "TTA": "none", "TRAIN_ARGS": "--ema 0.9 --loss ce"}
     assert knobs["tried"]["TRAIN_ARGS"] == "--ema 0.9 --loss ce --loss iou_ce --classmix plain"
     assert knobs["views"] == knobs["loss"] | {"TTA": "flip"} and knobs["folds"]["FOLDS"] == "0 1 2"
-    assert knobs["low"]["EPOCHS"] == ensemble.LADDER_KNOBS["fast"]["EPOCHS"]
+    assert knobs["low"]["EPOCHS"] == ensemble.LADDER_KNOBS["fast"]["EPOCHS"].split()[0]
     climbed = ensemble.climb("full", {"NFOLDS": "4"})
     assert climbed[-1][1]["FOLDS"] == "0 1 2 3"
     assert [below for _, _, below in climbed][:4] == ["", "low", "loss", "tried"]  # in full it isn't aside
@@ -57,43 +59,66 @@ def test_a_rung_may_change_what_a_preset_gives(monkeypatch):
     monkeypatch.setattr(ensemble, "LADDER", (
         Rung("low", {"EPOCHS": 1}, "first"), Rung("more", {"EPOCHS": -1}, "why"),
         Rung("longer", {"EPOCHS": "80"}, "why"), Rung("shorter", {"EPOCHS": 1}, "the first that was asked for")))
-    monkeypatch.setitem(ensemble.LADDER_KNOBS, "fast", {"EPOCHS": "6 9 12"})
+    monkeypatch.setitem(ensemble.LADDER_KNOBS, "fast", {"SCALES": "64", "EPOCHS": "6 12"})
     assert [knobs["EPOCHS"] for _, knobs, _ in ensemble.climb("fast", {})] == ["6", "12", "80", "6"]
     with pytest.raises(UserError, match="^EPOCHS=3: rungs"):
         ensemble.climb("fast", {"EPOCHS": "3"})
 
 
+@pytest.mark.parametrize("asked, told", [
+    ({"SCALES": "192 128"}, "^SCALES=192 128: a ladder takes the lowest first"),
+    ({"EPOCHS": "12 5"}, "^EPOCHS=12 5: a ladder takes the lowest first"),
+    ({"EPOCHS": "5 5"}, "^EPOCHS=5 5: a ladder takes the lowest first"),
+    ({"EPOCHS": "5 9 12"}, "^EPOCHS=5 9 12: a ladder takes one or two numbers")])
+def test_sizes_rise_from_a_trial_to_the_full_size(monkeypatch, asked, told):
+    with pytest.raises(UserError, match=told):
+        ensemble.climb("fast", asked)
+    monkeypatch.setitem(ensemble.LADDER_KNOBS, "mine", {"SCALES": "64"})
+    with pytest.raises(UserError, match="^LADDER_KNOBS in ensemble.py: a preset without EPOCHS"):
+        ensemble.climb("mine", {})
+
+
+def test_one_size_leaves_out_the_rungs_of_others():
+    names = [rung.name for rung, _, _ in ensemble.climb("full", {"SCALES": "256", "EPOCHS": "9", "MODELS": "unet/a"})]
+    assert not {"full-size", "scales", "models-2", "models-3"} & {*names} and names[-2:] == ["pseudo-all", "fitted"]
+
+
 def test_the_ladder_holds_what_the_climb_was_made_of():
     """Baseline, loss, schedule, augmentation, ClassMix, views, folds, models, rounds, size, scales, fits."""
     climbed = ensemble.climb("full", {})
-    assert [rung.name for rung, _, _ in climbed] == [rung.name for rung in ensemble.LADDER] and len(climbed) == 16
-    assert [rung.name for rung, _, _ in climbed if "full" in rung.aside_in] == ["classmix", "classmix-rare"]
+    assert [rung.name for rung, _, _ in climbed] == [rung.name for rung in ensemble.LADDER] and len(climbed) == 17
+    aside = ["classmix", "classmix-rare", "pseudo-1", "pseudo-2"]
+    assert [rung.name for rung, _, _ in climbed if "full" in rung.aside_in] == aside
     first, last = climbed[0][1], climbed[-1][1]
     assert (first["TTA"], first["VOTE"], first["POST"], first["ROUNDS"]) == ("none", "equal", "none", "0")
     assert (last["VOTE"], last["POST"], last["ROUNDS"]) == ("fit", "fit", "2")
-    sizes = [[len(knobs[name].split()) for name in ensemble.LISTS] for knobs in (first, last)]
-    assert sizes == [[1, 1, 1, 1], [3, 2, 1, 5]]
+    sizes = [[len(knobs[name].split()) for name in ensemble.LIST_KNOBS] for knobs in (first, last)]
+    assert sizes == [[1, 1, 1, 1, 1], [3, 2, 1, 5, 1]]
     assert int(first["EPOCHS"]) < int(last["EPOCHS"]) and int(first["SCALES"]) <= min(map(int, last["SCALES"].split()))
     aside = {rung.name for rung, _, _ in climbed if "fast" in rung.aside_in}
     assert not aside & {below for _, _, below in ensemble.climb("fast", {})}
 
 
-def test_a_rung_waits_for_one_that_may_have_the_same_runs():
+def test_a_rung_waits_for_the_one_below_with_its_recipe():
     """Rungs of other recipes are made at the same time; what is predicted otherwise has the same runs."""
     steps = [(Rung(name, {}, ""), knobs, "") for name, knobs in (
         ("a", {"LR": "1", "FOLDS": "0"}), ("b", {"LR": "1", "TRAIN_ARGS": "--x"}), ("c", {"LR": "2"}),
         ("d", {"LR": "1", "TTA": "flip"}), ("e", {"LR": "1", "TRAIN_ARGS": "--x", "ROUNDS": "1"}),
         ("f", {"LR": "1", "FOLDS": "0 1"}))]
-    assert ensemble.to_wait_for(steps) == ["", "", "", "a", "b", "d"]
+    assert ensemble.same_recipe_before(steps) == ["", "", "", "a", "b", "d"]
 
 
 @pytest.mark.parametrize("rungs, told", [
     ([Rung("flip it", {}, "")], "a rung 'flip it': the name"), ([Rung("../x", {}, "")], "a rung '../x'"),
     ([Rung("", {}, "")], "a rung ''"), ([Rung("data", {}, "")], "a rung 'data'"), ([Rung("r1", {}, "")], "a rung 'r1'"),
+    ([Rung("report", {}, "")], "a rung 'report'"), ([Rung("ladder.csv", {}, "")], "a rung 'ladder.csv'"),
     ([Rung(".x", {}, "")], "'.x'"),
     ([Rung("a", {}, ""), Rung("b", {}, ""), Rung("a", {}, "")], "two rungs have the name a,"),
-    ([Rung("a", {"MODELS": 1, "ROUNDS": 1}, "")], """a: a number, .* write a text, "ROUNDS": "1"$"""),
-    ([Rung("a", {"MODELS": 0}, "")], """a: a number, but 0, takes so many""")])
+    ([Rung("a", {"MODELS": 1, "LR": 1}, "")], """a: write a text, "LR": "1"; a number takes so many of MODELS,"""),
+    ([Rung("a", {"MODELS": 0}, "")], "a: MODELS: 0: 2 takes the first two, -1 the last"),
+    ([Rung("a", {"MODELS": -2}, "")], "a: MODELS: -2: 2 takes"),
+    ([Rung("a", {}, "", ("fsat",))], "a: aside_in is a tuple of presets, of full, fast, not .'fsat'"),
+    ([Rung("a", {}, "", "fast")], "a: aside_in is a tuple")])
 def test_what_can_not_be_a_rung_is_told_before_the_climb(monkeypatch, rungs, told):
     monkeypatch.setattr(ensemble, "LADDER", rungs)
     with pytest.raises(UserError, match=f"^LADDER: .*{told}"):
@@ -137,6 +162,7 @@ def test_the_cost_is_of_all_times_that_make_made_something(tmp_path):
     (tmp_path / "cost.csv").write_text('seconds,user,system,knobs\n10.5,7.25,1,"LR=1 TTA=a,b"\n2,1,0.5,"LR=1 TTA=a,b"\n'
                                        '40,40,0,LR=1 TTA=none\n')
     assert ensemble.read_cost(tmp_path, {"LR": "1", "TTA": "a,b"}) == {"seconds": 12.5, "cpu_seconds": 9.75}
+    assert math.isnan(ensemble.read_cost(tmp_path, {"LR": "2"})["seconds"])  # nothing is known of these knobs
     assert math.isnan(ensemble.read_cost(tmp_path / "none", {})["seconds"])
 
 
@@ -145,8 +171,8 @@ def test_the_cost_is_of_all_times_that_make_made_something(tmp_path):
 SHORT = '''LADDER = (
     Rung("low", {"MODELS": 1, "SCALES": 1, "EPOCHS": 1, "FOLDS": 1, "TTA": "none", "VOTE": "equal",
                  "POST": "none"}, "first"),
-    Rung("tried", {"TRAIN_ARGS": "--classmix plain"}, "aside", aside_in=("full", "fast")),
-    Rung("flip", {"TTA": "flip"}, "views"),
+    Rung("tried", {"TRAIN_ARGS": "--classmix plain"}, "aside", aside_in=("full",)),
+    Rung("flip", {"TTA": "flip"}, "views", aside_in=("fast",)),
     Rung("folds", {"FOLDS": 10}, "folds"),
     Rung("fitted", {"POST": "fit"}, "steps"))
 
@@ -164,13 +190,22 @@ def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page
             ] == ["low", "tried", "flip", "folds", "fitted"]
     for mistake, told in (({"HOLDOUT": None, "TRUTH": "nosuch.json"}, "nosuch.json: "),
                           ({"HOLDOUT": None, "FOLDS": "0 1 2"}, "FOLDS and FOLD go from 0 to 1"),
+                          ({"HOLDOUT": None, "MODELS": "unet/resnet18 unet/nosuch"}, "there is no encoder nosuch"),
                           ({"HOLDOUT": None, "BUDGET": "9m"}, "BUDGET is for one submit")):
         assert told in make(project, "ladder", code=2, **(knobs | mistake)).stderr
+    assert "climb is a part of make ladder" in make(project, "climb", code=2, **knobs).stderr
+    assert "ladder goes alone" in make(project, "ladder", "check", code=2, **knobs).stderr
     assert not (project / "out/lad").exists()
     assert "EPOCHS=1 2 can not be" in make(project, "submit", code=2, FOLDS="0 1", NFOLDS=2, EPOCHS="1 2").stderr
+    (project / "out/lad").mkdir()
+    with open(project / "out/lad/.climb", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "out/lad: another make ladder is at it" in make(project, "ladder", code=2, **knobs).stderr
     done = make(project, "-j2", "ladder", **knobs)
     trained = re.findall(r"^\S*python.* train.py .*--exp (\S+) .*\n.*\n.*--fold (\d)", done.stdout, re.M)
     assert sorted(trained) == [("out/lad/folds", "1"), ("out/lad/low", "0"), ("out/lad/tried", "0")]
+    at = done.stdout.index
+    assert at("== tried") < at("out/lad/low/submission.csv") < at("== flip") < at("== folds")  # the first two at once
     rows = read_csv(project / "out/lad/ladder.csv")
     assert [row["rung"] for row in rows] == ["low", "tried", "flip", "folds", "fitted"]
     assert [row["over"] for row in rows] == ["", "low", "low", "flip", "folds"]
@@ -193,6 +228,13 @@ def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page
 
 def test_a_ladder_that_is_not_climbed_yet_says_what_is_missing(tiny_data, cache, tmp_path):
     args = ensemble.parse_args(["ladder", "--data", str(tiny_data), "--cache", str(cache), "--exp", str(tmp_path)])
+    lines = ensemble.rung_lines(ensemble.climb("full", {}))
+    for wrong in (None, lines[:-1], [line.replace("flip", "d4") for line in lines]):  # edited since
+        if wrong:
+            (tmp_path / "rungs.tsv").write_text("\n".join(wrong))
+        with pytest.raises(UserError, match="rungs.tsv: LADDER or the knobs are others than of the climb: make ladder"):
+            ensemble.main(args)
+    (tmp_path / "rungs.tsv").write_text("\n".join(lines))
     with pytest.raises(UserError, match="baseline/submission.oof.npz: .*: run make ladder, which makes it"):
         ensemble.main(args)
 
