@@ -2362,7 +2362,7 @@ STEPS = {
     "run": [("train", "train_run")],
     "store": [("common", "load_data"), ("common", "EvalPhotos"), ("infer", "load_models"),
               ("infer", "predict_split")],
-    "labels": [("pseudo_label", "make_labels")],
+    "labels": [("pseudo_label", "make_labels"), ("pseudo_label", "open_out_of_fold")],
     "submission": [("ensemble", "soft")],
     "voted": [("ensemble", "hard")]}
 

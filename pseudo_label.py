@@ -39,8 +39,8 @@ ROUNDING = 1e-6  # in float32, 204 / 255 is 0.8000001 and not 0.8
 LEAST_PHOTOS = 3  # with sure pixels of a class: fewer would open a class by chance
 # what decides no result; see BESIDE in common.py
 BESIDE = {
-    "count_labelled", "count_reasons", "describe_labels", "draw_sheet", "move_labels_aside",
-    "report_labels", "share_right", "write_manifest"}
+    "count_expected", "count_labelled", "count_reasons", "describe_labels", "draw_sheet",
+    "move_labels_aside", "report_labels", "share_right", "write_manifest"}
 
 # ---- rules ---------------------------------------------------------------------------------------
 # A rule is a function (probs float32 [C, H, W], args) -> (label, sure, reason):
@@ -243,6 +243,19 @@ def open_out_of_fold(args, makers, train, hashes):
             for fold, stores in sorted(folds.items())}, leaks
 
 
+def sum_validation(stores, infos, train):
+    """Yield (sum of the uint8 probabilities, int64 [C, H, W], truth uint8 [H, W]) of each photo.
+
+    stores, infos: of one fold, of open_out_of_fold.
+    """
+    position = {image_id: i for i, image_id in enumerate(train.ids)}
+    orders = [{image_id: i for i, image_id in enumerate(info["image_ids"])} for info in infos]
+    for image_id in infos[0]["image_ids"]:
+        total = sum(read_probs(store, order[image_id]).astype(np.int64)
+                    for store, order in zip(stores, orders, strict=True))
+        yield total, train.truth(position[image_id])
+
+
 def count_top_sums(stores, infos, train):
     """Yield how the soft vote of validation stores does on each photo: pixels int [C, T, 2].
 
@@ -252,12 +265,7 @@ def count_top_sums(stores, infos, train):
     stores, infos: of one fold, of open_out_of_fold.
     """
     n_classes, n_sums = len(train.classes), 255 * len(stores) + 1
-    position = {image_id: i for i, image_id in enumerate(train.ids)}
-    orders = [{image_id: i for i, image_id in enumerate(info["image_ids"])} for info in infos]
-    for image_id in infos[0]["image_ids"]:
-        total = sum(read_probs(store, order[image_id]).astype(np.int64)
-                    for store, order in zip(stores, orders, strict=True))
-        truth = train.truth(position[image_id])
+    for total, truth in sum_validation(stores, infos, train):
         pred, top = total.argmax(0), total.max(0)
         labelled = truth != IGNORE_INDEX
         codes = (pred * n_sums + top)[labelled]
@@ -292,39 +300,19 @@ def gained(pixels, precision):
     return pixels[..., 1] - precision * pixels[..., 0]
 
 
-def share_right(pixels, thresholds):
-    """Return the share of the sure pixels that are right, [C + 1]: by class, then of foreground.
-
-    It is NaN where there are none. pixels: int [C, T, 2] as of count_top_sums.
-    """
-    sums = np.arange(pixels.shape[1])
-    is_sure = sums >= thresholds[:, None] * (len(sums) - 1)  # [C, T]
-    counts = (pixels * is_sure[..., None]).sum(1)  # [C, 2]
-    counts = np.vstack([counts, counts[1:].sum(0)])
-    with np.errstate(invalid="ignore"):
-        return counts[:, 1] / counts[:, 0]
-
-
 def choose_thresholds(args, folds, train):
-    """Return (thresholds [C], expected precision [C + 1] or None if it isn't known).
+    """Return the thresholds [C], which other folds than args.fold decide.
 
-    folds: of open_out_of_fold. The other folds than args.fold decide, and args.fold itself tells
-    what can be expected. Raises UserError for --confident auto without another fold.
+    folds: of open_out_of_fold. Raises UserError for --confident auto without another fold.
     """
     others = [folds[fold] for fold in folds if fold != args.fold]
     if args.confident != "auto":
-        thresholds = np.full(len(train.classes), args.confident)
-    elif others:
-        photos = itertools.chain(*(count_top_sums(*fold, train) for *fold, _ in others))
-        thresholds = fit_thresholds(photos, args.precision)
-    else:
+        return np.full(len(train.classes), args.confident)
+    if not others:
         raise UserError(f"--confident auto needs --out-of-fold with valid.json of other folds than "
                         f"{args.fold}: train another fold, or give a number, --confident 0.8")
-    if args.fold not in folds:
-        return thresholds, None
-    *fold, _ = folds[args.fold]
-    pixels = sum(count_top_sums(*fold, train))
-    return thresholds, share_right(pixels, thresholds)
+    photos = itertools.chain(*(count_top_sums(*fold, train) for *fold, _ in others))
+    return fit_thresholds(photos, args.precision)
 
 
 # ---- the labels of a photo -----------------------------------------------------------------------
@@ -419,13 +407,29 @@ def write_labels(path, test, stores, by_hand, truths, args):
             row["keep"] = row["by_hand"] or by_rule(row)
             rows.append(row)
             if row["keep"] == "1":
-                labelled += count_labelled(verdict.label, truths, i, len(labelled))
+                truth = np.full_like(verdict.label, IGNORE_INDEX) if truths is None else truths[i]
+                labelled += count_labelled(verdict.label, truth, len(labelled))
     return rows, labelled
 
 
-def count_labelled(label, truths, i, n_classes):
-    """Return how many pixels of each class photo i's label has: [C, 3] as of write_labels."""
-    truth = np.full_like(label, IGNORE_INDEX) if truths is None else truths[i]
+def count_expected(stores, infos, train, args):
+    """Return the pixels [C, 3], as of write_labels, that the rule labels of validation photos.
+
+    stores, infos: of the fold that is labelled, of open_out_of_fold.
+    """
+    labelled = np.zeros((len(train.classes), 3), np.int64)
+    for total, truth in sum_validation(stores, infos, train):
+        verdict = judge(total.astype(np.float32) / np.float32(255 * len(stores)), args)
+        if not verdict.reason:
+            labelled += count_labelled(verdict.label, truth, len(labelled))
+    return labelled
+
+
+def count_labelled(label, truth, n_classes):
+    """Return how many pixels of each class a label has: [C, 3] as of write_labels.
+
+    label, truth: uint8 [H, W].
+    """
     has_truth = truth != IGNORE_INDEX
     parts = (label, label[has_truth], label[has_truth & (label == truth)])
     return np.stack([np.bincount(part.ravel(), minlength=256)[:n_classes] for part in parts], 1)
@@ -463,24 +467,26 @@ def describe_labels(classes, thresholds, expected, labelled):
     """Return what is known of each class's labels, and last of all foreground, whose class is None.
 
     "threshold": the top probability from which on a pixel is sure, None if the class labels
-    nothing; "expected": the share of such pixels that were right in the validation photos of this
-    fold; "pixels": how many are labelled; "real": the share of them that is right by the truth of
-    the test photos. None where it isn't known. thresholds [C], expected [C + 1] or None: of
-    choose_thresholds; labelled [C, 3]: of write_labels.
+    nothing; "pixels": how many are labelled; "real": the share of them that is right by the truth
+    of the test photos; "expected": the share that is right of what the rule labels of this fold's
+    validation photos. None where it isn't known. thresholds [C]; labelled, expected [C, 3]: of
+    write_labels and count_expected.
     """
     described = []
-    counts = np.vstack([labelled, labelled[1:].sum(0)]).tolist()
-    for i, (name, (n_pixels, n_with_truth, n_right)) in enumerate(
-            zip([*classes, None], counts, strict=True)):
-        row = {"class": name, "threshold": None, "expected": None, "real": None, "pixels": n_pixels}
-        if name and np.isfinite(thresholds[i]):
-            row["threshold"] = float(thresholds[i])
-        if expected is not None and np.isfinite(expected[i]):
-            row["expected"] = float(expected[i])
-        if n_with_truth:
-            row["real"] = n_right / n_with_truth
-        described.append(row)
+    labelled, expected = (np.vstack([counts, counts[1:].sum(0)]) for counts in (labelled, expected))
+    for i, name in enumerate([*classes, None]):
+        is_sure = name and np.isfinite(thresholds[i])
+        described.append({
+            "class": name, "threshold": float(thresholds[i]) if is_sure else None,
+            "expected": share_right(expected[i]), "real": share_right(labelled[i]),
+            "pixels": int(labelled[i, 0])})
     return described
+
+
+def share_right(counts):
+    """Return the share of right pixels, None if none has a truth; counts [3]: of write_labels."""
+    _, n_with_truth, n_right = counts.tolist()
+    return n_right / n_with_truth if n_with_truth else None
 
 
 def write_manifest(path, args, test, infos, wanted, contaminated, counts, labels, files):
@@ -564,8 +570,8 @@ def report_labels(folder, args, counts, labels, by_hand, contaminated):
           f"them\n{table.to_string()}")
     table = pd.DataFrame(labels).fillna({"class": "foreground"}).fillna(np.nan)
     print(f"labelled pixels; threshold: the top probability from which on a pixel of the class is "
-          f"sure; expected: the share of sure pixels that was right out of fold; real: of the "
-          f"labelled pixels the share that is right\n"
+          f"sure; real: the share of them that is right; expected: that share of what the rule "
+          f"labels of the fold's validation photos\n"
           f"{table.to_string(index=False, na_rep='-', float_format='{:.3f}'.format)}")
     if by_hand:
         print(f"{folder}: {len(by_hand)} decision(s) made by hand in index.csv kept")
@@ -588,10 +594,14 @@ def make_labels(folder, args, data, stores, infos, folds, wanted, contaminated, 
     in index.csv stay.
     """
     train, test = data
-    thresholds, expected = choose_thresholds(args, folds, train)
+    thresholds = choose_thresholds(args, folds, train)
+    args = argparse.Namespace(**vars(args), thresholds=thresholds)
+    expected = np.zeros((len(test.classes), 3), np.int64)
+    if args.fold in folds:
+        fold_stores, fold_infos, _ = folds[args.fold]
+        expected = count_expected(fold_stores, fold_infos, train, args)
     for _, fold_infos, paths in folds.values():
         check_unchanged(paths, fold_infos)
-    args = argparse.Namespace(**vars(args), thresholds=thresholds)
     by_hand = hand_decisions(folder, test)
     path = truth_file(args.data, args.truth)
     truths = load_truths(path, test, infos[0]["paint"]) if path else None

@@ -791,11 +791,6 @@ def test_thresholds_are_those_of_a_slow_search(seed, precision):
     found = pseudo_label.fit_thresholds(pixels, precision)
     slow = slow_thresholds(tops.tolist(), preds.tolist(), truths.tolist(), photos.tolist(), n_classes, precision)
     assert found.tolist() == [np.inf if s is None else pytest.approx((s - 0.5) / (n_sums - 1)) for s in slow]
-    shares = pseudo_label.share_right(pixels.sum(0), found)
-    for c, least in enumerate(slow):
-        sure = [(pred == truth) for top, pred, truth in zip(tops, preds, truths, strict=True)
-                if pred == c and least is not None and top >= least]
-        assert shares[c] == pytest.approx(np.mean(sure) if sure else np.nan, nan_ok=True)
 
 
 @pytest.fixture
@@ -836,16 +831,45 @@ def test_labels_are_as_sure_as_other_folds_ask_for(makers, judges, splits, capsy
     assert (labels == np.where(votes.max(1) >= thresholds[pred], pred, IGNORE_INDEX)).all()
     assert "expected" in capsys.readouterr().out
     assert len(manifest["recipe"]["out_of_fold"]) == 4
+    # expected: what the rule labels of the fold's own photos
+    own = np.mean([np.load(path.with_suffix(".npy")) for path in judges[:2]], axis=0) / 255
+    pred = own.argmax(1)
+    labels = np.where(own.max(1) >= thresholds[pred], pred, IGNORE_INDEX)
+    kept = ((labels > 0) & (labels != IGNORE_INDEX)).any((1, 2))
+    labels, truths = labels[kept], np.stack([train.truth(i) for i in range(7)])[kept]
+    for c, row in enumerate(manifest["labels"]):
+        mine = labels == c if c < 12 else (labels > 0) & (labels != IGNORE_INDEX)  # the last is all foreground
+        mine &= truths != IGNORE_INDEX
+        assert row["expected"] == (pytest.approx((labels == truths)[mine].mean()) if mine.any() else None), c
+
+
+def test_photos_that_the_rule_drops_expect_nothing(makers, judges, monkeypatch):
+    """Of fold 0 the rule keeps one photo: what is expected is of that one, as what is real is of kept ones."""
+    def keep_one(probs, args):
+        label, sure, _ = pseudo_label.label_sure_pixels(probs, args)
+        calls.append(1)
+        return label, sure, "" if len(calls) == 3 else "dropped"
+    calls = []
+    monkeypatch.setitem(pseudo_label.RULES, "one", keep_one)
+    args = makers.args("--rule", "pixel", "--confident", "0.4")
+    args.rule, args.thresholds = "one", np.full(12, 0.4)
+    train, _ = common.load_data(args.data, args.cache)
+    stores, infos = zip(*(common.open_store(path, common.Hashes(args.cache)) for path in judges[:2]), strict=True)
+    counts = pseudo_label.count_expected(stores, infos, train, args)
+    assert len(calls) == 7 and counts[:, 0].sum() == SUBMIT_SIZE ** 2
+    totals = [total for total, _ in pseudo_label.sum_validation(stores, infos, train)]
+    pred, truth = totals[2].argmax(0), train.truth(2)
+    assert counts[:, 2].sum() == (pred == truth)[truth != IGNORE_INDEX].sum()
 
 
 def test_the_truth_of_the_fold_itself_decides_nothing(makers, judges, monkeypatch):
-    pseudo_label.main(automatic(makers, judges))
+    pseudo_label.main(automatic(makers, judges, "--rule", "pixel"))
     before = (makers.folder / "labels.npy").read_bytes(), [
         row["threshold"] for row in common.read_json(makers.folder / "manifest.json")["labels"]]
     truth = common.Split.truth
     monkeypatch.setattr(common.Split, "truth", lambda split, i: truth(split, i) if i >= 7 else truth(split, i) * 0)
     (makers.folder / "manifest.json").unlink()
-    pseudo_label.main(automatic(makers, judges))
+    pseudo_label.main(automatic(makers, judges, "--rule", "pixel"))
     rows = common.read_json(makers.folder / "manifest.json")["labels"]
     assert before == ((makers.folder / "labels.npy").read_bytes(), [row["threshold"] for row in rows])
     assert rows[-1]["expected"] == 0  # it only tells how right they are
