@@ -319,16 +319,17 @@ ladder: | $(SETUP) ## the climb, rung by rung, and what each is worth, in out/EX
 	+@$(if $(dry),$(PY) ensemble.py rungs $(table),$(climb))
 	@$(run) ensemble.py ladder $(table)
 
-# how long a rung took goes to cost.csv if it made anything or failed; jobs of make -j share the
-# files 3 and 4
+# How long a rung took goes to cost.csv if it made anything or failed. A shell that waits for what
+# it runs behind it hears of a signal that make alone gets, and passes it on.
 define make_rung
 name=$*; folder=$(OUT)/$$name; cost=$$folder/cost.csv; failed=0; TIMEFORMAT=%R,%U,%S; LC_ALL=C; \
 IFS=$$'\t' read -ra knobs < <($(rung_line) | cut -f3-); \
 mkdir -p $$folder; touch $$folder/.began; echo "== $$name $${knobs[*]}"; \
-{ time $(submit_rung) 2>&9; } 9>&2 2> $$folder/.time || failed=$$?; \
+trap 'kill $$pid' INT TERM; $(submit_rung) & pid=$$!; \
+{ time { wait $$pid || { failed=$$?; wait $$pid; } } } 2> $$folder/.time || true; \
 [ -e $$cost ] || echo seconds,user,system,knobs > $$cost; \
 if [ $$failed != 0 ] || [ $$folder/submission.csv -nt $$folder/.began ]; then \
-    echo "$$(< $$folder/.time),\"$${knobs[*]}\"" >> $$cost; fi; \
+    echo "$$(tail -n 1 $$folder/.time),\"$${knobs[*]}\"" >> $$cost; fi; \
 exit $$failed
 endef
 rung_line = awk -F '\t' '$$1 == "$*"' $(OUT)/rungs.tsv

@@ -3,13 +3,17 @@ import argparse
 import fcntl
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import time
 
 import numpy as np
 import pytest
 from conftest import read_csv
 from demo_data import draw_data
-from test_graph import edit, make, new_folder
+from test_graph import ENV, MODEL, command, edit, make, new_folder
 
 import common
 import ensemble
@@ -183,7 +187,7 @@ def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page
     draw_data(tmp_path / "drawn", train=20, test=3, size=64)
     project = new_folder(tmp_path / "project", tmp_path / "drawn")
     text = (project / "ensemble.py").read_text()
-    start, end = text.index("LADDER = (\n"), text.index("# LADDER=NAME of make")
+    start, end = text.index("LADDER = (\n"), text.index("# ---- options")
     edit(project, "ensemble.py", text[start:end], SHORT)
     knobs = {"EXP": "lad", "HOLDOUT": "0.2", "ROUNDS": None, "FOLDS": "0 1", "NFOLDS": 2, "EPOCHS": "1 2"}
     assert [line.split("\t")[0] for line in make(project, "-n", "ladder", **knobs).stdout.splitlines() if "\t" in line
@@ -224,6 +228,37 @@ def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page
     assert "EXP=lad/low has runs and a report of its own" in error
     again = make(project, "ladder", **knobs)
     assert "train.py" not in again.stdout and (project / "out/lad/ladder.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("is_group, number", [
+    (False, signal.SIGTERM), pytest.param(True, signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_ends_all_rungs_and_the_next_make_carries_on(tmp_path, is_group, number):
+    draw_data(tmp_path / "drawn", train=12, test=3, size=64)
+    project = new_folder(tmp_path / "project", tmp_path / "drawn")
+    text = (project / "ensemble.py").read_text()
+    edit(project, "ensemble.py", text[text.index("LADDER = (\n"):text.index("# ---- options")], SHORT)
+    knobs = {"EXP": "lad", "ROUNDS": None, "FOLDS": "0", "NFOLDS": 2, "EPOCHS": "12", "TRAIN_ARGS": "--save-every 0"}
+    climbing = subprocess.Popen(command("-j2", "ladder", **knobs), cwd=project, env=ENV, start_new_session=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    logs = [project / f"out/lad/{name}/r0/{MODEL}/s64/f0/log.csv" for name in ("low", "tried")]
+    while not all(log.exists() for log in logs) and climbing.poll() is None:
+        time.sleep(0.01)
+    (os.killpg if is_group else os.kill)(climbing.pid, number)
+    assert climbing.wait() != 0
+    left = [pid for pid in os.listdir("/proc") if pid.isdecimal() and works_in(pid, project)]
+    assert not left
+    costs = read_csv(project / "out/lad/low/cost.csv")
+    assert len(costs) == 1 and float(costs[0]["user"]) > 0
+    done = make(project, "-j2", "ladder", **knobs)
+    assert "resuming after" in done.stdout and "From low to fitted" in done.stdout
+
+
+def works_in(pid, folder):
+    """Return whether a process has `folder` as its working folder, and isn't dead."""
+    try:
+        return os.readlink(f"/proc/{pid}/cwd") == str(folder)
+    except OSError:
+        return False
 
 
 def test_a_ladder_that_is_not_climbed_yet_says_what_is_missing(tiny_data, cache, tmp_path):
