@@ -194,7 +194,7 @@ def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page
             ] == ["low", "tried", "flip", "folds", "fitted"]
     for mistake, told in (({"HOLDOUT": None, "TRUTH": "nosuch.json"}, "nosuch.json: "),
                           ({"HOLDOUT": None, "FOLDS": "0 1 2"}, "FOLDS and FOLD go from 0 to 1"),
-                          ({"HOLDOUT": None, "MODELS": "unet/resnet18 unet/nosuch"}, "there is no encoder nosuch"),
+                          ({"HOLDOUT": None, "MODELS": "unet/nosuch unet/resnet18"}, "there is no encoder nosuch"),
                           ({"HOLDOUT": None, "BUDGET": "9m"}, "BUDGET is for one submit")):
         assert told in make(project, "ladder", code=2, **(knobs | mistake)).stderr
     assert "climb is a part of make ladder" in make(project, "climb", code=2, **knobs).stderr
@@ -204,7 +204,7 @@ def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page
     (project / "out/lad").mkdir()
     with open(project / "out/lad/.climb", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert "out/lad: another make ladder is at it" in make(project, "ladder", code=2, **knobs).stderr
+        assert "out/lad: another make ladder climbs: wait" in make(project, "ladder", code=2, **knobs).stderr
     done = make(project, "-j2", "ladder", **knobs)
     trained = re.findall(r"^\S*python.* train.py .*--exp (\S+) .*\n.*\n.*--fold (\d)", done.stdout, re.M)
     assert sorted(trained) == [("out/lad/folds", "1"), ("out/lad/low", "0"), ("out/lad/tried", "0")]
