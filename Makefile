@@ -312,21 +312,22 @@ while IFS= read -r rung <&8; do \
 mkdir -p $(OUT); exec 7>> $(OUT)/.climb; \
 flock -n 7 || { echo '$(OUT): another make ladder climbs: wait, or name another EXP' >&2; exit 2; }; \
 echo "$$rungs" > $(OUT)/.rungs; mv $(OUT)/.rungs $(OUT)/rungs.tsv; \
-$(MAKE) --no-print-directory climb
+exec $(MAKE) --no-print-directory climb
 endef
 ladder: | $(SETUP) ## the climb, rung by rung, and what each is worth, in out/EXP/ladder.csv and .png
 	$(if $(HOLDOUT),@$(MAKE) --no-print-directory holdout)
 	+@$(if $(dry),$(PY) ensemble.py rungs $(table),$(climb))
 	@$(run) ensemble.py ladder $(table)
 
-# How long a rung took goes to cost.csv if it made anything or failed. A shell that waits for what
-# it runs behind it hears of a signal that make alone gets, and passes it on.
+# How long a rung took goes to cost.csv if it made anything or failed. make passes a signal only to
+# this shell, and a shell hears of none while a command in the foreground runs: so the rung runs in
+# the background, as a group of its own, which the signal is passed on to.
 define make_rung
 name=$*; folder=$(OUT)/$$name; cost=$$folder/cost.csv; failed=0; TIMEFORMAT=%R,%U,%S; LC_ALL=C; \
 IFS=$$'\t' read -ra knobs < <($(rung_line) | cut -f3-); \
 mkdir -p $$folder; touch $$folder/.began; echo "== $$name $${knobs[*]}"; \
-trap 'kill $$pid' INT TERM; $(submit_rung) & pid=$$!; \
-{ time { wait $$pid || { failed=$$?; wait $$pid; } } } 2> $$folder/.time || true; \
+set -m; $(submit_rung) & pid=$$!; set +m; trap 'kill -- -$$pid' INT TERM HUP; \
+{ time while wait $$pid || failed=$$?; kill -0 $$pid; do :; done; } 2> $$folder/.time; \
 [ -e $$cost ] || echo seconds,user,system,knobs > $$cost; \
 if [ $$failed != 0 ] || [ $$folder/submission.csv -nt $$folder/.began ]; then \
     echo "$$(tail -n 1 $$folder/.time),\"$${knobs[*]}\"" >> $$cost; fi; \

@@ -113,8 +113,8 @@ LADDER_MODELS = ("efficientdet/tu-tf_efficientnet_lite0 fpn/tu-tf_efficientnet_l
 ALL_PRESETS = tuple(LADDER_KNOBS)
 
 # From the bottom to the top: ideas are tried at the first of SCALES and EPOCHS, the climb ends at
-# the last. Edit it as you like: each rung is whatever make submit can do. In fast, what gained
-# nothing on photos held out is aside: its hour is worth more in epochs.
+# the last. Edit it as you like: each rung is whatever make submit can do. In fast, what costs more
+# than it gains in the time of more epochs is aside; see tests/RECORDS.md.
 LADDER = (
     Rung("baseline", {
         "MODELS": 1, "SCALES": 1, "EPOCHS": 1, "FOLDS": 1, "ROUNDS": "0", "TTA": "none",
@@ -136,9 +136,9 @@ LADDER = (
     Rung("folds", {"FOLDS": 10}, "a model of each fold: only test photos can show it"),
     Rung("pseudo-1", {"ROUNDS": "1"}, "trained again with pseudo labels of the vote below",
          aside_in=ALL_PRESETS),
-    Rung("pseudo-2", {"ROUNDS": "2"}, "and once more", aside_in=ALL_PRESETS),
+    Rung("pseudo-2", {"ROUNDS": "2"}, "two rounds of pseudo labels", aside_in=ALL_PRESETS),
     Rung("models-2", {"MODELS": 2}, "a second architecture votes", aside_in=("fast",)),
-    Rung("models-3", {"MODELS": 3}, "a third one", aside_in=("fast",)),
+    Rung("models-3", {"MODELS": 3}, "three architectures vote", aside_in=("fast",)),
     Rung("full-size", {"SCALES": -1, "EPOCHS": -1}, "larger photos, more epochs than in a trial"),
     Rung("scales", {"SCALES": 10}, "the smaller scale votes too", aside_in=("fast",)),
     Rung("pseudo-all", {"ROUNDS": -1}, "all trained again with pseudo labels"),
@@ -1947,6 +1947,9 @@ def climb(preset, asked):
         rungs.append((rung, changed, below))
         if preset not in rung.aside_in:
             knobs, below = changed, rung.name
+        elif not below:
+            raise UserError(f"LADDER: {rung.name}, the lowest rung, can't be aside: the others "
+                            "stand on it")
     return rungs
 
 
@@ -2037,8 +2040,10 @@ def ladder(args):
     """
     steps = climb(args.preset, dict(args.knobs))
     path = args.exp / "rungs.tsv"
-    if not path.exists() or path.read_text().splitlines() != rung_lines(steps):
-        raise UserError(f"{path}: LADDER or the knobs are others than of the climb: make ladder "
+    if not path.exists():
+        raise UserError(f"{path} is missing: run make ladder")
+    if path.read_text().splitlines() != rung_lines(steps):
+        raise UserError(f"{path} was climbed with another LADDER or other knobs: run make ladder "
                         "again, which makes what has changed")
     train, test = load_data(args.data, args.cache, **data_options(vars(args)))
     scored = {"": {rung.name: read_oof_counts(args.exp / rung.name) for rung, _, _ in steps}}

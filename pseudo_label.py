@@ -570,8 +570,8 @@ def report_labels(folder, args, counts, labels, by_hand, contaminated):
           f"them\n{table.to_string()}")
     table = pd.DataFrame(labels).fillna({"class": "foreground"}).fillna(np.nan)
     print(f"labelled pixels; threshold: the top probability from which on a pixel of the class is "
-          f"sure; real: the share of them that is right; expected: that share of what the rule "
-          f"labels of the fold's validation photos\n"
+          f"sure; expected: the share of right pixels among those that the rule labels in the "
+          f"fold's validation photos; real: among those that are labelled here\n"
           f"{table.to_string(index=False, na_rep='-', float_format='{:.3f}'.format)}")
     if by_hand:
         print(f"{folder}: {len(by_hand)} decision(s) made by hand in index.csv kept")

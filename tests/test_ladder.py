@@ -122,6 +122,7 @@ def test_a_rung_waits_for_the_one_below_with_its_recipe():
     ([Rung("a", {"MODELS": 0}, "")], "a: MODELS: 0: 2 takes the first two, -1 the last"),
     ([Rung("a", {"MODELS": -2}, "")], "a: MODELS: -2: 2 takes"),
     ([Rung("a", {}, "", ("fsat",))], "a: aside_in is a tuple of presets, of full, fast, not .'fsat'"),
+    ([Rung("a", {}, "", ("fast",))], "a, the lowest rung, can't be aside"),
     ([Rung("a", {}, "", "fast")], "a: aside_in is a tuple")])
 def test_what_can_not_be_a_rung_is_told_before_the_climb(monkeypatch, rungs, told):
     monkeypatch.setattr(ensemble, "LADDER", rungs)
@@ -264,10 +265,11 @@ def works_in(pid, folder):
 def test_a_ladder_that_is_not_climbed_yet_says_what_is_missing(tiny_data, cache, tmp_path):
     args = ensemble.parse_args(["ladder", "--data", str(tiny_data), "--cache", str(cache), "--exp", str(tmp_path)])
     lines = ensemble.rung_lines(ensemble.climb("full", {}))
-    for wrong in (None, lines[:-1], [line.replace("flip", "d4") for line in lines]):  # edited since
-        if wrong:
-            (tmp_path / "rungs.tsv").write_text("\n".join(wrong))
-        with pytest.raises(UserError, match="rungs.tsv: LADDER or the knobs are others than of the climb: make ladder"):
+    with pytest.raises(UserError, match="rungs.tsv is missing: run make ladder"):
+        ensemble.main(args)
+    for wrong in (lines[:-1], [line.replace("flip", "d4") for line in lines]):  # edited since
+        (tmp_path / "rungs.tsv").write_text("\n".join(wrong))
+        with pytest.raises(UserError, match="rungs.tsv was climbed with another LADDER or other knobs: run make"):
             ensemble.main(args)
     (tmp_path / "rungs.tsv").write_text("\n".join(lines))
     with pytest.raises(UserError, match="baseline/submission.oof.npz: .*: run make ladder, which makes it"):
