@@ -292,31 +292,39 @@ compare: | $(SETUP) ## what each of EXPS gains over the one before: EXPS="main/r
 	@$(run) ensemble.py compare $(data) $(truth) --tables out --picture out/compare.png \
 	    $(filter --mixed,$(SUBMIT_ARGS)) $(addprefix out/,$(EXPS))
 holdout: | $(SETUP) ## a DATA in out/EXP/data that tests on HOLDOUT=0.15 of the labelled photos
-	@$(run) ensemble.py holdout $(data) $(how_read) --share $(HOLDOUT) --out $(OUT)/data
+	@$(lock_climb); $(make_holdout)
+make_holdout = $(run) ensemble.py holdout $(data) $(how_read) --share $(HOLDOUT) --out $(OUT)/data
+# until the shell ends, and what it becomes
+lock_climb = mkdir -p $(OUT); exec 7>> $(OUT)/.climb; flock -n 7 || { \
+    echo '$(OUT): a make ladder climbs here: wait, or name another EXP' >&2; exit 2; }
+
 # A rung is one make submit. make -n first looks at all of them; then make climb, a part of make
 # ladder, makes those at once whose recipes differ, so that they have no run in common.
 not_asked := EXP DATA LADDER TRUTH HOLDOUT PY LAUNCH DEVICE PER_GPU CODE
 asked    = --preset $(LADDER) \
     $(foreach v,$(filter-out $(not_asked),$(set_by_user)),$(call quote,$v=$($v)))
 held_out = $(if $(dry),,$(HOLDOUT))
-climbed  = $(call quote,$(if $(held_out),$(OUT)/data,$(DATA)))
-table    = --data $(climbed) --cache out/cache --exp $(OUT) $(how_read) --batch $(BATCH) \
+ladder_data = $(call quote,$(if $(held_out),$(OUT)/data,$(DATA)))
+table    = --data $(ladder_data) --cache out/cache --exp $(OUT) $(how_read) --batch $(BATCH) \
     --image-id $(IMAGE_ID) $(truth) $(asked)
 # name and knobs: of the shell that runs it
-submit_rung = $(MAKE) --no-print-directory submit DATA=$(climbed) EXP=$(EXP)/$$name "$${knobs[@]}"
-define climb
+submit_rung = $(MAKE) --no-print-directory submit DATA=$(ladder_data) EXP=$(EXP)/$$name \
+    "$${knobs[@]}"
+read_knobs = IFS=$$'\t' read -ra knobs < <($1 | cut -f3-)
+define check_and_climb
+$(if $(held_out),$(lock_climb); $(make_holdout); )\
 rungs=$$($(PY) ensemble.py rungs $(table)); \
 while IFS= read -r rung <&8; do \
-    name=$${rung%%$$'\t'*}; IFS=$$'\t' read -ra knobs < <(cut -f3- <<< "$$rung"); \
-    $(submit_rung) -n > /dev/null; done 8<<< "$$rungs"; \
-mkdir -p $(OUT); exec 7>> $(OUT)/.climb; \
-flock -n 7 || { echo '$(OUT): another make ladder climbs: wait, or name another EXP' >&2; exit 2; }; \
+    name=$${rung%%$$'\t'*}; $(call read_knobs,echo "$$rung"); \
+    $(submit_rung) -n > /dev/null || { echo "LADDER: $$name can't be made, see above" >&2; \
+    exit 2; }; \
+done 8<<< "$$rungs"; \
+$(if $(held_out),,$(lock_climb); )\
 echo "$$rungs" > $(OUT)/.rungs; mv $(OUT)/.rungs $(OUT)/rungs.tsv; \
 exec $(MAKE) --no-print-directory climb
 endef
 ladder: | $(SETUP) ## the climb, rung by rung, and what each is worth, in out/EXP/ladder.csv and .png
-	$(if $(HOLDOUT),@$(MAKE) --no-print-directory holdout)
-	+@$(if $(dry),$(PY) ensemble.py rungs $(table),$(climb))
+	+@$(if $(dry),$(PY) ensemble.py rungs $(table),$(check_and_climb))
 	@$(run) ensemble.py ladder $(table)
 
 # How long a rung took goes to cost.csv if it made anything or failed. make passes a signal only to
@@ -324,7 +332,7 @@ ladder: | $(SETUP) ## the climb, rung by rung, and what each is worth, in out/EX
 # the background, as a group of its own, which the signal is passed on to.
 define make_rung
 name=$*; folder=$(OUT)/$$name; cost=$$folder/cost.csv; failed=0; TIMEFORMAT=%R,%U,%S; LC_ALL=C; \
-IFS=$$'\t' read -ra knobs < <($(rung_line) | cut -f3-); \
+$(call read_knobs,$(rung_line)); \
 mkdir -p $$folder; touch $$folder/.began; echo "== $$name $${knobs[*]}"; \
 set -m; $(submit_rung) & pid=$$!; set +m; trap 'kill -- -$$pid' INT TERM HUP; \
 { time while wait $$pid || failed=$$?; kill -0 $$pid; do :; done; } 2> $$folder/.time; \

@@ -1671,16 +1671,15 @@ def tell_unread(infos):
 class Comparison:
     """The equal votes of the last rounds of E experiments, on the images that all of them have.
 
-    names: as given; valid: the pixel counts [N, C, C] of each, out of fold; test: likewise on the
-    labelled test photos, None for an experiment without test stores; is_labelled: whether there are
-    such photos; contaminated, tables: as of OutOfFold.
+    runs_of: the run folders of each; names: as given; valid: the pixel counts [N, C, C] of each,
+    out of fold; test: likewise on the labelled test photos, None for an experiment without test
+    stores; is_labelled: whether there are such photos; contaminated, tables: as of OutOfFold.
     """
 
-    def __init__(self, args):
+    def __init__(self, args, runs_of):
         self.names = [str(exp) for exp in args.experiments]
         self.test, self.tables, self.contaminated, by_image = [], [], False, []
-        for exp in args.experiments:
-            runs = last_round(exp)
+        for exp, runs in zip(args.experiments, runs_of, strict=True):
             oof = OutOfFold(args, runs)
             if not by_image:
                 self.classes, self.options = oof.classes, data_options(oof.infos[0])
@@ -1743,11 +1742,11 @@ def compare(args):
     names = ", ".join(map(str, args.experiments))
     if len(args.experiments) < 2:
         raise UserError(f"compare takes two or more experiments, not {names}")
-    rounds = Counter(os.path.realpath(last_round(exp)[0].parents[3]) for exp in args.experiments)
-    for path, n_times in rounds.items():
+    runs_of = [last_round(exp) for exp in args.experiments]
+    for path, n_times in Counter(os.path.realpath(runs[0].parents[3]) for runs in runs_of).items():
         if n_times > 1:
             raise UserError(f"compare of {names}: {n_times} of them are the round {path}")
-    comparison = Comparison(args)
+    comparison = Comparison(args, runs_of)
     groups = {"": comparison.valid}
     title = (f"{len(comparison.valid[0])} images that all of them held out; 95% intervals by "
              "paired bootstrap")
@@ -1911,18 +1910,17 @@ def around(score, gained, low, high):
 # ---- the climb -----------------------------------------------------------------------------------
 
 
-def climb(preset, asked):
+def climb(preset, given):
     """Return [(Rung, its knobs {name: value}, name of the rung that it stands on)] of LADDER.
 
-    asked: {knob: value} of make's command line. A rung that changes nothing is left out, as one of
+    given: {knob: value} of make's command line. A rung that changes nothing is left out, as one of
     a second scale where one is asked for. Raises UserError for a knob that the rungs set, and for
     what can't be in LADDER.
     """
     check_ladder()
-    n_folds = int(asked.get("NFOLDS", 5))
+    n_folds = int(given.get("NFOLDS", 5))
     folds = " ".join(map(str, range(n_folds)))
-    given, basis = asked, {"MODELS": LADDER_MODELS, "FOLDS": folds, "ROUNDS": "0"}
-    asked = basis | LADDER_KNOBS[preset] | asked
+    asked = {"MODELS": LADDER_MODELS, "FOLDS": folds, "ROUNDS": "0"} | LADDER_KNOBS[preset] | given
     check_sizes(asked)
     knobs = asked | {name: asked[name].split()[0] for name in ("EPOCHS", "ROUNDS")}
     below, rungs = "", []
@@ -1959,7 +1957,8 @@ def option_names(text):
 
 
 def check_sizes(asked):
-    """Raise UserError unless SCALES and EPOCHS rise from a trial's to those of the full size."""
+    """Raise UserError unless there are SCALES and EPOCHS, from a trial's to those of the full size.
+    """
     for name in ("SCALES", "EPOCHS"):
         values = asked.get(name, "").split()
         if not values:
@@ -1968,7 +1967,7 @@ def check_sizes(asked):
         if numbers != sorted(set(numbers)):
             raise UserError(f"{name}={asked[name]}: a ladder takes the lowest first, as its ideas "
                             "are tried at it")
-    if len(values) > 2:
+    if len(asked["EPOCHS"].split()) > 2:
         raise UserError(f"EPOCHS={asked['EPOCHS']}: a ladder takes one or two numbers: those of a "
                         "trial, and of the rungs from full-size on")
 
@@ -2060,7 +2059,9 @@ def ladder(args):
             row |= rung_scores(prefix, counts, rung.name, below, args.batch)
         row |= read_cost(args.exp / rung.name, knobs)
         row["verdict"] = verdict(row, judged_by) or "the lowest rung"
-        rows.append(row | {"adds": " ".join(make_words(rung.knobs)), "why": rung.why})
+        adds = {name: knobs[name] if isinstance(value, int) else value
+                for name, value in rung.knobs.items()}
+        rows.append(row | {"adds": " ".join(make_words(adds)), "why": rung.why})
     asides = [i for i, (rung, _, _) in enumerate(steps) if args.preset in rung.aside_in]
     show_ladder(args, rows, asides, scored, train.classes)
 

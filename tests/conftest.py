@@ -1,6 +1,7 @@
 """Put the project on the path and give the tests what they share: data sets, stores and runs, drawn or by hand."""
 import json
 import os
+import select
 import signal
 import sys
 from itertools import count
@@ -180,3 +181,16 @@ def run_of(args):
 @pytest.fixture(scope="module")
 def splits(tiny_data, cache):
     return common.load_data(tiny_data, cache)
+
+
+@pytest.fixture
+def end_of_all():
+    """Return a function that waits until no process is left that began since then, forked or by close_fds=False."""
+    end, held = os.pipe()
+    os.set_inheritable(held, True)
+
+    def wait():
+        os.close(held)
+        assert select.select([end], [], [], 30)[0], "a process is left"
+        os.close(end)
+    return wait

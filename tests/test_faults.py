@@ -382,18 +382,6 @@ def stop_workers_and(act):
     return run
 
 
-@pytest.fixture
-def end_of_all():
-    """Return a function that waits until no process that was forked since then is left."""
-    end, held = os.pipe()
-
-    def wait():
-        os.close(held)
-        assert select.select([end], [], [], 30)[0], "a process is left"
-        os.close(end)
-    return wait
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_loader_processes_that_are_stopped_keep_no_run_alive(line, tmp_path, end_of_all, number, code):
     args = line(tmp_path / "exp", "--workers", 2)

@@ -184,19 +184,25 @@ SHORT = '''LADDER = (
 '''
 
 
-def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page(tmp_path):
-    draw_data(tmp_path / "drawn", train=20, test=3, size=64)
-    project = new_folder(tmp_path / "project", tmp_path / "drawn")
+def short_ladder(folder, n_train):
+    """Return a folder with the project, drawn data as its DATA, and SHORT as its ladder."""
+    draw_data(folder / "drawn", train=n_train, test=3, size=64)
+    project = new_folder(folder / "project", folder / "drawn")
     text = (project / "ensemble.py").read_text()
-    start, end = text.index("LADDER = (\n"), text.index("# ---- options")
-    edit(project, "ensemble.py", text[start:end], SHORT)
+    edit(project, "ensemble.py", text[text.index("LADDER = (\n"):text.index("# ---- options")], SHORT)
+    return project
+
+
+def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page(tmp_path):
+    project = short_ladder(tmp_path, 20)
     knobs = {"EXP": "lad", "HOLDOUT": "0.2", "ROUNDS": None, "FOLDS": "0 1", "NFOLDS": 2, "EPOCHS": "1 2"}
     assert [line.split("\t")[0] for line in make(project, "-n", "ladder", **knobs).stdout.splitlines() if "\t" in line
             ] == ["low", "tried", "flip", "folds", "fitted"]
     for mistake, told in (({"HOLDOUT": None, "TRUTH": "nosuch.json"}, "nosuch.json: "),
                           ({"HOLDOUT": None, "FOLDS": "0 1 2"}, "FOLDS and FOLD go from 0 to 1"),
                           ({"HOLDOUT": None, "MODELS": "unet/nosuch unet/resnet18"}, "there is no encoder nosuch"),
-                          ({"HOLDOUT": None, "BUDGET": "9m"}, "BUDGET is for one submit")):
+                          ({"HOLDOUT": None, "BUDGET": "9m"}, "BUDGET is for one submit"),
+                          ({"HOLDOUT": None, "TRAIN_ARGS": "--epoch 3"}, "LADDER: low can't be made, see above")):
         assert told in make(project, "ladder", code=2, **(knobs | mistake)).stderr
     assert "climb is a part of make ladder" in make(project, "climb", code=2, **knobs).stderr
     assert "ladder goes alone" in make(project, "ladder", "check", code=2, **knobs).stderr
@@ -205,7 +211,9 @@ def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page
     (project / "out/lad").mkdir()
     with open(project / "out/lad/.climb", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert "out/lad: another make ladder climbs: wait" in make(project, "ladder", code=2, **knobs).stderr
+        for word in ("ladder", "holdout"):
+            assert "out/lad: a make ladder climbs here: wait" in make(project, word, code=2, **knobs).stderr
+    assert os.listdir(project / "out/lad") == [".climb"]
     done = make(project, "-j2", "ladder", **knobs)
     trained = re.findall(r"^\S*python.* train.py .*--exp (\S+) .*\n.*\n.*--fold (\d)", done.stdout, re.M)
     assert sorted(trained) == [("out/lad/folds", "1"), ("out/lad/low", "0"), ("out/lad/tried", "0")]
@@ -233,33 +241,21 @@ def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page
 
 @pytest.mark.parametrize("is_group, number", [
     (False, signal.SIGTERM), pytest.param(True, signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_ends_all_rungs_and_the_next_make_carries_on(tmp_path, is_group, number):
-    draw_data(tmp_path / "drawn", train=12, test=3, size=64)
-    project = new_folder(tmp_path / "project", tmp_path / "drawn")
-    text = (project / "ensemble.py").read_text()
-    edit(project, "ensemble.py", text[text.index("LADDER = (\n"):text.index("# ---- options")], SHORT)
+def test_a_signal_ends_all_rungs_and_the_next_make_carries_on(tmp_path, end_of_all, is_group, number):
+    project = short_ladder(tmp_path, 12)
     knobs = {"EXP": "lad", "ROUNDS": None, "FOLDS": "0", "NFOLDS": 2, "EPOCHS": "12", "TRAIN_ARGS": "--save-every 0"}
     climbing = subprocess.Popen(command("-j2", "ladder", **knobs), cwd=project, env=ENV, start_new_session=True,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                                close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     logs = [project / f"out/lad/{name}/r0/{MODEL}/s64/f0/log.csv" for name in ("low", "tried")]
     while not all(log.exists() for log in logs) and climbing.poll() is None:
         time.sleep(0.01)
     (os.killpg if is_group else os.kill)(climbing.pid, number)
     assert climbing.wait() != 0
-    left = [pid for pid in os.listdir("/proc") if pid.isdecimal() and works_in(pid, project)]
-    assert not left
+    end_of_all()
     costs = read_csv(project / "out/lad/low/cost.csv")
     assert len(costs) == 1 and float(costs[0]["user"]) > 0
     done = make(project, "-j2", "ladder", **knobs)
     assert "resuming after" in done.stdout and "From low to fitted" in done.stdout
-
-
-def works_in(pid, folder):
-    """Return whether a process has `folder` as its working folder, and isn't dead."""
-    try:
-        return os.readlink(f"/proc/{pid}/cwd") == str(folder)
-    except OSError:
-        return False
 
 
 def test_a_ladder_that_is_not_climbed_yet_says_what_is_missing(tiny_data, cache, tmp_path):
