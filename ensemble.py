@@ -1898,8 +1898,10 @@ def draw_staircase(axes, names, series, asides=()):
     turned = {} if fits else {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(n_steps), texts, **turned)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(title="bars: 95% interval of the gain over the step before", loc="lower center",
-                bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    title = "bars: 95% interval of the gain over the step before"
+    if aside.any():
+        title += "\nhollow: only tried, the stairs go past it"
+    axes.legend(title=title, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
 
 
 def around(score, gained, low, high):

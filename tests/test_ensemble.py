@@ -954,6 +954,9 @@ def test_a_staircase_has_treads_at_the_scores_and_bars_around_them():
     assert [bar[:, 1].tolist() for bar in bars] == [pytest.approx([0.45, 0.6]), pytest.approx([0.0, 0.4])]
     assert [round(bar[0, 0]) for bar in bars] == [1, 4]
     assert not any(len(bar) for bar in axes.collections[1].get_segments())
+    assert axes.get_legend().get_title().get_text().endswith("\nhollow: only tried, the stairs go past it")
+    ensemble.draw_staircase(axes, list("abcde"), {"v3": steps})
+    assert "hollow" not in axes.get_legend().get_title().get_text()
 
 
 @pytest.mark.parametrize("name", ["r{}", "experiment{}", "{} main/efficientnet-b3-512-strong-augmentation-lr5e-4"])

@@ -243,7 +243,7 @@ def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page
     (False, signal.SIGTERM), pytest.param(True, signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_all_rungs_and_the_next_make_carries_on(tmp_path, end_of_all, is_group, number):
     project = short_ladder(tmp_path, 12)
-    knobs = {"EXP": "lad", "ROUNDS": None, "FOLDS": "0", "NFOLDS": 2, "EPOCHS": "12", "TRAIN_ARGS": "--save-every 0"}
+    knobs = {"EXP": "lad", "ROUNDS": None, "FOLDS": "0", "NFOLDS": 2, "EPOCHS": "20", "TRAIN_ARGS": "--save-every 0"}
     climbing = subprocess.Popen(command("-j2", "ladder", **knobs), cwd=project, env=ENV, start_new_session=True,
                                 close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     logs = [project / f"out/lad/{name}/r0/{MODEL}/s64/f0/log.csv" for name in ("low", "tried")]
