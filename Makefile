@@ -143,16 +143,22 @@ $(if $(filter holdout,$(wanted)),\
 $(if $(and $(filter ladder,$(wanted)),$(word 2,$(wanted))),$(error ladder goes alone: $(wanted)))
 $(if $(and $(filter ladder,$(wanted)),$(BUDGET)),\
     $(error BUDGET is for one submit: the rungs of the ladder have EPOCHS and FOLDS))
-$(if $(and $(filter ladder,$(wanted)),$(wildcard out/$(EXP)/r[0-9])),$(error EXP=$(EXP) has runs and \
-    a report of its own: name another folder for the ladder, EXP=climb))
+$(if $(and $(filter ladder,$(wanted)),$(HOLDOUT),$(TRUTH)),\
+    $(error TRUTH is not of the photos that HOLDOUT holds out: give one of them))
+$(if $(and $(filter ladder,$(wanted)),$(wildcard out/$(EXP)/r[0-9])),\
+    $(error EXP=$(EXP) has runs and a report of its own: name another folder for the ladder, EXP=climb))
+$(if $(and $(filter train pseudo submit score,$(wanted)),$(wildcard out/$(EXP)/rungs.tsv)),$(error EXP=$(EXP) is a \
+    ladder with a report of its own: name another experiment))
+$(if $(TRUTH),$(if $(shell test -f $(call quote,$(TRUTH)) && echo yes),,$(error TRUTH=$(TRUTH): no \
+    such file)))
 $(foreach goal,$(filter submit ladder,$(wanted)),\
     $(foreach v,$(filter MODEL SCALE FOLD ROUND,$(given)),$(error $(goal) takes $vS, not $v)))
 scored  = $(wildcard out/$1/r[0-9]/*/*/s*/f*/valid.json out/$1/*/*/s*/f*/valid.json)
-no_score = $(foreach e,$(EXPS),$(if $(call scored,$e),,out/$e/r*/*/*/s*/f*/valid.json))
+no_score = $(strip $(foreach e,$(EXPS),$(if $(call scored,$e),,out/$e)))
 $(if $(filter compare,$(wanted)),$(if $(word 2,$(EXPS)),,$(error EXPS=$(EXPS): compare takes two \
     or more experiments, or rounds, that have been scored: EXPS="main/r0 main/r1 lr5")) \
-    $(if $(strip $(no_score)),$(error EXPS=$(EXPS): compare takes experiments, or rounds, that \
-    have been scored: there is no $(firstword $(no_score)))))
+    $(if $(no_score),$(error EXPS=$(EXPS): compare takes experiments, or rounds, that \
+    have been scored: no run has a valid.json in $(no_score))))
 
 # ---- what the scripts are given ------------------------------------------------------------------
 OUT    := out/$(EXP)

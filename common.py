@@ -257,7 +257,7 @@ def load_truths(path, test, paint):
     """Return the masks uint8 [N, S, S] of the photos of the Split `test` by an annotated COCO file.
 
     S is SUBMIT_SIZE; paint: as in DATA_OPTIONS. The file may list more images. Raises UserError
-    that lists what is wrong with it.
+    that lists what is wrong with it, such as an id that another photo has.
     """
     used = set(test.category_ids) if test.dropped else None
     photos, categories, _, faults = read_coco(path, used, labelled=True)
@@ -265,11 +265,16 @@ def load_truths(path, test, paint):
         faults.append(f"{path}: its categories are {', '.join(categories.values())}, those of the "
                       f"data {', '.join(test.classes[1:])}")
     by_id = {photo["id"]: photo for photo in photos}
-    for image_id, size in zip(test.ids, test.sizes, strict=True):
+    for image_id, name, size in zip(test.ids, test.file_names, test.sizes, strict=True):
         photo = by_id.get(image_id)
-        if photo is None or photo["size"] != tuple(size):
-            what = f"the size {photo['size']}, not {tuple(size)}" if photo else "no such image"
-            faults.append(f"{path}: test image {image_id}: it has {what}")
+        if photo is None:
+            faults.append(f"{path}: test image {image_id}: it has no such image")
+        elif photo["file_name"] != name:
+            faults.append(f"{path}: test image {image_id}: it is {photo['file_name']}, {name} in "
+                          "the data: the truth is of other photos")
+        elif photo["size"] != tuple(size):
+            faults.append(f"{path}: test image {image_id}: it has the size {photo['size']}, not "
+                          f"{tuple(size)}")
     if faults:
         raise UserError("\n".join(faults[:MAX_FAULTS]))
     truths = []

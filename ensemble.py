@@ -73,9 +73,11 @@ START_SECONDS = 15  # of a run's scripts, libraries, checks and pictures, and ag
 ENOUGH_EPOCHS, MOST_EPOCHS = 15, 40  # by a budget: fewer for another fold lose, more gain nothing
 AREAS = (0, *(2 ** np.arange(4, 12)))  # up to 3% of the image: a larger one fits its own images
 TAKEN = "with what is taken"  # the name of the vote with all that gains out of fold
+FEW_IMAGES = 10  # of fewer a bootstrap knows too little: its intervals are too narrow
 SIZES = (0, 0.003, 0.01, 0.03, 0.1, 0.3)  # shares of an image where the report's bins begin
 NO_GAIN = dict.fromkeys(("gain", "low", "high"), math.nan)  # what gain returns, of the lowest rung
 WHERE = {"": "out of fold", "test ": "on the test photos' truth"}  # by the prefix of columns
+CLIMB_TITLE = "the lowest rung's score and the gains over it; bars: 95% interval of a gain"
 CONTAMINATED = "CONTAMINATED: pseudo labels' makers have seen these images (--allow-leak)"
 BY_FOLD = ("fold", "pseudo", "contaminated")  # where the recipes of a member's folds may differ
 # what decides no result; see BESIDE in common.py
@@ -101,8 +103,10 @@ class Rung(NamedTuple):
 
 LIST_KNOBS = ("MODELS", "SCALES", "EPOCHS", "FOLDS", "ROUNDS")
 RECIPE_KNOBS = ("EPOCHS", "BATCH", "LR", "SEED", "WEIGHTS", "TRAIN_ARGS")  # of every run
+RUNG_KNOBS = (*LIST_KNOBS, *RECIPE_KNOBS, "TTA", "VOTE", "METRIC", "POST", "SNAPSHOTS",
+              "INFER_ARGS", "PSEUDO_ARGS", "SUBMIT_ARGS")  # others are those of the whole climb
 
-# LADDER=NAME of make -> knobs where the command line has no others
+# LADDER=NAME of make -> knobs where the command line has no others; ROUNDS is set here alone
 LADDER_KNOBS = {
     "full": {"SCALES": "384 512", "EPOCHS": "20 40", "ROUNDS": "0 2"},
     "fast": {"SCALES": "128 256", "EPOCHS": "6 20", "ROUNDS": "0", "FOLDS": "0 1"}}
@@ -472,7 +476,8 @@ class OutOfFold:
         check_classes(self.infos[0]["classes"], self.classes, runs[0], args.data)
         if self.infos[0]["data"] != self.train.fingerprint:
             raise UserError(f"{runs[0]}/valid.json was made on other data than is in {args.data} "
-                            "now: run train.py and infer.py again")
+                            "now: give the DATA that it was made on, or run train.py and infer.py "
+                            "again")
         fold_of, self.places = find_images(members)
         if absent := fold_of.keys() - set(self.train.ids):
             raise UserError(f"DATA has no image {min(absent)}, which a validation store has: run "
@@ -894,6 +899,11 @@ def gain(after, before, metric="v3"):
     gains = image_miou(drawn_counts(after, 1000)) - image_miou(drawn_counts(before, 1000))
     low, high = np.percentile(gains[1:], (2.5, 97.5))
     return {"gain": gains[0], "low": low, "high": high}
+
+
+def few_note(n_images):
+    """Return what is to be known of intervals of so many images, "" if they are enough."""
+    return f"; intervals of only {n_images} are too narrow" if n_images < FEW_IMAGES else ""
 
 
 def drawn_counts(counts, n_draws):
@@ -1748,8 +1758,9 @@ def compare(args):
             raise UserError(f"compare of {names}: {n_times} of them are the round {path}")
     comparison = Comparison(args, runs_of)
     groups = {"": comparison.valid}
-    title = (f"{len(comparison.valid[0])} images that all of them held out; 95% intervals by "
-             "paired bootstrap")
+    n_images = len(comparison.valid[0])
+    title = (f"{n_images} images that all of them held out; 95% intervals by paired bootstrap"
+             f"{few_note(n_images)}")
     if comparison.is_labelled:
         groups["test "] = comparison.test
         title += ("\ntest: the vote of all folds on labelled test photos, whose labels nothing has "
@@ -1823,14 +1834,18 @@ def verdict(row, labels):
 def compare_classes(comparison):
     """Return rows of the IoU of each class in the truth in every experiment.
 
-    The gain of the last over the first has its paired 95% interval.
+    The gain of the last over the first has its paired 95% interval, unless the class is in fewer
+    than FEW_IMAGES.
     """
     before, after = comparison.valid[0], comparison.valid[-1]
     gains = class_iou(drawn_counts(after, 500)) - class_iou(drawn_counts(before, 500))
     iou = [class_iou(counts.sum(0)) for counts in comparison.valid]
     rows = []
     for c in np.flatnonzero(before.sum((0, 2))):
-        low, high = np.nanpercentile(gains[1:, c], (2.5, 97.5))
+        has_class = before.sum(2)[:, c] > 0
+        low, high = math.nan, math.nan
+        if has_class.sum() >= FEW_IMAGES:
+            low, high = np.nanpercentile(gains[1:, c], (2.5, 97.5))
         rows.append({"class": comparison.classes[c]}
                     | {str(place): values[c] for place, values in enumerate(iou, 1)}
                     | {"gain": iou[-1][c] - iou[0][c], "low": low, "high": high})
@@ -1846,11 +1861,11 @@ def write_staircase(path, columns, groups):
         draw_staircases(scratch, numbered, columns, groups)
 
 
-def draw_staircases(path, names, columns, groups, asides=()):
+def draw_staircases(path, names, columns, groups, **ladder):
     """Draw a PNG of v3, and below it of v2, of steps with these names.
 
     columns: {"v3", "v3 gain", "v3 low", ...: [N] values}; groups: prefixes of columns, keys of
-    WHERE; asides: of draw_staircase.
+    WHERE; ladder: more of draw_staircase.
     """
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -1858,7 +1873,7 @@ def draw_staircases(path, names, columns, groups, asides=()):
     with style.context(["default", options]):
         figure = Figure((max(7, 2 + 0.6 * len(names)), 8), layout="constrained")
         for axes, metric in zip(figure.subplots(2, sharex=True), ("v3", "v2"), strict=True):
-            draw_staircase(axes, names, stairs_of(metric, columns, groups), asides)
+            draw_staircase(axes, names, stairs_of(metric, columns, groups), **ladder)
             axes.label_outer()
         figure.savefig(path, format="png", dpi=120)
 
@@ -1872,7 +1887,8 @@ def stairs_of(metric, columns, groups):
     return series
 
 
-def draw_staircase(axes, names, series, asides=()):
+def draw_staircase(axes, names, series, asides=(),
+                   title="bars: 95% interval of the gain over the step before"):
     """Draw the scores of steps one after another: a tread at each score, risers between them.
 
     names: of N steps; series: {label: N of (score, low, high)} of around; asides: which steps, from
@@ -1898,7 +1914,6 @@ def draw_staircase(axes, names, series, asides=()):
     turned = {} if fits else {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(n_steps), texts, **turned)
     axes.grid(axis="y", alpha=0.3)
-    title = "bars: 95% interval of the gain over the step before"
     if aside.any():
         title += "\nhollow: only tried, the stairs go past it"
     axes.legend(title=title, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
@@ -1916,8 +1931,8 @@ def climb(preset, given):
     """Return [(Rung, its knobs {name: value}, name of the rung that it stands on)] of LADDER.
 
     given: {knob: value} of make's command line. A rung that changes nothing is left out, as one of
-    a second scale where one is asked for. Raises UserError for a knob that the rungs set, and for
-    what can't be in LADDER.
+    a second scale where one is asked for, and one aside like another. Raises UserError for a knob
+    that the rungs set, and for what can't be in LADDER.
     """
     check_ladder()
     n_folds = int(given.get("NFOLDS", 5))
@@ -1925,32 +1940,47 @@ def climb(preset, given):
     asked = {"MODELS": LADDER_MODELS, "FOLDS": folds, "ROUNDS": "0"} | LADDER_KNOBS[preset] | given
     check_sizes(asked)
     knobs = asked | {name: asked[name].split()[0] for name in ("EPOCHS", "ROUNDS")}
-    below, rungs = "", []
+    below, rungs, tried = "", [], []
     for rung in LADDER:
-        changed = dict(knobs)
-        for name, value in rung.knobs.items():
-            if isinstance(value, int):
-                words = asked[name].split()
-                changed[name] = " ".join(words[:value] if value > 0 else words[value:])
-            elif name.endswith("_ARGS"):
-                if both := option_names(given.get(name, "")) & option_names(value):
-                    raise UserError(f"{name}={given[name]}: rungs of the ladder set {min(both)} "
-                                    "themselves: see LADDER in ensemble.py")
-                changed[name] = f"{knobs.get(name, '')} {value}".strip()
-            elif name in given:
-                raise UserError(f"{name}={given[name]}: rungs of the ladder set {name} themselves: "
-                                "see LADDER in ensemble.py")
-            else:
-                changed[name] = value
-        if rungs and changed == knobs:
+        changed = change_knobs(rung, knobs, asked, given)
+        is_aside = preset in rung.aside_in
+        if rungs and (changed == knobs or is_aside and changed in tried):
             continue
+        if rungs and not {*changed["FOLDS"].split()} & {*knobs["FOLDS"].split()}:
+            raise UserError(f"LADDER: {rung.name}: FOLDS={changed['FOLDS']}: none of those of "
+                            f"{below}, which it is compared with out of fold, {knobs['FOLDS']}")
         rungs.append((rung, changed, below))
-        if preset not in rung.aside_in:
-            knobs, below = changed, rung.name
-        elif not below:
+        if is_aside and not below:
             raise UserError(f"LADDER: {rung.name}, the lowest rung, can't be aside: the others "
                             "stand on it")
+        if is_aside:
+            tried.append(changed)
+        else:
+            knobs, below = changed, rung.name
     return rungs
+
+
+def change_knobs(rung, knobs, asked, given):
+    """Return the knobs {name: value} of a rung that stands on one with `knobs`.
+
+    asked: the knobs of the whole climb; given: those of them from the command line.
+    """
+    changed = dict(knobs)
+    for name, value in rung.knobs.items():
+        if isinstance(value, int):
+            words = asked[name].split()
+            changed[name] = " ".join(words[:value] if value > 0 else words[value:])
+        elif name.endswith("_ARGS"):
+            if both := option_names(given.get(name, "")) & option_names(value):
+                raise UserError(f"{name}={given[name]}: rungs of the ladder set {min(both)} "
+                                "themselves: see LADDER in ensemble.py")
+            changed[name] = f"{knobs.get(name, '')} {value}".strip()
+        elif name in given:
+            raise UserError(f"{name}={given[name]}: rungs of the ladder set {name} themselves: "
+                            "see LADDER in ensemble.py")
+        else:
+            changed[name] = value
+    return changed
 
 
 def option_names(text):
@@ -1976,6 +2006,9 @@ def check_sizes(asked):
 
 def check_ladder():
     """Raise UserError for what can't be in LADDER: a name, a number or a preset."""
+    for rung in LADDER:
+        if not isinstance(rung, Rung) or not isinstance(rung.knobs, dict):
+            raise UserError(f'LADDER: {rung!r}: write Rung("name", {{"KNOB": "value"}}, "why")')
     names = [rung.name for rung in LADDER]
     for rung in LADDER:
         is_taken = re.fullmatch("data|code|report|pseudo|r[0-9]", rung.name)
@@ -1989,6 +2022,12 @@ def check_ladder():
             raise UserError(f"LADDER: {rung.name}: aside_in is a tuple of presets, of "
                             f"{', '.join(LADDER_KNOBS)}, not {rung.aside_in!r}")
         for knob, value in rung.knobs.items():
+            if knob not in RUNG_KNOBS:
+                raise UserError(f"LADDER: {rung.name}: {knob} is no knob of a rung; there are "
+                                f"{', '.join(RUNG_KNOBS)}")
+            if not isinstance(value, int | str):
+                raise UserError(f"LADDER: {rung.name}: {knob}: {value!r} is neither a text nor a "
+                                "whole number")
             if isinstance(value, int) and knob not in LIST_KNOBS:
                 raise UserError(f'LADDER: {rung.name}: write a text, "{knob}": "{value}"; a number '
                                 f"takes so many of {', '.join(LIST_KNOBS)}")
@@ -2136,11 +2175,11 @@ def show_ladder(args, rows, asides, scored, classes):
     for label in (f"{prefix}{metric}" for prefix in scored for metric in ("v2", "v3")):
         columns[label] = climbed_scores(rows, label)
     with atomic_write(args.exp / "ladder.png") as scratch:
-        draw_staircases(scratch, names, columns, scored, asides)
+        draw_staircases(scratch, names, columns, scored, asides=asides, title=CLIMB_TITLE)
     figures = []
     for metric in ("v3", "v2"):
         draw = partial(draw_staircase, names=names, series=stairs_of(metric, columns, scored),
-                       asides=asides)
+                       asides=asides, title=CLIMB_TITLE)
         figures.append((f"The climb in {metric}", figure_urls(draw, 5)))
     iou = {"class": classes}
     for name, counts in [*scored.values()][-1].items():
@@ -2176,10 +2215,12 @@ def climb_text(names, scored):
     for prefix, counts in scored.items():
         v2, v3 = (gain_text(*shared_gain(counts[last], counts[first], metric).values())
                   for metric in ("v2", "v3"))
-        sentences.append(f"From {first} to {last} {WHERE[prefix]}: v2 {v2}, v3 {v3}.")
+        sentences.append(f"From {first} to {last} {WHERE[prefix]}: v2 {v2}, v3 {v3}"
+                         f"{few_note(len(counts[first]))}.")
     if len(scored) == 1:
         sentences.append("What folds are worth shows only on test photos with a truth: --truth "
-                         "FILE (make: TRUTH=FILE), or HOLDOUT=0.15.")
+                         "FILE (make: TRUTH=FILE), or HOLDOUT=0.15. Steps after the vote are taken "
+                         "if they gain out of fold, so there they can't lose.")
     return " ".join(sentences)
 
 
@@ -2496,7 +2537,9 @@ def budget(args):
                             "train or submit measures")
         speeds = measure_speeds(args, train_args.batch)
         n_views = len(tta_views(infer_args.tta)) * len(infer_args.tta_scales)
-        epoch, rest = seconds_of_a_fold(speeds, len(train.ids), len(test.ids), args.nfolds, n_views)
+        n_views *= max(1, train_args.snapshots)
+        epoch, rest = seconds_of_a_fold(speeds, len(train.ids), len(test.ids), args.nfolds, n_views,
+                                        args.rounds)
         epochs, folds = share_budget(args, count_lanes(args), epoch, rest)
         answer = {"asked": asked, "epochs": epochs, "folds": folds}
         write_json(path, answer)
@@ -2526,16 +2569,19 @@ def measure_speeds(args, batch):
     return speeds
 
 
-def seconds_of_a_fold(speeds, n_train, n_test, n_folds, n_views):
+def seconds_of_a_fold(speeds, n_train, n_test, n_folds, n_views, n_rounds):
     """Return (seconds of an epoch, seconds besides) of one run of each model and scale together.
 
-    speeds: of measure_speeds; n_train, n_test: photos; n_views: of TTA.
+    They are the mean over the rounds 0 to n_rounds; from 1 on the test photos, all that may be
+    kept, are trained on too, and labelled before. speeds: of measure_speeds; n_train, n_test:
+    photos; n_views: predictions of a photo, by TTA and snapshots.
     """
     n_valid = n_train / n_folds
-    epoch = sum((n_train - n_valid) / trained + n_valid / predicted
-                for trained, predicted in speeds)
+    labelled_share = n_rounds / (1 + n_rounds)
+    n_trained = n_train - n_valid + labelled_share * n_test
+    epoch = sum(n_trained / trained + n_valid / predicted for trained, predicted in speeds)
     rest = sum(START_SECONDS + (n_valid + n_test) * n_views / predicted for _, predicted in speeds)
-    return epoch, rest
+    return epoch, rest + labelled_share * START_SECONDS
 
 
 def count_lanes(args):

@@ -578,6 +578,9 @@ def report_labels(folder, args, counts, labels, by_hand, contaminated):
     if contaminated:
         print(f"warning: {folder} is contaminated: what learns from it has no honest validation "
               "score")
+    if "kept" in counts[BACKGROUND] and not labels[0]["pixels"]:
+        print(f"warning: no pixel is labelled {BACKGROUND}, so these labels teach only to see "
+              "objects")
     if "kept" not in counts[BACKGROUND]:
         print(f"warning: no photo is kept, so round {args.round} of fold {args.fold} learns "
               "nothing new: its runs will be those of the round before")

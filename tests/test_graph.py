@@ -832,7 +832,7 @@ def test_status_tells_what_is_stale_from_what_is_done(built):
 @pytest.mark.parametrize("exps, told", [
     (None, "EXPS=: compare takes two or more experiments, or rounds"),
     ("main ", "EXPS=main : compare takes two or more experiments, or rounds"),
-    ("main empty", "there is no out/empty/r*/"), ("nosuch main", "there is no out/nosuch/r*/"),
+    ("main empty", "no run has a valid.json in out/empty"), ("nosuch none main", "valid.json in out/nosuch out/none"),
     ("main ../main", "EXPS=main ../main can not be"), ("main,lr5 main", "EXPS=main,lr5 main can not be")])
 def test_compare_without_two_experiments_that_were_scored_is_an_error_of_one_line(built, exps, told):
     (built / "out/empty/r0").mkdir(parents=True)

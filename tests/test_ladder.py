@@ -50,6 +50,9 @@ def test_a_rung_changes_what_it_says_of_the_rungs_below_and_one_aside_changes_no
     assert knobs["tried"]["TRAIN_ARGS"] == "--ema 0.9 --loss ce --loss iou_ce --classmix plain"
     assert knobs["views"] == knobs["loss"] | {"TTA": "flip"} and knobs["folds"]["FOLDS"] == "0 1 2"
     assert knobs["low"]["EPOCHS"] == ensemble.LADDER_KNOBS["fast"]["EPOCHS"].split()[0]
+    two = Rung("fpn", {"MODELS": 2}, "why", aside_in=("fast",))
+    monkeypatch.setattr(ensemble, "LADDER", (*ensemble.LADDER, two, two._replace(name="unet", knobs={"MODELS": 3})))
+    assert [rung.name for rung, _, _ in ensemble.climb("fast", asked)][-2:] == ["folds", "fpn"]  # there is no third
     climbed = ensemble.climb("full", {"NFOLDS": "4"})
     assert climbed[-1][1]["FOLDS"] == "0 1 2 3"
     assert [below for _, _, below in climbed][:4] == ["", "low", "loss", "tried"]  # in full it isn't aside
@@ -123,7 +126,12 @@ def test_a_rung_waits_for_the_one_below_with_its_recipe():
     ([Rung("a", {"MODELS": -2}, "")], "a: MODELS: -2: 2 takes"),
     ([Rung("a", {}, "", ("fsat",))], "a: aside_in is a tuple of presets, of full, fast, not .'fsat'"),
     ([Rung("a", {}, "", ("fast",))], "a, the lowest rung, can't be aside"),
-    ([Rung("a", {}, "", "fast")], "a: aside_in is a tuple")])
+    ([Rung("a", {}, "", "fast")], "a: aside_in is a tuple"),
+    ([Rung("a", {}, ""), Rung("b", {"FOLDS": -1}, ""), Rung("c", {"FOLDS": "0"}, "")],
+     "c: FOLDS=0: none of those of b, which it is compared with out of fold, 1"),
+    ([Rung("a", {"PAINT": "id"}, "")], "a: PAINT is no knob of a rung; there are MODELS,"),
+    ([Rung("a", {"EXP": "b"}, "")], "a: EXP is no knob"), ([Rung("a", {"TTA": None}, "")], "a: TTA: None is neither"),
+    ([("a", {}, "")], r".'a', {}, ''.: write Rung"), ([Rung("a", "LR=1", "")], "write Rung")])
 def test_what_can_not_be_a_rung_is_told_before_the_climb(monkeypatch, rungs, told):
     monkeypatch.setattr(ensemble, "LADDER", rungs)
     with pytest.raises(UserError, match=f"^LADDER: .*{told}"):
@@ -198,10 +206,11 @@ def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page
     knobs = {"EXP": "lad", "HOLDOUT": "0.2", "ROUNDS": None, "FOLDS": "0 1", "NFOLDS": 2, "EPOCHS": "1 2"}
     assert [line.split("\t")[0] for line in make(project, "-n", "ladder", **knobs).stdout.splitlines() if "\t" in line
             ] == ["low", "tried", "flip", "folds", "fitted"]
-    for mistake, told in (({"HOLDOUT": None, "TRUTH": "nosuch.json"}, "nosuch.json: "),
+    for mistake, told in (({"HOLDOUT": None, "TRUTH": "nosuch.json"}, "TRUTH=nosuch.json: no such file"),
                           ({"HOLDOUT": None, "FOLDS": "0 1 2"}, "FOLDS and FOLD go from 0 to 1"),
                           ({"HOLDOUT": None, "MODELS": "unet/nosuch unet/resnet18"}, "there is no encoder nosuch"),
                           ({"HOLDOUT": None, "BUDGET": "9m"}, "BUDGET is for one submit"),
+                          ({"TRUTH": "train.py"}, "TRUTH is not of the photos that HOLDOUT holds out"),
                           ({"HOLDOUT": None, "TRAIN_ARGS": "--epoch 3"}, "LADDER: low can't be made, see above")):
         assert told in make(project, "ladder", code=2, **(knobs | mistake)).stderr
     assert "climb is a part of make ladder" in make(project, "climb", code=2, **knobs).stderr
@@ -235,6 +244,7 @@ def test_the_climb_trains_nothing_twice_and_ends_in_a_table_a_picture_and_a_page
     before = (project / "out/lad/ladder.csv").read_bytes()
     error = make(project, "ladder", code=2, **(knobs | {"EXP": "lad/low"})).stderr
     assert "EXP=lad/low has runs and a report of its own" in error
+    assert "EXP=lad is a ladder with a report" in make(project, "submit", code=2, EXP="lad").stderr
     again = make(project, "ladder", **knobs)
     assert "train.py" not in again.stdout and (project / "out/lad/ladder.csv").read_bytes() == before
 
@@ -287,9 +297,16 @@ def test_what_is_no_duration_is_refused(text):
 
 
 def test_an_epoch_trains_on_the_other_folds_and_looks_at_this_one():
-    epoch, rest = ensemble.seconds_of_a_fold([(10, 50), (5, 25)], 100, 40, 5, 3)
+    epoch, rest = ensemble.seconds_of_a_fold([(10, 50), (5, 25)], 100, 40, 5, 3, 0)
     assert epoch == pytest.approx(80 / 10 + 20 / 50 + 80 / 5 + 20 / 25)
     assert rest == pytest.approx(2 * ensemble.START_SECONDS + 60 * 3 / 50 + 60 * 3 / 25)
+
+
+def test_rounds_train_on_the_test_photos_too_and_label_them():
+    start, predicted = ensemble.START_SECONDS, 60 * 3 / 50
+    epoch, rest = ensemble.seconds_of_a_fold([(10, 50)], 100, 40, 5, 3, 2)
+    assert 3 * epoch == pytest.approx(3 * 20 / 50 + (80 + 120 + 120) / 10)
+    assert 3 * rest == pytest.approx(3 * (start + predicted) + 2 * start)
 
 
 @pytest.mark.parametrize("seconds, jobs, rounds, keep, expected", [

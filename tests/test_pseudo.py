@@ -875,6 +875,13 @@ def test_the_truth_of_the_fold_itself_decides_nothing(makers, judges, monkeypatc
     assert rows[-1]["expected"] == 0  # it only tells how right they are
 
 
+@pytest.mark.parametrize("least, is_warned", [(np.inf, True), (0.4, False)])
+def test_labels_without_background_are_warned_of(makers, monkeypatch, capsys, least, is_warned):
+    monkeypatch.setattr(pseudo_label, "choose_thresholds", lambda args, *data: np.array([least, *11 * [0.4]]))
+    pseudo_label.main(makers.args("--rule", "pixel"))
+    assert "1" in keeps(makers) and ("warning: no pixel is labelled Background" in capsys.readouterr().out) == is_warned
+
+
 def test_without_another_fold_or_with_other_models_auto_is_refused(makers, judges):
     with pytest.raises(UserError, match="needs --out-of-fold with valid.json of other folds than 0: .*--confident 0.8"):
         pseudo_label.main(makers.args("--confident", "auto"))
