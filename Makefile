@@ -75,7 +75,7 @@ about.VOTE        := weights of the members that vote: fit (if that gains), equa
 about.METRIC      := score that all that is fitted must raise, v3 or v2; the other must not fall
 about.POST        := log-bias, least share and steps after the vote: fit (what gains) or none
 about.EXPS        := experiments, or rounds of them, that compare puts side by side
-about.LADDER      := the climb that ladder makes: full, or fast, an hour on two CPU cores
+about.LADDER      := the climb that ladder makes: full, or fast, 36 minutes on two cores for 400 photos
 about.TRUTH       := annotated COCO file of the test photos, for scores; else test.json
 about.HOLDOUT     := share of the labelled photos that holdout makes a test set of, 0.05 to 0.5
 about.IMAGE_ID    := what names an image in the submission: id, file_name
@@ -146,9 +146,9 @@ $(if $(and $(filter ladder,$(wanted)),$(BUDGET)),\
 $(if $(and $(filter ladder,$(wanted)),$(HOLDOUT),$(TRUTH)),\
     $(error TRUTH is not of the photos that HOLDOUT holds out: give one of them))
 $(if $(and $(filter ladder,$(wanted)),$(wildcard out/$(EXP)/r[0-9])),\
-    $(error EXP=$(EXP) has runs and a report of its own: name another folder for the ladder, EXP=climb))
-$(if $(and $(filter train pseudo submit score,$(wanted)),$(wildcard out/$(EXP)/rungs.tsv)),$(error EXP=$(EXP) is a \
-    ladder with a report of its own: name another experiment))
+    $(error EXP=$(EXP) has runs and a report of its own: give the ladder another folder, EXP=climb))
+$(if $(and $(filter train pseudo submit score,$(wanted)),$(wildcard out/$(EXP)/rungs.tsv)),\
+    $(error EXP=$(EXP) is a ladder with a report of its own: name another experiment))
 $(if $(TRUTH),$(if $(shell test -f $(call quote,$(TRUTH)) && echo yes),,$(error TRUTH=$(TRUTH): no \
     such file)))
 $(foreach goal,$(filter submit ladder,$(wanted)),\
@@ -196,7 +196,7 @@ both := $(and $(BUDGET),$(filter EPOCHS,$(set_by_user)))
 $(if $(both),$(error BUDGET chooses EPOCHS: give one of the two))
 spend := $(and $(BUDGET),$(if $(first),,$(goals) $(filter why status,$(wanted))))
 afford = $(shell $(PY) ensemble.py budget $(grid) --folds '$(FOLDS)' --pick-folds '$(FOLD)' \
-    --train-args='$(recipe)' --infer-args='$(infer)' --budget $(BUDGET) \
+    --train-args='--snapshots $(SNAPSHOTS) $(recipe)' --infer-args='$(infer)' --budget $(BUDGET) \
     $(if $(filter why status,$(wanted)),--dry,$(dry)) \
     --device $(DEVICE) $(if $(filter FOLDS,$(set_by_user)),--keep-folds) || echo stop)
 ifneq ($(strip $(spend)),)
@@ -300,12 +300,13 @@ compare: | $(SETUP) ## what each of EXPS gains over the one before: EXPS="main/r
 holdout: | $(SETUP) ## a DATA in out/EXP/data that tests on HOLDOUT=0.15 of the labelled photos
 	@$(lock_climb); $(make_holdout)
 make_holdout = $(run) ensemble.py holdout $(data) $(how_read) --share $(HOLDOUT) --out $(OUT)/data
-# until the shell ends, and what it becomes
+# held until this shell, or the make that it becomes, ends
 lock_climb = mkdir -p $(OUT); exec 7>> $(OUT)/.climb; flock -n 7 || { \
     echo '$(OUT): a make ladder climbs here: wait, or name another EXP' >&2; exit 2; }
 
-# A rung is one make submit. make -n first looks at all of them; then make climb, a part of make
-# ladder, makes those at once whose recipes differ, so that they have no run in common.
+# The ladder is a cumulative ablation: each rung is one make submit. make -n first looks at all of
+# them; then make climb, a part of make ladder, makes those side by side whose recipes differ, so
+# that they have no run in common.
 not_asked := EXP DATA LADDER TRUTH HOLDOUT PY LAUNCH DEVICE PER_GPU CODE
 asked    = --preset $(LADDER) \
     $(foreach v,$(filter-out $(not_asked),$(set_by_user)),$(call quote,$v=$($v)))
@@ -313,19 +314,18 @@ held_out = $(if $(dry),,$(HOLDOUT))
 ladder_data = $(call quote,$(if $(held_out),$(OUT)/data,$(DATA)))
 table    = --data $(ladder_data) --cache out/cache --exp $(OUT) $(how_read) --batch $(BATCH) \
     --image-id $(IMAGE_ID) $(truth) $(asked)
-# name and knobs: of the shell that runs it
+# $name and $knobs are variables of the shell
 submit_rung = $(MAKE) --no-print-directory submit DATA=$(ladder_data) EXP=$(EXP)/$$name \
     "$${knobs[@]}"
 read_knobs = IFS=$$'\t' read -ra knobs < <($1 | cut -f3-)
 define check_and_climb
-$(if $(held_out),$(lock_climb); $(make_holdout); )\
+$(lock_climb); $(if $(held_out),$(make_holdout);) \
 rungs=$$($(PY) ensemble.py rungs $(table)); \
 while IFS= read -r rung <&8; do \
     name=$${rung%%$$'\t'*}; $(call read_knobs,echo "$$rung"); \
     $(submit_rung) -n > /dev/null || { echo "LADDER: $$name can't be made, see above" >&2; \
     exit 2; }; \
 done 8<<< "$$rungs"; \
-$(if $(held_out),,$(lock_climb); )\
 echo "$$rungs" > $(OUT)/.rungs; mv $(OUT)/.rungs $(OUT)/rungs.tsv; \
 exec $(MAKE) --no-print-directory climb
 endef

@@ -270,8 +270,8 @@ def load_truths(path, test, paint):
         if photo is None:
             faults.append(f"{path}: test image {image_id}: it has no such image")
         elif photo["file_name"] != name:
-            faults.append(f"{path}: test image {image_id}: it is {photo['file_name']}, {name} in "
-                          "the data: the truth is of other photos")
+            faults.append(f"{path}: test image {image_id}: it is {photo['file_name']} there and "
+                          f"{name} in the data: another photo, or one by another name")
         elif photo["size"] != tuple(size):
             faults.append(f"{path}: test image {image_id}: it has the size {photo['size']}, not "
                           f"{tuple(size)}")

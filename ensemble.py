@@ -69,7 +69,7 @@ BIASES = (-1.4, -1, -0.7, -0.35, 0.35, 0.7, 1, 1.4)  # tried for each class
 LEAST_SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)  # see drop_small
 HALF_TRUSTED = 10  # images; see shrink
 BUDGET_SHARE = 0.9  # of a budget that is planned: what else runs slows some steps
-START_SECONDS = 15  # of a run's scripts, libraries, checks and pictures, and again of the vote
+START_SECONDS = 15  # of a run's scripts, libraries, checks and pictures; of its labels; of the vote
 ENOUGH_EPOCHS, MOST_EPOCHS = 15, 40  # by a budget: fewer for another fold lose, more gain nothing
 AREAS = (0, *(2 ** np.arange(4, 12)))  # up to 3% of the image: a larger one fits its own images
 TAKEN = "with what is taken"  # the name of the vote with all that gains out of fold
@@ -77,7 +77,10 @@ FEW_IMAGES = 10  # of fewer a bootstrap knows too little: its intervals are too 
 SIZES = (0, 0.003, 0.01, 0.03, 0.1, 0.3)  # shares of an image where the report's bins begin
 NO_GAIN = dict.fromkeys(("gain", "low", "high"), math.nan)  # what gain returns, of the lowest rung
 WHERE = {"": "out of fold", "test ": "on the test photos' truth"}  # by the prefix of columns
-CLIMB_TITLE = "the lowest rung's score and the gains over it; bars: 95% interval of a gain"
+# above pictures of steps: of compare, and of a ladder
+COMPARE_TITLE = "bars: 95% interval of the gain over the step before"
+CLIMB_TITLE = ("the lowest rung's score plus each rung's gain over\n"
+               "the one that it stands on; bars: 95% interval of that gain")
 CONTAMINATED = "CONTAMINATED: pseudo labels' makers have seen these images (--allow-leak)"
 BY_FOLD = ("fold", "pseudo", "contaminated")  # where the recipes of a member's folds may differ
 # what decides no result; see BESIDE in common.py
@@ -94,8 +97,8 @@ BESIDE = {
 class Rung(NamedTuple):
     """A step of the climb: an experiment EXP/name of make submit."""
     name: str
-    # what it changes of make's knobs: a text, which for *_ARGS is added to that of the rungs below,
-    # or a number of those that LIST_KNOBS ask for: 2 takes the first two, -1 the last one
+    # what it changes, {knob: value} of make: a text (of *_ARGS: added to that below), or, of
+    # LIST_KNOBS, a number: 2 takes the first two words of what was asked for, -1 the last one
     knobs: dict
     why: str
     aside_in: tuple = ()  # presets in which it is tried, and the rungs above don't stand on it
@@ -103,10 +106,18 @@ class Rung(NamedTuple):
 
 LIST_KNOBS = ("MODELS", "SCALES", "EPOCHS", "FOLDS", "ROUNDS")
 RECIPE_KNOBS = ("EPOCHS", "BATCH", "LR", "SEED", "WEIGHTS", "TRAIN_ARGS")  # of every run
-RUNG_KNOBS = (*LIST_KNOBS, *RECIPE_KNOBS, "TTA", "VOTE", "METRIC", "POST", "SNAPSHOTS",
-              "INFER_ARGS", "PSEUDO_ARGS", "SUBMIT_ARGS")  # others are those of the whole climb
+RUNG_KNOBS = (*LIST_KNOBS, "BATCH", "LR", "SEED", "WEIGHTS", "TTA", "VOTE", "METRIC", "POST",
+              "SNAPSHOTS", "TRAIN_ARGS", "INFER_ARGS", "PSEUDO_ARGS", "SUBMIT_ARGS")
+# options that a knob of make stands for: as one of *_ARGS they would silently undo what rungs set
+HAVE_A_KNOB = {
+    "TRAIN_ARGS": {"--epochs": "EPOCHS", "--batch": "BATCH", "--lr": "LR", "--seed": "SEED",
+                   "--weights": "WEIGHTS", "--snapshots": "SNAPSHOTS"},
+    "INFER_ARGS": {"--tta": "TTA"}, "PSEUDO_ARGS": {},
+    "SUBMIT_ARGS": {"--weights": "VOTE", "--metric": "METRIC", "--post": "POST",
+                    "--batch": "BATCH", "--image-id": "IMAGE_ID"}}
 
-# LADDER=NAME of make -> knobs where the command line has no others; ROUNDS is set here alone
+# LADDER=NAME of make -> knobs where the command line has no others. ROUNDS can't be given there,
+# since rungs set it: pseudo-all takes the last number
 LADDER_KNOBS = {
     "full": {"SCALES": "384 512", "EPOCHS": "20 40", "ROUNDS": "0 2"},
     "fast": {"SCALES": "128 256", "EPOCHS": "6 20", "ROUNDS": "0", "FOLDS": "0 1"}}
@@ -890,20 +901,18 @@ def bootstrap_interval(values, n_draws=2000):
 def gain(after, before, metric="v3"):
     """Return the gain in v2 or v3 and its paired 95% interval: the same images drawn in both.
 
-    after, before: pixel counts [N, C, C] of the same images.
+    after, before: pixel counts [N, C, C] of the same images. The interval is NaN if they are fewer
+    than FEW_IMAGES.
     """
     if metric == "v3":
         gains = image_miou(after) - image_miou(before)
-        low, high = bootstrap_interval(gains)
-        return {"gain": gains.mean(), "low": low, "high": high}
-    gains = image_miou(drawn_counts(after, 1000)) - image_miou(drawn_counts(before, 1000))
-    low, high = np.percentile(gains[1:], (2.5, 97.5))
-    return {"gain": gains[0], "low": low, "high": high}
-
-
-def few_note(n_images):
-    """Return what is to be known of intervals of so many images, "" if they are enough."""
-    return f"; intervals of only {n_images} are too narrow" if n_images < FEW_IMAGES else ""
+        gained, (low, high) = gains.mean(), bootstrap_interval(gains)
+    else:
+        gains = image_miou(drawn_counts(after, 1000)) - image_miou(drawn_counts(before, 1000))
+        gained, (low, high) = gains[0], np.percentile(gains[1:], (2.5, 97.5))
+    if len(after) < FEW_IMAGES:
+        low = high = math.nan
+    return {"gain": gained, "low": low, "high": high}
 
 
 def drawn_counts(counts, n_draws):
@@ -1760,7 +1769,7 @@ def compare(args):
     groups = {"": comparison.valid}
     n_images = len(comparison.valid[0])
     title = (f"{n_images} images that all of them held out; 95% intervals by paired bootstrap"
-             f"{few_note(n_images)}")
+             f", for {FEW_IMAGES} or more")
     if comparison.is_labelled:
         groups["test "] = comparison.test
         title += ("\ntest: the vote of all folds on labelled test photos, whose labels nothing has "
@@ -1810,23 +1819,27 @@ def compact_table(columns, label):
 
 
 def gain_text(gained, low, high):
-    """Return a gain with its interval as "+0.012 [0.001, 0.023]", or "-" if there is none."""
-    return "-" if math.isnan(gained) else f"{gained:+.3f} [{low:.3f}, {high:.3f}]"
+    """Return a gain with its interval as "+0.012 [0.001, 0.023]", "-" for one that isn't known."""
+    if math.isnan(gained):
+        return "-"
+    return f"{gained:+.3f}" if math.isnan(low) else f"{gained:+.3f} [{low:.3f}, {high:.3f}]"
 
 
 def verdict(row, labels):
     """Return in words what a step gains, such as "v3 gains, v2 within chance".
 
-    row: its columns, of each of `labels` the 95% interval "v3 low", "v3 high". What isn't known is
-    left out.
+    row: its columns, of each of `labels` "v3 gain" with the 95% interval "v3 low", "v3 high". A
+    gain that isn't known is left out.
     """
     words = []
     for label in labels:
-        low, high = row[f"{label} low"], row[f"{label} high"]
+        gained, low, high = (row[f"{label} {key}"] for key in NO_GAIN)
         what = "gains" if low > 0 else "loses" if high < 0 else "within chance"
-        if low == high == 0:
+        if math.isnan(low):
+            what = "too few images"
+        elif low == high == 0:
             what = "same"  # not an image differs, as out of fold where a fold was added
-        if not math.isnan(low):
+        if not math.isnan(gained):
             words.append(f"{label} {what}")
     return ", ".join(words)
 
@@ -1861,11 +1874,11 @@ def write_staircase(path, columns, groups):
         draw_staircases(scratch, numbered, columns, groups)
 
 
-def draw_staircases(path, names, columns, groups, **ladder):
+def draw_staircases(path, names, columns, groups, asides=(), title=COMPARE_TITLE):
     """Draw a PNG of v3, and below it of v2, of steps with these names.
 
     columns: {"v3", "v3 gain", "v3 low", ...: [N] values}; groups: prefixes of columns, keys of
-    WHERE; ladder: more of draw_staircase.
+    WHERE; asides, title: of draw_staircase.
     """
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -1873,7 +1886,7 @@ def draw_staircases(path, names, columns, groups, **ladder):
     with style.context(["default", options]):
         figure = Figure((max(7, 2 + 0.6 * len(names)), 8), layout="constrained")
         for axes, metric in zip(figure.subplots(2, sharex=True), ("v3", "v2"), strict=True):
-            draw_staircase(axes, names, stairs_of(metric, columns, groups), **ladder)
+            draw_staircase(axes, names, stairs_of(metric, columns, groups), asides, title)
             axes.label_outer()
         figure.savefig(path, format="png", dpi=120)
 
@@ -1887,8 +1900,7 @@ def stairs_of(metric, columns, groups):
     return series
 
 
-def draw_staircase(axes, names, series, asides=(),
-                   title="bars: 95% interval of the gain over the step before"):
+def draw_staircase(axes, names, series, asides=(), title=COMPARE_TITLE):
     """Draw the scores of steps one after another: a tread at each score, risers between them.
 
     names: of N steps; series: {label: N of (score, low, high)} of around; asides: which steps, from
@@ -1935,6 +1947,8 @@ def climb(preset, given):
     that the rungs set, and for what can't be in LADDER.
     """
     check_ladder()
+    for name, text in given.items():
+        check_has_no_knob(name, text, "")
     n_folds = int(given.get("NFOLDS", 5))
     folds = " ".join(map(str, range(n_folds)))
     asked = {"MODELS": LADDER_MODELS, "FOLDS": folds, "ROUNDS": "0"} | LADDER_KNOBS[preset] | given
@@ -1944,15 +1958,17 @@ def climb(preset, given):
     for rung in LADDER:
         changed = change_knobs(rung, knobs, asked, given)
         is_aside = preset in rung.aside_in
-        if rungs and (changed == knobs or is_aside and changed in tried):
-            continue
-        if rungs and not {*changed["FOLDS"].split()} & {*knobs["FOLDS"].split()}:
-            raise UserError(f"LADDER: {rung.name}: FOLDS={changed['FOLDS']}: none of those of "
-                            f"{below}, which it is compared with out of fold, {knobs['FOLDS']}")
-        rungs.append((rung, changed, below))
-        if is_aside and not below:
+        if is_aside and not rungs:
             raise UserError(f"LADDER: {rung.name}, the lowest rung, can't be aside: the others "
                             "stand on it")
+        is_repeated = changed == knobs or (is_aside and changed in tried)
+        if rungs and is_repeated:
+            continue
+        if rungs and not {*changed["FOLDS"].split()} & {*knobs["FOLDS"].split()}:
+            raise UserError(f"LADDER: {rung.name} has FOLDS={changed['FOLDS']}, {below} below it "
+                            f"FOLDS={knobs['FOLDS']}: no photo is out of fold in both, so they "
+                            "can't be compared")
+        rungs.append((rung, changed, below))
         if is_aside:
             tried.append(changed)
         else:
@@ -1963,7 +1979,8 @@ def climb(preset, given):
 def change_knobs(rung, knobs, asked, given):
     """Return the knobs {name: value} of a rung that stands on one with `knobs`.
 
-    asked: the knobs of the whole climb; given: those of them from the command line.
+    asked: the knobs of the whole climb; given: those of them from the command line. Raises
+    UserError where both the command line and the rung set something.
     """
     changed = dict(knobs)
     for name, value in rung.knobs.items():
@@ -1977,7 +1994,7 @@ def change_knobs(rung, knobs, asked, given):
             changed[name] = f"{knobs.get(name, '')} {value}".strip()
         elif name in given:
             raise UserError(f"{name}={given[name]}: rungs of the ladder set {name} themselves: "
-                            "see LADDER in ensemble.py")
+                            "see LADDER and LADDER_KNOBS in ensemble.py")
         else:
             changed[name] = value
     return changed
@@ -1986,6 +2003,13 @@ def change_knobs(rung, knobs, asked, given):
 def option_names(text):
     """Return the set of options such as --loss in a text of arguments."""
     return {word.partition("=")[0] for word in text.split() if word.startswith("--")}
+
+
+def check_has_no_knob(name, text, where):
+    """Raise UserError if the text of one of *_ARGS has an option that is a knob of its own."""
+    options = HAVE_A_KNOB.get(name, {})
+    for option in sorted(option_names(text) & options.keys() if options else ()):
+        raise UserError(f"{where}{name}={text}: write {options[option]}= instead of {option}")
 
 
 def check_sizes(asked):
@@ -2007,7 +2031,8 @@ def check_sizes(asked):
 def check_ladder():
     """Raise UserError for what can't be in LADDER: a name, a number or a preset."""
     for rung in LADDER:
-        if not isinstance(rung, Rung) or not isinstance(rung.knobs, dict):
+        if not (isinstance(rung, Rung) and isinstance(rung.name, str)
+                and isinstance(rung.knobs, dict)):
             raise UserError(f'LADDER: {rung!r}: write Rung("name", {{"KNOB": "value"}}, "why")')
     names = [rung.name for rung in LADDER]
     for rung in LADDER:
@@ -2025,7 +2050,7 @@ def check_ladder():
             if knob not in RUNG_KNOBS:
                 raise UserError(f"LADDER: {rung.name}: {knob} is no knob of a rung; there are "
                                 f"{', '.join(RUNG_KNOBS)}")
-            if not isinstance(value, int | str):
+            if type(value) not in (int, str):
                 raise UserError(f"LADDER: {rung.name}: {knob}: {value!r} is neither a text nor a "
                                 "whole number")
             if isinstance(value, int) and knob not in LIST_KNOBS:
@@ -2034,6 +2059,7 @@ def check_ladder():
             if isinstance(value, int) and (value < -1 or value == 0):
                 raise UserError(f"LADDER: {rung.name}: {knob}: {value}: 2 takes the first two, -1 "
                                 "the last one")
+            check_has_no_knob(knob, value, f"LADDER: {rung.name}: ")
 
 
 def make_words(knobs):
@@ -2095,16 +2121,16 @@ def ladder(args):
     judged_by = [f"{honest}{metric}" for metric in ("v2", "v3")]
     rows = []
     for rung, knobs, below in steps:
-        row = {"rung": rung.name, "over": below}
+        is_aside = args.preset in rung.aside_in
+        row = {"rung": rung.name, "over": below, "aside": "yes" if is_aside else ""}
         for prefix, counts in scored.items():
             row |= rung_scores(prefix, counts, rung.name, below, args.batch)
         row |= read_cost(args.exp / rung.name, knobs)
-        row["verdict"] = verdict(row, judged_by) or "the lowest rung"
+        row["verdict"] = verdict(row, judged_by) if below else "the lowest rung"
         adds = {name: knobs[name] if isinstance(value, int) else value
                 for name, value in rung.knobs.items()}
         rows.append(row | {"adds": " ".join(make_words(adds)), "why": rung.why})
-    asides = [i for i, (rung, _, _) in enumerate(steps) if args.preset in rung.aside_in]
-    show_ladder(args, rows, asides, scored, train.classes)
+    show_ladder(args, rows, scored, train.classes)
 
 
 def read_oof_counts(folder):
@@ -2143,6 +2169,8 @@ def rung_scores(prefix, counts, name, below, batch):
 def shared_gain(after, before, metric):
     """Return gain() of the images that both have; after, before: {image id: [C, C]}."""
     shared = [image_id for image_id in after if image_id in before]
+    if not shared:
+        return NO_GAIN
     return gain(*(np.stack([counts[i] for i in shared]) for counts in (after, before)), metric)
 
 
@@ -2159,23 +2187,23 @@ def climbed_scores(rows, label):
     return [*levels.values()]
 
 
-def show_ladder(args, rows, asides, scored, classes):
+def show_ladder(args, rows, scored, classes):
     """Print the climb, and write it as EXP/ladder.csv, ladder.png and report.html.
 
-    rows: of the rungs; asides: which of them, from 0, were only tried; scored: {prefix of the
-    columns: {rung: {image id: [C, C]}}}.
+    rows: of ladder.csv; scored: {prefix of the columns: {rung: {image id: [C, C]}}}.
     """
     import pandas as pd
     write_table(args.exp / "ladder.csv", pd.DataFrame(rows))
     table = pd.DataFrame([compact_row(row, scored) for row in rows])
     names = [row["rung"] for row in rows]
-    note = climb_text([name for i, name in enumerate(names) if i not in asides], scored)
+    asides = [i for i, row in enumerate(rows) if row["aside"]]
+    note = climb_text([row["rung"] for row in rows if not row["aside"]], scored)
     print(f"{as_text(table)}\n{note}")
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     for label in (f"{prefix}{metric}" for prefix in scored for metric in ("v2", "v3")):
         columns[label] = climbed_scores(rows, label)
     with atomic_write(args.exp / "ladder.png") as scratch:
-        draw_staircases(scratch, names, columns, scored, asides=asides, title=CLIMB_TITLE)
+        draw_staircases(scratch, names, columns, scored, asides, CLIMB_TITLE)
     figures = []
     for metric in ("v3", "v2"):
         draw = partial(draw_staircase, names=names, series=stairs_of(metric, columns, scored),
@@ -2196,7 +2224,7 @@ def show_ladder(args, rows, asides, scored, classes):
 
 def compact_row(row, scored):
     """Return a row of ladder.csv as it is printed: each gain in one cell with its interval."""
-    shown = {"rung": row["rung"], "over": row["over"] or "-"}
+    shown = {"rung": row["rung"], "over": row["over"] or "-", "aside": row["aside"] or "-"}
     for prefix in scored:
         for name in ("images", "v1", "v2", "v3"):
             shown[f"{prefix}{name}"] = row[f"{prefix}{name}"]
@@ -2211,16 +2239,17 @@ def compact_row(row, scored):
 def climb_text(names, scored):
     """Return sentences on the climb over the rungs `names`, from the lowest to the highest."""
     first, last = names[0], names[-1]
-    sentences = ["Scores are of all images of a rung, gains of those that both rungs predict."]
+    sentences = ["Scores are of all images of a rung, gains of those that both rungs predict, with "
+                 f"the 95% interval for {FEW_IMAGES} or more."]
     for prefix, counts in scored.items():
         v2, v3 = (gain_text(*shared_gain(counts[last], counts[first], metric).values())
                   for metric in ("v2", "v3"))
-        sentences.append(f"From {first} to {last} {WHERE[prefix]}: v2 {v2}, v3 {v3}"
-                         f"{few_note(len(counts[first]))}.")
+        sentences.append(f"From {first} to {last} {WHERE[prefix]}: v2 {v2}, v3 {v3}.")
     if len(scored) == 1:
         sentences.append("What folds are worth shows only on test photos with a truth: --truth "
-                         "FILE (make: TRUTH=FILE), or HOLDOUT=0.15. Steps after the vote are taken "
-                         "if they gain out of fold, so there they can't lose.")
+                         "FILE (make: TRUTH=FILE), or HOLDOUT=0.15. Weights and steps after the "
+                         "vote that are fitted are taken only if they gain out of fold, so their "
+                         "gain out of fold is rather too high.")
     return " ".join(sentences)
 
 
@@ -2529,7 +2558,8 @@ def budget(args):
     asked = {"budget": args.budget, "models": args.models,
              "scales": args.scales, "folds": args.folds, "keep_folds": args.keep_folds,
              "nfolds": args.nfolds, "rounds": args.rounds, "batch": train_args.batch,
-             "tta": tta_name(infer_args), "data": train.fingerprint, "gpus": args.gpus}
+             "tta": tta_name(infer_args), "data": train.fingerprint, "test": test.fingerprint,
+             "snapshots": train_args.snapshots, "gpus": args.gpus}
     answer = read_own_json(path, {"asked": dict, "epochs": int, "folds": [str]})
     if answer is None or answer["asked"] != asked:
         if args.dry:
@@ -2572,9 +2602,9 @@ def measure_speeds(args, batch):
 def seconds_of_a_fold(speeds, n_train, n_test, n_folds, n_views, n_rounds):
     """Return (seconds of an epoch, seconds besides) of one run of each model and scale together.
 
-    They are the mean over the rounds 0 to n_rounds; from 1 on the test photos, all that may be
-    kept, are trained on too, and labelled before. speeds: of measure_speeds; n_train, n_test:
-    photos; n_views: predictions of a photo, by TTA and snapshots.
+    They are the mean over the rounds 0 to n_rounds. Rounds from 1 on also label the test photos and
+    train on them; all are assumed to be kept. speeds: of measure_speeds; n_train, n_test: photos;
+    n_views: predictions of a photo, by TTA and snapshots.
     """
     n_valid = n_train / n_folds
     labelled_share = n_rounds / (1 + n_rounds)

@@ -813,7 +813,7 @@ def test_the_truths_of_labelled_test_photos_are_the_masks_of_the_same_photos(tmp
     (lambda coco: coco["images"][0].update(height=16), ["test image 11: it has the size (16, 8), not (8, 8)"]),
     (lambda coco: coco["images"].pop(1) and coco["annotations"].pop(1), ["test image 12: it has no such image"]),
     (lambda coco: coco["images"][1].update(file_name="train/0012.jpg"),
-     ["test image 12: it is train/0012.jpg, batch_01/0012.png in the data: the truth is of other photos"]),
+     ["test image 12: it is train/0012.jpg there and batch_01/0012.png in the data: another photo, or"]),
     (lambda coco: coco["categories"][1].update(name="Glass"),
      ["its categories are Paper, Glass, those of the data Paper, Metal"]),
     (lambda coco: coco["categories"].append({"id": 2, "name": "Glass"}),

@@ -37,6 +37,7 @@ SIDE = 16  # of the images of a FakeOof, in place of SUBMIT_SIZE
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(ensemble, "SUBMIT_SIZE", SIDE)
+    monkeypatch.setattr(ensemble, "FEW_IMAGES", 1)
 
 
 class FakeOof(Namespace):
@@ -350,6 +351,14 @@ def test_equal_weights_win_where_the_interval_spans_zero(small):
     used, _, tried = chosen(oof)
     row = tried["fitted weights"]
     assert row["taken"] == "no" and row["v3 low"] < 0 < row["v3 gain"] and used["weights"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("n_images, is_taken", [(9, False), (10, True)])
+def test_of_too_few_images_nothing_is_taken(n_images, is_taken):
+    wrong, right = (Namespace(counts=np.array([counts] * n_images)) for counts in ([[9, 0], [9, 0]], [[9, 0], [0, 9]]))
+    tried = []
+    assert (ensemble.take_best({"step": right}, wrong, "v3", tried) is right) == is_taken
+    assert tried[0]["v3 gain"] == pytest.approx(0.75) and math.isnan(tried[0]["v3 low"]) != is_taken
 
 
 def option_of(*changes):
@@ -670,7 +679,8 @@ def three(small):
                    checkpoints=[["a"], ["a"], ["a"]])
 
 
-def test_waterfall_axes_and_disagreement_by_hand(three, tmp_path, capsys):
+def test_waterfall_axes_and_disagreement_by_hand(three, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ensemble, "FEW_IMAGES", 1)
     _, thumbs, truths, apart = ensemble.survey(three)
     ensemble.analyse(no_tables(tmp_path), three, thumbs, truths, apart)
     waterfall, axes, disagreement = (pd.read_csv(tmp_path / f"{name}.csv", keep_default_na=False)
@@ -775,9 +785,9 @@ def check_gains(rows, label, v3s):
     draws = np.random.default_rng(0).integers(len(v3s[0]), size=(2000, len(v3s[0])))
     for i, ending in product(range(1, len(v3s)), ("", " over first")):
         gains = v3s[i] - v3s[0 if ending else i - 1]
-        wanted = [gains.mean(), *np.percentile(gains[draws].mean(1), (2.5, 97.5))]
+        interval = np.percentile(gains[draws].mean(1), (2.5, 97.5)) if len(gains) >= 10 else [math.nan, math.nan]
         assert rows.loc[i, [f"{label} {name}{ending}" for name in ("gain", "low", "high")]].tolist() == pytest.approx(
-            wanted, abs=1e-9), (label, i, ending)
+            [gains.mean(), *interval], abs=1e-9, nan_ok=True), (label, i, ending)
 
 
 def test_each_experiment_is_set_against_the_one_before_and_the_first(
@@ -833,10 +843,12 @@ def test_a_verdict_is_by_the_intervals_and_leaves_out_what_is_not_known():
     row = {}
     for label, low, high in (("v3", -0.1, 0.2), ("v2", 0.1, 0.2), ("test v3", -0.2, -0.1), ("test v2", -0.2, 0),
                              ("v1", math.nan, math.nan), ("test v1", 0, 0), ("low", 0, 0.1)):
-        row |= {f"{label} low": low, f"{label} high": high}
+        row |= {f"{label} gain": low, f"{label} low": low, f"{label} high": high}
+    row |= {"few gain": 0.1, "few low": math.nan, "few high": math.nan}
     said = ensemble.verdict(row, ["v3", "v2", "test v3", "test v2", "v1"])
     assert said == "v3 within chance, v2 gains, test v3 loses, test v2 within chance"
-    assert ensemble.verdict(row, ["v1"]) == ""
+    assert ensemble.verdict(row, ["v1"]) == "" and ensemble.verdict(row, ["few", "low"]) == (
+        "few too few images, low within chance")
     assert ensemble.verdict(row, ["test v1", "low"]) == "test v1 same, low within chance"
 
 
@@ -847,7 +859,12 @@ def test_few_images_have_no_interval_that_can_be_trusted():
     rows = ensemble.compare_classes(Namespace(valid=[before, after], classes=["Background", "Can", "Cup"]))
     assert [math.isnan(row["low"]) for row in rows] == [False, True, False]
     assert [row["gain"] for row in rows] == pytest.approx([1 - 108 / (108 + 45 + 60), 1, 1])
-    assert ensemble.few_note(9) == "; intervals of only 9 are too narrow" and ensemble.few_note(10) == ""
+    for metric in ("v2", "v3"):
+        nine, ten = (ensemble.gain(after[:n], before[:n], metric) for n in (9, 10))
+        assert math.isnan(nine["low"]) and math.isnan(nine["high"]) and 0 < ten["low"] <= ten["gain"] <= ten["high"]
+        cells = re.fullmatch(r"\+0\.\d+ . \+0\.\d+ \[.*\]", f"{ensemble.gain_text(*nine.values())} . "
+                             f"{ensemble.gain_text(*ten.values())}")
+        assert cells, metric
 
 
 def test_an_experiment_may_be_named_like_a_round(tiny_data, cache, experiments, tmp_path, capsys):
@@ -924,7 +941,7 @@ def test_the_vote_of_all_folds_is_scored_on_labelled_test_photos(labelled, cache
     assert np.isnan(rows["test v3 gain"][3]) and rows["test v3 gain over first"][3] == 0
     assert "none/r0/unet/a/s64/f1: no test.json" in out and "honest column for what folds" in out
     assert re.search(r"^ 3 +none +- +- +-$", out.replace("\n", "\n "), re.M)
-    assert re.search(r"^two against one: v3 .*, test v3 (gains|loses|within chance|same), test v2 ", out, re.M)
+    assert re.search(r"^two against one: v3 .*, test v3 too few images, test v2 too few images$", out, re.M)
     assert "test" not in re.search(r"^none against two: .*$", out, re.M)[0]
 
 
@@ -942,12 +959,12 @@ def test_the_picture_of_experiments_is_a_light_png(tiny_data, cache, experiments
     monkeypatch.setattr(ensemble, "draw_staircase", lambda axes, *args: drawn.append(args))
     run_ensemble(tiny_data, cache, "compare", "--tables", tmp_path, "--picture", tmp_path / "c.png", "weak", "good/r1")
     rows = pd.read_csv(tmp_path / "compare.csv")
-    for (names, series, asides), metric in zip(drawn, ("v3", "v2"), strict=True):
+    for (names, series, asides, title), metric in zip(drawn, ("v3", "v2"), strict=True):
         (label, steps), = series.items()
         assert names == ["1 weak", "2 good/r1"] and label == f"{metric} out of fold"
         ends = [rows[f"{metric} {end}"] + rows[metric] - rows[f"{metric} gain"] for end in ("low", "high")]
         np.testing.assert_allclose(steps, np.transpose([rows[metric], *ends]))
-        assert not asides
+        assert not asides and title == ensemble.COMPARE_TITLE
     with Image.open(tmp_path / "c.png") as picture:
         assert round(picture.info["dpi"][0]) == 120 and picture.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
 
