@@ -112,7 +112,7 @@ RUNG_KNOBS = (*LIST_KNOBS, "BATCH", "LR", "SEED", "WEIGHTS", "TTA", "VOTE", "MET
 HAVE_A_KNOB = {
     "TRAIN_ARGS": {"--epochs": "EPOCHS", "--batch": "BATCH", "--lr": "LR", "--seed": "SEED",
                    "--weights": "WEIGHTS", "--snapshots": "SNAPSHOTS"},
-    "INFER_ARGS": {"--tta": "TTA"}, "PSEUDO_ARGS": {},
+    "INFER_ARGS": {"--tta": "TTA"},
     "SUBMIT_ARGS": {"--weights": "VOTE", "--metric": "METRIC", "--post": "POST",
                     "--batch": "BATCH", "--image-id": "IMAGE_ID"}}
 
@@ -2007,8 +2007,9 @@ def option_names(text):
 
 def check_has_no_knob(name, text, where):
     """Raise UserError if the text of one of *_ARGS has an option that is a knob of its own."""
-    options = HAVE_A_KNOB.get(name, {})
-    for option in sorted(option_names(text) & options.keys() if options else ()):
+    options = HAVE_A_KNOB.get(name)
+    if options and (given := option_names(text) & options.keys()):
+        option = min(given)
         raise UserError(f"{where}{name}={text}: write {options[option]}= instead of {option}")
 
 

@@ -272,8 +272,8 @@ def test_a_signal_ends_all_rungs_and_the_next_make_carries_on(tmp_path, end_of_a
     knobs = {"EXP": "lad", "ROUNDS": None, "FOLDS": "0", "NFOLDS": 2, "EPOCHS": "20", "TRAIN_ARGS": "--save-every 0"}
     climbing = subprocess.Popen(command("-j2", "ladder", **knobs), cwd=project, env=ENV, start_new_session=True,
                                 close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    logs = [project / f"out/lad/{name}/r0/{MODEL}/s64/f0/log.csv" for name in ("low", "tried")]
-    while not all(log.exists() for log in logs) and climbing.poll() is None:
+    saved = [project / f"out/lad/{name}/r0/{MODEL}/s64/f0/last.pt" for name in ("low", "tried")]
+    while not all(path.exists() for path in saved) and climbing.poll() is None:
         time.sleep(0.01)
     (os.killpg if is_group else os.kill)(climbing.pid, number)
     assert climbing.wait() != 0
