@@ -64,8 +64,7 @@ PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byt
 MAX_ROW = 64 * SUBMIT_SIZE ** 2  # bytes of a row of a submission: 64 for each id with its blanks
 MAX_PICKS = 30  # of the greedy selection of weights
 LEAST_WEIGHT = 1e-4  # of the largest: what weighs less is lost where a vote is summed in float32
-THUMBNAILS = 128_000_000  # bytes for the small probabilities that weights and biases are fitted on
-BIASES = (-1.4, -1, -0.7, -0.35, 0.35, 0.7, 1, 1.4)  # tried for each class
+THUMBNAILS = 128_000_000  # bytes for the small probabilities that weights are fitted on
 LEAST_SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)  # see drop_small
 HALF_TRUSTED = 10  # images; see shrink
 BUDGET_SHARE = 0.9  # of a budget that is planned: what else runs slows some steps
@@ -207,7 +206,7 @@ def shared_options():
     scored.add_argument("--metric", choices=("v3", "v2"), default="v3",
                         help="the score in which what is fitted must gain; the other must not lose")
     scored.add_argument("--post", choices=("fit", "none"), default="fit",
-                        help="log-bias, least share and the steps after the vote, if they gain")
+                        help="least share and the steps after the vote, if they gain")
     tables.add_argument("--tables", type=Path, help="folder for the printed tables as CSV")
     out.add_argument("--out", type=Path, required=True, help="the submission to write")
     out.add_argument("--image-id", choices=("id", "file_name"), default="id",
@@ -410,21 +409,20 @@ def member_weights(args, voters):
 # ---- the vote ------------------------------------------------------------------------------------
 
 
-def vote(images, weights, bias, least_share=0):
+def vote(images, weights, n_classes, least_share=0):
     """Return the class ids uint8 [H, W] with the largest weighted sum of probabilities.
 
     images: {voter's number: probs uint8 [C, H, W]}, without any all is background; weights [M] of
-    the voters; bias [C]: added to the logarithm of each class's sum; least_share: of drop_small.
+    the voters; least_share: of drop_small.
     """
     import cv2
-    total = np.zeros((len(bias), SUBMIT_SIZE * SUBMIT_SIZE), np.float32)
+    total = np.zeros((n_classes, SUBMIT_SIZE * SUBMIT_SIZE), np.float32)
     for weight in {weights[m] for m in images} - {0}:
         same_weight = np.zeros_like(total)  # the sum of whole numbers is exact
         for m, image in images.items():
             if weights[m] == weight:
                 cv2.accumulate(image.reshape(total.shape), same_weight)
         total += np.float32(weight) * same_weight
-    total *= np.float32(np.exp(bias))[:, None]
     total = total.reshape(-1, SUBMIT_SIZE, SUBMIT_SIZE)
     return drop_small(total, top_class(total), least_share)
 
@@ -571,41 +569,39 @@ def thumbnail_pixels(n_members, n_images, n_classes):
     return np.s_[..., step // 2::step, step // 2::step]
 
 
-def distinct_votes(weights, biases, least_shares):
-    """Return (the votes that differ [V, M + C + 1], which of them each is [K]).
+def distinct_votes(weights, least_shares):
+    """Return (the votes that differ [V, M + 1], which of them each is [K]).
 
     Each is cast once.
     """
-    columns = np.column_stack([weights, biases, least_shares])
+    columns = np.column_stack([weights, least_shares])
     return np.unique(columns, axis=0, return_inverse=True)
 
 
 def cast_votes(oof, votes):
-    """Yield, for each image in turn, the masks uint8 [V, H, W] of votes [V, M + C + 1]."""
-    n_members = len(oof.names)
+    """Yield, for each image in turn, the masks uint8 [V, H, W] of votes [V, M + 1]."""
     for n in tqdm(range(len(oof.ids)), "votes", disable=None):
         images = oof.probs(n)
-        yield np.stack([vote(images, row[:n_members], row[n_members:-1], row[-1])
-                        for row in votes])
+        yield np.stack([vote(images, row[:-1], len(oof.classes), row[-1]) for row in votes])
 
 
 def equal_vote_counts(oof, weights):
     """Return int32 [K, N, C, C] pixel counts of K votes of weights [K, M], nothing else fitted."""
-    n_votes, n_classes = len(weights), len(oof.classes)
-    votes, vote_of = distinct_votes(weights, np.zeros((n_votes, n_classes)), np.zeros(n_votes))
+    n_classes = len(oof.classes)
+    votes, vote_of = distinct_votes(weights, np.zeros(len(weights)))
     counts = np.zeros((len(votes), len(oof.ids), n_classes, n_classes), np.int32)
     for n, preds in enumerate(cast_votes(oof, votes)):
         counts[:, n] = [confusion(pred, oof.truths[n], n_classes) for pred in preds]
     return counts[vote_of]
 
 
-def keep_votes(oof, weights, biases, least_shares):
+def keep_votes(oof, weights, least_shares):
     """Return (masks uint8 [N, V, H, W] of the votes that differ, which of them each is [K]).
 
     The masks are in a file of the cache, not in memory; it has no name and ends with the process.
     It takes 64 KiB for each image and vote: 1 GB for 2,617 images and the 6 votes of 5 folds.
     """
-    votes, vote_of = distinct_votes(weights, biases, least_shares)
+    votes, vote_of = distinct_votes(weights, least_shares)
     shape = (len(oof.ids), len(votes), SUBMIT_SIZE, SUBMIT_SIZE)
     folder = scratch_folder(oof.cache)
     check_space(folder, math.prod(shape))
@@ -621,7 +617,7 @@ def scratch_folder(cache):
     return cache if os.access(cache, os.W_OK | os.X_OK) else tempfile.gettempdir()
 
 
-# ---- what is fitted: weights, log-bias and the least share ---------------------------------------
+# ---- what is fitted: weights and the least share -------------------------------------------------
 
 
 def fit_score(counts):
@@ -688,14 +684,6 @@ def coordinate_search(values, grid, measure):
             if measured > best:
                 best, values = measured, changed
     return values
-
-
-def fit_bias(total, truths):
-    """Return the log-bias [C] of the classes' votes [N, C, P] that gains most, after shrink."""
-    def measure(bias):
-        return score_of(total * np.float32(np.exp(bias))[:, None], truths)
-    bias = coordinate_search(np.zeros(total.shape[1]), BIASES, measure)
-    return shrink(bias, count_pixels(total.argmax(1), truths, len(bias)))
 
 
 def fit_least_share(total, truths):
@@ -769,15 +757,14 @@ def apply_steps(pred, used):
 class Option:
     """Parameters of a vote, fitted K times: without each part in turn, and on all images.
 
-    fitted: {"weights": [K arrays [M]], "log-bias": [K arrays [C]], "least share": [K numbers],
-    name of a step: [K params]}; fit k hasn't seen part k, the last has seen all images. votes: of
-    keep_votes, shared by the options that differ only in steps after the vote.
+    fitted: {"weights": [K arrays [M]], "least share": [K numbers], name of a step: [K params]};
+    fit k hasn't seen part k, the last has seen all images. votes: of keep_votes, shared by the
+    options that differ only in steps after the vote.
     """
 
     def __init__(self, oof, fitted, votes=None):
         self.oof, self.fitted = oof, fitted
-        in_vote = (fitted["weights"], fitted["log-bias"], fitted["least share"])
-        self.votes = votes or keep_votes(oof, *in_vote)
+        self.votes = votes or keep_votes(oof, fitted["weights"], fitted["least share"])
 
     def used(self, k=-1):
         """Return what fit k found, {name: params}, as in `fitted`."""
@@ -795,14 +782,13 @@ class Option:
         return np.stack([confusion(self.pred(n, part), self.oof.truths[n], n_classes)
                          for n, part in enumerate(self.oof.parts)])
 
-    def with_in_vote(self, name, fit, thumbs, truths):
-        """Return this option with a log-bias or least share, fitted on votes of small images."""
-        params = []
+    def with_least_share(self, thumbs, truths):
+        """Return this option with a least share, fitted on votes of small images."""
+        shares = []
         for k, seen in enumerate(images_to_fit(self.oof)):
             total = weighted_sum(self.fitted["weights"][k], thumbs[:, seen])
-            total *= np.float32(np.exp(self.fitted["log-bias"][k]))[:, None]
-            params.append(fit(total, truths[seen]))
-        return Option(self.oof, self.fitted | {name: params})
+            shares.append(fit_least_share(total, truths[seen]))
+        return Option(self.oof, self.fitted | {"least share": shares})
 
     def with_step(self, name, fit):
         """Return this option with a step more after the vote, fitted on what it predicts."""
@@ -823,14 +809,12 @@ def choose(args, oof, thumbs, truths, weights):
 
     What is used is as Option.used returns it. For each part all of it is fitted on the other parts,
     one on top of the other, and scored on that part; the test photos get what was fitted on all
-    images. First fitted weights compete with those given. Then log-bias, least share and the steps
-    after the vote compete, alone and together: the first that gains would often spoil a larger gain
-    of the next.
+    images. First fitted weights compete with those given. Then least share and the steps after the
+    vote compete, alone and together: the first that gains would often spoil a larger gain of the
+    next.
     """
     fits = images_to_fit(oof)
-    no_bias = np.zeros(len(oof.classes))
-    taken = Option(oof, {"weights": [weights] * len(fits), "log-bias": [no_bias] * len(fits),
-                         "least share": [0] * len(fits)})
+    taken = Option(oof, {"weights": [weights] * len(fits), "least share": [0] * len(fits)})
     name = f"soft vote, {'given' if np.ptp(weights) else 'equal'} weights"
     counts = {name: taken.counts}
     tried = []
@@ -874,20 +858,19 @@ def take_best(options, before, metric, tried):
 
 
 def combine_steps(before, thumbs, truths):
-    """Return {"A + B": Option} of log-bias, least share and steps after the vote, all combinations.
+    """Return {"A + B": Option} of least share and steps after the vote, all combinations.
 
     Each is fitted on what those before it in the combination predict.
     """
-    in_vote = {"log-bias": fit_bias, "least share": fit_least_share}
-    fits = in_vote | {name: fit for name, fit, _ in STEPS_AFTER_VOTE}
+    fits = {name: fit for name, fit, _ in STEPS_AFTER_VOTE}
     options = {(): before}
-    for size in range(1, len(fits) + 1):
-        for names in itertools.combinations(fits, size):
+    for size in range(1, len(fits) + 2):
+        for names in itertools.combinations(("least share", *fits), size):
             option, last = options[names[:-1]], names[-1]
-            if last in in_vote:
-                options[names] = option.with_in_vote(last, fits[last], thumbs, truths)
-            else:
+            if last in fits:
                 options[names] = option.with_step(last, fits[last])
+            else:
+                options[names] = option.with_least_share(thumbs, truths)
     del options[()]
     return {" + ".join(names): option for names, option in options.items()}
 
@@ -982,7 +965,6 @@ def show_scores(args, oof, member_counts, used, counts, tried):
         show(args, oof, "tried", "tried: gain on the folds that it wasn't fitted on; taken if "
              f"{args.metric} gains by more than chance and the other score doesn't lose so", tried)
     oof.used["weights"] = describe_params(used["weights"], oof.names)
-    oof.used["log-bias"] = describe_params(used["log-bias"], oof.classes)
     oof.used["least share"] = describe_params(used["least share"], [])
     for name, _, _ in STEPS_AFTER_VOTE:
         oof.used[name] = describe_params(used.get(name, []), oof.classes)
@@ -1309,8 +1291,7 @@ def worst_images(oof, used, counts, n=24):
     v3 = image_miou(counts)
     for i in np.argsort(v3, kind="stable")[:n].tolist():
         images = oof.probs(i)
-        total = sum(np.float32(used["weights"][m]) * image for m, image in images.items())
-        probs = total * np.float32(np.exp(used["log-bias"]))[:, None, None]
+        probs = sum(np.float32(used["weights"][m]) * image for m, image in images.items())
         pred = drop_small(probs, probs.argmax(0).astype(np.uint8), used["least share"])
         pred = apply_steps(pred, used)
         probs = probs / probs.sum(0).clip(1e-9)
@@ -1368,8 +1349,7 @@ def report_figures(oof, thumbs, truths, used, votes):
         bars[name] = class_iou(votes[oof.parts == part].sum(0))
     with np.errstate(invalid="ignore"):
         shares = pixels / pixels.sum(1, keepdims=True)
-    total = weighted_sum(used["weights"], thumbs) * np.float32(np.exp(used["log-bias"]))[:, None]
-    *bins, error = calibration(total, truths)
+    *bins, error = calibration(weighted_sum(used["weights"], thumbs), truths)
     sizes = [f"{100 * low:g} to {100 * high:g}"
              for low, high in zip(SIZES, (*SIZES[1:], 1), strict=True)]
     by_size = iou_by_size(votes)
@@ -1630,7 +1610,8 @@ def vote_test_image(n, stores, used):
     for s, (_, _, probs, positions) in enumerate(stores):
         if weights[s]:
             images[s] = read_probs(probs, positions[n])
-    return apply_steps(vote(images, weights, used["log-bias"], used["least share"]), used)
+    n_classes = stores[0][2].shape[1]
+    return apply_steps(vote(images, weights, n_classes, used["least share"]), used)
 
 
 def hard(args):
@@ -1706,8 +1687,7 @@ class Comparison:
                 self.is_labelled = path is not None
                 truths = load_truths(path, oof.test, self.options["paint"]) if path else None
             self.check_options(exp, data_options(oof.infos[0]))
-            equal = {"weights": np.ones(len(oof.names)), "log-bias": np.zeros(len(oof.classes)),
-                     "least share": 0}
+            equal = {"weights": np.ones(len(oof.names)), "least share": 0}
             counts, = equal_vote_counts(oof, [equal["weights"]])
             by_image.append(dict(zip(oof.ids, counts, strict=True)))
             print(f"{runs[0].parents[3]}: {len(runs)} run(s) of {len(oof.names)} member(s), "

@@ -233,7 +233,7 @@ def write_vote(paths, out, n_images):
     stores = [np.load(path, mmap_mode="r") for path in paths]
     ensemble.write_submission(out, list(map(str, range(n_images))), (
         ensemble.vote({m: ensemble.read_probs(store, i) for m, store in enumerate(stores)}, np.ones(len(stores)),
-                      np.zeros(N_CLASSES)) for i in range(n_images)), N_CLASSES)
+                      N_CLASSES) for i in range(n_images)), N_CLASSES)
 
 
 def vote():
@@ -249,7 +249,7 @@ def vote():
 
         def ours():
             return [ensemble.vote({m: ensemble.read_probs(store, i) for m, store in enumerate(stores)},
-                                  np.ones(n_members), np.zeros(N_CLASSES)) for i in range(n_images)]
+                                  np.ones(n_members), N_CLASSES) for i in range(n_images)]
         assert (np.stack(plain()) == np.stack(ours())).all()
         times = in_turn(5, plain=plain, ours=ours, read=lambda: [ensemble.read_probs(s, i) for i in range(n_images)
                                                                  for s in stores])

@@ -91,18 +91,17 @@ def slow_score(preds, truths):
     return slow_v2(preds, truths) + slow_v3(preds, truths)
 
 
-def slow_vote(images, weights, bias, least_share=0):
+def slow_vote(images, weights, n_classes, least_share=0):
     """The mask of one image, pixel by pixel: the first of the classes with the largest sum, of those that stay."""
     def winners(classes):
         pred = np.zeros((SIDE, SIDE), np.uint8)
         for y, x in product(range(SIDE), repeat=2):
-            totals = [sum(weights[m] * float(image[c, y, x]) for m, image in images.items()) * math.exp(bias[c])
-                      for c in classes]
+            totals = [sum(weights[m] * float(image[c, y, x]) for m, image in images.items()) for c in classes]
             pred[y, x] = classes[totals.index(max(totals))]
         return pred
-    pred = winners(range(len(bias)))
-    areas = [(pred == c).sum() for c in range(len(bias))]
-    return winners([c for c in range(len(bias)) if c == 0 or areas[c] >= least_share * max(areas[1:])])
+    pred = winners(range(n_classes))
+    areas = [(pred == c).sum() for c in range(n_classes)]
+    return winners([c for c in range(n_classes) if c == 0 or areas[c] >= least_share * max(areas[1:])])
 
 
 def no_tables(tmp_path=None):
@@ -137,12 +136,11 @@ def test_votes_are_counted_as_a_plain_loop_counts_them(small):
     has = np.array([[1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 0]], bool)  # nobody has predicted the last
     oof = FakeOof(rng.integers(0, 256, (3, 4, 3, SIDE, SIDE), dtype=np.uint8), truths, [0, 0, 1, 1], has)
     weights = [[1, 1, 1], [2, 0, 1], [0, 0, 1], [1, 1, 1], [0.3, 0.5, 0.2]]
-    biases = [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0.7, -1.4], [0.35, 0, 1]]
     shares = [0, 0, 0, 0.5, 1]
-    masks, vote_of = ensemble.keep_votes(oof, weights, biases, shares)
+    masks, vote_of = ensemble.keep_votes(oof, weights, shares)
     found = ensemble.equal_vote_counts(oof, weights[:3])
     for k, n in product(range(5), range(4)):
-        pred, labelled = slow_vote(oof.probs(n), weights[k], biases[k], shares[k]), truths[n] < 3
+        pred, labelled = slow_vote(oof.probs(n), weights[k], 3, shares[k]), truths[n] < 3
         assert (masks[n, vote_of[k]] == pred).all(), (k, n)
         if k < 3:
             expected = confusion_matrix(truths[n][labelled], pred[labelled], labels=range(3))
@@ -288,14 +286,9 @@ def test_the_search_takes_each_class_in_turn_to_the_best_value_of_the_grid():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_bias_and_an_area_are_the_best_of_their_grids_for_two_classes(seed, monkeypatch):
+def test_an_area_is_the_best_of_its_grid_for_two_classes(seed, monkeypatch):
     rng = np.random.default_rng(seed)
-    truths = rng.integers(0, 2, (8, 30))
-    probs = (rng.integers(0, 150, (1, 8, 2, 30)) + (truths[:, None] == np.arange(2)[:, None]) * 90) // [[1], [3]]
     monkeypatch.setattr(ensemble, "HALF_TRUSTED", 0)
-    bias = ensemble.fit_bias(probs[0].astype(np.float32), truths)
-    tries = {b: slow_score((probs[0] * np.exp([[0], [b]])).argmax(1), truths) for b in (0, *ensemble.BIASES)}
-    assert bias[0] == 0 and tries[bias[1]] == pytest.approx(max(tries.values())) and bias[1] > 0
     truths, preds = (rng.random((2, 9, 20, 20)) < rng.random((2, 9, 1, 1))).astype(np.uint8)
     area = ensemble.fit_min_area(preds, truths, 2)
     tries = {a: slow_score([p if p.sum() >= a else np.zeros_like(p) for p in preds], truths) for a in ensemble.AREAS}
@@ -340,7 +333,7 @@ def test_votes_are_kept_elsewhere_where_the_cache_cannot_be_written(small, tmp_p
     probs = (truths[:, None] == np.arange(3)[:, None, None])[None].astype(np.uint8)
     oof = FakeOof(probs, truths, np.arange(4) % 2)
     oof.cache = tmp_path / "gone"  # like a folder of somebody else, which root could write
-    masks, vote_of = ensemble.keep_votes(oof, np.ones((3, 1)), np.zeros((3, 3)), np.zeros(3))
+    masks, vote_of = ensemble.keep_votes(oof, np.ones((3, 1)), np.zeros(3))
     assert (masks[:, 0] == truths).all() and vote_of.ravel().tolist() == [0, 0, 0] and not any(tmp_path.iterdir())
 
 
@@ -407,7 +400,7 @@ def test_the_metric_names_the_score_that_must_gain():
 
 def test_nothing_is_tried_after_the_vote_when_that_is_asked_for(small):
     used, counts, tried = chosen(FakeOof(*stray(30, 5), np.arange(30) % 3), post="none")
-    assert tried == {} and not used["log-bias"].any() and used["least share"] == 0
+    assert tried == {} and used["least share"] == 0
     assert (counts["with what is taken"] == counts["soft vote, equal weights"]).all()
 
 
@@ -437,18 +430,9 @@ def test_a_minimum_area_is_taken_when_stray_pixels_cost_score_and_not_otherwise(
     assert image_miou(counts["soft vote, equal weights"]).mean() == pytest.approx(0.66, abs=0.01)
     assert image_miou(counts["with what is taken"]).mean() > 0.97
     used, counts, tried = chosen(FakeOof(*stray(30, 0), np.arange(30) % 3))
-    assert tried["minimum area"]["taken"] == "no" and used.keys() == {"weights", "log-bias", "least share"}
-    assert not used["log-bias"].any() and not used["least share"]
+    assert tried["minimum area"]["taken"] == "no" and used.keys() == {"weights", "least share"}
+    assert not used["least share"]
     assert (counts["with what is taken"] == counts["soft vote, equal weights"]).all()
-
-
-def test_a_log_bias_is_taken_when_a_class_is_always_too_weak(small):
-    rng = np.random.default_rng(0)
-    truths = random_truths(rng, 24, 3)
-    probs = blurred(rng, truths, 3, 1)
-    probs[:, 2] //= 3
-    used, _, tried = chosen(FakeOof(probs[None], truths, np.arange(24) % 4))
-    assert tried["log-bias"]["taken"] == "yes" and used["log-bias"][2] > 0 == used["log-bias"][0]
 
 
 def memorising(n_images=30):
@@ -472,34 +456,30 @@ def test_weights_that_memorise_a_fold_gain_nothing_on_it(small):
     assert used["weights"].tolist() == [1, 1, 1]
 
 
-def test_a_bias_and_an_area_that_memorise_a_fold_gain_nothing_on_it(small):
-    """In fold k alone class k + 1 is too weak, in the other folds it is too strong; so are its areas."""
+def test_an_area_that_memorises_a_fold_gains_nothing_on_it(small):
+    """In fold k alone class k + 1 is seen where there is none, in the other folds it is small and right."""
     n_images, parts = 30, np.arange(30) % 3
-    truths = np.zeros((n_images, SIDE, SIDE), np.uint8)
-    probs = one_hot(truths, 4, 100)
+    truths, preds = np.zeros((2, n_images, SIDE, SIDE), np.uint8)
     for n, part in enumerate(parts):
         for c in (1, 2, 3):
-            probs[n, c, 4 * c + 2:4 * c + 4] = 80  # almost: a bias would make it class c
-            if c == part + 1:
-                truths[n, 4 * c + 2:4 * c + 4] = c
-    oof = FakeOof(probs[None], truths, parts)
-    _, thumbs, small_truths, _ = ensemble.survey(oof)
-    seen = ensemble.fit_bias(thumbs[0, parts == 0].astype(np.float32), small_truths[parts == 0])
-    assert seen[1] > 0 and not seen[2:].any()
-    used, _, tried = chosen(oof)
-    assert tried["log-bias"]["taken"] == "no" and tried["log-bias"]["v3 gain"] <= 0
-    assert not used["log-bias"].any() and tried["minimum area"]["v3 gain"] <= 0
+            preds[n, 4 * c:4 * c + 2, :8] = c
+            if c != part + 1:
+                truths[n, 4 * c:4 * c + 2, :8] = c
+    seen = ensemble.fit_min_area(preds[parts == 0], truths[parts == 0], 4)
+    assert seen[1] > 5 and not seen[2:].any()  # shrunk from 16 or more, by 10 images
+    _, _, tried = chosen(FakeOof(one_hot(preds, 4)[None], truths, parts))
+    assert tried["minimum area"]["taken"] == "no" and tried["minimum area"]["v3 gain"] <= 0
 
 
 @pytest.fixture
 def fits(monkeypatch):
     """{name: what each call of that fit returned}, and everything is taken whatever it gains."""
-    found = {name: [] for name in ("fit_weights", "fit_bias", "fit_least_share", "fit_min_area")}
+    found = {name: [] for name in ("fit_weights", "fit_least_share", "fit_min_area")}
 
     def recorded(name):
         fit = getattr(ensemble, name)
         return lambda *args: found[name].append(fit(*args)) or found[name][-1]
-    for name in ("fit_weights", "fit_bias", "fit_least_share"):
+    for name in ("fit_weights", "fit_least_share"):
         monkeypatch.setattr(ensemble, name, recorded(name))
     monkeypatch.setattr(ensemble, "STEPS_AFTER_VOTE", [
         ("minimum area", recorded("fit_min_area"), ensemble.remove_small)])
@@ -517,8 +497,8 @@ def test_nothing_that_scores_a_fold_depends_on_its_truth_however_many_fits_stand
     other = np.where((parts == part)[:, None, None], random_truths(rng, 12, 4), truths)
     chosen(FakeOof(probs, other.astype(np.uint8), parts))
     for name, results in fits.items():
-        half = len(results) // 2  # areas are fitted after each of the four ways to vote
-        assert half == 4 * {"fit_least_share": 2, "fit_min_area": 4}.get(name, 1)
+        half = len(results) // 2  # areas are fitted after each of the two ways to vote
+        assert half == 4 * {"fit_min_area": 2}.get(name, 1)
         before, after = results[:half][part::4], results[half:][part::4]
         assert np.array_equal(before, after), name
     assert any((b != a).any() for results in fits.values() for b, a in zip(results[:4], results[4:], strict=True))
@@ -531,30 +511,27 @@ def test_each_fold_is_scored_with_what_was_fitted_on_the_others_and_the_last_fit
     used, counts, tried = chosen(oof)
     taken, = {name for name, row in tried.items() if row["taken"] == "yes"} - {"fitted weights"}
     parts_taken = taken.split(" + ")
-    bias = fits["fit_bias"] if "log-bias" in parts_taken else [np.zeros(3)] * 4
     shares, areas = [0] * 4, [np.zeros(3, int)] * 4
     if "least share" in parts_taken:
-        first = 4 * ("log-bias" in parts_taken)
-        shares = fits["fit_least_share"][first:first + 4]
+        shares = fits["fit_least_share"]
     if "minimum area" in parts_taken:
-        first = 4 * ["", "log-bias", "least share", "log-bias + least share"].index(" + ".join(parts_taken[:-1]))
+        first = 4 * ("least share" in parts_taken)
         areas = fits["fit_min_area"][first:first + 4]
-    fits |= {"fit_bias": bias, "fit_least_share": shares, "fit_min_area": areas}
+    fits |= {"fit_least_share": shares, "fit_min_area": areas}
     assert tried["fitted weights"]["taken"] == "yes"
     for n, part in enumerate(parts):
-        pred = slow_vote(oof.probs(n), fits["fit_weights"][part], bias[part], shares[part])
+        pred = slow_vote(oof.probs(n), fits["fit_weights"][part], 3, shares[part])
         n_pixels = np.bincount(pred.ravel(), minlength=3)
         pred = np.where(n_pixels[pred] >= areas[part][pred], pred, 0)
         assert (counts["with what is taken"][n] == confusion_matrix(
             truths[n].ravel(), pred.ravel(), labels=range(3))).all()
-    for key, name in (("weights", "fit_weights"), ("log-bias", "fit_bias"), ("least share", "fit_least_share"),
-                      ("minimum area", "fit_min_area")):
+    for key, name in (("weights", "fit_weights"), ("least share", "fit_least_share"), ("minimum area", "fit_min_area")):
         assert np.all(used.get(key, 0) == fits[name][3])
 
 
 def test_one_group_of_photos_has_no_other_part_so_nothing_is_tried(small):
     used, counts, tried = chosen(FakeOof(*stray(6, 5), np.zeros(6, int)))
-    assert tried == {} and used.keys() == {"weights", "log-bias", "least share"} and len(counts) == 3
+    assert tried == {} and used.keys() == {"weights", "least share"} and len(counts) == 3
 
 
 # ---- steps after the vote -------------------------------------------------------------------------------------------
@@ -590,7 +567,7 @@ def test_each_step_keeps_what_a_mask_is_and_never_loses_on_the_images_that_it_wa
 
 def test_the_names_of_the_steps_are_their_own():
     names = [name for name, _, _ in ensemble.STEPS_AFTER_VOTE]
-    assert len(set(names)) == len(names) and not {*names} & {"weights", "log-bias", "least share"}
+    assert len(set(names)) == len(names) and not {*names} & {"weights", "least share"}
 
 
 def fit_shift(preds, truths, n_classes):
@@ -619,13 +596,13 @@ def test_every_combination_of_steps_is_tried_in_order_and_a_step_sees_what_those
     probs, truths = stray(12, 5)
     oof = FakeOof(probs, truths, np.arange(12) % 3)
     used, counts, tried = chosen(oof)
-    names = ["log-bias", "least share", "minimum area", "look", "shift"]
-    wanted = [" + ".join(some) for size in range(1, 6) for some in combinations(names, size)]
-    assert list(tried) == wanted and len(seen) == 8 * 4  # what follows a step shares its fit
-    alone, after_area = seen[:4], seen[12:16]
+    names = ["least share", "minimum area", "look", "shift"]
+    wanted = [" + ".join(some) for size in range(1, 5) for some in combinations(names, size)]
+    assert list(tried) == wanted and len(seen) == 4 * 4  # what follows a step shares its fit
+    alone, after_area = seen[:4], seen[8:12]
     assert all(((preds == 2).sum((1, 2)) == 5).all() for preds in alone) and not any((a == 2).any() for a in after_area)
     assert [len(preds) for preds in alone] == [8, 8, 8, 12]
-    assert used.keys() == {"weights", "log-bias", "least share", "minimum area"}  # of equal gains the first
+    assert used.keys() == {"weights", "least share", "minimum area"}  # of equal gains the first
     assert image_miou(counts["with what is taken"]).mean() == pytest.approx(
         slow_v3([ensemble.apply_steps(pred.copy(), used) for pred in probs[0].argmax(1).astype(np.uint8)], truths))
 
@@ -647,14 +624,15 @@ def test_a_new_step_is_one_entry_and_tried_gated_applied_shown_and_reported(
     run_ensemble(tiny_data, cache, "soft", "--out", out, "--tables", tmp_path / "tables", "--report",
                  tmp_path / "report.html", *runs)
     tried = pd.read_csv(tmp_path / "tables/tried.csv", index_col="tried")
-    names = ["log-bias", "least share", "minimum area", "shift"]
-    assert tried.index.tolist() == [" + ".join(some) for size in range(1, 5) for some in combinations(names, size)]
+    names = ["least share", "minimum area", "shift"]
+    assert tried.index.tolist() == [" + ".join(some) for size in range(1, 4) for some in combinations(names, size)]
     assert (tried.loc["shift", "v3 low"] > 0) == gains
     taken, = tried.index[tried["taken"] == "yes"]
     assert ("shift" in taken) == gains
     printed, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
     assert f"\n    shift: {'1, 12' if gains else 'none'}\n" in printed
-    for text in ("<td>shift</td>", "<td>log-bias + minimum area + shift</td>", *(["<td>1, 12</td>"] if gains else [])):
+    params = ["<td>1, 12</td>"] if gains else []
+    for text in ("<td>shift</td>", "<td>least share + minimum area + shift</td>", *params):
         assert text in page.replace('<td class="short">', "<td>")
     vote = sum(np.load(run / "test.npy").astype(int) for run in runs)
     ids = np.array(read_ids(out)).reshape(4, SUBMIT_SIZE, SUBMIT_SIZE)
@@ -1215,8 +1193,7 @@ def test_score_prints_every_table_and_keeps_it(tiny_data, cache, experiments, tm
     assert sorted(waterfall["member"]) == names and waterfall["member"].iloc[-1] == names[2]
     tried = pd.read_csv(tmp_path / "report/tried.csv", index_col="tried")
     assert tried.index.tolist() == [
-        "fitted weights", "log-bias", "least share", "minimum area", "log-bias + least share",
-        "log-bias + minimum area", "least share + minimum area", "log-bias + least share + minimum area"]
+        "fitted weights", "least share", "minimum area", "least share + minimum area"]
     taken = tried[tried["taken"] == "yes"]
     assert (taken["v3 low"] > 0).all() and (taken["v2 high"] >= 0).all()
 

@@ -277,7 +277,7 @@ def soft(tmp_path, data, cache, runs, *more):
 
 @pytest.fixture
 def all_kept(monkeypatch):
-    """No log-bias and no minimum area, so that the submission is the vote itself."""
+    """No least share and no minimum area, so that the submission is the vote itself."""
     gain = ensemble.gain
     monkeypatch.setattr(ensemble, "gain", lambda *args: gain(*args) | {"low": -1.0})
 
@@ -343,8 +343,7 @@ def test_background_for_want_of_a_photo_makes_a_whole_submission_and_exit_code_3
 def test_the_submission_has_no_class_below_its_minimum_area(tiny_data, cache, voters, tmp_path, monkeypatch):
     choose, areas = ensemble.choose, np.arange(12) * 1000
     monkeypatch.setattr(ensemble, "choose", lambda *args: (
-        {"weights": np.ones(1), "log-bias": np.zeros(12), "least share": 0, "minimum area": areas},
-        *choose(*args)[1:]))
+        {"weights": np.ones(1), "least share": 0, "minimum area": areas}, *choose(*args)[1:]))
     _, ids = soft(tmp_path, tiny_data, cache, [voters["a", 0]])
     voted = np.load(voters["a", 0] / "test.npy").argmax(1).reshape(4, -1)
     for found, vote in zip(ids, voted, strict=True):
