@@ -106,6 +106,7 @@ set_by_user := $(foreach v,$(KNOBS),$(if $(filter file,$(origin $v)),,$v))
 $(foreach v,$(set_by_user),$(if $(findstring $$,$(value $v)),$(error $v has a $$ in it)) \
     $(if $(findstring $(newline),$(value $v)),$(error $v has more than one line)))
 wanted := $(value MAKECMDGOALS)
+goals := $(filter train pseudo submit score,$(wanted))
 $(if $(filter out/%,$(wanted)),$(error make takes commands, such as submit, not files: $(wanted)))
 may_be_empty := ROUND BUDGET EXPS TRUTH HOLDOUT %_ARGS LAUNCH CODE
 $(foreach v,$(filter-out $(may_be_empty),$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
@@ -147,7 +148,7 @@ $(if $(and $(filter ladder,$(wanted)),$(HOLDOUT),$(TRUTH)),\
     $(error TRUTH is not of the photos that HOLDOUT holds out: give one of them))
 $(if $(and $(filter ladder,$(wanted)),$(wildcard out/$(EXP)/r[0-9])),\
     $(error EXP=$(EXP) has runs and a report of its own: give the ladder another folder, EXP=climb))
-$(if $(and $(filter train pseudo submit score,$(wanted)),$(wildcard out/$(EXP)/rungs.tsv)),\
+$(if $(and $(goals),$(wildcard out/$(EXP)/rungs.tsv)),\
     $(error EXP=$(EXP) is a ladder with a report of its own: name another experiment))
 $(if $(TRUTH),$(if $(shell test -f $(call quote,$(TRUTH)) && echo yes),,$(error TRUTH=$(TRUTH): no \
     such file)))
@@ -186,7 +187,6 @@ SETUP := $(filter .venv/.installed,$(PY:.venv/bin/python=.venv/.installed))
 is_set_up = [ -e .venv/.installed ] && [ ! requirements.txt -nt .venv/.installed ]
 first := $(if $(SETUP),$(shell $(is_set_up) || echo yes))
 dry   := $(if $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS)))),--dry)
-goals := $(filter train pseudo submit score,$(wanted))
 grid  := $(data) --exp $(OUT) $(how_read) --nfolds $(NFOLDS) \
     --rounds $(ROUNDS) $(ROUND:%=--round %) --gpus $(GPUS) $(code) \
     --models '$(MODELS)' --scales '$(SCALES)' --pick-models '$(MODEL)' --pick-scales '$(SCALE)'
