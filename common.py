@@ -65,6 +65,7 @@ SUBMIT_SIZE = 256  # side of a submitted mask, pixels: the competition's
 MAX_CLASSES = 200  # with the background; a submission is written with a byte for each id
 MAX_PIXELS = 89_000_000  # of one photo: 267 MB decoded; from 89.5 million on Pillow warns of a bomb
 MAX_FAULTS = 1000  # of one JSON file: reading it ends there
+TRAIN_ONLY, NO_FOLD = -1, -2  # folds of images: in training alone; not decided yet
 # each use of random numbers leads its seed with one of these, so that no two draw the same
 ORDER, SAMPLE, STEP, MIX, HOOK = range(1, 6)  # from 1: numpy pads seeds with zeros
 
@@ -708,13 +709,14 @@ def write_photos(path, split):
 # ---- data: folds ---------------------------------------------------------------------------------
 
 
-def make_folds(present, groups, n_folds):
+def make_folds(present, groups, n_folds, kept=types.MappingProxyType({})):
     """Return the fold of every image, int [N]: stratified by classes, with groups kept whole.
 
-    present: bool [N, K], which classes an image has; groups: N labels. This is the iterative
-    stratification of Sechidis et al. 2011 for groups: the largest group with the rarest class goes
-    to the fold that still wants most of that class, until no group is left. Nothing is random, so
-    folds don't depend on the seed. Raises UserError if there are fewer groups than folds.
+    present: bool [N, K], which classes an image has; groups: N labels; kept: {group: fold} of those
+    that have a fold already, or TRAIN_ONLY. This is the iterative stratification of Sechidis et al.
+    2011 for groups: the largest group with the rarest class goes to the fold that still wants most
+    of that class, until no group is left. Nothing is random, so folds don't depend on the seed.
+    Raises UserError if there are fewer groups than folds.
     """
     names, group_of_image = np.unique(groups, return_inverse=True)
     n_groups = len(names)
@@ -723,9 +725,13 @@ def make_folds(present, groups, n_folds):
     # by group the number of images with each class, in the last column of all images
     waiting = np.zeros((n_groups, present.shape[1] + 1), int)
     np.add.at(waiting, group_of_image, np.column_stack([present, np.ones(len(present), int)]))
+    fold_of_group = np.array([kept.get(name, NO_FOLD) for name in names.tolist()])
+    waiting[fold_of_group == TRAIN_ONLY] = 0
     wanted = np.tile(waiting.sum(0) / n_folds, (n_folds, 1))
-    fold_of_group = np.empty(n_groups, int)
-    for _ in range(n_groups):
+    for group in np.flatnonzero(fold_of_group >= 0):
+        wanted[fold_of_group[group]] -= waiting[group]
+        waiting[group] = 0
+    for _ in range(np.count_nonzero(fold_of_group == NO_FOLD)):
         totals = waiting.sum(0)
         rarest = np.where(totals > 0, totals, totals.max() + 1).argmin()
         group = waiting[:, rarest].argmax()
@@ -740,8 +746,9 @@ def make_folds(present, groups, n_folds):
 def load_folds(exp, train, n_folds, renew=False):
     """Return the fold of every training image, int [N], from EXP/folds.csv.
 
-    The file is written if it isn't there. If it is of other images or of another number of folds,
-    UserError is raised; with `renew` it is replaced instead, and a copy of it kept.
+    TRAIN_ONLY is the fold of an image that every run trains on and none is validated on. The file
+    is written if it isn't there. If it is of other images or of another number of folds, UserError
+    is raised; with `renew` it is replaced by new_folds instead, and a copy of it kept.
     """
     path = Path(exp) / "folds.csv"
     with lock(exp, wait=True):
@@ -756,11 +763,27 @@ def load_folds(exp, train, n_folds, renew=False):
                                 "make it anew")
             copy = copy_aside(path)
             print(f"{path} {wrong}: made anew, the old one is {copy}")
-        folds = make_folds(np.array(train.pixels)[:, 1:] > 0, train.groups, n_folds)
+        folds = new_folds(path, train.pixels, train.groups, n_folds)
         columns = zip(train.ids, train.groups, folds.tolist(), strict=True)
         write_csv(path, [{"image_id": image_id, "group": group, "fold": fold}
                          for image_id, group, fold in columns])
     return folds
+
+
+def new_folds(path, pixels, groups, n_folds):
+    """Return what make_folds makes of images, int [N], where those of the folds.csv `path` stay.
+
+    pixels [N, C] and groups [N]: as of a Split. A group that the file has whole keeps its fold
+    unless the file has another number of folds: what is added to the data moves nothing.
+    """
+    folds_of_group = defaultdict(set)
+    if path.exists():
+        for _, row in read_rows(path, ("fold",)):
+            folds_of_group[row.get("group", "")].add(int(row["fold"]))
+    kept = {group: min(folds) for group, folds in folds_of_group.items() if len(folds) == 1}
+    if {*kept.values()} - {TRAIN_ONLY} != {*range(n_folds)}:
+        kept = {}
+    return make_folds(np.array(pixels)[:, 1:] > 0, groups, n_folds, kept)
 
 
 def read_folds(path, ids, n_folds):
@@ -776,9 +799,10 @@ def read_folds(path, ids, n_folds):
         image_id, text = row["image_id"], row["fold"]
         if image_id in fold_of_image:
             raise UserError(f"{path} line {line}: image {clean(image_id)} is listed twice")
-        if not re.fullmatch("[0-9]{1,9}", text):
+        if not re.fullmatch(f"[0-9]{{1,9}}|{TRAIN_ONLY}", text):
             raise UserError(f"{path} line {line}: the fold of image {clean(image_id)} is "
-                            f"{quoted(text)}, no number")
+                            f"{quoted(text)}: it must be a number from 0, or {TRAIN_ONLY} for an "
+                            "image that is trained on alone")
         fold_of_image[image_id] = int(text)
     wanted = set(map(str, ids))
     if foreign := fold_of_image.keys() - wanted:
@@ -789,7 +813,7 @@ def read_folds(path, ids, n_folds):
                             "made anew")
     if fold_of_image.keys() != wanted:
         return None, "lists other images than DATA"
-    numbers = sorted(set(fold_of_image.values()))
+    numbers = sorted(set(fold_of_image.values()) - {TRAIN_ONLY})
     if numbers != list(range(len(numbers))):
         raise UserError(f"{path} has the folds {numbers}: one number must be wrong")
     if len(numbers) != n_folds:

@@ -52,7 +52,7 @@ from common import (
     data_files, data_options, decide, different_keys, draw_bars, draw_heat, figure_urls,
     fingerprint, folds_hash, foreground_ids, image_miou, keep_code, label_settings, labels_code,
     labels_hash, labels_recipe, library_versions, load_data, load_truths, lock, make_folds,
-    move_aside, move_mark, named, number, open_store, overlay, provenance, pseudo_folder,
+    move_aside, move_mark, named, new_folds, number, open_store, overlay, provenance, pseudo_folder,
     read_description, read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows,
     recipe_changes, run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash,
     store_code, store_id, store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides,
@@ -2811,8 +2811,8 @@ class Plan:
         self.to_make[path] = [f"it {fault}" if path.exists() else "it is missing"]
         if not index:
             return None
-        present = np.array(index["train"]["pixels"])[:, 1:] > 0
-        folds = make_folds(present, index["train"]["groups"], self.args.nfolds)
+        pixels, groups = index["train"]["pixels"], index["train"]["groups"]
+        folds = new_folds(path, pixels, groups, self.args.nfolds)
         return folds_hash(self.data["ids"], folds.tolist())
 
     def own_or_shared(self, kind, path, read, recipe, code, more=()):

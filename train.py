@@ -32,17 +32,17 @@ from tqdm import tqdm
 
 from common import (
     AUGMENTATIONS, COLOURS, DATA_OPTIONS, DECODERS, DERIVED, DESCRIBED, GPU_MEMORY_WORDS, HOOK,
-    IGNORE_INDEX, LOSSES, MODEL_KINDS, STEP, STRIDE, SUBMIT_SIZE, EpochBatches, EvalPhotos, Hashes,
-    Parser, TrainSamples, UserError, add_data_options, amp, as_number, atomic_write, batch_bytes,
-    begun_files, build_model, check_labels, check_output, check_shared_memory, check_space, checked,
-    claim_device, code_of, confusion, data_options, decide, different_keys, draw_bars, draw_heat,
-    encoder_mean_std, figure_urls, folds_hash, foreground_ids, full_batch, has_kinds, image_miou,
-    keep_code, last_convolution, load_checkpoint, load_data, load_folds, load_labels,
-    loader_options, loader_workers, lock, make_augmentation, make_loss, move_aside, named,
-    normalise, number, overlay, pixel_weights, provenance, ranks, rare_odds, read_description,
-    read_image, read_rows, recipe_changes, resize_probs, run_code, run_folder, run_recipe,
-    run_script, save_checkpoint, scores, signals_later, split_model, this_process, tile_url,
-    try_sides, write_csv, write_description, write_page, write_sheet)
+    IGNORE_INDEX, LOSSES, MODEL_KINDS, STEP, STRIDE, SUBMIT_SIZE, TRAIN_ONLY, EpochBatches,
+    EvalPhotos, Hashes, Parser, TrainSamples, UserError, add_data_options, amp, as_number,
+    atomic_write, batch_bytes, begun_files, build_model, check_labels, check_output,
+    check_shared_memory, check_space, checked, claim_device, code_of, confusion, data_options,
+    decide, different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls, folds_hash,
+    foreground_ids, full_batch, has_kinds, image_miou, keep_code, last_convolution, load_checkpoint,
+    load_data, load_folds, load_labels, loader_options, loader_workers, lock, make_augmentation,
+    make_loss, move_aside, named, normalise, number, overlay, pixel_weights, provenance, ranks,
+    rare_odds, read_description, read_image, read_rows, recipe_changes, resize_probs, run_code,
+    run_folder, run_recipe, run_script, save_checkpoint, scores, signals_later, split_model,
+    this_process, tile_url, try_sides, write_csv, write_description, write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
@@ -1260,9 +1260,12 @@ def check(args):
     verdict = "no faults"
     if unread:
         verdict = f"{unread} test photo(s) can't be read: mend them for a full score"
+    sizes = np.bincount(folds[folds != TRAIN_ONLY]).tolist()
     print(f"data: {len(train.ids)} training and {len(test.ids)} test images, {len(train.classes)} "
-          f"classes, {len(set(train.groups))} groups, folds of {np.bincount(folds).tolist()} "
-          f"images; {verdict}")
+          f"classes, {len(set(train.groups))} groups, folds of {sizes} images; {verdict}")
+    if (folds == TRAIN_ONLY).any():
+        print(f"{(folds == TRAIN_ONLY).sum()} images have the fold {TRAIN_ONLY}: all runs train on "
+              "them, none is validated on them")
     if odd := sum(train.odd, []):
         print(f"warning: {len(odd)} annotation(s) have a polygon that leaves the photo, where it's "
               f"clipped, or without area: {', '.join(map(str, odd[:9]))}")

@@ -1002,6 +1002,41 @@ def test_every_class_of_an_imbalanced_set_is_shared_out():
     assert np.bincount(folds).tolist() == pytest.approx([60] * 5, abs=2)
 
 
+@given(fold_problems(), st.data())
+def test_groups_that_have_a_fold_keep_it_and_the_others_fill_the_folds_up(problem, data):
+    present, groups, n_folds = problem
+    names = sorted(set(groups))
+    kept = {name: data.draw(st.integers(-1, n_folds - 1)) for name in data.draw(st.sets(st.sampled_from(names)))}
+    folds = common.make_folds(present, groups, n_folds, kept)
+    fold_of = dict(zip(groups, folds.tolist(), strict=True))
+    assert {name: fold_of[name] for name in kept} == kept
+    assert all(0 <= fold_of[name] < n_folds for name in set(names) - kept.keys())
+    assert len({*zip(groups, folds.tolist(), strict=True)}) == len(names)
+
+
+def test_what_is_new_goes_where_its_class_is_wanted_and_what_is_in_training_alone_counts_for_no_fold():
+    present = np.array([[1], [1], [1], [1], [1], [1]], bool)
+    folds = common.make_folds(present, list("abcdef"), 2, {"a": 1, "b": 1, "c": -1, "d": -1})
+    assert folds.tolist() == [1, 1, -1, -1, 0, 0]
+
+
+def test_added_images_move_no_other_to_another_fold(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 2, (40, 4)).tolist()
+    groups = [f"group {i // 2}" for i in range(40)]
+    before = common.load_folds(tmp_path, SimpleNamespace(ids=[*range(30)], groups=groups[:30], pixels=pixels[:30]), 3)
+    rows = [row | {"fold": -1} if row["group"] == "group 0" else row for row in read_csv(tmp_path / "folds.csv")]
+    common.write_csv(tmp_path / "folds.csv", rows)
+    grown = SimpleNamespace(ids=[*range(100, 140)], groups=groups, pixels=pixels)  # with other ids, as by a new export
+    with pytest.raises(UserError, match="lists other images"):
+        common.load_folds(tmp_path, grown, 3)
+    after = common.load_folds(tmp_path, grown, 3, renew=True)
+    assert after[:30].tolist() == [-1, -1, *before[2:]]
+    assert {0, 1, 2} == set(after[30:].tolist())
+    assert common.load_folds(tmp_path, grown, 3).tolist() == after.tolist()
+    assert set(common.load_folds(tmp_path, grown, 2, renew=True).tolist()) == {0, 1}  # all of them anew
+
+
 def test_more_folds_than_groups_are_refused():
     with pytest.raises(UserError, match="3 folds of 2"):
         common.make_folds(np.ones((4, 1), bool), ["a", "a", "b", "b"], 3)
@@ -1031,7 +1066,8 @@ def test_folds_are_written_once_and_may_be_edited(tiny_splits, tmp_path):
 @pytest.mark.parametrize("text", ["", "image_id\n", "image_id,group,fold\n", "image_id,group,fold\n1,a,0\n3,b,1\n",
                                   "image_id,group,fold\n1,a,0\n1,a,1\n", "image_id,group,fold\n1,a,0\n2,b,2\n",
                                   "image_id,group,fold\n1,a,0\n2,b,x\n", "image_id,group,fold\n1,a,0\n2,b\n",
-                                  "image_id,group,fold\n1,a,0\n2,b,-1\n", "image_id,group,fold\n1,a,0\n2,b,0\n"])
+                                  "image_id,group,fold\n1,a,0\n2,b,-1\n", "image_id,group,fold\n1,a,0\n2,b,-2\n",
+                                  "image_id,group,fold\n1,a,0\n2,b,0\n"])
 def test_folds_of_other_images_or_another_number_are_refused_by_name(tmp_path, text):
     train = SimpleNamespace(ids=[1, 2], groups=["a", "b"], pixels=[[3, 1], [4, 0]])
     (tmp_path / "folds.csv").write_text(text)
