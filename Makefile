@@ -22,6 +22,8 @@ MODEL      ?= $(MODELS)
 SCALE      ?= $(SCALES)
 FOLD       ?= $(FOLDS)
 ROUND      ?=
+EXTRA      ?=
+UNLABELLED ?=
 PAINT      ?= area
 ORIENTATION ?= shown
 UNUSED     ?= keep
@@ -61,6 +63,8 @@ about.FOLDS       := folds to train, of NFOLDS; FOLD= picks
 about.ROUNDS      := rounds of pseudo labels before the submission: once the models are good
 about.ROUND       := the one round of train (default 0), pseudo (1) or score (ROUNDS)
 about.NFOLDS      := folds that the training images are split into
+about.EXTRA       := more COCO folders of the same classes, learnt from by every fold, held out by none
+about.UNLABELLED  := folder of more photos for pseudo labels; the submission has none of them
 about.PAINT       := which object wins where they overlap: area (the smaller), id, order
 about.ORIENTATION := how photos are read that EXIF turns to the same size: shown (turned) or stored
 about.UNUSED      := categories without annotations: keep them as classes, or drop them
@@ -89,8 +93,8 @@ about.DEVICE      := auto takes an idle GPU, or the CPU
 about.PER_GPU     := jobs of make -j that may share a GPU, 1 to 9
 about.PY          := python to use; PY=python takes the current environment
 about.CODE        := after an edit of a script: new makes anew what it made, keep keeps it
-KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS PAINT ORIENTATION \
-    UNUSED EPOCHS BUDGET BATCH LR SEED WEIGHTS TTA VOTE METRIC POST EXPS LADDER TRUTH HOLDOUT \
+KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS EXTRA UNLABELLED PAINT \
+    ORIENTATION UNUSED EPOCHS BUDGET BATCH LR SEED WEIGHTS TTA VOTE METRIC POST EXPS LADDER TRUTH HOLDOUT \
     IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH \
     DEVICE PER_GPU PY CODE
 
@@ -108,7 +112,7 @@ $(foreach v,$(set_by_user),$(if $(findstring $$,$(value $v)),$(error $v has a $$
 wanted := $(value MAKECMDGOALS)
 goals := $(filter train pseudo submit score,$(wanted))
 $(if $(filter out/%,$(wanted)),$(error make takes commands, such as submit, not files: $(wanted)))
-may_be_empty := ROUND BUDGET EXPS TRUTH HOLDOUT %_ARGS LAUNCH CODE
+may_be_empty := ROUND EXTRA UNLABELLED BUDGET EXPS TRUTH HOLDOUT %_ARGS LAUNCH CODE
 $(foreach v,$(filter-out $(may_be_empty),$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
 quote  = '$(subst ','\'',$1)'
 # only DATA, which may be any path, is quoted where a shell reads it; other knobs have nothing that
@@ -121,6 +125,7 @@ legal.CODE   := (new|keep)?
 legal.BUDGET := ([0-9]+h)?([0-9]+m)?([0-9]+s)?
 legal.METRIC := v[23]
 legal.POST   := fit|none
+legal.UNLABELLED := [A-Za-z0-9._=+,:/@-]*
 legal.HOLDOUT := (0?[.][0-9]+)?
 legal.NFOLDS := [2-9]|10
 legal.ROUNDS := [0-9]
@@ -165,7 +170,9 @@ $(if $(filter compare,$(wanted)),$(if $(word 2,$(EXPS)),,$(error EXPS=$(EXPS): c
 OUT    := out/$(EXP)
 data   := --data $(call quote,$(DATA)) --cache out/cache
 how_read := --paint $(PAINT) --orientation $(ORIENTATION) --unused $(UNUSED)
-split  := --exp $(OUT) --folds $(NFOLDS) $(how_read)
+unlabelled := $(UNLABELLED:%=--unlabelled %)
+more   := $(if $(EXTRA),--extra $(EXTRA)) $(unlabelled)
+split  := --exp $(OUT) --folds $(NFOLDS) $(how_read) $(more)
 recipe := --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) $(TRAIN_ARGS)
 infer  := --tta $(TTA) $(INFER_ARGS)
 fitted := --weights $(VOTE) --metric $(METRIC) --post $(POST) --batch $(BATCH)
@@ -187,7 +194,7 @@ SETUP := $(filter .venv/.installed,$(PY:.venv/bin/python=.venv/.installed))
 is_set_up = [ -e .venv/.installed ] && [ ! requirements.txt -nt .venv/.installed ]
 first := $(if $(SETUP),$(shell $(is_set_up) || echo yes))
 dry   := $(if $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS)))),--dry)
-grid  := $(data) --exp $(OUT) $(how_read) --nfolds $(NFOLDS) \
+grid  := $(data) --exp $(OUT) $(how_read) --nfolds $(NFOLDS) $(more) \
     --rounds $(ROUNDS) $(ROUND:%=--round %) --gpus $(GPUS) $(code) \
     --models '$(MODELS)' --scales '$(SCALES)' --pick-models '$(MODEL)' --pick-scales '$(SCALE)'
 
@@ -229,9 +236,15 @@ $(filter %/model.pt,$(TODO)): | $$(filter %/folds.csv $$(labels),$(TODO))
 	    --model $(call part,2)/$(call part,3) --scale $(patsubst s%,%,$(call part,4)) \
 	    --fold $(patsubst f%,%,$(call part,5)) $(train) $(device) --replace $(code)
 
+checkpoint := $(if $(filter 0,$(SNAPSHOTS)),model.pt,epoch-*.pt)
 $(filter %/test.json,$(TODO)): | $$(filter $$(@D)/model.pt,$(TODO))
 	$(ranked) infer.py $(data) $(infer) $(device) --replace $(code) \
-	    --checkpoint $(@D)/$(if $(filter 0,$(SNAPSHOTS)),model.pt,epoch-*.pt)
+	    --checkpoint $(@D)/$(checkpoint)
+
+$(filter %/unlabelled.json,$(TODO)): | \
+    $$(filter $$(@D)/model.pt $$(@D)/test.json,$(TODO))
+	$(ranked) infer.py $(data) $(infer) $(device) --replace $(code) --split unlabelled \
+	    $(unlabelled) --checkpoint $(@D)/$(checkpoint)
 
 # the labels that a round learns from are by the models of the round before and the same fold
 before = $(word $(patsubst r%,%,$(call part,1)),0 1 2 3 4 5 6 7 8)
@@ -242,9 +255,11 @@ gives_number := $(filter-out --confident=auto,\
     $(filter --confident=%,$(subst --confident ,--confident=,$(PSEUDO_ARGS))))
 judges = $(if $(gives_number),,$(call before_of,$(FOLDS)))
 $(filter %/manifest.json,$(TODO)): | \
-    $$(filter $$(addsuffix /test.json,$$(makers) $$(judges)),$(TODO))
+    $$(filter $$(addsuffix /test.json,$$(makers) $$(judges)),$(TODO)) \
+    $$(filter $$(addsuffix /unlabelled.json,$$(makers)),$(TODO))
 	$(run) pseudo_label.py $(data) --exp $(OUT) --round $(patsubst r%,%,$(call part,1)) \
-	    --fold $(patsubst f%,%,$(call part,3)) $(PSEUDO_ARGS) $(code) $(makers:=/test.json) \
+	    --fold $(patsubst f%,%,$(call part,3)) $(unlabelled) $(PSEUDO_ARGS) $(code) \
+	    $(makers:=/test.json) \
 	    $(if $(judges),--out-of-fold $(judges:=/valid.json)) $(truth)
 
 # asked again whether its runs are up to date: another make may have changed them since

@@ -48,7 +48,7 @@ from collections import defaultdict
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from itertools import accumulate, count, cycle, product
 from multiprocessing import active_children, get_context, parent_process
@@ -205,40 +205,145 @@ def load_data(data, cache, paint="area", orientation="shown", unused="keep", dec
         if settings[name] not in values:
             raise UserError(f"{name} is {settings[name]!r}, it must be {' or '.join(values)}")
     folder = cache_folder(cache, paths, settings, hashes)
-    splits = open_cache(folder, data, hashes)
-    if splits is None or (decoded and splits[0].photos is None):
+    build = partial(build_cache, folder, paths, settings, hashes)
+    splits = open_or_build(folder, data, hashes, build, decoded)
+    for fault in filter(None, splits["test"].faults):
+        print(f"warning: test.json: {fault}: it counts as background", flush=True)
+    return splits["train"], splits["test"]
+
+
+def load_extra(folder, train, test, cache, paint="area", orientation="shown", unused="keep"):
+    """Return (Split, indices) of the labelled photos of another COCO folder, `folder`.
+
+    Its classes are those of `train`, found by their names: their order may differ and some may be
+    missing. indices: the positions of the photos to learn from, those that neither of DATA's Splits
+    `train` and `test` has: a fold may hold the others out. DATA_OPTIONS says what the other
+    arguments do; categories without annotations are never in the way. Raises UserError that lists
+    all faults, as load_data does, also of categories that are no classes.
+    """
+    folder, hashes = Path(folder), Hashes(cache)
+    check_output(folder, cache)
+    path = extra_json(folder)
+    settings = {"paint": paint, "orientation": orientation, "unused": unused}
+    place = cache_folder(cache, [path], settings, hashes, train.classes)
+    build = partial(build_extra, place, path, train.classes, settings, hashes)
+    split = open_or_build(place, folder, hashes, build)["train"]
+    known = {*train.contents, *test.contents}
+    indices = [i for i, content in enumerate(split.contents) if content not in known]
+    if not indices:
+        raise UserError(f"{folder}: all of its labelled photos are in DATA already")
+    if left_out := len(split.ids) - len(indices):
+        print(f"{folder}: {left_out} photo(s) that are in DATA too are left out", flush=True)
+    return split, indices
+
+
+def load_unlabelled(folder, train, test, cache, orientation="shown"):
+    """Return the Split of the photos at any depth in `folder`, which needs no JSON.
+
+    Their ids are their names below `folder`. Photos that can't be read, and those that DATA's
+    Splits `train` and `test` have, are left out, with a line that says so. Raises UserError if
+    nothing is left.
+    """
+    folder, hashes = Path(folder), Hashes(cache)
+    check_output(folder, cache)
+    names, settings = photos_below(folder), {"orientation": orientation}
+    place = cache_folder(cache, [], settings, hashes, names, train.classes)
+    build = partial(build_unlabelled, place, folder, names, train.classes, settings, hashes)
+    split = open_or_build(place, folder, hashes, build)["test"]
+    known = {*train.contents, *test.contents}
+    kept = [i for i, content in enumerate(split.contents)
+            if not split.faults[i] and content not in known]
+    for fault in filter(None, split.faults):
+        print(f"warning: {folder}: {fault}: left out", flush=True)
+    if n_known := len(known.intersection(split.contents)):
+        print(f"{folder}: {n_known} photo(s) that are in DATA too are left out", flush=True)
+    if not kept:
+        raise UserError(f"{folder}: no photo is left that can be read and isn't in DATA")
+    return replace(split, **{name: [getattr(split, name)[i] for i in kept]
+                             for name in PHOTO_LISTS if getattr(split, name)})
+
+
+def join_photos(test, unlabelled):
+    """Return one Split of the photos of two that have no masks, those of `test` first."""
+    names = [str(Path(unlabelled.root).absolute() / name) for name in unlabelled.file_names]
+    lists = {name: getattr(test, name) + getattr(unlabelled, name) for name in PHOTO_LISTS}
+    lists["file_names"] = test.file_names + names
+    both = join_fingerprints(test.fingerprint, unlabelled.fingerprint)
+    return replace(test, **lists, fingerprint=both)
+
+
+def join_fingerprints(test, unlabelled):
+    """Return the fingerprint of join_photos from those of its two Splits."""
+    return f"{test} and {unlabelled}"
+
+
+def open_or_build(folder, root, hashes, build, decoded=False):
+    """Return the {name: Split} of the photos in `root` that a folder of the cache holds.
+
+    build() fills it if it isn't whole. decoded: as in load_data.
+    """
+    splits = open_cache(folder, root, hashes)
+    if splits is None or (decoded and splits["train"].photos is None):
         with lock(folder, wait=True):  # the first process builds, the others wait for it
-            splits = open_cache(folder, data, hashes)
-            splits = splits or build_cache(folder, paths, settings, hashes)
-            if decoded and splits and splits[0].photos is None:
-                write_photos(folder / "photos.npy", splits[0])
+            splits = open_cache(folder, root, hashes) or build()
+            if decoded and splits and splits["train"].photos is None:
+                write_photos(folder / "photos.npy", splits["train"])
                 write_checksums(folder, hashes)
-                splits = open_cache(folder, data, hashes)
+                splits = open_cache(folder, root, hashes)
     hashes.save()
     if splits is None:
-        raise UserError(f"photos in {data} changed while they were read: run it again")
-    for fault in filter(None, splits[1].faults):
-        print(f"warning: test.json: {fault}: it counts as background", flush=True)
+        raise UserError(f"photos in {root} changed while they were read: run it again")
     return splits
 
 
 def data_files(data):
     """Return the paths of the training and the test JSON in the folder `data`.
 
-    train_all.json is preferred to train.json. Raises UserError if a file or the folder is missing.
+    Raises UserError if a file or the folder is missing.
     """
     data = Path(data)
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; DATA is the competition's folder with train.json "
                         "and test.json")
-    train_json = data / "train_all.json"
-    if not train_json.exists():
-        train_json = data / "train.json"
-    paths = (train_json, data / "test.json")
+    paths = (training_json(data), data / "test.json")
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"no {' and no '.join(missing)}; DATA is the competition's folder")
     return paths
+
+
+def training_json(folder):
+    """Return the path of a folder's train_all.json or, if it has none, of its train.json."""
+    path = Path(folder) / "train_all.json"
+    return path if path.exists() else Path(folder) / "train.json"
+
+
+def extra_json(folder):
+    """Return the path of the training JSON of a folder of EXTRA; raise UserError if it has none."""
+    path = training_json(folder)
+    if not path.is_file():
+        raise UserError(f"no {path}; each of EXTRA is a folder with train.json and its photos")
+    return path
+
+
+def photos_below(folder):
+    """Return the sorted names of the photos at any depth in `folder`, relative to it.
+
+    They are known by their endings; hidden files, which some systems put beside photos, are none.
+    Raises UserError if there is no folder, or no photo in it.
+    """
+    from PIL import Image
+    endings = tuple(ending for ending, kind in Image.registered_extensions().items()
+                    if kind in PHOTO_FORMATS)
+    names = []
+    for place, _, files in os.walk(folder, followlinks=True):
+        names += [os.path.relpath(os.path.join(place, file), folder) for file in files
+                  if file.lower().endswith(endings) and not file.startswith(".")]
+    if not names:
+        raise UserError(f"{folder}: no folder with photos (.jpg, .png, ...)")
+    if unsafe := [name for name in names if name_fault(name)]:
+        raise UserError(f"{folder}: {clean(unsafe[0])} {name_fault(unsafe[0])}: rename it")
+    return sorted(names)
 
 
 def truth_file(data, truth=None):
@@ -462,29 +567,32 @@ PHOTO_KEYS = {
     "ids": "id", "file_names": "file_name", "sizes": "size", "pixels": "pixels",
     "objects": "painted", "digests": "digest", "contents": "content", "faults": "fault",
     "odd": "odd", "turns": "turn", "low_contrast": "low_contrast"}
+PHOTO_LISTS = (*PHOTO_KEYS, "groups")  # fields of a Split with a value for each photo
 
 
-def cache_folder(cache, paths, settings, hashes):
-    """Return the folder in `cache` for two JSON files and the settings of `data_options`.
+def cache_folder(cache, paths, settings, hashes, *more):
+    """Return the folder in `cache` for JSON files, the settings of `data_options` and `more`.
 
     The code names it too.
     """
     json_hashes = [hashes(path) for path in paths]
-    return Path(cache) / short_hash(json_hashes, settings, code_of("masks"))
+    return Path(cache) / short_hash(json_hashes, settings, code_of("masks"), *more)
 
 
 def fingerprint(json_hash, settings, digests):
     """Return a line that names the content of a split.
 
-    settings: as in cache_folder; digests: hashes of its photos, "" where one is missing.
+    json_hash: of the file that lists its photos, or of their names; settings: as in cache_folder;
+    digests: hashes of its photos, "" where one is missing.
     """
     return f"{json_hash} {' '.join(settings.values())} {short_hash(*digests)}"
 
 
 def open_cache(folder, data, hashes):
-    """Return the (train, test) Splits that `folder` holds, with their arrays mapped into memory.
+    """Return the Splits by name that `folder` holds, with their arrays mapped into memory.
 
-    Return None if the cache isn't whole or if a photo was changed or removed since.
+    The names are "train" and "test". Return None if the cache isn't whole or if a photo was changed
+    or removed since.
     """
     index, photos = read_index_json(folder, hashes), None
     if index is None or not matches_checksum(folder / "masks.npy", hashes):
@@ -496,9 +604,8 @@ def open_cache(folder, data, hashes):
     masks = np.load(folder / "masks.npy", mmap_mode="r")
     if matches_checksum(folder / "photos.npy", hashes):
         photos = np.load(folder / "photos.npy", mmap_mode="r")
-    train = Split(root=data, masks=masks, photos=photos, **index["train"])
-    test = Split(root=data, masks=None, photos=None, **index["test"])
-    return train, test
+    arrays = {"train": {"masks": masks, "photos": photos}, "test": {"masks": None, "photos": None}}
+    return {name: Split(root=data, **arrays[name], **entry) for name, entry in index.items()}
 
 
 def read_index_json(folder, hashes):
@@ -526,10 +633,8 @@ def write_checksums(folder, hashes):
 def build_cache(folder, paths, settings, hashes):
     """Check the data, fill `folder` and return open_cache of it.
 
-    The checksums are written last. Raises UserError that lists all faults.
+    Raises UserError that lists all faults.
     """
-    check_files()  # else the workers would paint with other code than the folder is named for
-    root = paths[0].parent
     used = used_categories(paths[0]) if settings["unused"] == "drop" else None
     train, categories, dropped, faults = read_coco(paths[0], used, labelled=True)
     test, test_categories, _, test_faults = read_coco(paths[1], used, labelled=False)
@@ -539,21 +644,56 @@ def build_cache(folder, paths, settings, hashes):
         here, there = (ascii(names.get(differing[0])) for names in (categories, test_categories))
         faults.append(f"{paths[0].name} and {paths[1].name} have different categories: of id "
                       f"{differing[0]} the name is {here} and {there}")
+    shared = {"classes": [BACKGROUND, *categories.values()], "category_ids": list(categories),
+              "dropped": dropped}
+    parts = {"train": (train, hashes(paths[0])), "test": (test, hashes(paths[1]))}
+    return fill_cache(folder, paths[0].parent, parts, shared, faults, settings, hashes)
+
+
+def build_extra(folder, path, classes, settings, hashes):
+    """Do for load_extra what build_cache does: check the photos of the JSON `path`, fill `folder`.
+
+    classes: names by class id, which the masks are painted in.
+    """
+    used = used_categories(path)  # others can't be in the way
+    photos, categories, dropped, faults = read_coco(path, used, labelled=True, classes=classes)
+    shared = {"classes": classes, "category_ids": list(categories), "dropped": dropped}
+    parts = {"train": (photos, hashes(path))}
+    return fill_cache(folder, path.parent, parts, shared, faults, settings, hashes)
+
+
+def build_unlabelled(folder, root, names, classes, settings, hashes):
+    """Do for load_unlabelled what build_cache does: check the photos `names`, fill `folder`."""
+    photos = [{"id": name, "file_name": name, "size": None, "group": "", "odd": []}
+              for name in names]
+    shared = {"classes": classes, "category_ids": [], "dropped": []}
+    parts = {"test": (photos, short_hash(names))}
+    return fill_cache(folder, root, parts, shared, [], settings, hashes)
+
+
+def fill_cache(folder, root, parts, shared, faults, settings, hashes):
+    """Check photos in `root` and paint their masks, fill `folder` and return open_cache of it.
+
+    parts: {name: (photos as read_coco returns them, hash of their list)}, where "train" has masks
+    and a photo without a size has that of its file; shared: what index.json says of all of them;
+    faults: what is wrong with the lists. The checksums are written last. Raises UserError that
+    lists all faults.
+    """
+    check_files()  # else the workers would paint with other code than the folder is named for
     (folder / "photos.npy").unlink(missing_ok=True)  # its photos may have changed
+    train, test = (parts.get(name, ([], ""))[0] for name in ("train", "test"))
     with atomic_write(folder / "masks.npy") as scratch:
         if not faults:
             begin_masks(scratch, train)
-        check = partial(check_photo, root, settings, len(categories) + 1, scratch)
+        check = partial(check_photo, root, settings, len(shared["classes"]), scratch)
         check_photos(train + test, check, hashes)
         name_alternatives(root, train + test)
         if not faults:
             faults += conflicting_duplicates(train)
         raise_faults(faults, train, test)
-    shared = {"classes": [BACKGROUND, *categories.values()], "category_ids": list(categories),
-              "dropped": dropped, "orientation": settings["orientation"]}
-    index = {}
-    for split, photos, path in (("train", train, paths[0]), ("test", test, paths[1])):
-        index[split] = index_entry(photos, hashes(path), settings) | shared
+    shared["orientation"] = settings["orientation"]
+    index = {name: index_entry(photos, list_hash, settings) | shared
+             for name, (photos, list_hash) in parts.items()}
     write_json(folder / "index.json", index)
     write_checksums(folder, hashes)
     return open_cache(folder, root, hashes)
@@ -603,11 +743,12 @@ def check_photo(root, settings, n_classes, masks, photo):
     """
     path = root / photo["file_name"]
     facts = {"fault": None, "digest": "", "key": None, "content": "", "turn": "",
-             "low_contrast": False}
+             "low_contrast": False, "size": photo["size"] or (1, 1)}
     with suppress(OSError):  # check_image says what is wrong with the file
         facts |= {"key": Hashes.key(path), "digest": file_hash(path)}
     try:
-        facts |= check_image(path, *photo["size"], settings["orientation"])
+        facts["size"] = photo["size"] or shown_size(path)
+        facts |= check_image(path, *facts["size"], settings["orientation"])
     except OSError as e:
         facts["fault"] = f"image {photo['id']} ({photo['file_name']}) {e.strerror}"
         return facts
@@ -663,7 +804,7 @@ def raise_faults(faults, train, test):
     """
     photo_faults = [photo["fault"] for photo in train + test if photo["fault"]]
     train_fault = any(photo["fault"] for photo in train)
-    no_test_photo = all(photo["fault"] for photo in test)
+    no_test_photo = bool(test) and all(photo["fault"] for photo in test)
     if faults or train_fault or no_test_photo:
         lines = [*faults, *photo_faults]
         count_line = f"{len(lines)} fault(s) in the data: mend or remove what is listed"
@@ -864,14 +1005,15 @@ def used_categories(path):
     return {category for category in ids if type(category) is int}
 
 
-def read_coco(path, used, labelled):
+def read_coco(path, used, labelled, classes=None):
     """Read and check one COCO file; return (photos, categories, dropped, faults).
 
     photos: a dict for each photo, with id, file_name, size (height, width), group, objects,
     (class_id, segmentation) pairs, odd, the ids of annotations with odd polygons, and faulty.
-    Class ids count the categories by id, from 1. categories: {id: name} by id, of those with an id
-    in the set `used` or, if that is None, of all; dropped: names of the others. faults: lines; if
-    there are any, the rest is not to be used. Raises UserError if the file is no JSON.
+    Class ids count the categories by id, from 1, or are those of the same names in `classes`.
+    categories: {id: name} by id, of those with an id in the set `used` or, if that is None, of all;
+    dropped: names of the others. faults: lines; if there are any, the rest is not to be used.
+    Raises UserError if the file is no JSON.
     """
     coco = read_json(path)
     lists = ["images", "categories"]
@@ -884,6 +1026,8 @@ def read_coco(path, used, labelled):
     categories, dropped = read_categories(coco, used, faults)
     if labelled:
         class_ids = {category: class_id for class_id, category in enumerate(categories, 1)}
+        if classes:
+            class_ids = same_classes(categories, classes, faults)
         add_objects(coco, photos, class_ids, faults)
     sound = [photo for photo in photos.values() if not photo["faulty"]]
     return sound, categories, dropped, [f"{path.name}: {fault}"[:500] for fault in faults]
@@ -938,6 +1082,22 @@ def read_categories(coco, used, faults):
     if len(names) >= MAX_CLASSES:
         faults.append(f"{len(names)} categories; 1 to {MAX_CLASSES - 1} can be told apart")
     return dict(sorted(names.items())), dropped
+
+
+def same_classes(categories, classes, faults):
+    """Return {category id: class id} of categories {id: name} whose names are in `classes`.
+
+    Names are compared as name_key does. Add those that are not to `faults`.
+    """
+    class_ids = {name_key(name): class_id for class_id, name in enumerate(classes)}
+    found = {}
+    for category, name in categories.items():
+        if name_key(name) in class_ids:
+            found[category] = class_ids[name_key(name)]
+        else:
+            faults.append(f"category {category} ({name}) is none of DATA's classes, "
+                          f"{', '.join(classes[1:])}: rename it, or remove its annotations")
+    return found
 
 
 def category_fault(name, taken):
@@ -1310,6 +1470,18 @@ def choose_orientation(photo, height, width, orientation):
         return orientation, "ambiguous"
     way = "shown" if asked == shown else "stored"
     return way, way
+
+
+def shown_size(path):
+    """Return (height, width) of a photo as viewers show it, turned as its EXIF says.
+
+    Raises OSError that says what is wrong with the photo.
+    """
+    with open_photo(path) as photo:
+        width, height = photo.size
+        if fault := size_fault(height, width):
+            raise ValueError(f"is {fault}")
+        return (width, height) if exif_orientation(photo) >= 5 else (height, width)
 
 
 def exif_orientation(photo):
@@ -2135,9 +2307,9 @@ FROM_RECIPE = {"model": str, "scale": int, "round": int, "fold": int, "folds_csv
 RUN_KINDS = {"recipe": dict, "code": dict, "codes": [str], "state": str, "commit": str,
              "kept_under": [str]}
 STORE_KINDS = {
-    "image_ids": [int], "classes": [str], "split": str, "tta": str,
-    "checkpoints": [{"file": str, "hash": str, "epoch": int}], "data": str, "unreadable": [int],
-    "run": RUN_KINDS, "files": {str: str}, **FROM_RECIPE}
+    "image_ids": [(int, str)], "classes": [str], "split": str, "tta": str,
+    "checkpoints": [{"file": str, "hash": str, "epoch": int}], "data": str,
+    "unreadable": [(int, str)], "run": RUN_KINDS, "files": {str: str}, **FROM_RECIPE}
 
 
 def run_folder(exp, round_, model, scale, fold):
@@ -2387,11 +2559,12 @@ def write_coco(path, test_json, split, masks):
 
 # what is made -> (module, function) where the code that decides it begins
 STEPS = {
-    "masks": [("common", "build_cache")],
+    "masks": [("common", "build_cache"), ("common", "build_extra"), ("common", "build_unlabelled")],
     "run": [("train", "train_run")],
     "store": [("common", "load_data"), ("common", "EvalPhotos"), ("infer", "load_models"),
               ("infer", "predict_split")],
-    "labels": [("pseudo_label", "make_labels"), ("pseudo_label", "open_out_of_fold")],
+    "labels": [("pseudo_label", "make_labels"), ("pseudo_label", "open_out_of_fold"),
+               ("pseudo_label", "Makers")],
     "submission": [("ensemble", "soft")],
     "voted": [("ensemble", "hard")]}
 
@@ -2678,16 +2851,19 @@ def settings_of(args):
     return {name: getattr(args, name) for name in args.decides}
 
 
-def run_recipe(args, data, folds, hashes, pseudo=None, labels=None, contaminated=False):
+def run_recipe(args, data, folds, hashes, extra=(), pseudo=None, labels=None, contaminated=False):
     """Return everything but code that decides the result of a run, as plain values.
 
     A run made with other values is another run. data: fingerprint of the training photos; folds:
-    folds_hash; hashes: a Hashes; pseudo, labels, contaminated: what check_labels says of the pseudo
-    labels that the run learns from, if it learns from any.
+    folds_hash; hashes: a Hashes; extra: fingerprints of further training photos; pseudo, labels,
+    contaminated: what check_labels says of the pseudo labels that the run learns from, if it learns
+    from any.
     """
     recipe = settings_of(args) | {"data": data, "folds_csv": folds}
     if args.weights not in ("imagenet", "none"):
         recipe["weights"] = hashes(args.weights)  # the content of the file counts, not its name
+    if extra:
+        recipe["extra"] = list(extra)
     if args.round and not args.overfit:
         return recipe | {"pseudo": pseudo, "labels": labels, "contaminated": contaminated}
     for name in ("pseudo_ratio", "labelled_only"):  # they decide nothing without pseudo labels
@@ -2757,10 +2933,10 @@ def provenance(recipe, code):
 def has_kinds(value, kinds):
     """Return whether a value of a parsed JSON is of these kinds, at every depth.
 
-    kinds: a type; [kinds of each item]; {key: kinds of its value}, which may have other keys too;
-    {str: kinds of every value}.
+    kinds: a type or several; [kinds of each item]; {key: kinds of its value}, which may have other
+    keys too; {str: kinds of every value}.
     """
-    if isinstance(kinds, type):
+    if isinstance(kinds, (type, tuple)):
         return isinstance(value, kinds)
     if isinstance(kinds, list):
         return isinstance(value, list) and all(has_kinds(item, kinds[0]) for item in value)

@@ -49,10 +49,11 @@ from common import (
     TORCHRUN, Hashes, Help, Parser, UserError, accepted_code, add_data_options, as_number,
     atomic_write, begun_files, build_model, cache_folder, changes, check_output, check_space,
     check_unchanged, class_iou, clean, code_hashes, code_of, code_question, code_state, confusion,
-    data_files, data_options, decide, different_keys, draw_bars, draw_heat, figure_urls,
-    fingerprint, folds_hash, foreground_ids, image_miou, keep_code, label_settings, labels_code,
-    labels_hash, labels_recipe, library_versions, load_data, load_truths, lock, make_folds,
-    move_aside, move_mark, named, new_folds, number, open_store, overlay, provenance, pseudo_folder,
+    data_files, data_options, decide, different_keys, draw_bars, draw_heat, extra_json, figure_urls,
+    fingerprint, folds_hash, foreground_ids, image_miou, join_fingerprints, keep_code,
+    label_settings, labels_code, labels_hash, labels_recipe, library_versions, load_data,
+    load_extra, load_truths, load_unlabelled, lock, make_folds, move_aside, move_mark, named,
+    new_folds, number, open_store, overlay, photos_below, provenance, pseudo_folder,
     read_description, read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows,
     recipe_changes, run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash,
     store_code, store_id, store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides,
@@ -273,6 +274,8 @@ def add_grid(grid):
     """Add the options by which make describes an experiment."""
     grid.add_argument("--exp", type=Path, required=True)
     add_data_options(grid)
+    grid.add_argument("--extra", nargs="*", default=[], help="as of train.py")
+    grid.add_argument("--unlabelled", help="as of train.py")
     grid.add_argument("--nfolds", type=number(int, 2, 10), default=5)
     grid.add_argument("--gpus", type=number(int, 1), default=1)
     grid.add_argument("--rounds", type=number(int, 0, 9), default=0)
@@ -2425,14 +2428,17 @@ def script_lines(args):
         grid += ["--model", model]
     for scale in (*args.scales, *args.pick_scales):
         grid += ["--scale", scale]
-    split = ["--fold", args.folds[0], "--folds", str(args.nfolds)]
+    more = ["--unlabelled", args.unlabelled] if args.unlabelled else []
+    split = ["--fold", args.folds[0], "--folds", str(args.nfolds), *more]
+    if args.extra:
+        split += ["--extra", *args.extra]
     for name, value in data_options(vars(args)).items():
         split += [f"--{name}", value]
     return {
         "train.py": [*cache, *exp, *grid, *split, *args.train_args.split()],
         "infer.py": [*cache, "--checkpoint", "model.pt", *args.infer_args.split()],
-        "pseudo_label.py": [*cache, *exp, "--round", "1", "--fold", "0", *args.pseudo_args.split(),
-                            "x"]}
+        "pseudo_label.py": [*cache, *exp, "--round", "1", "--fold", "0", *more,
+                            *args.pseudo_args.split(), "x"]}
 
 
 def read_arguments(args, answers):
@@ -2446,10 +2452,12 @@ def read_arguments(args, answers):
     scale = [*args.scales, *args.pick_scales][-1]
     forbid("TRAIN_ARGS", train, **paths, exp=str(args.exp), model=model, scale=int(scale),
            fold=int(args.folds[0]), folds=args.nfolds, round=0, check=False,
-           overfit=0, sweep=0, runtimes=None, **data_options(vars(args)))
-    forbid("INFER_ARGS", infer, **paths, checkpoint=["model.pt"], out=None, split=["valid", "test"])
+           overfit=0, sweep=0, runtimes=None, **data_options(vars(args)),
+           unlabelled=args.unlabelled, extra=args.extra)
+    forbid("INFER_ARGS", infer, **paths, checkpoint=["model.pt"], out=None,
+           split=["valid", "test"], unlabelled=None)
     forbid("PSEUDO_ARGS", pseudo, **paths, exp=str(args.exp), round=1, fold=0, stores=["x"],
-           out_of_fold=[])
+           out_of_fold=[], unlabelled=args.unlabelled)
     learns = args.rounds or args.round or "pseudo" in args.goals
     if learns and pseudo.confident == "auto" and len(args.folds) < 2:
         raise UserError("pseudo labels learn from other folds how sure is sure enough: give two "
@@ -2535,12 +2543,19 @@ def budget(args):
     train_args, infer_args, _, _ = read_arguments(args, answers)
     if not args.dry:
         answers.save()
-    train, test = load_data(args.data, args.cache, **data_options(vars(args)))
+    options = data_options(vars(args))
+    train, test = load_data(args.data, args.cache, **options)
+    extras = [load_extra(folder, train, test, args.cache, **options) for folder in args.extra]
+    n_extra = sum(len(indices) for _, indices in extras)
+    n_more = 0
+    if folder := args.unlabelled:
+        n_more = len(load_unlabelled(folder, train, test, args.cache, args.orientation).ids)
     asked = {"budget": args.budget, "models": args.models,
              "scales": args.scales, "folds": args.folds, "keep_folds": args.keep_folds,
              "nfolds": args.nfolds, "rounds": args.rounds, "batch": train_args.batch,
              "tta": tta_name(infer_args), "data": train.fingerprint, "test": test.fingerprint,
-             "snapshots": train_args.snapshots, "gpus": args.gpus}
+             "snapshots": train_args.snapshots, "gpus": args.gpus, "extra": n_extra,
+             "unlabelled": n_more}
     answer = read_own_json(path, {"asked": dict, "epochs": int, "folds": [str]})
     if answer is None or answer["asked"] != asked:
         if args.dry:
@@ -2550,7 +2565,7 @@ def budget(args):
         n_views = len(tta_views(infer_args.tta)) * len(infer_args.tta_scales)
         n_views *= max(1, train_args.snapshots)
         epoch, rest = seconds_of_a_fold(speeds, len(train.ids), len(test.ids), args.nfolds, n_views,
-                                        args.rounds)
+                                        args.rounds, n_extra, n_more)
         epochs, folds = share_budget(args, count_lanes(args), epoch, rest)
         answer = {"asked": asked, "epochs": epochs, "folds": folds}
         write_json(path, answer)
@@ -2580,18 +2595,20 @@ def measure_speeds(args, batch):
     return speeds
 
 
-def seconds_of_a_fold(speeds, n_train, n_test, n_folds, n_views, n_rounds):
+def seconds_of_a_fold(speeds, n_train, n_test, n_folds, n_views, n_rounds, n_extra=0, n_more=0):
     """Return (seconds of an epoch, seconds besides) of one run of each model and scale together.
 
     They are the mean over the rounds 0 to n_rounds. Rounds from 1 on also label the test photos and
-    train on them; all are assumed to be kept. speeds: of measure_speeds; n_train, n_test: photos;
-    n_views: predictions of a photo, by TTA and snapshots.
+    the `n_more` unlabelled ones, and train on them; all are assumed to be kept. speeds: of
+    measure_speeds; n_train, n_test, n_extra: photos; n_views: predictions of a photo, by TTA and
+    snapshots.
     """
     n_valid = n_train / n_folds
     labelled_share = n_rounds / (1 + n_rounds)
-    n_trained = n_train - n_valid + labelled_share * n_test
+    n_trained = n_train - n_valid + n_extra + labelled_share * (n_test + n_more)
+    n_predicted = n_valid + n_test + labelled_share * n_more
     epoch = sum(n_trained / trained + n_valid / predicted for trained, predicted in speeds)
-    rest = sum(START_SECONDS + (n_valid + n_test) * n_views / predicted for _, predicted in speeds)
+    rest = sum(START_SECONDS + n_predicted * n_views / predicted for _, predicted in speeds)
     return epoch, rest + labelled_share * START_SECONDS
 
 
@@ -2765,6 +2782,8 @@ class Plan:
         self.siblings = Siblings(args, self.hashes)
         self.versions = library_versions() if args.why else {}
         self.results = {}  # of once
+        # whose photos get pseudo labels
+        self.labelled_splits = ("test", "unlabelled") if args.unlabelled else ("test",)
         self.tta = tta_name(self.infer_args)
         self.data = self.current_data()
         self.folds = self.current_folds()
@@ -2777,7 +2796,9 @@ class Plan:
     def current_data(self):
         """Return {"train", "test": fingerprints, "ids": of the training images, "index": ...}.
 
-        The index is that of the cache if just these photos have been checked, else None.
+        The index is that of the cache if just these photos have been checked, else None. "extra"
+        has a fingerprint of each of --extra, "unlabelled" one of that folder, "photos" that of all
+        photos which pseudo labels are made for.
         """
         paths = data_files(self.args.data)
         settings = data_options(vars(self.args))
@@ -2798,7 +2819,22 @@ class Plan:
             data[split] = fingerprint(self.hashes(path), settings, digests)
             if index and digests != checked[split]:
                 index = None
-        return data | {"index": index}
+        extra = [self.extra_fingerprint(folder, settings) for folder in self.args.extra]
+        data |= {"index": index, "extra": extra, "photos": data["test"]}
+        if folder := self.args.unlabelled:
+            names = photos_below(folder)
+            digests = self.hashes.of_all([f"{folder}/{name}" for name in names])
+            settings = {"orientation": self.args.orientation}
+            data["unlabelled"] = fingerprint(short_hash(names), settings, digests)
+            data["photos"] = join_fingerprints(data["test"], data["unlabelled"])
+        return data
+
+    def extra_fingerprint(self, folder, settings):
+        """Return the fingerprint of the labelled photos in a folder of --extra."""
+        path = extra_json(folder)
+        names = [image.get("file_name") for image in images_in(path)]
+        digests = self.hashes.of_all([f"{folder}/{name}" for name in names])
+        return fingerprint(self.hashes(path), settings, digests)
 
     def current_folds(self):
         """Return folds_hash of folds.csv, or of what will be written there; None if unknown yet."""
@@ -2870,7 +2906,8 @@ class Plan:
             labels = self.once(self.judge_labels, round_, fold) or ()
             if not labels:
                 reasons.append(f"the pseudo labels of round {round_}, fold {fold} are to be made")
-        recipe = run_recipe(args, self.data["train"], self.folds, self.hashes, *labels)
+        recipe = run_recipe(args, self.data["train"], self.folds, self.hashes, self.data["extra"],
+                            *labels)
         code = run_code(recipe)
         config = folder / "config.json"
         if not reasons:
@@ -2901,29 +2938,32 @@ class Plan:
         has_snapshots = bool(self.train_args.snapshots)
         names = [name for name in sorted(run["files"]) if (name != "model.pt") == has_snapshots]
         checkpoints = [run["files"][name] for name in names]
-        data = self.data["train" if split == "valid" else "test"]
+        data = self.data["train" if split == "valid" else split]
         return store_recipe(self.infer_args, split, checkpoints, data)
 
     def judge_stores(self, splits, round_, model, scale, fold):
         """Return {split: description} of a run's stores, or None if one of them is to be made."""
         folder = run_folder(self.args.exp, round_, model, scale, fold)
         run = self.once(self.judge_run, round_, model, scale, fold)
-        path = folder / "test.json"
         code = store_code(model, self.tta)
-        if run is None:
-            self.to_make[path] = ["its run is to be trained"]
-            return None
         stores = {}
         is_stale = False
         for split in splits:
+            # infer.py makes the stores of validation and test together
+            path = folder / ("unlabelled.json" if split == "unlabelled" else "test.json")
+            if run is None:
+                self.to_make[path] = ["its run is to be trained"]
+                is_stale = True
+                continue
             recipe = self.expected_store_recipe(run, split)
             place = self.own_or_shared("store(s)", folder / f"{split}.json", self.read_store,
                                        recipe, code)
             store = stores[split] = self.read_store(place)
-            is_stale |= self.judge("store(s)", path, store, recipe, code)
+            store_is_stale = self.judge("store(s)", path, store, recipe, code)
+            is_stale |= store_is_stale
             was_kept = folder / "model.pt" in self.to_make
             was_kept |= bool(store) and store["run"]["codes"] != code_hashes(run)
-            if was_kept and not is_stale:
+            if was_kept and not store_is_stale:
                 self.to_make.setdefault(path, ["it is to say that its run was kept"])
         return None if is_stale else stores
 
@@ -2957,12 +2997,12 @@ class Plan:
             if not run:
                 reasons.append(f"{run_folder(self.args.exp, *key)} is to be trained")
                 continue
-            if key[-1] == fold:
-                makers.append(store_id({"recipe": self.expected_store_recipe(run, "test")}))
+            for split in self.labelled_splits if key[-1] == fold else ():
+                makers.append(store_id({"recipe": self.expected_store_recipe(run, split)}))
             if by_precision and key[-1] in self.args.folds:
                 out_of_fold.append(store_id({"recipe": self.expected_store_recipe(run, "valid")}))
         args = argparse.Namespace(**vars(self.pseudo_args) | {"round": round_, "fold": int(fold)})
-        recipe = labels_recipe(args, self.data["test"], self.folds, self.args.paint, makers,
+        recipe = labels_recipe(args, self.data["photos"], self.folds, self.args.paint, makers,
                                out_of_fold)
         code = labels_code([(model, self.tta) for model in self.args.models], args.rule)
         path = folder / "manifest.json"
@@ -2972,9 +3012,10 @@ class Plan:
             folder = shared.parent
         manifest = whole_manifest(folder, self.hashes)
         if self.judge("set(s) of pseudo labels", path, manifest, recipe, code, reasons):
-            splits = ("valid", "test") if by_precision else ("test",)
+            splits = ("valid",) if by_precision else ()
             for key in runs:
-                self.once(self.judge_stores, splits, *key)
+                of_fold = self.labelled_splits if key[-1] == fold else ("test",)
+                self.once(self.judge_stores, (*splits, *of_fold), *key)
             return None
         return labels_hash(folder, self.hashes), label_settings(manifest), manifest["contaminated"]
 

@@ -3,10 +3,11 @@ r"""Predict the held-out fold and the test photos with one trained model, or wit
     python infer.py --data DATA --tta flip \
         --checkpoint out/main/r0/fpn/tu-tf_efficientnet_lite0/s512/f0/model.pt
 
-Writes valid.npy + valid.json and test.npy + test.json beside the checkpoint. A .npy has
-probabilities as uint8 (0..255 for 0..1) of shape [N, C, 256, 256], background for a test photo that
-can't be read. A .json says what made them; it is written last, so where it stands, the .npy is
-whole. Several epochs of one run are averaged.
+Writes valid.npy + valid.json and test.npy + test.json beside the checkpoint, or unlabelled.npy and
+.json of photos that only pseudo labels are made for. A .npy has probabilities as uint8 (0..255 for
+0..1) of shape [N, C, 256, 256], background for a test photo that can't be read. A .json says what
+made them; it is written last, so where it stands, the .npy is whole. Several epochs of one run are
+averaged.
 
 The same line again carries on where it was interrupted, and does nothing when all is done. What it
 replaces is kept in the folder replaced/ until the next time. Photos other than those of the
@@ -25,10 +26,10 @@ from common import (
     FROM_RECIPE, RUN_PLACE, STORE_KINDS, SUBMIT_SIZE, TTA, VIEWS, EvalPhotos, Hashes, Parser,
     UserError, accepted_code, atomic_write, batch_bytes, check_output, check_shared_memory,
     check_space, checked, claim_device, code_hashes, data_options, decide, full_batch, keep_code,
-    load_data, load_model, loader_options, loader_workers, lock, move_aside, normalise, number,
-    open_store, predict_probs, provenance, ranks, read_description, resize_probs, run_script,
-    short_hash, signals_later, store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views,
-    write_description, write_npy_header)
+    load_data, load_model, load_unlabelled, loader_options, loader_workers, lock, move_aside,
+    normalise, number, open_store, predict_probs, provenance, ranks, read_description, resize_probs,
+    run_script, short_hash, signals_later, store_code, store_recipe, try_sides, tta_name, tta_sides,
+    tta_views, write_description, write_npy_header)
 
 # what decides no result; see BESIDE in common.py
 BESIDE = {"parts_folder", "write_store"}
@@ -41,7 +42,10 @@ def parse_args(argv=None):
     what.add_argument("--checkpoint", type=Path, nargs="+", required=True,
                       help="model.pt of train.py, or epoch-*.pt of one run, whose probabilities "
                       "are averaged")
-    what.add_argument("--split", choices=("valid", "test"), nargs="+", default=["valid", "test"])
+    what.add_argument("--split", choices=("valid", "test", "unlabelled"), nargs="+",
+                      default=["valid", "test"])
+    what.add_argument("--unlabelled", type=Path, metavar="FOLDER",
+                      help="of the photos of --split unlabelled, which pseudo labels are made for")
     what.add_argument("--tta", type=checked(tta_views), default="flip",
                       metavar="SET|VIEW,VIEW+VIEW,...",
                       help="views whose probabilities are averaged: "
@@ -91,7 +95,7 @@ def load_models(paths, hashes):
 
 
 def load_photos(args, trained):
-    """Return {"test" and, if asked for, "valid": (Split, indices of the photos to predict)}.
+    """Return {name: (Split, indices of the photos to predict)} of "test" and of all of args.split.
 
     Raises UserError when DATA isn't what the model was trained on.
     """
@@ -110,6 +114,9 @@ def load_photos(args, trained):
             raise UserError(f"{path} was validated on {len(missing)} images that DATA doesn't "
                             f"have, the first with id {missing[0]}: it was trained on other data")
         photos["valid"] = train, [index_of[image_id] for image_id in checkpoint["valid_ids"]]
+    if "unlabelled" in args.split:
+        split = load_unlabelled(args.unlabelled, train, test, args.cache, recipe["orientation"])
+        photos["unlabelled"] = split, range(len(split.ids))
     return photos
 
 
@@ -119,7 +126,7 @@ def load_photos(args, trained):
 def describe_store(name, split, indices, trained, checkpoints, run, args):
     """Return all that a store's JSON says, except for the hashes of its files.
 
-    name: "valid" or "test"; split, indices: the photos; checkpoints: as load_models returns them;
+    name: of args.split; split, indices: the photos; checkpoints: as load_models returns them;
     run: as run_of returns it.
     """
     tta = tta_name(args)
@@ -277,6 +284,8 @@ def main(args):
         return
     if missing := [str(path) for path in args.checkpoint if not path.is_file()]:
         raise UserError(f"{', '.join(missing)}: no such checkpoint")
+    if (args.unlabelled is None) == ("unlabelled" in args.split):
+        raise UserError("--unlabelled FOLDER and --split unlabelled go together")
     folder = args.out or args.checkpoint[0].parent
     check_output(args.data, folder)
     with lock(folder) if ranks()[0] == 0 else nullcontext():

@@ -29,11 +29,12 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (
-    BACKGROUND, IGNORE_INDEX, LINEAGE, Hashes, Parser, UserError, atomic_write, by_rule,
-    check_output, check_unchanged, clean, data_options, decide, foreground_ids, keep_code,
-    labels_code, labels_recipe, load_data, load_truths, lock, move_aside, number, open_store,
-    overlay, provenance, pseudo_folder, read_index, read_probs, run_script, store_id, truth_file,
-    whole_manifest, write_coco, write_csv, write_description, write_npy_header, write_sheet)
+    BACKGROUND, IGNORE_INDEX, LINEAGE, Hashes, Parser, Split, UserError, atomic_write, by_rule,
+    check_output, check_unchanged, clean, data_options, decide, foreground_ids, join_photos,
+    keep_code, labels_code, labels_recipe, load_data, load_truths, load_unlabelled, lock,
+    move_aside, number, open_store, overlay, provenance, pseudo_folder, read_index, read_probs,
+    run_script, store_id, truth_file, whole_manifest, write_coco, write_csv, write_description,
+    write_npy_header, write_sheet)
 
 ROUNDING = 1e-6  # in float32, 204 / 255 is 0.8000001 and not 0.8
 LEAST_PHOTOS = 3  # with sure pixels of a class: fewer would open a class by chance
@@ -143,6 +144,9 @@ def parse_args(argv=None):
                       help="valid.json of the same models in all folds: by those of other folds "
                       "--confident auto decides, those of this fold tell what to expect")
     add_settings(parser.add_argument_group("rule"))
+    what.add_argument("--unlabelled", type=Path, metavar="FOLDER",
+                      help="photos that get labels too; infer.py has predicted them into "
+                      "unlabelled.json beside each test.json")
     system = parser.add_argument_group("system: does not decide the result")
     system.add_argument("--cache", type=Path, default=Path("out/cache"),
                         help="painted masks, shared by experiments")
@@ -173,19 +177,20 @@ def add_settings(group):
 # ---- makers --------------------------------------------------------------------------------------
 
 
-def check_makers(args, infos, test):
+def check_makers(args, name, paths, infos, photos):
     """Return whether a store breaks the lineage, which only --allow-leak lets pass.
 
-    infos: the JSON of each of args.stores. Raises UserError for the first store that differs from
-    the others, from the test photos or, without --allow-leak, from the round and fold asked for.
+    name: "test" or "unlabelled", of the stores `paths`, whose JSONs are `infos`; photos: the Split
+    of it. Raises UserError for the first store that differs from the others, from the photos or,
+    without --allow-leak, from the round and fold asked for.
     """
     expected = {
-        "split": "test", "classes": test.classes, "image_ids": test.ids, "round": args.round - 1,
+        "split": name, "classes": photos.classes, "image_ids": photos.ids, "round": args.round - 1,
         "fold": args.fold, "paint": infos[0]["paint"], "folds_csv": infos[0]["folds_csv"],
-        "data": test.fingerprint}
+        "data": photos.fingerprint}
     leaks = any(info["contaminated"] for info in infos)
     for key, value in expected.items():
-        for path, info in zip(args.stores, infos, strict=True):
+        for path, info in zip(paths, infos, strict=True):
             if info[key] == value:
                 continue
             if key not in LINEAGE:
@@ -198,6 +203,44 @@ def check_makers(args, infos, test):
                 raise UserError(f"{path}: {key} {differs}; {cure}")
             leaks = True
     return leaks
+
+
+class Makers(NamedTuple):
+    """The models that make the labels, and the photos that they have predicted."""
+    test: Split
+    photos: Split  # those that get labels: the test's, then those of --unlabelled
+    stores: list  # of each maker the uint8 probabilities [N, C, H, W] of the test photos
+    more_stores: list  # and those of --unlabelled, if it is given
+    paths: list  # the JSON of each store, those of the test first
+    infos: list  # what it says
+    contaminated: bool  # see check_makers
+
+    def vote(self, i):
+        """Return the soft vote of photo i: probs float32 [C, H, W]."""
+        n_test = len(self.test.ids)
+        if i < n_test:
+            return soft_vote(self.stores, i)
+        return soft_vote(self.more_stores, i - n_test)
+
+
+def open_makers(args, opened, train, test, hashes):
+    """Return the Makers; opened: of open_store of each of args.stores.
+
+    Raises UserError as check_makers does, and if a store of --unlabelled is missing.
+    """
+    paths, photos = list(args.stores), test
+    stores, infos = map(list, zip(*opened, strict=True))
+    contaminated = check_makers(args, "test", paths, infos, test)
+    more_stores, more_infos = [], []
+    if args.unlabelled:
+        more = load_unlabelled(args.unlabelled, train, test, args.cache, infos[0]["orientation"])
+        photos = join_photos(test, more)
+        more_paths = [path.with_name("unlabelled.json") for path in args.stores]
+        more_opened = [open_store(path, hashes) for path in more_paths]
+        more_stores, more_infos = map(list, zip(*more_opened, strict=True))
+        contaminated |= check_makers(args, "unlabelled", more_paths, more_infos, more)
+        paths += more_paths
+    return Makers(test, photos, stores, more_stores, paths, infos + more_infos, contaminated)
 
 
 def soft_vote(stores, i):
@@ -360,12 +403,12 @@ def soft_label(probs, label):
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def hand_decisions(folder, test):
+def hand_decisions(folder, photos):
     """Return {image_id: keep} for the rows of index.csv whose `keep` was ever changed by hand.
 
     `by_hand` holds what was decided before; a `keep` that differs from it, or from the rule where
     there is none, is a new decision. An empty `keep` takes a decision back. Raises UserError if one
-    is of no image of the Split `test`: a spreadsheet may have written 100000 as 1E+05.
+    is of no image of the Split `photos`: a spreadsheet may have written 100000 as 1E+05.
     """
     decisions = {}
     rows = read_index(folder) if (folder / "index.csv").exists() else {}
@@ -374,32 +417,34 @@ def hand_decisions(folder, test):
         decision = row["by_hand"] if row["keep"] == written else row["keep"]
         if decision:
             decisions[row["image_id"]] = decision
-    if foreign := decisions.keys() - set(map(str, test.ids)):
+    if foreign := decisions.keys() - set(map(str, photos.ids)):
         raise UserError(f"{folder}/index.csv: decides on image {clean(min(foreign))}, which is not "
                         "in test.json: mend the id or remove the line")
     return decisions
 
 
-def write_labels(path, test, stores, by_hand, truths, args):
+def write_labels(path, makers, by_hand, truths, args):
     """Write labels.npy as `path`; return (rows of index.csv, labelled pixels [C, 3]).
 
-    by_hand: as hand_decisions returns it; truths: uint8 [N, S, S] or None. The columns are, of the
-    photos that are kept, all pixels of a class, those that have a truth, and those that are right.
-    The photos of the stores are read, voted on and written one at a time.
+    by_hand: as hand_decisions returns it; truths: uint8 [N, S, S] of the test photos, or empty. The
+    columns are, of the photos that are kept, all pixels of a class, those that have a truth, and
+    those that are right. The photos of the stores are read, voted on and written one at a time.
     """
-    rows, labelled = [], np.zeros((stores[0].shape[1], 3), np.int64)
-    n_photos, n_classes, *size = stores[0].shape
+    photos = makers.photos
+    _, n_classes, *size = makers.stores[0].shape
+    rows, labelled = [], np.zeros((n_classes, 3), np.int64)
+    n_photos = len(photos.ids)
     shape = (n_photos, n_classes, *size) if args.soft else (n_photos, *size)
     with atomic_write(path) as scratch, open(scratch, "wb") as f:
         write_npy_header(f, shape)
-        for i, image_id in enumerate(tqdm(test.ids, str(path.parent), disable=None)):
-            probs = soft_vote(stores, i)
+        for i, image_id in enumerate(tqdm(photos.ids, str(path.parent), disable=None)):
+            probs = makers.vote(i)
             verdict = judge(probs, args)
             f.write(soft_label(probs, verdict.label) if args.soft else verdict.label)
             row = {
                 "image_id": image_id,
                 "keep": "",
-                "reason": "unreadable" if test.faults[i] else verdict.reason,
+                "reason": "unreadable" if photos.faults[i] else verdict.reason,
                 "by_hand": by_hand.get(str(image_id), ""),
                 "unsure": f"{verdict.unsure:.4f}",
                 "classes": join_ids(foreground_ids(verdict.label)),
@@ -407,7 +452,8 @@ def write_labels(path, test, stores, by_hand, truths, args):
             row["keep"] = row["by_hand"] or by_rule(row)
             rows.append(row)
             if row["keep"] == "1":
-                truth = np.full_like(verdict.label, IGNORE_INDEX) if truths is None else truths[i]
+                unknown = np.full_like(verdict.label, IGNORE_INDEX)
+                truth = truths[i] if i < len(truths) else unknown
                 labelled += count_labelled(verdict.label, truth, len(labelled))
     return rows, labelled
 
@@ -441,11 +487,11 @@ def join_ids(class_ids):
 
 
 def write_kept_coco(path, labels_npy, rows, test, args):
-    """Write the labels of the kept photos as COCO JSON."""
+    """Write the labels of the kept test photos as COCO JSON; rows: of index.csv."""
     labels = np.load(labels_npy, mmap_mode="r")
 
     def kept_masks():
-        for i, row in enumerate(rows):
+        for i, row in enumerate(rows[:len(test.ids)]):
             if row["keep"] == "1":
                 label = labels[i].argmax(0).astype(np.uint8) if args.soft else labels[i]
                 yield i, label
@@ -489,17 +535,17 @@ def share_right(counts):
     return n_right / n_with_truth if n_with_truth else None
 
 
-def write_manifest(path, args, test, infos, wanted, contaminated, counts, labels, files):
+def write_manifest(path, args, makers, wanted, counts, labels, files):
     """Write manifest.json, which says what made the labels; files: {name: hash}."""
-    makers = []
-    for store, info in zip(args.stores, infos, strict=True):
-        makers.append({"store": str(store), "id": store_id(info),
+    stores, first = [], makers.infos[0]
+    for store, info in zip(makers.paths, makers.infos, strict=True):
+        stores.append({"store": str(store), "id": store_id(info),
                        "checkpoints": info["checkpoints"], "tta": info["tta"],
                        "state": info["state"]})
     write_description(
-        path, wanted, round=args.round, fold=args.fold, folds_csv=infos[0]["folds_csv"],
-        classes=test.classes, paint=infos[0]["paint"], contaminated=contaminated, photos=counts,
-        labels=labels, makers=makers, files=files)
+        path, wanted, round=args.round, fold=args.fold, folds_csv=first["folds_csv"],
+        classes=makers.test.classes, paint=first["paint"], contaminated=makers.contaminated,
+        photos=counts, labels=labels, makers=stores, files=files)
 
 
 # ---- what the user sees --------------------------------------------------------------------------
@@ -525,26 +571,28 @@ def count_reasons(rows, classes):
     return counts
 
 
-def draw_sheet(path, rows, counts, labels, test, stores, args):
+def draw_sheet(path, rows, counts, labels, makers, args):
     """Draw some photos of every outcome beside their labels: the clearest and the least clear.
 
     Kept photos come first. counts: as count_reasons returns them, labels: as describe_labels does,
     for the legend.
     """
-    readable = [i for i, fault in enumerate(test.faults) if not fault]
+    photos = makers.photos
+    readable = [i for i, fault in enumerate(photos.faults) if not fault]
     by_outcome = {"kept": []}
     for i in sorted(readable, key=lambda i: float(rows[i]["unsure"])):
         by_outcome.setdefault(outcome(rows[i]), []).append(i)
     tiles = []
     for name in sorted(by_outcome, key=lambda name: (name != "kept", name)):
-        photos = by_outcome[name]
-        for i in photos if len(photos) < 12 else photos[:6] + photos[-6:]:
-            image = test.image(i)
-            verdict = judge(soft_vote(stores, i), args)
+        some = by_outcome[name]
+        for i in some if len(some) < 12 else some[:6] + some[-6:]:
+            image = photos.image(i)
+            verdict = judge(makers.vote(i), args)
             shown = verdict.sure | (verdict.label == 0)
             mask = np.where(shown, verdict.label, IGNORE_INDEX)
             caption = f"{name}; {float(rows[i]['unsure']):.0%} of it unsure"
-            tiles.append([(test.file_names[i], overlay(image)), (caption, overlay(image, mask))])
+            title = photos.file_names[i] if i < len(makers.test.ids) else photos.ids[i]
+            tiles.append([(title, overlay(image)), (caption, overlay(image, mask))])
     legend = {}
     for class_id, (name, outcomes) in enumerate(counts.items()):
         numbers = ", ".join(f"{n} {why}" for why, n in outcomes.items())
@@ -589,14 +637,13 @@ def report_labels(folder, args, counts, labels, by_hand, contaminated):
 # ---- command -------------------------------------------------------------------------------------
 
 
-def make_labels(folder, args, data, stores, infos, folds, wanted, contaminated, hashes):
+def make_labels(folder, args, train, makers, folds, wanted, hashes):
     """Write the labels, what describes them and, last, manifest.json.
 
-    data: (train, test) Splits; stores, infos: the makers' stores and their JSONs; folds: of
-    open_out_of_fold; wanted: what provenance says of the labels. Decisions that were made by hand
-    in index.csv stay.
+    train: the Split; folds: of open_out_of_fold; wanted: what provenance says of the labels.
+    Decisions that were made by hand in index.csv stay.
     """
-    train, test = data
+    test = makers.test
     thresholds = choose_thresholds(args, folds, train)
     args = argparse.Namespace(**vars(args), thresholds=thresholds)
     expected = np.zeros((len(test.classes), 3), np.int64)
@@ -605,14 +652,14 @@ def make_labels(folder, args, data, stores, infos, folds, wanted, contaminated, 
         expected = count_expected(fold_stores, fold_infos, train, args)
     for _, fold_infos, paths in folds.values():
         check_unchanged(paths, fold_infos)
-    by_hand = hand_decisions(folder, test)
+    by_hand = hand_decisions(folder, makers.photos)
     path = truth_file(args.data, args.truth)
-    truths = load_truths(path, test, infos[0]["paint"]) if path else None
-    rows, labelled = write_labels(folder / "new-labels.npy", test, stores, by_hand, truths, args)
-    check_unchanged(args.stores, infos)
+    truths = load_truths(path, test, makers.infos[0]["paint"]) if path else ()
+    rows, labelled = write_labels(folder / "new-labels.npy", makers, by_hand, truths, args)
+    check_unchanged(makers.paths, makers.infos)
     counts = count_reasons(rows, test.classes)
     labels = describe_labels(test.classes, thresholds, expected, labelled)
-    draw_sheet(folder / "sheet.png", rows, counts, labels, test, stores, args)
+    draw_sheet(folder / "sheet.png", rows, counts, labels, makers, args)
     names = ["labels.npy"]
     if args.coco:
         write_kept_coco(folder / "labels.json", folder / "new-labels.npy", rows, test, args)
@@ -621,9 +668,8 @@ def make_labels(folder, args, data, stores, infos, folds, wanted, contaminated, 
     (folder / "new-labels.npy").rename(folder / "labels.npy")
     write_csv(folder / "index.csv", rows)
     files = {name: hashes(folder / name) for name in names}
-    write_manifest(folder / "manifest.json", args, test, infos, wanted, contaminated, counts,
-                   labels, files)
-    report_labels(folder, args, counts, labels, by_hand, contaminated)
+    write_manifest(folder / "manifest.json", args, makers, wanted, counts, labels, files)
+    report_labels(folder, args, counts, labels, by_hand, makers.contaminated)
 
 
 def main(args):
@@ -634,17 +680,16 @@ def main(args):
     check_output(args.data, folder)
     hashes = Hashes(args.cache)
     opened = [open_store(path, hashes) for path in args.stores]
-    stores = [store for store, _ in opened]
     infos = [info for _, info in opened]
-    train, test = data = load_data(args.data, args.cache, **data_options(infos[0]))
-    contaminated = check_makers(args, infos, test)
+    train, test = load_data(args.data, args.cache, **data_options(infos[0]))
+    makers = open_makers(args, opened, train, test, hashes)
     folds, leaks = open_out_of_fold(args, infos, train, hashes)
     fold_ids = [store_id(info) for _, some, _ in folds.values() for info in some]
-    contaminated |= leaks
-    recipe = labels_recipe(args, test.fingerprint, infos[0]["folds_csv"], infos[0]["paint"],
-                           [store_id(info) for info in infos], fold_ids)
-    makers = [(info["model"], info["tta"]) for info in infos]
-    wanted = provenance(recipe, labels_code(makers, args.rule))
+    makers = makers._replace(contaminated=makers.contaminated or leaks)
+    recipe = labels_recipe(args, makers.photos.fingerprint, infos[0]["folds_csv"],
+                           infos[0]["paint"], [store_id(info) for info in makers.infos], fold_ids)
+    wanted = provenance(recipe, labels_code([(info["model"], info["tta"]) for info in infos],
+                                            args.rule))
     with lock(folder):
         manifest = whole_manifest(folder, hashes)
         decision = decide(folder, manifest, wanted, args.code) if manifest else "make"
@@ -654,7 +699,7 @@ def main(args):
             del manifest["touched"]  # which read_description added to what the file says
             write_description(folder / "manifest.json", manifest, **manifest)
         if decision == "make":
-            make_labels(folder, args, data, stores, infos, folds, wanted, contaminated, hashes)
+            make_labels(folder, args, train, makers, folds, wanted, hashes)
         else:
             print(f"{folder} is there and was made like this: nothing to do")
         hashes.save()

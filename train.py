@@ -37,12 +37,13 @@ from common import (
     atomic_write, batch_bytes, begun_files, build_model, check_labels, check_output,
     check_shared_memory, check_space, checked, claim_device, code_of, confusion, data_options,
     decide, different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls, folds_hash,
-    foreground_ids, full_batch, has_kinds, image_miou, keep_code, last_convolution, load_checkpoint,
-    load_data, load_folds, load_labels, loader_options, loader_workers, lock, make_augmentation,
-    make_loss, move_aside, named, normalise, number, overlay, pixel_weights, provenance, ranks,
-    rare_odds, read_description, read_image, read_rows, recipe_changes, resize_probs, run_code,
-    run_folder, run_recipe, run_script, save_checkpoint, scores, signals_later, split_model,
-    this_process, tile_url, try_sides, write_csv, write_description, write_page, write_sheet)
+    foreground_ids, full_batch, has_kinds, image_miou, join_photos, keep_code, last_convolution,
+    load_checkpoint, load_data, load_extra, load_folds, load_labels, load_unlabelled,
+    loader_options, loader_workers, lock, make_augmentation, make_loss, move_aside, named,
+    normalise, number, overlay, pixel_weights, provenance, ranks, rare_odds, read_description,
+    read_image, read_rows, recipe_changes, resize_probs, run_code, run_folder, run_recipe,
+    run_script, save_checkpoint, scores, signals_later, split_model, this_process, tile_url,
+    try_sides, write_csv, write_description, write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
@@ -183,6 +184,11 @@ def parse_args(argv=None):
     run.add_argument("--folds", type=number(int, 2), default=5, help="number of folds")
     run.add_argument("--round", type=number(int, 0, 9), default=0,
                      help="from 1: also learns EXP/rROUND/pseudo/fFOLD")
+    run.add_argument("--extra", type=Path, nargs="*", default=[], metavar="FOLDER",
+                     help="other COCO folders, with a train.json of the same class names: every "
+                     "fold learns from their photos, none is validated on them")
+    run.add_argument("--unlabelled", type=Path, metavar="FOLDER",
+                     help="of photos that have pseudo labels besides those of the test")
     add_data_options(run)
     run.add_argument("--allow-leak", action="store_true",
                      help="learn also from pseudo labels whose makers may have trained on this "
@@ -588,10 +594,14 @@ def loader_class():
     return EarlyLoader
 
 
-def make_loaders(args, train, test, train_indices, valid_indices, cuda):
-    """Return the DataLoaders for training and validation; indices are positions in `train`."""
+def make_loaders(args, splits, train_indices, valid_indices, cuda):
+    """Return the DataLoaders for training and validation.
+
+    splits: of load_splits; indices: positions in the first of them.
+    """
     import torch
-    entries, present, n_pseudo = training_entries(args, train, test, train_indices)
+    train, test, extras = splits
+    entries, present, n_pseudo = training_entries(args, train, test, train_indices, extras)
     rank, n_ranks = ranks()
     workers = loader_workers(args.workers, cuda)
     options = loader_options(workers, cuda) | {"persistent_workers": workers > 0}
@@ -601,7 +611,7 @@ def make_loaders(args, train, test, train_indices, valid_indices, cuda):
     labelled_from = round(args.epochs * (1 - args.labelled_only))
     batches = EpochBatches(len(entries), args.batch, args.seed, odds, n_pseudo, args.pseudo_ratio,
                            labelled_from)
-    mix = classmix_settings(args, np.array(train.pixels)[train_indices])
+    mix = classmix_settings(args, labelled_pixels(train, train_indices, extras))
     samples = TrainSamples(entries, make_augmentation(args.augment, args.scale), args.seed, mix)
     photos = EvalPhotos(train, valid_indices[rank::n_ranks].tolist(), args.scale)
     photo_batches = eval_batches(len(photos), args.batch)
@@ -632,10 +642,12 @@ def eval_batches(n_images, size):
             for first in range(0, n_images, size)]
 
 
-def training_entries(args, train, test, train_indices):
+def training_entries(args, train, test, train_indices, extras):
     """Return (entries of TrainSamples, classes present bool [N, C], number of pseudo labels)."""
-    present = np.array(train.pixels)[train_indices] > 0
+    present = labelled_pixels(train, train_indices, extras) > 0
     entries = [(train, i, None) for i in train_indices.tolist()]
+    for split, indices in extras:
+        entries += [(split, i, None) for i in indices]
     if args.overfit:  # some hundred images make an epoch of them
         return entries * math.ceil(256 / len(entries)), present, 0
     if not args.round:
@@ -644,6 +656,16 @@ def training_entries(args, train, test, train_indices):
     print(f"{len(entries)} labelled and {len(pseudo)} pseudo-labelled images")
     pseudo_present = [np.isin(range(len(train.classes)), [0, *some]) for some in class_ids]
     return entries + pseudo, np.stack([*present, *pseudo_present]), len(pseudo)
+
+
+def labelled_pixels(train, train_indices, extras):
+    """Return the pixel counts by class, int [N, C], of all labelled images that a run learns from.
+
+    extras: of load_splits.
+    """
+    counts = [np.array(train.pixels)[train_indices]]
+    counts += [np.array(split.pixels)[indices] for split, indices in extras]
+    return np.concatenate(counts)
 
 
 def classmix_settings(args, pixels):
@@ -943,15 +965,14 @@ def train_run(args, root, report=None, wait=False):
     is an error.
     """
     check_output(args.data, args.exp)
-    options = data_options(vars(args))
-    train, test = load_data(args.data, args.cache, decoded=args.cache_images, **options)
+    train, test, extras = splits = load_splits(args)
     folds = load_folds(args.exp, train, args.folds)
     train_indices, valid_indices = split_by_fold(args, train, folds)
     out = run_folder(root, args.round, args.model, args.scale, args.fold)
     first = ranks()[0] == 0
     hashes, epochs = Hashes(args.cache), snapshot_epochs(args)
     with lock(out, wait=wait) if first else nullcontext():
-        info = describe_run(args, train, test, folds, hashes)
+        info = describe_run(args, splits, folds, hashes)
         info |= {"classes": train.classes, "valid_ids": [train.ids[i] for i in valid_indices]}
         if finished := find_finished(args, test, info, out, epochs, hashes):
             return finished["v3"]
@@ -959,12 +980,13 @@ def train_run(args, root, report=None, wait=False):
         device = claim_device(args.device, args.per_gpu)
         if first:  # other ranks have read what is moved here, as claim_device waits for them
             begin(out, info, args, resume)
-        loaders = make_loaders(args, train, test, train_indices, valid_indices,
-                               device.type == "cuda")
-        pixels = np.array(train.pixels)
-        run = start_run(args, train.classes, pixels[train_indices].sum(0), resume, device)
+        loaders = make_loaders(args, splits, train_indices, valid_indices, device.type == "cuda")
+        pixels = labelled_pixels(train, train_indices, extras).sum(0)
+        run = start_run(args, train.classes, pixels, resume, device)
         run.mean, run.std = info["recipe"]["mean"], info["recipe"]["std"]  # also a kept run's
-        warn_of_absent_classes(args, train.classes, pixels, train_indices, valid_indices)
+        warn_of_absent_classes(args, train.classes, "training", pixels)
+        valid_pixels = np.array(train.pixels)[valid_indices].sum(0)
+        warn_of_absent_classes(args, train.classes, "validation", valid_pixels)
         if first:
             check_run_space(run, args, out)
         try:
@@ -984,6 +1006,21 @@ def train_run(args, root, report=None, wait=False):
     return run.best["v3"]
 
 
+def load_splits(args):
+    """Return (train, photos, extras): what a run learns from and is validated on.
+
+    train, photos: Splits, the second of the photos that may have pseudo labels, those of the test
+    and of --unlabelled; extras: (Split, indices) of each of --extra, see load_extra.
+    """
+    options = data_options(vars(args))
+    train, test = load_data(args.data, args.cache, decoded=args.cache_images, **options)
+    extras = [load_extra(folder, train, test, args.cache, **options) for folder in args.extra]
+    if args.unlabelled and args.round:
+        more = load_unlabelled(args.unlabelled, train, test, args.cache, args.orientation)
+        test = join_photos(test, more)
+    return train, test, extras
+
+
 def split_by_fold(args, train, folds):
     """Return the positions of (training, validation) images; with --overfit both are the same few.
 
@@ -998,24 +1035,27 @@ def split_by_fold(args, train, folds):
     return train_indices, valid_indices
 
 
-def describe_run(args, train, test, folds, hashes):
-    """Return the provenance of a run: what decides its result, as it is now."""
+def describe_run(args, splits, folds, hashes):
+    """Return the provenance of a run: what decides its result, as it is now.
+
+    splits: of load_splits.
+    """
+    train, test, extras = splits
     folds_csv = folds_hash(train.ids, folds)
     labels = ()
     if args.round and not args.overfit:
         labels = check_labels(args, test, folds_csv, hashes)
-    recipe = run_recipe(args, train.fingerprint, folds_csv, hashes, *labels)
+    extra = [split.fingerprint for split, _ in extras]
+    recipe = run_recipe(args, train.fingerprint, folds_csv, hashes, extra, *labels)
     recipe["mean"], recipe["std"] = map(list, encoder_mean_std(args.model))
     return provenance(recipe, run_code(recipe))
 
 
-def warn_of_absent_classes(args, classes, pixels, train_indices, valid_indices):
-    """Warn of classes that no training or no validation image has; pixels [N, C]."""
-    for name, indices in (("training", train_indices), ("validation", valid_indices)):
-        counts = pixels[indices].sum(0)
-        absent = [c for c, count in zip(classes, counts, strict=True) if not count]
-        if absent:
-            print(f"warning: no {name} image of fold {args.fold} has {', '.join(absent)}")
+def warn_of_absent_classes(args, classes, name, pixels):
+    """Warn of classes without pixels; name: of the images that `pixels` [C] counts."""
+    absent = [c for c, count in zip(classes, pixels, strict=True) if not count]
+    if absent:
+        print(f"warning: no {name} image of fold {args.fold} has {', '.join(absent)}")
 
 
 def check_run_space(run, args, out):
@@ -1282,8 +1322,22 @@ def check(args):
                   "of an export's categories, set UNUSED=drop")
         elif absent:
             print(f"      warning: no image of fold {', '.join(map(str, absent))} has it")
+    check_more_photos(args, train, test)
     write_data_page(args, train, test, folds)
     print(f"{args.exp}/data.html: a look at them")
+
+
+def check_more_photos(args, train, test):
+    """Print what --extra and --unlabelled add to DATA, or stop with its faults."""
+    options = data_options(vars(args))
+    for folder in args.extra:
+        split, indices = load_extra(folder, train, test, args.cache, **options)
+        present = (np.array(split.pixels)[indices] > 0).sum(0)
+        counts = [f"{name} {n}" for name, n in zip(train.classes, present, strict=True) if n]
+        print(f"{folder}: {len(indices)} images that every fold learns from: {', '.join(counts)}")
+    if args.unlabelled:
+        more = load_unlabelled(args.unlabelled, train, test, args.cache, args.orientation)
+        print(f"{args.unlabelled}: {len(more.ids)} photos that get pseudo labels")
 
 
 def warn_of_photos(train, test):
@@ -1629,9 +1683,9 @@ def search_space(args):
 
 def fixed_values(args, space):
     """Return (what all trials of a sweep share: their recipe and the space, number of classes)."""
-    train, test = load_data(args.data, args.cache, **data_options(vars(args)))
+    train, *_ = splits = load_splits(args)
     folds = load_folds(args.exp, train, args.folds)
-    recipe = describe_run(args, train, test, folds, Hashes(args.cache))["recipe"]
+    recipe = describe_run(args, splits, folds, Hashes(args.cache))["recipe"]
     fixed = {key: value for key, value in recipe.items() if key not in (*space, *DERIVED)}
     fixed |= {f"SEARCH_SPACE {name}": list(SEARCH_SPACE[name]) for name in space}
     return fixed, len(train.classes)
@@ -1835,7 +1889,7 @@ def draw_runtimes(path, rows):
 def overfit_args(args):
     """Return the arguments of --overfit: without augmentation, and replacing what is there."""
     plain = {"augment": "none", "classmix": "none", "batch_hook": "none", "sampler": "all",
-             "snapshots": 0, "code": "new", "replace": True}
+             "snapshots": 0, "code": "new", "replace": True, "extra": [], "unlabelled": None}
     return argparse.Namespace(**vars(args) | plain)
 
 

@@ -127,7 +127,8 @@ def evaluate_rank(rank, notes, argv, checkpoint):
     loaded = common.load_model(Path(checkpoint))
     run = SimpleNamespace(ema=SimpleNamespace(module=loaded.model), device=device, mean=loaded.recipe["mean"],
                           std=loaded.recipe["std"])
-    _, loader = train.make_loaders(args, *splits, np.flatnonzero(folds != 1), np.flatnonzero(folds == 1), cuda=False)
+    learn, held = np.flatnonzero(folds != 1), np.flatnonzero(folds == 1)
+    _, loader = train.make_loaders(args, (*splits, []), learn, held, cuda=False)
     np.save(notes / f"counts{rank}.npy", train.evaluate(run, loader, len(loaded.classes)))
 
 

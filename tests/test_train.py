@@ -1042,7 +1042,7 @@ def test_both_loaders_are_weighed_against_shared_memory_by_what_their_batches_ha
         monkeypatch.setattr(module, "ranks", lambda: (0, n_ranks))
     monkeypatch.setattr(train, "check_shared_memory", lambda *given: weighed.append(given))
     args = line(tmp_path, "--batch", 7, "--workers", 3, "--scale", 96)
-    loaders = train.make_loaders(args, *splits, np.arange(9), np.arange(9, 14), cuda=False)
+    loaders = train.make_loaders(args, (*splits, []), np.arange(9), np.arange(9, 14), cuda=False)
     sizes = [sum(tensor.nbytes for tensor in next(iter(loader))) for loader in loaders]
     (workers, *told), = weighed
     assert workers == 3 and [n_batches for _, n_batches in told] == [len(loader) for loader in loaders]
@@ -1158,7 +1158,7 @@ def test_the_saved_v3_is_what_the_saved_weights_score_on_the_held_out_fold(line,
 @pytest.mark.parametrize("classmix", ["none", "plain", "weighted"])
 def test_classmix_weighs_classes_by_their_pixels_in_the_training_images(line, splits, tmp_path, classmix):
     args, learn = line(tmp_path, "--classmix", classmix, "--classmix-prob", 0.7), np.arange(0, len(splits[0].ids), 2)
-    mix = train.make_loaders(args, *splits, learn, np.array([1]), cuda=False)[0].dataset.mix
+    mix = train.make_loaders(args, (*splits, []), learn, np.array([1]), cuda=False)[0].dataset.mix
     pixels = sum(np.bincount(splits[0].mask(i).ravel(), minlength=12) for i in learn.tolist())
     expected = {"none": None, "plain": [1] * 12, "weighted": [1 / max(n, 1) for n in pixels.tolist()]}[classmix]
     assert (mix and (mix[0], mix[1].tolist())) == (expected and (0.7, pytest.approx(expected)))
@@ -1343,7 +1343,7 @@ def drawn(args, epochs):
     labelled, test = common.load_data(args.data, args.cache, args.paint)
     folds = common.load_folds(args.exp, labelled, args.folds)
     learn, valid = np.flatnonzero(folds != args.fold), np.flatnonzero(folds == args.fold)
-    loader, _ = train.make_loaders(args, labelled, test, learn, valid, cuda=False)
+    loader, _ = train.make_loaders(args, (labelled, test, []), learn, valid, cuda=False)
     indices = []
     for loader.batch_sampler.epoch in epochs:
         indices += [index for batch in loader.batch_sampler for _, index in batch]
@@ -1848,5 +1848,5 @@ def test_the_rare_sampler_draws_also_a_pseudo_label_of_background_alone(pseudo):
 def test_overfit_learns_no_pseudo_labels(pseudo, splits):
     pseudo.args.overfit = 2
     learn = np.array([3, 5])
-    loader, _ = train.make_loaders(pseudo.args, *splits, learn, learn, cuda=False)
+    loader, _ = train.make_loaders(pseudo.args, (*splits, []), learn, learn, cuda=False)
     assert [(split is splits[0], i) for split, i, _ in loader.dataset.entries] == [(True, 3), (True, 5)] * 128
