@@ -59,7 +59,7 @@ about.DATA        := folder of the competition, with train.json and test.json
 about.EXP         := name of the experiment; everything lands in out/EXP; lad/a, lad/b share runs
 about.MODELS      := DECODER/ENCODER, one or more; MODEL= picks some for train, score and runtimes
 about.SCALES      := sides of the training image, multiples of 32; SCALE= picks
-about.FOLDS       := folds to train, of NFOLDS; FOLD= picks
+about.FOLDS       := folds to train, of NFOLDS; FOLD= picks; all: a run on all images besides
 about.ROUNDS      := rounds of pseudo labels before the submission: once the models are good
 about.ROUND       := the one round of train (default 0), pseudo (1) or score (ROUNDS)
 about.NFOLDS      := folds that the training images are split into
@@ -231,10 +231,14 @@ $(filter %/folds.csv,$(TODO)):
 	$(run) train.py --check $(data) $(split)
 
 labels = $(OUT)/$(call part,1)/pseudo/$(call part,5)/manifest.json
-$(filter %/model.pt,$(TODO)): | $$(filter %/folds.csv $$(labels),$(TODO))
+# a run on all images, fall, stops at the median of the epochs at which the folds were best
+numbered := $(filter-out all,$(FOLDS))
+of_folds = $(if $(filter fall,$(call part,5)),$(numbered:%=$(patsubst %/fall,%,$(@D))/f%/model.pt))
+$(filter %/model.pt,$(TODO)): | $$(filter %/folds.csv $$(labels) $$(of_folds),$(TODO))
 	$(ranked) train.py $(data) $(split) --round $(patsubst r%,%,$(call part,1)) \
 	    --model $(call part,2)/$(call part,3) --scale $(patsubst s%,%,$(call part,4)) \
-	    --fold $(patsubst f%,%,$(call part,5)) $(train) $(device) --replace $(code)
+	    --fold $(patsubst f%,%,$(call part,5)) $(if $(of_folds),--of-folds $(numbered)) \
+	    $(train) $(device) --replace $(code)
 
 checkpoint := $(if $(filter 0,$(SNAPSHOTS)),model.pt,epoch-*.pt)
 $(filter %/test.json,$(TODO)): | $$(filter $$(@D)/model.pt,$(TODO))
@@ -253,7 +257,7 @@ before_of = $(call runs,$(before),$(MODELS),$(SCALES),$1)
 makers = $(call before_of,$(patsubst f%,%,$(call part,3)))
 gives_number := $(filter-out --confident=auto,\
     $(filter --confident=%,$(subst --confident ,--confident=,$(PSEUDO_ARGS))))
-judges = $(if $(gives_number),,$(call before_of,$(FOLDS)))
+judges = $(if $(gives_number),,$(call before_of,$(numbered)))
 $(filter %/manifest.json,$(TODO)): | \
     $$(filter $$(addsuffix /test.json,$$(makers) $$(judges)),$(TODO)) \
     $$(filter $$(addsuffix /unlabelled.json,$$(makers)),$(TODO))
@@ -303,7 +307,7 @@ submit: $(TODO) ## everything up to out/EXP/submission.csv and report.html
 score: $(TODO) ## out-of-fold scores of members and vote, who adds what; out/EXP/report.html
 	@$(run) ensemble.py score $(data) $(fitted) --tables $(OUT)/report \
 	    --report $(OUT)/report.html $(filter --mixed,$(SUBMIT_ARGS)) \
-	    $(call runs,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))
+	    $(call runs,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(filter-out all,$(FOLD)))
 endif
 why: | $(SETUP) ## why submit would make what it would make: for each file what differs or is missing
 	@$(plan) --dry --why

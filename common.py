@@ -33,6 +33,7 @@ import shutil
 import signal
 import socket
 import stat
+import statistics
 import struct
 import subprocess
 import sys
@@ -66,6 +67,7 @@ MAX_CLASSES = 200  # with the background; a submission is written with a byte fo
 MAX_PIXELS = 89_000_000  # of one photo: 267 MB decoded; from 89.5 million on Pillow warns of a bomb
 MAX_FAULTS = 1000  # of one JSON file: reading it ends there
 TRAIN_ONLY, NO_FOLD = -1, -2  # folds of images: in training alone; not decided yet
+ALL = "all"  # the fold of a run that learns from all images and holds none out
 # each use of random numbers leads its seed with one of these, so that no two draw the same
 ORDER, SAMPLE, STEP, MIX, HOOK = range(1, 6)  # from 1: numpy pads seeds with zeros
 
@@ -2300,9 +2302,9 @@ def predict_photo(trained, image, tta="flip", tta_scales=(1.0,)):
 # last, which says what made it.
 
 # where a run and its stores lie: EXP, round, model, scale, fold
-RUN_PLACE = re.compile(r"(.*)/r(\d)/([^/]+/[^/]+)/s(\d+)/f(\d+)")
+RUN_PLACE = re.compile(rf"(.*)/r(\d)/([^/]+/[^/]+)/s(\d+)/f(\d+|{ALL})")
 # what a store's JSON says of its run's recipe, and what it says besides DESCRIBED; see has_kinds
-FROM_RECIPE = {"model": str, "scale": int, "round": int, "fold": int, "folds_csv": str,
+FROM_RECIPE = {"model": str, "scale": int, "round": int, "fold": (int, str), "folds_csv": str,
                "seed": int, "contaminated": bool, **dict.fromkeys(DATA_OPTIONS, str)}
 RUN_KINDS = {"recipe": dict, "code": dict, "codes": [str], "state": str, "commit": str,
              "kept_under": [str]}
@@ -2384,7 +2386,8 @@ def read_probs(store, i):
 
 LABEL_FILES = ("manifest.json", "labels.npy", "index.csv")
 # some of what manifest.json says besides DESCRIBED; photos: {class: {outcome: how many}}
-MANIFEST_KINDS = {"round": int, "fold": int, "contaminated": bool, "photos": {str: {str: int}},
+MANIFEST_KINDS = {"round": int, "fold": (int, str), "contaminated": bool,
+                  "photos": {str: {str: int}},
                   "labels": [{"pixels": int, "expected": object, "real": object}]}
 # where these differ, a validation image may have trained a model that made the labels
 LINEAGE = ("round", "fold", "folds_csv")
@@ -2851,19 +2854,24 @@ def settings_of(args):
     return {name: getattr(args, name) for name in args.decides}
 
 
-def run_recipe(args, data, folds, hashes, extra=(), pseudo=None, labels=None, contaminated=False):
+def run_recipe(args, data, folds, hashes, pseudo=None, labels=None, contaminated=False, *,
+               extra=(), best_epochs=()):
     """Return everything but code that decides the result of a run, as plain values.
 
     A run made with other values is another run. data: fingerprint of the training photos; folds:
-    folds_hash; hashes: a Hashes; extra: fingerprints of further training photos; pseudo, labels,
-    contaminated: what check_labels says of the pseudo labels that the run learns from, if it learns
-    from any.
+    folds_hash; hashes: a Hashes; pseudo, labels, contaminated: what check_labels says of the pseudo
+    labels that the run learns from, if it learns from any; extra: fingerprints of further training
+    photos; best_epochs: of the runs of the folds, for a run on all images, which stops at their
+    median unless it keeps snapshots.
     """
     recipe = settings_of(args) | {"data": data, "folds_csv": folds}
     if args.weights not in ("imagenet", "none"):
         recipe["weights"] = hashes(args.weights)  # the content of the file counts, not its name
     if extra:
         recipe["extra"] = list(extra)
+    if best_epochs:
+        median = statistics.median_high(best_epochs)
+        recipe["stop_epoch"] = args.epochs if args.snapshots else median
     if args.round and not args.overfit:
         return recipe | {"pseudo": pseudo, "labels": labels, "contaminated": contaminated}
     for name in ("pseudo_ratio", "labelled_only"):  # they decide nothing without pseudo labels
@@ -3534,6 +3542,11 @@ def number(kind, low, high=math.inf, step=None):
         return value
     parse.__name__ = kind.__name__
     return parse
+
+
+def fold_name(text):
+    """Return a fold, a number from 0 or ALL; an argparse type."""
+    return text if text == ALL else number(int, 0)(text)
 
 
 def checked(check):

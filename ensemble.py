@@ -45,13 +45,13 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (
-    BACKGROUND, DERIVED, DESCRIPTION_KINDS, MANIFEST_KINDS, RUN_PLACE, STORE_KINDS, SUBMIT_SIZE,
-    TORCHRUN, Hashes, Help, Parser, UserError, accepted_code, add_data_options, as_number,
-    atomic_write, begun_files, build_model, cache_folder, changes, check_output, check_space,
-    check_unchanged, class_iou, clean, code_hashes, code_of, code_question, code_state, confusion,
-    data_files, data_options, decide, different_keys, draw_bars, draw_heat, extra_json, figure_urls,
-    fingerprint, folds_hash, foreground_ids, image_miou, join_fingerprints, keep_code,
-    label_settings, labels_code, labels_hash, labels_recipe, library_versions, load_data,
+    ALL, BACKGROUND, DERIVED, DESCRIPTION_KINDS, MANIFEST_KINDS, RUN_PLACE, STORE_KINDS,
+    SUBMIT_SIZE, TORCHRUN, Hashes, Help, Parser, UserError, accepted_code, add_data_options,
+    as_number, atomic_write, begun_files, build_model, cache_folder, changes, check_output,
+    check_space, check_unchanged, class_iou, clean, code_hashes, code_of, code_question, code_state,
+    confusion, data_files, data_options, decide, different_keys, draw_bars, draw_heat, extra_json,
+    figure_urls, fingerprint, fold_name, folds_hash, foreground_ids, image_miou, join_fingerprints,
+    keep_code, label_settings, labels_code, labels_hash, labels_recipe, library_versions, load_data,
     load_extra, load_truths, load_unlabelled, lock, make_folds, move_aside, move_mark, named,
     new_folds, number, open_store, overlay, photos_below, provenance, pseudo_folder,
     read_description, read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows,
@@ -82,7 +82,8 @@ COMPARE_TITLE = "bars: 95% interval of the gain over the step before"
 CLIMB_TITLE = ("the lowest rung's score plus each rung's gain over\n"
                "the one that it stands on; bars: 95% interval of that gain")
 CONTAMINATED = "CONTAMINATED: pseudo labels' makers have seen these images (--allow-leak)"
-BY_FOLD = ("fold", "pseudo", "contaminated")  # where the recipes of a member's folds may differ
+# where the recipes of a member's folds may differ
+BY_FOLD = ("fold", "pseudo", "contaminated", "stop_epoch")
 # what decides no result; see BESIDE in common.py
 BESIDE = {
     "TAKEN", "already_made", "as_text", "check_classes", "check_names", "check_one_member",
@@ -473,13 +474,20 @@ def majority(preds, weights):
 class OutOfFold:
     """The validation images of all members, in train's order, with their truth and predictions.
 
-    names, infos: of the M members; store_infos: of each run; ids, indices (in the Split train) and
+    names, infos: of the M members; store_infos: of each run, None of one on all images, which has
+    no part in this; ids, indices (in the Split train) and
     truths uint8 [N, H, W] of the N images; parts [N], from 0: the images with one number are held
     out together when something is fitted; tables, used: what was shown, for the report.
     """
 
     def __init__(self, args, runs):
-        members, self.store_infos, shared = open_members(args, runs, "valid", Hashes(args.cache))
+        of_folds = [run for run in runs if not is_of_all(run)]
+        if not of_folds:
+            raise UserError(f"{runs[0]} has learnt from all images, so nothing of it is out of "
+                            "fold: give the runs of the folds too")
+        members, infos, shared = open_members(args, of_folds, "valid", Hashes(args.cache))
+        self.store_infos, of_run = infos, dict(zip(of_folds, infos, strict=True))
+        self.info_of_run = [of_run.get(run) for run in runs]
         self.names, self.cache = list(members), args.cache
         self.infos = [next(iter(folds.values()))[1] for folds in members.values()]
         self.contaminated = any(info["contaminated"] for info in self.store_infos)
@@ -501,11 +509,19 @@ class OutOfFold:
         self.parts, self.part_names = split_parts(self.train, self.indices, folds)
         self.title = (f"out of fold: {len(self.ids)} of {len(self.train.ids)} training images, "
                       f"runs in {shared}")
+        if len(of_folds) < len(runs):
+            self.title += (f"; {len(runs) - len(of_folds)} run(s) on all images vote on test "
+                           "photos as one fold more of their member, whose score is the folds'")
         self.tables, self.used = [], {}
 
     def probs(self, n):
         """Return {member's number: uint8 [C, H, W]} of image n, by models that held it out."""
         return {m: read_probs(*place) for m, place in self.places[self.ids[n]].items()}
+
+
+def is_of_all(run):
+    """Return whether a run's folder is that of a run on all images."""
+    return Path(run).name == f"f{ALL}"
 
 
 def find_images(members):
@@ -1338,7 +1354,8 @@ def pseudo_table(rows):
     """Return the rows of pseudo_counts as a table; a count that a row lacks is 0."""
     import pandas as pd
     table = pd.DataFrame(rows)
-    counts = [name for name in table if name not in ("foreground expected", "foreground real")]
+    others = ("fold", "foreground expected", "foreground real")
+    counts = [name for name in table if name not in others]
     table[counts] = table[counts].fillna(0).astype(int)
     return table
 
@@ -1505,11 +1522,12 @@ def run_name(run):
 def soft_recipe(args, test, train, runs, valid_infos, test_infos):
     """Return everything but code that decides a submission, as plain values.
 
-    test, train: fingerprints of the data; args: of soft.
+    test, train: fingerprints of the data; args: of soft; valid_infos: None for a run on all images.
     """
     stores = []
     for run, valid, info in zip(runs, valid_infos, test_infos, strict=True):
-        hashes = f"{valid['files']['valid.npy']} {info['files']['test.npy']}"
+        valid_hash = valid["files"]["valid.npy"] if valid else ALL
+        hashes = f"{valid_hash} {info['files']['test.npy']}"
         stores.append(f"{run_name(run)} {hashes} {info['tta']}")
     fitted = {"metric": args.metric, "post": args.post}
     return settings_of(args) | fitted | {"test": test, "train": train, "stores": stores}
@@ -1561,7 +1579,7 @@ def soft(args):
     stores = place_test_images(args, oof, members, infos)
     member_weights(args, oof.names)  # raises if those given don't fit
     recipe = soft_recipe(args, test.fingerprint, oof.train.fingerprint, args.runs,
-                         oof.store_infos, infos)
+                         oof.info_of_run, infos)
     is_made, wanted = already_made(args, recipe, "submission", hashes)
     if is_made:
         tell_unread(infos)
@@ -1577,7 +1595,8 @@ def soft(args):
             yield pred
         # before the submission gets its name
         check_unchanged([run / "test.json" for run in args.runs], infos)
-        check_unchanged([run / "valid.json" for run in args.runs], oof.store_infos)
+        of_folds = [run for run in args.runs if not is_of_all(run)]
+        check_unchanged([run / "valid.json" for run in of_folds], oof.store_infos)
     write_masks(args, test, sample_pictures(preds(), test, pictures), pictures)
     write_oof_counts(oof_file(args.out), oof, counts[TAKEN])
     write_made(args, wanted, hashes, oof_file(args.out))
@@ -1711,7 +1730,7 @@ class Comparison:
 
 
 def last_round(exp):
-    """Return the run folders of an experiment with a valid.json.
+    """Return the run folders of an experiment with a valid.json, and those on all images.
 
     exp: out/EXP, of which the last round is taken, or out/EXP/rR.
     """
@@ -1720,7 +1739,9 @@ def last_round(exp):
     if not paths:
         raise UserError(f"{exp}: no run with a valid.json; make score makes them")
     last = paths[-1].parents[4]
-    return [path.parent for path in paths if path.parents[4] == last]
+    runs = [path.parent for path in paths if path.parents[4] == last]
+    on_all = [run.parent / f"f{ALL}" for run in runs]
+    return runs + sorted({run for run in on_all if (run / "test.json").exists()})
 
 
 def count_test(args, oof, runs, truths, used):
@@ -2429,7 +2450,7 @@ def script_lines(args):
     for scale in (*args.scales, *args.pick_scales):
         grid += ["--scale", scale]
     more = ["--unlabelled", args.unlabelled] if args.unlabelled else []
-    split = ["--fold", args.folds[0], "--folds", str(args.nfolds), *more]
+    split = ["--fold", numbered(args.folds)[0], "--folds", str(args.nfolds), *more]
     if args.extra:
         split += ["--extra", *args.extra]
     for name, value in data_options(vars(args)).items():
@@ -2451,7 +2472,7 @@ def read_arguments(args, answers):
     model = [*args.models, *args.pick_models][-1]
     scale = [*args.scales, *args.pick_scales][-1]
     forbid("TRAIN_ARGS", train, **paths, exp=str(args.exp), model=model, scale=int(scale),
-           fold=int(args.folds[0]), folds=args.nfolds, round=0, check=False,
+           fold=int(numbered(args.folds)[0]), folds=args.nfolds, of_folds=[], round=0, check=False,
            overfit=0, sweep=0, runtimes=None, **data_options(vars(args)),
            unlabelled=args.unlabelled, extra=args.extra)
     forbid("INFER_ARGS", infer, **paths, checkpoint=["model.pt"], out=None,
@@ -2498,10 +2519,19 @@ def check_grid(args):
         if {"-h", "--help"} & {*vars(args)[f"{script}_args"].split()}:
             raise UserError(f"{script.upper()}_ARGS: for its help run the script itself with "
                             "--help")
+    known = {ALL, *map(str, range(args.nfolds))}
     for fold in (*args.folds, *args.pick_folds):
-        if not re.fullmatch("0|[1-9][0-9]*", fold) or int(fold) >= args.nfolds:
+        if fold not in known:
             raise UserError(f"FOLDS and FOLD go from 0 to {args.nfolds - 1}, as NFOLDS="
-                            f"{args.nfolds} says, not {fold}")
+                            f"{args.nfolds} says, or are {ALL}, not {fold}")
+    if not numbered(args.folds):
+        raise UserError(f"FOLDS={ALL}: the folds choose how long a run on all images trains: "
+                        f'FOLDS="0 1 {ALL}"')
+
+
+def numbered(folds):
+    """Return those of the folds that hold images out."""
+    return [fold for fold in folds if fold != ALL]
 
 
 def check_encoders(models):
@@ -2538,6 +2568,9 @@ def budget(args):
     EXP/budget.json remembers the answer: asked the same again, other speeds change nothing.
     """
     check_grid(args)
+    if ALL in args.folds:
+        raise UserError(f"BUDGET chooses FOLDS, and not {ALL}: take the folds it chooses, with "
+                        f"their EPOCHS, then add {ALL}")
     path = args.exp / "budget.json"
     answers = Answers(args.cache, args.gpus)
     train_args, infer_args, _, _ = read_arguments(args, answers)
@@ -2899,15 +2932,22 @@ class Plan:
         """Return what config.json says of a run, or None if it is to be trained."""
         folder = run_folder(self.args.exp, round_, model, scale, fold)
         args = argparse.Namespace(**vars(self.train_args) | {
-            "model": model, "scale": int(scale), "fold": int(fold), "round": round_})
+            "model": model, "scale": int(scale), "fold": fold_name(fold), "round": round_})
         reasons = [] if self.folds else ["the folds are not known yet"]
+        best_epochs = []
+        for other in numbered(self.args.folds) if fold == ALL else ():
+            run = self.once(self.judge_run, round_, model, scale, other)
+            if run:
+                best_epochs.append(run["epoch"])
+            else:
+                reasons.append(f"the run of fold {other}, which it follows, is to be trained")
         labels = ()
         if round_:
             labels = self.once(self.judge_labels, round_, fold) or ()
             if not labels:
                 reasons.append(f"the pseudo labels of round {round_}, fold {fold} are to be made")
-        recipe = run_recipe(args, self.data["train"], self.folds, self.hashes, self.data["extra"],
-                            *labels)
+        recipe = run_recipe(args, self.data["train"], self.folds, self.hashes, *labels,
+                            extra=self.data["extra"], best_epochs=best_epochs)
         code = run_code(recipe)
         config = folder / "config.json"
         if not reasons:
@@ -2948,7 +2988,7 @@ class Plan:
         code = store_code(model, self.tta)
         stores = {}
         is_stale = False
-        for split in splits:
+        for split in splits if fold != ALL else [split for split in splits if split != "valid"]:
             # infer.py makes the stores of validation and test together
             path = folder / ("unlabelled.json" if split == "unlabelled" else "test.json")
             if run is None:
@@ -2988,7 +3028,8 @@ class Plan:
         """
         folder = pseudo_folder(self.args.exp, round_, fold)
         by_precision = self.pseudo_args.confident == "auto"
-        folds = dict.fromkeys([*self.args.folds, fold]) if by_precision else [fold]
+        judges = numbered(self.args.folds) if by_precision else []
+        folds = dict.fromkeys([*judges, fold])
         grid = itertools.product([round_ - 1], self.args.models, self.args.scales, folds)
         runs = {key: self.once(self.judge_run, *key) for key in grid}
         reasons = []
@@ -2999,9 +3040,10 @@ class Plan:
                 continue
             for split in self.labelled_splits if key[-1] == fold else ():
                 makers.append(store_id({"recipe": self.expected_store_recipe(run, split)}))
-            if by_precision and key[-1] in self.args.folds:
+            if key[-1] in judges:
                 out_of_fold.append(store_id({"recipe": self.expected_store_recipe(run, "valid")}))
-        args = argparse.Namespace(**vars(self.pseudo_args) | {"round": round_, "fold": int(fold)})
+        args = argparse.Namespace(**vars(self.pseudo_args) | {
+            "round": round_, "fold": fold_name(fold)})
         recipe = labels_recipe(args, self.data["photos"], self.folds, self.args.paint, makers,
                                out_of_fold)
         code = labels_code([(model, self.tta) for model in self.args.models], args.rule)
@@ -3034,7 +3076,7 @@ class Plan:
                    for folder, infos in zip(folders, stores, strict=True) if not infos]
         recipe = None
         if not reasons:
-            valid = [infos["valid"] for infos in stores]
+            valid = [infos.get("valid") for infos in stores]
             test = [infos["test"] for infos in stores]
             recipe = soft_recipe(self.submit_args, self.data["test"], self.data["train"], folders,
                                  valid, test)
@@ -3054,7 +3096,8 @@ class Plan:
                     self.once(self.judge_labels, args.round or 1, fold)
             elif goal == "score":
                 round_ = args.rounds if args.round is None else args.round
-                for key in itertools.product([round_], *picks):
+                picked = *picks[:2], numbered(args.pick_folds)
+                for key in itertools.product([round_], *picked):
                     self.once(self.judge_stores, ("valid",), *key)
             else:
                 self.judge_submission()

@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import (
-    FROM_RECIPE, RUN_PLACE, STORE_KINDS, SUBMIT_SIZE, TTA, VIEWS, EvalPhotos, Hashes, Parser,
+    ALL, FROM_RECIPE, RUN_PLACE, STORE_KINDS, SUBMIT_SIZE, TTA, VIEWS, EvalPhotos, Hashes, Parser,
     UserError, accepted_code, atomic_write, batch_bytes, check_output, check_shared_memory,
     check_space, checked, claim_device, code_hashes, data_options, decide, full_batch, keep_code,
     load_data, load_model, load_unlabelled, loader_options, loader_workers, lock, move_aside,
@@ -97,7 +97,8 @@ def load_models(paths, hashes):
 def load_photos(args, trained):
     """Return {name: (Split, indices of the photos to predict)} of "test" and of all of args.split.
 
-    Raises UserError when DATA isn't what the model was trained on.
+    A model of the fold ALL has no "valid". Raises UserError when DATA isn't what the model was
+    trained on.
     """
     path, recipe, checkpoint = args.checkpoint[0], trained.recipe, trained.checkpoint
     if missing := FROM_RECIPE.keys() - recipe.keys():
@@ -107,7 +108,7 @@ def load_photos(args, trained):
     if trained.classes != train.classes:
         raise UserError(f"{path} knows the classes {trained.classes}, DATA has {train.classes}")
     photos = {"test": (test, range(len(test.ids)))}
-    if "valid" in args.split:
+    if "valid" in args.split and recipe["fold"] != ALL:
         index_of = {image_id: index for index, image_id in enumerate(train.ids)}
         missing = [image_id for image_id in checkpoint["valid_ids"] if image_id not in index_of]
         if missing:
@@ -303,7 +304,9 @@ def predict(args, folder):
     photos = load_photos(args, models[0])
     run = run_of(args.checkpoint[0].parent, models[0], hashes)
     exp = experiment_folder(folder)
-    for name in args.split:
+    if "valid" not in photos and "valid" in args.split:
+        print(f"{args.checkpoint[0]} has learnt from all images: no {folder}/valid.npy")
+    for name in filter(photos.__contains__, args.split):
         split, indices = photos[name]
         path = folder / f"{name}.npy"
         info = describe_store(name, split, indices, models[0], checkpoints, run, args)

@@ -29,12 +29,12 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (
-    BACKGROUND, IGNORE_INDEX, LINEAGE, Hashes, Parser, Split, UserError, atomic_write, by_rule,
-    check_output, check_unchanged, clean, data_options, decide, foreground_ids, join_photos,
-    keep_code, labels_code, labels_recipe, load_data, load_truths, load_unlabelled, lock,
-    move_aside, number, open_store, overlay, provenance, pseudo_folder, read_index, read_probs,
-    run_script, store_id, truth_file, whole_manifest, write_coco, write_csv, write_description,
-    write_npy_header, write_sheet)
+    ALL, BACKGROUND, IGNORE_INDEX, LINEAGE, Hashes, Parser, Split, UserError, atomic_write, by_rule,
+    check_output, check_unchanged, clean, data_options, decide, fold_name, foreground_ids,
+    join_photos, keep_code, labels_code, labels_recipe, load_data, load_truths, load_unlabelled,
+    lock, move_aside, number, open_store, overlay, provenance, pseudo_folder, read_index,
+    read_probs, run_script, store_id, truth_file, whole_manifest, write_coco, write_csv,
+    write_description, write_npy_header, write_sheet)
 
 ROUNDING = 1e-6  # in float32, 204 / 255 is 0.8000001 and not 0.8
 LEAST_PHOTOS = 3  # with sure pixels of a class: fewer would open a class by chance
@@ -136,7 +136,7 @@ def parse_args(argv=None):
     what.add_argument("--exp", type=Path, required=True, help="folder of the experiment, out/EXP")
     what.add_argument("--round", type=number(int, 1, 9), required=True,
                       help="the round that will learn from the labels, from 1")
-    what.add_argument("--fold", type=number(int, 0), required=True)
+    what.add_argument("--fold", type=fold_name, required=True, metavar=f"K|{ALL}")
     what.add_argument("--allow-leak", action="store_true",
                       help="take makers of other folds or rounds too; marks every later score as "
                       "contaminated")

@@ -31,19 +31,19 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (
-    AUGMENTATIONS, COLOURS, DATA_OPTIONS, DECODERS, DERIVED, DESCRIBED, GPU_MEMORY_WORDS, HOOK,
+    ALL, AUGMENTATIONS, COLOURS, DATA_OPTIONS, DECODERS, DERIVED, DESCRIBED, GPU_MEMORY_WORDS, HOOK,
     IGNORE_INDEX, LOSSES, MODEL_KINDS, STEP, STRIDE, SUBMIT_SIZE, TRAIN_ONLY, EpochBatches,
     EvalPhotos, Hashes, Parser, TrainSamples, UserError, add_data_options, amp, as_number,
     atomic_write, batch_bytes, begun_files, build_model, check_labels, check_output,
     check_shared_memory, check_space, checked, claim_device, code_of, confusion, data_options,
-    decide, different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls, folds_hash,
-    foreground_ids, full_batch, has_kinds, image_miou, join_photos, keep_code, last_convolution,
-    load_checkpoint, load_data, load_extra, load_folds, load_labels, load_unlabelled,
-    loader_options, loader_workers, lock, make_augmentation, make_loss, move_aside, named,
-    normalise, number, overlay, pixel_weights, provenance, ranks, rare_odds, read_description,
-    read_image, read_rows, recipe_changes, resize_probs, run_code, run_folder, run_recipe,
-    run_script, save_checkpoint, scores, signals_later, split_model, this_process, tile_url,
-    try_sides, write_csv, write_description, write_page, write_sheet)
+    decide, different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls, fold_name,
+    folds_hash, foreground_ids, full_batch, has_kinds, image_miou, join_photos, keep_code,
+    last_convolution, load_checkpoint, load_data, load_extra, load_folds, load_labels,
+    load_unlabelled, loader_options, loader_workers, lock, make_augmentation, make_loss, move_aside,
+    named, normalise, number, overlay, pixel_weights, provenance, ranks, rare_odds,
+    read_description, read_image, read_rows, recipe_changes, resize_probs, run_code, run_folder,
+    run_recipe, run_script, save_checkpoint, scores, signals_later, split_model, this_process,
+    tile_url, try_sides, write_csv, write_description, write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
@@ -180,7 +180,12 @@ def parse_args(argv=None):
                      "segmentation-models-pytorch's, or tu- and timm's")
     run.add_argument("--scale", type=number(int, STRIDE, 4096, STRIDE), default=512,
                      help="image side, in steps of 32")
-    run.add_argument("--fold", type=number(int, 0), default=0, help="fold held out for validation")
+    run.add_argument("--fold", type=fold_name, default=0, metavar=f"K|{ALL}",
+                     help=f"fold held out for validation; {ALL}: none, for as many epochs as the "
+                     "folds were best at")
+    run.add_argument("--of-folds", type=number(int, 0), nargs="*", default=[], metavar="K",
+                     help=f"with --fold {ALL}: the folds, all trained before, whose best epochs' "
+                     "median it stops at; else all of them")
     run.add_argument("--folds", type=number(int, 2), default=5, help="number of folds")
     run.add_argument("--round", type=number(int, 0, 9), default=0,
                      help="from 1: also learns EXP/rROUND/pseudo/fFOLD")
@@ -212,6 +217,7 @@ def parse_args(argv=None):
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         recipe.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
     add_system_arguments(parser.add_argument_group("system: none of these decides the recipe"))
+    # --of-folds decides by the best epochs alone
     parser.set_defaults(decides=["model", "scale", "fold", "folds", "round", "overfit",
                                  *DATA_OPTIONS, *RECIPE])
     return parser.parse_args(argv)
@@ -247,8 +253,11 @@ def add_system_arguments(system):
 
 def check_args(args, n_ranks):
     """Raise UserError when arguments don't fit each other or the number of processes."""
-    if args.fold >= args.folds:
-        raise UserError(f"--fold {args.fold}: there are the folds 0 to {args.folds - 1}")
+    for fold in args.of_folds if args.fold == ALL else [args.fold]:
+        if fold >= args.folds:
+            raise UserError(f"--fold {fold}: there are the folds 0 to {args.folds - 1}")
+    if args.fold == ALL and (args.sweep or args.overfit):
+        raise UserError(f"--fold {ALL} has no photo to judge by: give --sweep and --overfit a fold")
     if args.weights not in ("imagenet", "none") and not Path(args.weights).is_file():
         raise UserError(f"--weights {args.weights}: no such file, and neither imagenet nor none")
     if args.batch < 2 * n_ranks:
@@ -282,6 +291,7 @@ class Run:
     log: list = field(default_factory=list)  # a row of log.csv for each epoch
     best: dict | None = None  # what model.pt is to have: the epoch that is kept
     kept: str = "the start"  # what last.pt holds, for people
+    of_folds: dict | None = None  # of a run on all images: {"v2", "v3": the mean of the folds'}
     saved_at: float = field(default_factory=time.monotonic)  # when last.pt was last written
     drawing_seconds: float = 0.0
     logger: object = None
@@ -561,7 +571,12 @@ def evaluate(run, loader, n_classes):
 
 
 def validate(run, loader, args, classes):
-    """Return the scores by name, the IoUs by name, and the v3 of each validation image."""
+    """Return the scores by name, the IoUs by name, and the v3 of each validation image.
+
+    All are empty for a run on all images.
+    """
+    if run.of_folds:
+        return {}, {}, []
     counts = evaluate(run, loader, len(classes))
     result = scores(counts, args.batch)
     v = {name: float(result[name]) for name in ("v1", "v2", "v3")}
@@ -790,14 +805,15 @@ def fit(run, loaders, args, info, out, report):
 
     v3 alone is often best where a model is silent on rare classes.
 
-    info: what every file of the run says besides; report(epoch, v3) is called after each epoch.
+    A run on all images, which has nothing to validate on, keeps its last epoch. info: what every
+    file of the run says besides; report(epoch, v3) is called after each epoch.
     """
     train_loader, valid_loader = loaders
-    rank = ranks()[0]
+    rank, n_epochs = ranks()[0], info["recipe"].get("stop_epoch", args.epochs)
     begin_epoch(train_loader, run.epoch, run.step)
     save = partial(save_last, run, info, out)
     show_batch = None if rank else partial(draw_batch, out / "batch.png", info["classes"])
-    while run.epoch < args.epochs and not is_overfitted(run, args):
+    while run.epoch < n_epochs and not is_overfitted(run, args):
         started = time.monotonic()
         valid_loader.begin()
         row = {"epoch": run.epoch + 1,
@@ -805,7 +821,7 @@ def fit(run, loaders, args, info, out, report):
         if not math.isfinite(row["loss"]):
             raise UserError(f"{out}: the loss of epoch {row['epoch']} is {row['loss']}: lower "
                             f"--lr; kept is what was after {run.kept}")
-        if run.epoch + 1 < args.epochs:
+        if run.epoch + 1 < n_epochs:
             begin_epoch(train_loader, run.epoch + 1)
         v, iou, image_v3 = validate(run, valid_loader, args, info["classes"])
         row |= v | {"seconds": time.monotonic() - started}
@@ -815,14 +831,12 @@ def fit(run, loaders, args, info, out, report):
         run.log.append(row)
         run.epoch, run.step = run.epoch + 1, 0
         run.total.zero_()
-        # early on a model that calls nearly all background often has the best v3
-        is_late = args.overfit or 2 * row["epoch"] > args.epochs
-        if is_late and (run.best is None or v["v2"] + v["v3"] > run.best["v2"] + run.best["v3"]):
+        if is_best(run, args, v, n_epochs):
             run.best = epoch_model(run, v, image_v3)
         check_folder(out)
         if rank == 0:
             save_epoch(run, args, info, out, v, image_v3)
-        is_last = run.epoch == args.epochs or is_overfitted(run, args)
+        is_last = run.epoch == n_epochs or is_overfitted(run, args)
         if is_last or save_is_due(run, args):
             save_last(run, info, out)
         if rank == 0:
@@ -830,6 +844,17 @@ def fit(run, loaders, args, info, out, report):
             draw_some_curves(run, args, out)
         if report:
             report(row["epoch"], row["v3"])
+
+
+def is_best(run, args, v, n_epochs):
+    """Return whether the epoch that has just ended, with the scores `v`, is the best to keep yet.
+
+    Early on a model that calls nearly all background often has the best v3.
+    """
+    if run.of_folds:
+        return run.epoch == n_epochs
+    is_late = args.overfit or 2 * run.epoch > args.epochs
+    return is_late and (run.best is None or v["v2"] + v["v3"] > run.best["v2"] + run.best["v3"])
 
 
 def begin_epoch(loader, epoch, first=0):
@@ -852,7 +877,11 @@ def check_folder(out):
 
 
 def epoch_model(run, v, image_v3):
-    """Return what model.pt or a snapshot of this epoch has: the averaged weights and its scores."""
+    """Return what model.pt or a snapshot of this epoch has: the averaged weights and its scores.
+
+    The scores of a run on all images are those of the folds.
+    """
+    v = run.of_folds or v
     weights = {key: value.detach().to("cpu", copy=True)
                for key, value in run.ema.module.state_dict().items()}
     return {"epoch": run.epoch, "v2": v["v2"], "v3": v["v3"], "image_v3": image_v3,
@@ -932,9 +961,10 @@ def log_row(run, row, args, recipe, out):
         skipped = f" skipped {row['skipped']} step(s): gradient not finite"
     ious = [f"{key.removeprefix('iou ')} {value:.3f}" for key, value in row.items()
             if key.startswith("iou ")]
-    print(f"{out} epoch {row['epoch']}/{args.epochs} loss {row['loss']:.4f} v1 {row['v1']:.4f} "
-          f"v2 {row['v2']:.4f} v3 {row['v3']:.4f}{contaminated} {row['images_per_s']:.1f} images/s "
-          f"{row['seconds']:.0f} s{skipped}\n   IoU {', '.join(ious)}", flush=True)
+    v = "".join(f" {name} {row[name]:.4f}" for name in ("v1", "v2", "v3") if name in row)
+    text = f"\n   IoU {', '.join(ious)}" if ious else ""
+    print(f"{out} epoch {row['epoch']}/{args.epochs} loss {row['loss']:.4f}{v}{contaminated} "
+          f"{row['images_per_s']:.1f} images/s {row['seconds']:.0f} s{skipped}{text}", flush=True)
     if not args.logger:
         return
     try:
@@ -972,7 +1002,9 @@ def train_run(args, root, report=None, wait=False):
     first = ranks()[0] == 0
     hashes, epochs = Hashes(args.cache), snapshot_epochs(args)
     with lock(out, wait=wait) if first else nullcontext():
-        info = describe_run(args, splits, folds, hashes)
+        fold_runs = read_fold_runs(args, hashes)
+        info = describe_run(args, splits, folds, hashes, [run["epoch"] for run in fold_runs])
+        check_fold_runs(fold_runs, info["recipe"])
         info |= {"classes": train.classes, "valid_ids": [train.ids[i] for i in valid_indices]}
         if finished := find_finished(args, test, info, out, epochs, hashes):
             return finished["v3"]
@@ -985,8 +1017,12 @@ def train_run(args, root, report=None, wait=False):
         run = start_run(args, train.classes, pixels, resume, device)
         run.mean, run.std = info["recipe"]["mean"], info["recipe"]["std"]  # also a kept run's
         warn_of_absent_classes(args, train.classes, "training", pixels)
-        valid_pixels = np.array(train.pixels)[valid_indices].sum(0)
-        warn_of_absent_classes(args, train.classes, "validation", valid_pixels)
+        if fold_runs:
+            mean_v3 = statistics.mean(run["v3"] for run in fold_runs)
+            run.of_folds = {"v2": None, "v3": mean_v3}
+        else:
+            valid_pixels = np.array(train.pixels)[valid_indices].sum(0)
+            warn_of_absent_classes(args, train.classes, "validation", valid_pixels)
         if first:
             check_run_space(run, args, out)
         try:
@@ -1024,8 +1060,10 @@ def load_splits(args):
 def split_by_fold(args, train, folds):
     """Return the positions of (training, validation) images; with --overfit both are the same few.
 
-    Those are the training images with the most classes.
+    Those are the training images with the most classes. With the fold ALL none is for validation.
     """
+    if args.fold == ALL:
+        return np.arange(len(folds)), np.arange(0)
     train_indices = np.flatnonzero(folds != args.fold)
     valid_indices = np.flatnonzero(folds == args.fold)
     if args.overfit:
@@ -1035,10 +1073,41 @@ def split_by_fold(args, train, folds):
     return train_indices, valid_indices
 
 
-def describe_run(args, splits, folds, hashes):
+def read_fold_runs(args, hashes):
+    """Return what the config.json of each run of --of-folds says, for --fold ALL; else [].
+
+    Raises UserError if one of them isn't finished.
+    """
+    if args.fold != ALL:
+        return []
+    configs = []
+    for fold in args.of_folds or range(args.folds):
+        folder = run_folder(args.exp, args.round, args.model, args.scale, fold)
+        config = read_description(folder / "config.json", hashes)
+        if not has_kinds(config, CONFIG_KINDS):
+            raise UserError(f"{folder} isn't trained, whose best epoch --fold {ALL} needs: train "
+                            "it first, or name others in --of-folds")
+        configs.append(config)
+    return configs
+
+
+def check_fold_runs(configs, recipe):
+    """Raise UserError unless the runs of read_fold_runs have the recipe of the run on all images.
+
+    Their best epochs would say nothing about it.
+    """
+    may_differ = {"fold", "stop_epoch", "pseudo", "contaminated", *DERIVED}
+    for config in configs:
+        differ = [key for key in different_keys(config["recipe"], recipe) if key not in may_differ]
+        if differ:
+            raise UserError(f"the run of fold {config['recipe']['fold']} has another recipe than "
+                            f"this one of all images, in {', '.join(differ)}: train it again")
+
+
+def describe_run(args, splits, folds, hashes, best_epochs=()):
     """Return the provenance of a run: what decides its result, as it is now.
 
-    splits: of load_splits.
+    splits: of load_splits; best_epochs: of the runs of read_fold_runs.
     """
     train, test, extras = splits
     folds_csv = folds_hash(train.ids, folds)
@@ -1046,7 +1115,8 @@ def describe_run(args, splits, folds, hashes):
     if args.round and not args.overfit:
         labels = check_labels(args, test, folds_csv, hashes)
     extra = [split.fingerprint for split, _ in extras]
-    recipe = run_recipe(args, train.fingerprint, folds_csv, hashes, extra, *labels)
+    recipe = run_recipe(args, train.fingerprint, folds_csv, hashes, *labels, extra=extra,
+                        best_epochs=best_epochs)
     recipe["mean"], recipe["std"] = map(list, encoder_mean_std(args.model))
     return provenance(recipe, run_code(recipe))
 
@@ -1201,7 +1271,8 @@ def finish_run(run, info, out, photos, epochs, hashes):
     photos: the validation images, an EvalPhotos. A kill at any point leaves last.pt, from which
     this is done again.
     """
-    draw_valid(out / "valid.png", run, photos, info["classes"])
+    if len(photos):
+        draw_valid(out / "valid.png", run, photos, info["classes"])
     # pickle writes equal strings once only if they are one object: interned keys give a resumed
     # run's file the same bytes
     best = {sys.intern(key): value for key, value in run.best.items()}
@@ -1217,7 +1288,8 @@ def finish_run(run, info, out, photos, epochs, hashes):
     for path in out.glob("last*"):  # before config.json is written: model.pt needs none of them
         path.unlink()
     write_config(out, info | best, epochs, hashes)
-    print(f"{out}/model.pt: epoch {best['epoch']}, v3 {best['v3']:.4f}")
+    whose = ", the mean of the folds': this run holds no image out" if run.of_folds else ""
+    print(f"{out}/model.pt: epoch {best['epoch']}, v3 {best['v3']:.4f}{whose}")
 
 
 def model_files(epochs):
@@ -1240,7 +1312,8 @@ def draw_curves(path, log):
     """Draw the columns of log.csv over the epochs; waiting: share of the time without a batch."""
     from matplotlib.figure import Figure
     ious = [name for name in log[0] if name.startswith("iou ")]
-    panels = ["loss"], ["v1", "v2", "v3"], ious, ["lr"], ["images_per_s"], ["waiting"]
+    v = [name for name in ("v1", "v2", "v3") if name in log[0]]
+    panels = ["loss"], v, ious, ["lr"], ["images_per_s"], ["waiting"]
     epochs = [row["epoch"] for row in log]
     figure = Figure((13, 6), layout="constrained")
     for axes, names in zip(figure.subplots(2, 3).flat, panels, strict=True):
@@ -1251,7 +1324,8 @@ def draw_curves(path, log):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        if names:
+            axes.legend(fontsize="x-small")
     with atomic_write(path) as scratch, warnings.catch_warnings(action="ignore"):  # of letters
         figure.savefig(scratch, format="png", dpi=90)
 

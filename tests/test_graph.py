@@ -196,7 +196,7 @@ SHELLS = ("$$(touch pwned)", "`touch pwned`", "; touch pwned", "x & touch pwned"
 @pytest.mark.parametrize("knobs, message", [
     *(({typo: 1}, f"unknown knob: {typo};") for typo in ("FLOD", "lr", "OMP_NUM_THREADS", "STRICT")),
     *(({knob: ""}, f" {knob} is empty") for knob in KNOBS
-      if knob not in ("ROUND", "CODE", "LAUNCH", "EXPS", "TRUTH", "HOLDOUT",
+      if knob not in ("ROUND", "EXTRA", "UNLABELLED", "CODE", "LAUNCH", "EXPS", "TRUTH", "HOLDOUT",
                       "BUDGET") and "_ARGS" not in knob),
     *(({knob: value}, f"{knob}={value}") for knob, value in (
         ("PER_GPU", 0), ("PER_GPU", 10),
