@@ -42,6 +42,7 @@ LADDER     ?= full
 TRUTH      ?=
 HOLDOUT    ?=
 IMAGE_ID   ?= id
+PHOTOS     ?=
 TRAIN_ARGS ?=
 INFER_ARGS ?=
 PSEUDO_ARGS ?=
@@ -83,6 +84,7 @@ about.LADDER      := the climb that ladder makes: full, or fast, 36 minutes on t
 about.TRUTH       := annotated COCO file of the test photos, for scores; else test.json
 about.HOLDOUT     := share of the labelled photos that holdout makes a test set of, 0.05 to 0.5
 about.IMAGE_ID    := what names an image in the submission: id, file_name
+about.PHOTOS      := folder that predict predicts all photos of, at any depth
 about.TRAIN_ARGS  := more for train.py, see its --help; INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS likewise
 about.SNAPSHOTS   := epochs of a run that vote together; 0: its best one alone
 about.TRIALS      := recipes that sweep tries
@@ -95,7 +97,7 @@ about.PY          := python to use; PY=python takes the current environment
 about.CODE        := after an edit of a script: new makes anew what it made, keep keeps it
 KNOBS := DATA EXP MODELS MODEL SCALES SCALE FOLDS FOLD ROUNDS ROUND NFOLDS EXTRA UNLABELLED PAINT \
     ORIENTATION UNUSED EPOCHS BUDGET BATCH LR SEED WEIGHTS TTA VOTE METRIC POST EXPS LADDER TRUTH HOLDOUT \
-    IMAGE_ID TRAIN_ARGS INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH \
+    IMAGE_ID PHOTOS TRAIN_ARGS INFER_ARGS PSEUDO_ARGS SUBMIT_ARGS SNAPSHOTS TRIALS ROWS GPUS LAUNCH \
     DEVICE PER_GPU PY CODE
 
 # ---- knobs are checked first, all of them; the plan below checks what only scripts know ----------
@@ -112,11 +114,11 @@ $(foreach v,$(set_by_user),$(if $(findstring $$,$(value $v)),$(error $v has a $$
 wanted := $(value MAKECMDGOALS)
 goals := $(filter train pseudo submit score,$(wanted))
 $(if $(filter out/%,$(wanted)),$(error make takes commands, such as submit, not files: $(wanted)))
-may_be_empty := ROUND EXTRA UNLABELLED BUDGET EXPS TRUTH HOLDOUT %_ARGS LAUNCH CODE
+may_be_empty := ROUND EXTRA UNLABELLED BUDGET EXPS TRUTH HOLDOUT PHOTOS %_ARGS LAUNCH CODE
 $(foreach v,$(filter-out $(may_be_empty),$(KNOBS)),$(if $(strip $($v)),,$(error $v is empty)))
 quote  = '$(subst ','\'',$1)'
-# only DATA, which may be any path, is quoted where a shell reads it; other knobs have nothing that
-# means anything to a shell
+# only DATA and PHOTOS, which may be any path, are quoted where a shell reads them; other knobs have
+# nothing that means anything to a shell
 text         := [A-Za-z0-9 ._=+,:/@-]*
 piece        := [A-Za-z0-9_=+-][A-Za-z0-9._=+-]*
 legal.EXP    := $(piece)(/$(piece))*
@@ -136,11 +138,11 @@ $(foreach v,GPUS TRIALS EPOCHS BATCH,$(eval legal.$v := [1-9][0-9]*))
 $(if $(filter ladder holdout climb,$(wanted)),$(eval legal.EPOCHS := [1-9][0-9]*( +[1-9][0-9]*)*))
 legal   = $(if $(filter legal.$1,$(.VARIABLES)),$(legal.$1),$(text))
 matches = p='$(call legal,$1)'; [[ $(call quote,$($1)) =~ ^($$p)$$ ]]
-wrong  := $(strip $(shell $(foreach v,$(filter-out DATA,$(KNOBS)),\
+wrong  := $(strip $(shell $(foreach v,$(filter-out DATA PHOTOS,$(KNOBS)),\
     $(call matches,$v) || echo $(call quote,$v=$($v));)))
 $(if $(wrong),$(error $(wrong) can not be: $(about.$(firstword $(subst =, ,$(wrong)))). Numbers are \
     whole, no part of EXP begins with a dot, and quotes and other signs that a shell knows have no \
-    place in a knob but DATA))
+    place in a knob but DATA and PHOTOS))
 $(if $(filter cache cache/%,$(EXP)),$(error EXP=$(EXP): out/cache belongs to all experiments))
 $(if $(filter pseudo,$(wanted)),\
     $(if $(filter 0,$(ROUND)),$(error ROUND=0 learns from no pseudo labels)))
@@ -157,6 +159,8 @@ $(if $(and $(goals),$(wildcard out/$(EXP)/rungs.tsv)),\
     $(error EXP=$(EXP) is a ladder with a report of its own: name another experiment))
 $(if $(TRUTH),$(if $(shell test -f $(call quote,$(TRUTH)) && echo yes),,$(error TRUTH=$(TRUTH): no \
     such file)))
+$(if $(filter predict,$(wanted)),$(if $(PHOTOS),,$(error PHOTOS is empty: predict takes a folder \
+    of photos, PHOTOS=folder)))
 $(foreach goal,$(filter submit ladder,$(wanted)),\
     $(foreach v,$(filter MODEL SCALE FOLD ROUND,$(given)),$(error $(goal) takes $vS, not $v)))
 scored  = $(wildcard out/$1/r[0-9]/*/*/s*/f*/valid.json out/$1/*/*/s*/f*/valid.json)
@@ -285,7 +289,7 @@ $(filter %/submission.csv,$(TODO)): | $(filter-out %/submission.csv,$(TODO))
 	    .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt; touch $@
 
 # ---- commands ------------------------------------------------------------------------------------
-.PHONY: help setup check train pseudo submit score why status compare holdout ladder \
+.PHONY: help setup check train pseudo submit score predict why status compare holdout ladder \
     runtimes bench sweep demo test chaos test-gpu test-all lint clean
 help: ## show this text
 	@echo 'usage: make COMMAND [KNOB=VALUE ...]'
@@ -309,6 +313,9 @@ score: $(TODO) ## out-of-fold scores of members and vote, who adds what; out/EXP
 	    --report $(OUT)/report.html $(filter --mixed,$(SUBMIT_ARGS)) \
 	    $(call runs,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(filter-out all,$(FOLD)))
 endif
+predict: | $(SETUP) ## the photos in PHOTOS by the vote of out/EXP's submission; out/EXP/predicted/
+	@$(run) infer.py --photos $(call quote,$(PHOTOS)) --vote $(OUT)/submission.vote.json \
+	    --out $(OUT)/predicted --cache out/cache $(device) --replace $(code)
 why: | $(SETUP) ## why submit would make what it would make: for each file what differs or is missing
 	@$(plan) --dry --why
 status: | $(SETUP) ## which runs are done, how long the others will take, what isn't up to date

@@ -1401,6 +1401,19 @@ def read_image(path, height, width, orientation="shown"):
         return np.array(convert_photo(photo, way).convert("RGB")) if pixels is None else pixels
 
 
+def read_photo(path):
+    """Return any photo as uint8 RGB [H, W, 3], turned as its EXIF orientation says.
+
+    It is for photos that no JSON lists. Raises OSError that says what is wrong with the photo, also
+    for damage inside a JPEG, which read_image takes as it is.
+    """
+    with open_photo(path) as photo:
+        if photo.width * photo.height > MAX_PIXELS:
+            raise ValueError(f"is {photo.width}x{photo.height}, over {MAX_PIXELS} pixels of memory")
+        way = "stored" if exif_orientation(photo) == 1 else "shown"
+        return np.array(convert_photo(photo, way).convert("RGB"))
+
+
 def check_image(path, height, width, orientation="shown"):
     """Return what `make check` warns of in a photo: {"turn", "low_contrast", "content"}.
 
@@ -2297,6 +2310,136 @@ def predict_photo(trained, image, tta="flip", tta_scales=(1.0,)):
     return interpolate(probs, image.shape[:2], mode="bilinear")[0].cpu().numpy()
 
 
+# ---- the vote, and the steps after it ------------------------------------------------------------
+
+AREAS = (0, *(2 ** np.arange(4, 12)))  # up to 3% of the image: a larger one fits its own images
+HALF_TRUSTED = 10  # images; see shrink
+
+
+def vote(images, weights, n_classes, least_share=0):
+    """Return the class ids uint8 [H, W] with the largest weighted sum of probabilities.
+
+    images: {voter's number: probs uint8 [C, H, W]}, without any all is background; weights [M] of
+    the voters; least_share: of drop_small.
+    """
+    import cv2
+    total = np.zeros((n_classes, SUBMIT_SIZE * SUBMIT_SIZE), np.float32)
+    for weight in {weights[m] for m in images} - {0}:
+        same_weight = np.zeros_like(total)  # the sum of whole numbers is exact
+        for m, image in images.items():
+            if weights[m] == weight:
+                cv2.accumulate(image.reshape(total.shape), same_weight)
+        total += np.float32(weight) * same_weight
+    total = total.reshape(-1, SUBMIT_SIZE, SUBMIT_SIZE)
+    return drop_small(total, top_class(total), least_share)
+
+
+def drop_small(values, pred, least_share):
+    """Return `pred`, the class ids uint8 [...] with the largest of values [C, ...], without some.
+
+    A class with less than least_share of the pixels of the image's largest class, the background
+    apart, gives them to the likeliest class of those that stay: as a rule that of the object which
+    it is a part of, where a minimum area alone would cut a hole.
+    """
+    areas = np.bincount(pred.ravel(), minlength=len(values))
+    areas[0] = areas[1:].max()  # the background stays
+    stays = np.flatnonzero(areas >= least_share * areas[0])
+    if len(stays) == len(values):
+        return pred
+    return stays.astype(np.uint8)[top_class(values[stays])]
+
+
+def top_class(values):
+    """Return argmax(0) of [C, H, W] as uint8, of equals the first, in a seventh of numpy's time."""
+    best = values[0].copy()
+    pred = np.zeros(values.shape[1:], np.uint8)
+    for class_id in range(1, len(values)):
+        np.maximum(pred, (values[class_id] > best) * np.uint8(class_id), out=pred)
+        np.maximum(best, values[class_id], out=best)
+    return pred
+
+
+def fit_score(counts):
+    """Return what is fitted for, v2 + v3 of pixel counts [N, C, C].
+
+    v3 alone is raised by silence on rare classes, which v2 counts in full; and what is fitted for
+    the sum has the higher v3 on other images too, as rare classes are fitted on few.
+    """
+    return image_miou(counts.sum(0)) + image_miou(counts).mean()
+
+
+def fit_min_area(preds, truths, n_classes):
+    """Return areas [C]: the best one for all classes, improved class by class, after shrink.
+
+    An area is a number of pixels; the best has the highest v2 + v3.
+    """
+    def measure(areas):
+        return fit_score(apply_min_area(counts, areas))
+    counts = np.stack([confusion(pred, truth, n_classes)
+                       for pred, truth in zip(preds, truths, strict=True)])
+    foreground = np.arange(n_classes) > 0
+    best_common = max((area * foreground for area in AREAS), key=measure)
+    return shrink(coordinate_search(best_common, AREAS, measure), counts)
+
+
+def coordinate_search(values, grid, measure):
+    """Try each value of `grid` for one class after another; keep what raises measure(values).
+
+    Returns the values [C]. That of the background stays.
+    """
+    best = measure(values)
+    for class_id in range(1, len(values)):
+        for value in grid:
+            changed = np.where(np.arange(len(values)) == class_id, value, values)
+            measured = measure(changed)
+            if measured > best:
+                best, values = measured, changed
+    return values
+
+
+def shrink(values, counts):
+    """Return values [C] nearer to 0 for classes that few images have, in truth or prediction.
+
+    With HALF_TRUSTED images a value is halved: what was fitted on so few is half chance. counts:
+    pixel counts [N, C, C].
+    """
+    n_images = (counts.sum(1) + counts.sum(2) > 0).sum(0)
+    return values * n_images / (n_images + HALF_TRUSTED)
+
+
+def apply_min_area(counts, min_area):
+    """Return the pixel counts [N, C, C] after remove_small, without any mask: they hold its areas.
+
+    So some hundred areas are tried in the time in which masks would be counted once.
+    """
+    kept = counts * (counts.sum(1) >= min_area)[:, None, :]
+    kept[:, :, 0] += (counts - kept).sum(2)
+    return kept
+
+
+def remove_small(pred, min_area):
+    """Turn the classes with fewer than min_area[class_id] pixels in the image into background."""
+    areas = np.bincount(pred.ravel(), minlength=len(min_area))
+    return np.where(areas >= min_area, np.arange(len(min_area)), 0).astype(np.uint8)[pred]
+
+
+# Steps that change the voted masks, in this order: (name, fit, apply). A new one is one entry here;
+# it is used only if it gains out of fold, alone or with others.
+#   fit(preds, truths, n_classes) -> params: preds and truths uint8 [N, H, W] of the images that it
+#       is fitted on, 255 in truths where nothing is labelled; params: a list or array of numbers
+#   apply(pred, params) -> pred: uint8 [H, W], also in what is returned
+STEPS_AFTER_VOTE = [
+    ("minimum area", fit_min_area, remove_small)]
+
+
+def apply_steps(pred, used):
+    """Return a voted mask [H, W] after the STEPS_AFTER_VOTE that `used` has params of."""
+    for name, _, apply in STEPS_AFTER_VOTE:
+        if name in used:
+            pred = apply(pred, used[name])
+    return pred
+
+
 # ---- stores of probabilities ---------------------------------------------------------------------
 # A store is NAME.npy, uint8 [N, C, SUBMIT_SIZE, SUBMIT_SIZE], probs x 255, with NAME.json, written
 # last, which says what made it.
@@ -2568,6 +2711,7 @@ STEPS = {
               ("infer", "predict_split")],
     "labels": [("pseudo_label", "make_labels"), ("pseudo_label", "open_out_of_fold"),
                ("pseudo_label", "Makers")],
+    "photos": [("common", "load_model"), ("infer", "FolderPhotos"), ("infer", "predict_batch")],
     "submission": [("ensemble", "soft")],
     "voted": [("ensemble", "hard")]}
 
@@ -3420,10 +3564,10 @@ def own_folder(name):
     return folder
 
 
-def check_output(data, *outputs, inputs=()):
+def check_output(data, *outputs, inputs=(), name="DATA"):
     """Raise UserError if an output is also an input or another output, or lies in `data`.
 
-    Nothing is ever written to that folder.
+    Nothing is ever written to that folder, which the user knows as `name`.
     """
     root = os.path.realpath(data)
     taken = {os.path.realpath(path): f"{path}, which is read" for path in inputs}
@@ -3433,7 +3577,7 @@ def check_output(data, *outputs, inputs=()):
             raise UserError(f"{path} would be written over {taken[real]}: choose another name")
         taken[real] = f"{path}, which is written too"
         if Path(real).is_relative_to(root):
-            raise UserError(f"{path} lies in DATA, {data}, where nothing is ever written: "
+            raise UserError(f"{path} lies in {name}, {data}, where nothing is ever written: "
                             "choose another place")
 
 
@@ -3445,7 +3589,7 @@ def check_space(folder, needed):
 
 
 def move_aside(folder, names):
-    """Move the files `names` of `folder` to folder/replaced before they are replaced.
+    """Move the files or folders `names` of `folder` to folder/replaced before they are replaced.
 
     The first name is that of the JSON that describes the others. What was in replaced/ before is
     removed, but not if a process was killed between this call and write_description: then a mark is
@@ -3457,6 +3601,8 @@ def move_aside(folder, names):
             return
         aside.mkdir(exist_ok=True)
         for name in names:
+            if (aside / name).is_dir():
+                shutil.rmtree(aside / name)
             (aside / name).unlink(missing_ok=True)
         mark.touch()
     moved = []
@@ -3936,14 +4082,13 @@ COLOURS = np.array([(0, 0, 0), *(PALETTE[i % len(PALETTE)] for i in range(254)),
                    np.uint8)
 
 
-def overlay(image, mask=None, strength=0.6):
+def overlay(image, mask=None, strength=0.6, size=(SUBMIT_SIZE, SUBMIT_SIZE)):
     """Return a photo at the submission's size, grey under the colours of a mask's foreground.
 
-    image: uint8 [H, W, 3]; mask: uint8 [H, W], which may be of another size; the result: uint8
-    [SUBMIT_SIZE, SUBMIT_SIZE, 3]. Without a mask the photo keeps its colours.
+    image: uint8 [H, W, 3]; mask: uint8 [H, W], which may be of another size; size: (width, height)
+    of the result, uint8 [height, width, 3]. Without a mask the photo keeps its colours.
     """
     import cv2
-    size = (SUBMIT_SIZE, SUBMIT_SIZE)
     photo = cv2.resize(as_photo(image), size, interpolation=cv2.INTER_AREA)
     if mask is None:
         return photo

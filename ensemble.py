@@ -12,15 +12,17 @@
 A run is a folder of train.py and infer.py; runs that differ only in the fold are one member. soft
 averages probabilities, hard counts the votes of submissions and runs. Both write the CSV in
 test.json's order, read back and checked before it gets its name, then OUT.made.json, which says
-what made it, and soft a .png of some predictions and OUT.oof.npz, the vote's pixel counts out of
-fold; the same line again does nothing. --report is a web page of all that is known. A run votes
-background on a photo that it couldn't read; then the exit code is 3, though the submission stands.
+what made it, and soft a .png of some predictions, OUT.oof.npz, the vote's pixel counts out of fold,
+and OUT.vote.json, by which infer.py votes on other photos; the same line again does nothing.
+--report is a web page of all that is known. A run votes background on a photo that it couldn't
+read; then the exit code is 3, though the submission stands.
 Whatever is fitted is fitted on some folds, scored on the others, and used only if v3 gains by more
 than chance (95%) and v2 doesn't lose so; --metric v2 turns them round. A step of your own after the
-vote is one entry in STEPS_AFTER_VOTE. plan compares what made each file of an experiment with what
-would make it now, and prints the files that are to be made; status prints how far each run is and
-why a file isn't up to date. GRID: the models, scales and folds, as make passes them.
-holdout writes a folder that is a DATA of its own; its test photos are some of DATA's labelled ones.
+vote is one entry in STEPS_AFTER_VOTE of common.py. plan compares what made each file of an
+experiment with what would make it now, and prints the files that are to be made; status prints how
+far each run is and why a file isn't up to date. GRID: the models, scales and folds, as make passes
+them. holdout writes a folder that is a DATA of its own; its test photos are some of DATA's labelled
+ones.
 """
 import argparse
 import csv
@@ -45,20 +47,21 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (
-    ALL, BACKGROUND, DERIVED, DESCRIPTION_KINDS, MANIFEST_KINDS, RUN_PLACE, STORE_KINDS,
-    SUBMIT_SIZE, TORCHRUN, Hashes, Help, Parser, UserError, accepted_code, add_data_options,
-    as_number, atomic_write, begun_files, build_model, cache_folder, changes, check_output,
-    check_space, check_unchanged, class_iou, clean, code_hashes, code_of, code_question, code_state,
-    confusion, data_files, data_options, decide, different_keys, draw_bars, draw_heat, extra_json,
-    figure_urls, fingerprint, fold_name, folds_hash, foreground_ids, image_miou, join_fingerprints,
-    keep_code, label_settings, labels_code, labels_hash, labels_recipe, library_versions, load_data,
-    load_extra, load_truths, load_unlabelled, lock, make_folds, move_aside, move_mark, named,
-    new_folds, number, open_store, overlay, photos_below, provenance, pseudo_folder,
-    read_description, read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows,
-    recipe_changes, run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash,
-    store_code, store_id, store_recipe, tile_url, truth_file, try_sides, tta_name, tta_sides,
-    tta_views, version_changes, whole_manifest, whole_numbers, write_coco, write_description,
-    write_json, write_page, write_sheet)
+    ALL, BACKGROUND, DERIVED, DESCRIPTION_KINDS, MANIFEST_KINDS, RUN_PLACE, STEPS_AFTER_VOTE,
+    STORE_KINDS, SUBMIT_SIZE, TORCHRUN, Hashes, Help, Parser, UserError, accepted_code,
+    add_data_options, apply_steps, as_number, atomic_write, begun_files, build_model, cache_folder,
+    changes, check_output, check_space, check_unchanged, class_iou, clean, code_hashes, code_of,
+    code_question, code_state, confusion, data_files, data_options, decide, different_keys,
+    draw_bars, draw_heat, drop_small, extra_json, figure_urls, fingerprint, fit_score, fold_name,
+    folds_hash, foreground_ids, image_miou, join_fingerprints, keep_code, label_settings,
+    labels_code, labels_hash, labels_recipe, library_versions, load_data, load_extra, load_truths,
+    load_unlabelled, lock, make_folds, move_aside, move_mark, named, new_folds, number, open_store,
+    overlay, photos_below, provenance, pseudo_folder, read_description, read_folds, read_index_json,
+    read_json, read_own_json, read_probs, read_rows, recipe_changes, run_code, run_folder,
+    run_recipe, run_script, scores, settings_of, short_hash, store_code, store_id, store_recipe,
+    tile_url, top_class, truth_file, try_sides, tta_name, tta_sides, tta_views, version_changes,
+    vote, whole_manifest, whole_numbers, write_coco, write_description, write_json, write_page,
+    write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byte first: x86 and ARM
@@ -67,11 +70,9 @@ MAX_PICKS = 30  # of the greedy selection of weights
 LEAST_WEIGHT = 1e-4  # of the largest: what weighs less is lost where a vote is summed in float32
 THUMBNAILS = 128_000_000  # bytes for the small probabilities that weights are fitted on
 LEAST_SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)  # see drop_small
-HALF_TRUSTED = 10  # images; see shrink
 BUDGET_SHARE = 0.9  # of a budget that is planned: what else runs slows some steps
 START_SECONDS = 15  # of a run's scripts, libraries, checks and pictures; of its labels; of the vote
 ENOUGH_EPOCHS, MOST_EPOCHS = 15, 40  # by a budget: fewer for another fold lose, more gain nothing
-AREAS = (0, *(2 ** np.arange(4, 12)))  # up to 3% of the image: a larger one fits its own images
 TAKEN = "with what is taken"  # the name of the vote with all that gains out of fold
 FEW_IMAGES = 10  # of fewer a bootstrap knows too little: its intervals are too narrow
 SIZES = (0, 0.003, 0.01, 0.03, 0.1, 0.3)  # shares of an image where the report's bins begin
@@ -89,7 +90,7 @@ BESIDE = {
     "TAKEN", "already_made", "as_text", "check_classes", "check_names", "check_one_member",
     "check_store", "describe_params", "difference", "explain", "made_file", "no_formula",
     "oof_file", "pixel_fault", "run_name", "sample_pictures", "scratch_folder", "show",
-    "show_scores", "soft_recipe", "tell_unread", "write_made"}
+    "show_scores", "soft_recipe", "tell_unread", "vote_file", "write_made"}
 
 
 # ---- the ladder: what make ladder climbs ---------------------------------------------------------
@@ -410,50 +411,7 @@ def member_weights(args, voters):
     return np.array(args.weights) / max(args.weights)  # as they are float32 may not hold them
 
 
-# ---- the vote ------------------------------------------------------------------------------------
-
-
-def vote(images, weights, n_classes, least_share=0):
-    """Return the class ids uint8 [H, W] with the largest weighted sum of probabilities.
-
-    images: {voter's number: probs uint8 [C, H, W]}, without any all is background; weights [M] of
-    the voters; least_share: of drop_small.
-    """
-    import cv2
-    total = np.zeros((n_classes, SUBMIT_SIZE * SUBMIT_SIZE), np.float32)
-    for weight in {weights[m] for m in images} - {0}:
-        same_weight = np.zeros_like(total)  # the sum of whole numbers is exact
-        for m, image in images.items():
-            if weights[m] == weight:
-                cv2.accumulate(image.reshape(total.shape), same_weight)
-        total += np.float32(weight) * same_weight
-    total = total.reshape(-1, SUBMIT_SIZE, SUBMIT_SIZE)
-    return drop_small(total, top_class(total), least_share)
-
-
-def drop_small(values, pred, least_share):
-    """Return `pred`, the class ids uint8 [...] with the largest of values [C, ...], without some.
-
-    A class with less than least_share of the pixels of the image's largest class, the background
-    apart, gives them to the likeliest class of those that stay: as a rule that of the object which
-    it is a part of, where a minimum area alone would cut a hole.
-    """
-    areas = np.bincount(pred.ravel(), minlength=len(values))
-    areas[0] = areas[1:].max()  # the background stays
-    stays = np.flatnonzero(areas >= least_share * areas[0])
-    if len(stays) == len(values):
-        return pred
-    return stays.astype(np.uint8)[top_class(values[stays])]
-
-
-def top_class(values):
-    """Return argmax(0) of [C, H, W] as uint8, of equals the first, in a seventh of numpy's time."""
-    best = values[0].copy()
-    pred = np.zeros(values.shape[1:], np.uint8)
-    for class_id in range(1, len(values)):
-        np.maximum(pred, (values[class_id] > best) * np.uint8(class_id), out=pred)
-        np.maximum(best, values[class_id], out=best)
-    return pred
+# ---- the majority --------------------------------------------------------------------------------
 
 
 def majority(preds, weights):
@@ -639,15 +597,6 @@ def scratch_folder(cache):
 # ---- what is fitted: weights and the least share -------------------------------------------------
 
 
-def fit_score(counts):
-    """Return what is fitted for, v2 + v3 of pixel counts [N, C, C].
-
-    v3 alone is raised by silence on rare classes, which v2 counts in full; and what is fitted for
-    the sum has the higher v3 on other images too, as rare classes are fitted on few.
-    """
-    return image_miou(counts.sum(0)) + image_miou(counts).mean()
-
-
 def score_of(probs, truths):
     """Return fit_score of [N, C, P] probabilities, or of whatever has the same argmax."""
     return fit_score(count_pixels(probs.argmax(1), truths, probs.shape[1]))
@@ -659,16 +608,6 @@ def count_pixels(preds, truths, n_classes):
     codes = (firsts + truths) * n_classes + preds
     counts = np.bincount(codes.ravel(), minlength=len(preds) * n_classes ** 2)
     return counts.reshape(len(preds), n_classes, n_classes)
-
-
-def shrink(values, counts):
-    """Return values [C] nearer to 0 for classes that few images have, in truth or prediction.
-
-    With HALF_TRUSTED images a value is halved: what was fitted on so few is half chance. counts:
-    pixel counts [N, C, C].
-    """
-    n_images = (counts.sum(1) + counts.sum(2) > 0).sum(0)
-    return values * n_images / (n_images + HALF_TRUSTED)
 
 
 def fit_weights(thumbs, truths):
@@ -690,21 +629,6 @@ def fit_weights(thumbs, truths):
     return picks / picks.sum()
 
 
-def coordinate_search(values, grid, measure):
-    """Try each value of `grid` for one class after another; keep what raises measure(values).
-
-    Returns the values [C]. That of the background stays.
-    """
-    best = measure(values)
-    for class_id in range(1, len(values)):
-        for value in grid:
-            changed = np.where(np.arange(len(values)) == class_id, value, values)
-            measured = measure(changed)
-            if measured > best:
-                best, values = measured, changed
-    return values
-
-
 def fit_least_share(total, truths):
     """Return the least share, of drop_small, that gains most on votes [N, C, P]."""
     def measure(least_share):
@@ -718,56 +642,6 @@ def fit_least_share(total, truths):
 def weighted_sum(weights, thumbs):
     """Return the sum float32 [N, C, P] of thumbs [M, N, C, P] times weights [M]."""
     return sum(np.float32(w) * thumb for w, thumb in zip(weights, thumbs, strict=True) if w)
-
-
-# ---- what is fitted: steps after the vote --------------------------------------------------------
-
-
-def fit_min_area(preds, truths, n_classes):
-    """Return areas [C]: the best one for all classes, improved class by class, after shrink.
-
-    An area is a number of pixels; the best has the highest v2 + v3.
-    """
-    def measure(areas):
-        return fit_score(apply_min_area(counts, areas))
-    counts = np.stack([confusion(pred, truth, n_classes)
-                       for pred, truth in zip(preds, truths, strict=True)])
-    foreground = np.arange(n_classes) > 0
-    best_common = max((area * foreground for area in AREAS), key=measure)
-    return shrink(coordinate_search(best_common, AREAS, measure), counts)
-
-
-def apply_min_area(counts, min_area):
-    """Return the pixel counts [N, C, C] after remove_small, without any mask: they hold its areas.
-
-    So some hundred areas are tried in the time in which masks would be counted once.
-    """
-    kept = counts * (counts.sum(1) >= min_area)[:, None, :]
-    kept[:, :, 0] += (counts - kept).sum(2)
-    return kept
-
-
-def remove_small(pred, min_area):
-    """Turn the classes with fewer than min_area[class_id] pixels in the image into background."""
-    areas = np.bincount(pred.ravel(), minlength=len(min_area))
-    return np.where(areas >= min_area, np.arange(len(min_area)), 0).astype(np.uint8)[pred]
-
-
-# Steps that change the voted masks, in this order: (name, fit, apply). A new one is one entry here;
-# it is used only if it gains out of fold, alone or with others.
-#   fit(preds, truths, n_classes) -> params: preds and truths uint8 [N, H, W] of the images that it
-#       is fitted on, 255 in truths where nothing is labelled; params: a list or array of numbers
-#   apply(pred, params) -> pred: uint8 [H, W], also in what is returned
-STEPS_AFTER_VOTE = [
-    ("minimum area", fit_min_area, remove_small)]
-
-
-def apply_steps(pred, used):
-    """Return a voted mask [H, W] after the STEPS_AFTER_VOTE that `used` has params of."""
-    for name, _, apply in STEPS_AFTER_VOTE:
-        if name in used:
-            pred = apply(pred, used[name])
-    return pred
 
 
 # ---- what is fitted: the choice ------------------------------------------------------------------
@@ -1499,7 +1373,7 @@ def check_outputs(args):
     outputs = []
     if given.get("out"):
         outputs += [args.out, args.out.with_suffix(".png"), made_file(args.out),
-                    oof_file(args.out)]
+                    oof_file(args.out), vote_file(args.out)]
         if args.coco:
             outputs.append(args.out.with_suffix(".json"))
     outputs += [given[name] for name in ("report", "tables", "picture", "exp") if given.get(name)]
@@ -1559,6 +1433,32 @@ def write_oof_counts(path, oof, counts):
         np.savez_compressed(f, ids=oof.ids, classes=oof.classes, counts=counts)
 
 
+def vote_file(out):
+    """Return the path of the JSON that says how the submission was voted for."""
+    return out.with_suffix(".vote.json")
+
+
+def write_vote(path, members, used):
+    """Write what infer.py --vote needs to vote on other photos as on those of the submission.
+
+    members: of open_members; used: of Option.used. Folds of a member share its weight, runs without
+    a weight are left out. The folder of a run is relative to that of the file; its settings are the
+    options of infer.py that decided its stores.
+    """
+    runs = []
+    for weight, folds in zip(used["weights"], members.values(), strict=True):
+        if not weight:
+            continue
+        for probs, info in folds.values():
+            settings = {key: value for key, value in info["recipe"].items()
+                        if key not in ("split", "checkpoints", "data")}
+            folder = os.path.relpath(os.path.dirname(probs.filename), path.parent)
+            runs.append({"folder": folder, "weight": float(weight / len(folds)),
+                         "checkpoints": info["checkpoints"], "settings": settings})
+    steps = {name: np.asarray(used[name]).tolist() for name, *_ in STEPS_AFTER_VOTE if name in used}
+    write_json(path, {"runs": runs, "least share": float(used["least share"]), "steps": steps})
+
+
 def write_made(args, wanted, hashes, *more):
     """Write what made the submission, after it; more: other files that were made with it."""
     paths = [args.out, *more]
@@ -1599,7 +1499,8 @@ def soft(args):
         check_unchanged([run / "valid.json" for run in of_folds], oof.store_infos)
     write_masks(args, test, sample_pictures(preds(), test, pictures), pictures)
     write_oof_counts(oof_file(args.out), oof, counts[TAKEN])
-    write_made(args, wanted, hashes, oof_file(args.out))
+    write_vote(vote_file(args.out), members, used)
+    write_made(args, wanted, hashes, oof_file(args.out), vote_file(args.out))
     print(f"{args.out}: {n_images} images by {len(args.runs)} run(s) of {len(members)} member(s)")
     explain(args, oof, surveyed, used, counts, oof.store_infos + infos, pixels)
     tell_unread(infos)

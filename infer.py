@@ -1,4 +1,4 @@
-r"""Predict the held-out fold and the test photos with one trained model, or with several epochs.
+r"""Predict with trained models: the held-out fold and the test photos, or the photos of any folder.
 
     python infer.py --data DATA --tta flip \
         --checkpoint out/main/r0/fpn/tu-tf_efficientnet_lite0/s512/f0/model.pt
@@ -12,24 +12,38 @@ averaged.
 The same line again carries on where it was interrupted, and does nothing when all is done. What it
 replaces is kept in the folder replaced/ until the next time. Photos other than those of the
 competition need --out FOLDER. Under torchrun all processes share the work.
+
+    python infer.py --photos FOLDER --out FOLDER --checkpoint A/model.pt B/model.pt
+    python infer.py --photos FOLDER --out FOLDER --vote out/main/submission.vote.json
+
+predicts all photos below a folder, which needs no DATA. Into masks/ go PNGs in the photos' own size
+whose pixels are class ids, into overlays/ pictures of them, and areas.csv has each class's share of
+each photo. The probabilities of the checkpoints are averaged and brought to the photo's size; they
+may be of different models and scales with the same classes. --vote takes the runs, weights and
+steps of a submission: as those were fitted to masks of 256 x 256, a mask is made at that size, and
+then brought to the photo's by repeating its pixels. The exit code is 3 if a photo can't be read.
 """
 import json
 import math
 import os
 import shutil
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from common import (
-    ALL, FROM_RECIPE, RUN_PLACE, STORE_KINDS, SUBMIT_SIZE, TTA, VIEWS, EvalPhotos, Hashes, Parser,
-    UserError, accepted_code, atomic_write, batch_bytes, check_output, check_shared_memory,
-    check_space, checked, claim_device, code_hashes, data_options, decide, full_batch, keep_code,
-    load_data, load_model, load_unlabelled, loader_options, loader_workers, lock, move_aside,
-    normalise, number, open_store, predict_probs, provenance, ranks, read_description, resize_probs,
-    run_script, short_hash, signals_later, store_code, store_recipe, try_sides, tta_name, tta_sides,
-    tta_views, write_description, write_npy_header)
+    ALL, COLOURS, FROM_RECIPE, RUN_PLACE, STEPS_AFTER_VOTE, STORE_KINDS, SUBMIT_SIZE, TTA, UNSAFE,
+    VIEWS, EvalPhotos, Hashes, Parser, UserError, accepted_code, apply_steps, atomic_write,
+    batch_bytes, check_output, check_shared_memory, check_space, checked, claim_device, clean,
+    code_hashes, code_of, data_options, decide, full_batch, has_kinds, keep_code, load_data,
+    load_model, load_unlabelled, loader_options, loader_workers, lock, move_aside, normalise,
+    number, open_store, overlay, predict_probs, provenance, ranks, read_description, read_json,
+    read_photo, resize_image, resize_probs, run_script, settings_of, short_hash, signals_later,
+    store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views, vote, write_csv,
+    write_description, write_npy_header)
 
 # what decides no result; see BESIDE in common.py
 BESIDE = {"parts_folder", "write_store"}
@@ -38,10 +52,15 @@ BESIDE = {"parts_folder", "write_store"}
 def parse_args(argv=None):
     parser = Parser(prog="infer.py", description=__doc__)
     what = parser.add_argument_group("what to predict")
-    what.add_argument("--data", type=Path, required=True, help="the competition's folder")
-    what.add_argument("--checkpoint", type=Path, nargs="+", required=True,
-                      help="model.pt of train.py, or epoch-*.pt of one run, whose probabilities "
-                      "are averaged")
+    source = what.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, help="the competition's folder")
+    source.add_argument("--photos", type=Path, help="a folder of any photos, at any depth")
+    voters = what.add_mutually_exclusive_group(required=True)
+    voters.add_argument("--checkpoint", type=Path, nargs="+",
+                        help="model.pt of train.py, or epoch-*.pt, whose probabilities are "
+                        "averaged; with --data those of one run")
+    voters.add_argument("--vote", type=Path, metavar="JSON", help="with --photos: the .vote.json "
+                        "of a submission, which knows its checkpoints and their TTA")
     what.add_argument("--split", choices=("valid", "test", "unlabelled"), nargs="+",
                       default=["valid", "test"])
     what.add_argument("--unlabelled", type=Path, metavar="FOLDER",
@@ -55,10 +74,11 @@ def parse_args(argv=None):
                       metavar="SCALE", help="sizes that every view is predicted at, times the "
                       "scale that the model was trained at")
     what.add_argument("--out", type=Path, help="folder to write to, instead of beside the "
-                      "checkpoint: for other photos")
+                      "checkpoint")
     system = parser.add_argument_group("system: none of these decides the result")
     system.add_argument("--replace", action="store_true",
-                        help="replace predictions for other photos: DATA has changed")
+                        help="replace predictions for other photos, or by other models; they "
+                        "are kept in replaced/ until the next time")
     system.add_argument("--code", choices=("new", "keep"),
                         help="where other code has predicted: predict anew, or keep what is there")
     system.add_argument("--batch", type=number(int, 1, 4096), default=8)
@@ -226,7 +246,6 @@ def predict_batches(models, photos, batches, path, args, device):
     S is SUBMIT_SIZE. models: [TrainedModel]. batches: {file: items of `photos`}. path: the store,
     for the progress bar. A GPU works on a batch while the one before it is written.
     """
-    import torch
     from torch.utils.data import DataLoader
     recipe, views = models[0].recipe, tta_views(args.tta)
     networks = [trained.model for trained in models]
@@ -243,14 +262,19 @@ def predict_batches(models, photos, batches, path, args, device):
     previous = None  # what write_batch gets of the batch before
     for (part, items), (images, _) in zip(batches.items(), progress, strict=True):
         images = normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"])
-        probs = resize_probs(predict_probs(networks, images, views, args.tta_scales))
-        stored = (probs * 255).round_().to(torch.uint8)  # a GPU has only begun with it
+        probs = predict_probs(networks, images, views, args.tta_scales)
+        stored = stored_values(probs)  # a GPU has only begun with it
         if previous:
             write_batch(*previous)
         faults = [photos.split.faults[photos.indices[item]] for item in items]
         previous = part, stored[:len(items)].cpu().numpy(), faults
     if previous:
         write_batch(*previous)
+
+
+def stored_values(probs):
+    """Return probs [B, C, H, W] as a store holds them: uint8 [B, C, SUBMIT_SIZE, SUBMIT_SIZE]."""
+    return (resize_probs(probs) * 255).round_().byte()
 
 
 def write_batch(part, stored, faults):
@@ -276,21 +300,422 @@ def join_parts(path, shape, parts, info, hashes):
     shutil.rmtree(parts_folder(path))
 
 
+# ---- the photos of any folder: what votes on them ------------------------------------------------
+
+
+@dataclass
+class Voter:
+    """Checkpoints of one run, and how they predict."""
+    models: list  # [TrainedModel], whose probabilities are averaged
+    weight: float
+    settings: dict  # tta and tta_scales
+    checkpoints: list  # their hashes
+
+    @property
+    def recipe(self):
+        return self.models[0].recipe
+
+
+def load_voters(args, hashes):
+    """Return ([Voter], what decides the masks: a recipe of plain values).
+
+    Raises UserError if a checkpoint isn't there, or if their classes differ.
+    """
+    if args.vote:
+        voters, recipe = read_vote(args.vote, hashes)
+    else:
+        settings = settings_of(args)
+        voters = [Voter([load_model(path)], 1.0, settings, [hashes(path)])
+                  for path in args.checkpoint]
+        recipe = settings | {"checkpoints": [voter.checkpoints[0] for voter in voters]}
+    classes = voters[0].models[0].classes
+    for voter in voters:
+        if voter.models[0].classes != classes:
+            raise UserError(f"the models {voters[0].recipe['model']} and {voter.recipe['model']} "
+                            f"have different classes, {', '.join(classes)} and "
+                            f"{', '.join(voter.models[0].classes)}: they can't vote together")
+        sides = tta_sides(voter.recipe["scale"], voter.settings["tta_scales"])
+        if sides != [voter.recipe["scale"]]:  # training has tried its own scale
+            try_sides(voter.models[0].model, voter.recipe["model"], sides, " (--tta-scales)")
+    return voters, recipe
+
+
+VOTE_KINDS = {
+    "runs": [{"folder": str, "weight": float, "settings": {"tta": str, "tta_scales": [float]},
+              "checkpoints": [{"file": str, "hash": str}]}],
+    "least share": float, "steps": dict}  # see has_kinds
+
+
+def read_vote(path, hashes):
+    """Return ([Voter], recipe) of the .vote.json of a submission.
+
+    Raises UserError if it is none, or if a checkpoint has changed since it voted.
+    """
+    said = read_json(path)
+    if not has_kinds(said, VOTE_KINDS) or not said["runs"]:
+        raise UserError(f"{path}: not a .vote.json of ensemble.py, or damaged: run ensemble.py "
+                        "soft, or make submit, again")
+    if unknown := said["steps"].keys() - {name for name, *_ in STEPS_AFTER_VOTE}:
+        raise UserError(f"{path}: STEPS_AFTER_VOTE of common.py has no {', '.join(unknown)}, "
+                        "which this vote took: vote again")
+    voters = []
+    for run in said["runs"]:
+        paths = [path.parent / run["folder"] / each["file"] for each in run["checkpoints"]]
+        digests = [each["hash"] for each in run["checkpoints"]]
+        for checkpoint, digest in zip(paths, digests, strict=True):
+            if hashes(checkpoint) != digest:
+                what = "has changed since it voted" if checkpoint.exists() else "is missing"
+                raise UserError(f"{checkpoint}: {what}, by {path}: vote again (make submit)")
+        models = [load_model(checkpoint) for checkpoint in paths]
+        voters.append(Voter(models, run["weight"], run["settings"], digests))
+    runs = [{"checkpoints": voter.checkpoints, "weight": voter.weight, **voter.settings}
+            for voter in voters]
+    return voters, {"runs": runs, "least share": said["least share"], "steps": said["steps"]}
+
+
+# ---- the photos of any folder: reading them ------------------------------------------------------
+
+# the last three are of formats that can't be read: they are told of like a damaged photo
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif",
+                 ".heic", ".heif", ".avif")
+OVERLAY_SIDE = 1024  # pixels, at most: it is to be looked at
+
+
+def find_photos(folder):
+    """Return (names of the photos at any depth of a folder, relative to it; those of other files).
+
+    The ending of its name, in any case, makes a file a photo. Hidden files are left out; links are
+    followed. Raises UserError if two photos would have masks of the same name.
+    """
+    def stop(error):
+        raise error
+    photos, others = [], []
+    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        if os.path.realpath(place) in map(os.path.realpath, Path(place).absolute().parents):
+            folders.clear()  # a link that leads in a circle
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith("."):
+                is_photo = name.lower().endswith(PHOTO_ENDINGS)
+                path = os.path.relpath(os.path.join(place, name), folder)
+                (photos if is_photo else others).append(path)
+    by_mask = {}
+    for name in sorted(photos):
+        other = by_mask.setdefault(Path(name).with_suffix(""), name)
+        if other != name:
+            raise UserError(f"{folder}: {clean(other)} and {clean(name)} would share one mask: "
+                            "give one of them another name")
+    return sorted(photos), sorted(others)
+
+
+@dataclass
+class LoadedPhoto:
+    """A photo of a folder as the models see it, or why it can't be read."""
+    name: str
+    fault: str = ""
+    size: tuple = ()  # (height, width)
+    preview: np.ndarray | None = None  # uint8 RGB, for the overlay
+    images: dict | None = None  # {scale: uint8 [scale, scale, 3]}
+
+
+class FolderPhotos:
+    """The photos `names` of a folder as LoadedPhotos, for a DataLoader; scales: of the models."""
+
+    def __init__(self, folder, names, scales):
+        self.folder, self.names, self.scales = folder, names, scales
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, item):
+        import cv2
+        name = self.names[item]
+        try:
+            if UNSAFE.search(name):
+                raise OSError(None, "has a name that no CSV can hold: rename it")
+            image = read_photo(self.folder / name)
+        except OSError as e:
+            return LoadedPhoto(name, e.strerror)
+        height, width = image.shape[:2]
+        shrink = min(1, OVERLAY_SIDE / max(height, width))
+        size = [max(1, round(side * shrink)) for side in (width, height)]
+        preview = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        images = {scale: resize_image(image, scale) for scale in self.scales}
+        return LoadedPhoto(name, "", (height, width), preview, images)
+
+
+# ---- the photos of any folder: their masks -------------------------------------------------------
+
+
+def predict_batch(voters, recipe, photos, batch, device):
+    """Return the masks uint8 [H, W] of LoadedPhotos, each in its photo's size.
+
+    recipe: of load_voters; batch: the number of photos that the batch is filled up to.
+    """
+    probs = (voter_probs(voter, full_batch(photos, batch), device) for voter in voters)
+    if "runs" not in recipe:
+        return mean_masks(list(probs), photos)
+    stores = [stored_values(each).cpu().numpy() for each in probs]
+    weights = [voter.weight for voter in voters]
+    masks = []
+    for n, photo in enumerate(photos):
+        images = {m: store[n] for m, store in enumerate(stores)}
+        pred = vote(images, weights, stores[0].shape[1], recipe["least share"])
+        masks.append(enlarge_mask(apply_steps(pred, recipe["steps"]), photo.size))
+    return masks
+
+
+def voter_probs(voter, photos, device):
+    """Return probs float32 [B, C, scale, scale] of LoadedPhotos by a Voter."""
+    import torch
+    recipe, settings = voter.recipe, voter.settings
+    images = torch.from_numpy(np.stack([photo.images[recipe["scale"]] for photo in photos]))
+    images = normalise(images.to(device), recipe["mean"], recipe["std"])
+    networks = [trained.model for trained in voter.models]
+    return predict_probs(networks, images, tta_views(settings["tta"]), settings["tta_scales"])
+
+
+def mean_masks(probs, photos):
+    """Return the masks of photos by the mean of [M] probs [B, C, S, S], S of each its own."""
+    from torch.nn.functional import interpolate
+    side = max(each.shape[-1] for each in probs)
+    total = sum(interpolate(each, (side, side), mode="bilinear") for each in probs)
+    total = total.cpu().numpy()
+    return [likeliest_classes(total[n], photo.size) for n, photo in enumerate(photos)]
+
+
+def likeliest_classes(probs, size):
+    """Return argmax(0) of probs [C, S, S] brought to a size (height, width), uint8 [height, width].
+
+    One class after another is brought there: all of a photo of 89 megapixels would take 4 GB.
+    """
+    import cv2
+    planes = (cv2.resize(plane, size[::-1], interpolation=cv2.INTER_LINEAR) for plane in probs)
+    best = next(planes)
+    pred = np.zeros(size, np.uint8)
+    for class_id, plane in enumerate(planes, 1):
+        pred[plane > best] = class_id
+        np.maximum(best, plane, out=best)
+    return pred
+
+
+def enlarge_mask(mask, size):
+    """Return a mask brought to a size (height, width) by exact nearest."""
+    import cv2
+    return cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+# ---- the photos of any folder: what is written ---------------------------------------------------
+
+
+def mask_path(out, name):
+    return out / "masks" / Path(name).with_suffix(".png")
+
+
+def overlay_path(out, name):
+    return out / "overlays" / Path(name).with_suffix(".jpg")
+
+
+def begin_folder(args, wanted, names, hashes):
+    """Make --out ready for the masks of `wanted`, a provenance: made.json says what makes them.
+
+    What other models or code have made, and what belongs to none of the photos `names`, is moved
+    to replaced/. Raises UserError if the user has to say so first.
+    """
+    made = args.out / "made.json"
+    description = read_description(made, hashes)
+    decision = "make"
+    if description:
+        decision = decide(args.out, description, wanted, args.code, args.replace)
+        if decision == "make":
+            move_aside(args.out, ["made.json", "areas.csv", "masks", "overlays"])
+    move_foreign(args, names if description else [])
+    if decision != "done":
+        keep_code(experiment_folder(args.out))
+        write_description(made, description if decision == "kept" else wanted, files={})
+
+
+def move_foreign(args, names):
+    """Move what belongs to none of the photos `names`, with areas.csv, to replaced/ in --out.
+
+    Raises UserError without --replace.
+    """
+    belonging = {path(args.out, name) for name in names for path in (mask_path, overlay_path)}
+    there = [*(args.out / "masks").rglob("*"), *(args.out / "overlays").rglob("*")]
+    foreign = [path for path in sorted(there) if path not in belonging and path.is_file()
+               and not path.name.startswith(".")]  # a killed writer's scratch file
+    areas = args.out / "areas.csv"
+    if areas.exists() and (foreign or not names):
+        foreign.append(areas)
+    if foreign and not args.replace:
+        raise UserError(f"{args.out} has {len(foreign)} file(s) that belong to none of the photos, "
+                        f"such as {foreign[0]}: choose another --out, or pass --replace, which "
+                        f"moves them to {args.out / 'replaced'}")
+    for path in foreign:
+        aside = args.out / "replaced" / path.relative_to(args.out)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, aside)
+
+
+def write_photo(out, photo, mask, key):
+    """Write the overlay of a LoadedPhoto, then its mask, which holds the key and its pixel counts.
+
+    Its pixels are class ids, its palette is COLOURS.
+    """
+    import cv2
+    from PIL import Image, PngImagePlugin
+    picture = overlay(photo.preview, mask, size=photo.preview.shape[1::-1])
+    _, content = cv2.imencode(".jpg", picture[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, 90))
+    with atomic_write(overlay_path(out, photo.name)) as scratch:
+        scratch.write_bytes(content)
+    image, note = Image.fromarray(mask), PngImagePlugin.PngInfo()
+    note.add_text("made", key)
+    note.add_text("pixels", json.dumps(image.histogram()))
+    image.putpalette(COLOURS.tobytes())
+    with atomic_write(mask_path(out, photo.name)) as scratch:
+        image.save(scratch, format="png", pnginfo=note)
+
+
+def read_areas(out, name, key, classes):
+    """Return the row of areas.csv of a photo; None if its mask isn't there or has another key."""
+    from PIL import Image
+    if not overlay_path(out, name).exists():
+        return None
+    try:
+        with Image.open(mask_path(out, name), formats=["PNG"]) as image:
+            if image.info.get("made") != key:
+                return None
+            pixels, (width, height) = json.loads(image.info["pixels"]), image.size
+    except (OSError, KeyError, ValueError):
+        return None
+    shares = {f"share of {each}": f"{pixels[n] / (height * width):.6f}"
+              for n, each in enumerate(classes)}
+    return {"file": name, "height": height, "width": width, **shares}
+
+
+def predict_photos(args, out):
+    """Write the masks, overlays and areas.csv of the photos of a folder into the folder `out`."""
+    hashes = Hashes(args.cache)
+    names = photo_names(args.photos)
+    voters, recipe = load_voters(args, hashes)
+    begin_folder(args, provenance(recipe, photos_code(voters)), names, hashes)
+    digests = hashes.of_all([args.photos / name for name in names])
+    hashes.save()
+    keys = {name: short_hash(recipe, digest) for name, digest in zip(names, digests, strict=True)}
+    classes = voters[0].models[0].classes
+    rows = {name: read_areas(out, name, keys[name], classes) for name in names}
+    missing = [name for name, row in rows.items() if not row]
+    areas = out / "areas.csv"
+    if not missing and areas.exists():
+        print(f"{out} has the masks of all {len(names)} photo(s): nothing to do")
+        return
+    areas.unlink(missing_ok=True)  # where it stands it is whole, and of these photos
+    faulty = predict_missing(args, voters, recipe, missing, keys) if missing else []
+    rows = [rows[name] or read_areas(out, name, keys[name], classes) for name in names
+            if name not in faulty]
+    if not rows:
+        raise UserError(f"{args.photos}: none of its {len(names)} photo(s) can be read")
+    write_csv(areas, rows)
+    print(f"{out}: masks, overlays and areas.csv of {len(rows)} photo(s)")
+    if faulty:
+        raise UserError(f"warning: the masks stand, but of {len(faulty)} photo(s) that can't be "
+                        f"read there are none: {clean(', '.join(faulty))}; mend or remove them",
+                        code=3)
+
+
+def photo_names(folder):
+    """Return the names of find_photos; raise UserError if there are none. Tell of other files."""
+    names, others = find_photos(folder)
+    if others:
+        print(f"{folder}: {len(others)} other file(s), such as {clean(others[0])}, are no photos "
+              "by their ending")
+    if not names:
+        raise UserError(f"{folder}: no photo at any depth; the name of one ends in "
+                        f"{', '.join(PHOTO_ENDINGS)}")
+    return names
+
+
+def photos_code(voters):
+    """Return code_of what predicts photos, with only those entries of the tables that it uses."""
+    code = {}
+    for voter in voters:
+        decoder, tta = voter.recipe["model"].partition("/")[0], voter.settings["tta"]
+        code |= code_of("photos", DECODERS=decoder, TTA=tta)
+    return dict(sorted(code.items()))
+
+
+def predict_missing(args, voters, recipe, names, keys):
+    """Predict the photos `names` one batch after another; return the names of those with a fault.
+
+    keys: {name: what its mask is to say made it}.
+    """
+    from torch.utils.data import DataLoader
+    device = claim_device(args.device, args.per_gpu)  # which may wait for a GPU
+    for voter in voters:
+        for trained in voter.models:
+            trained.model.to(device)
+    cuda, faults = device.type == "cuda", []
+    photos = FolderPhotos(args.photos, names, {voter.recipe["scale"] for voter in voters})
+    workers, size = loader_workers(args.workers, cuda), min(args.batch, len(names))
+    loader = DataLoader(photos, size, collate_fn=list, **loader_options(workers, cuda))
+    with signals_later():
+        loaded = iter(loader)
+    for batch in tqdm(loaded, str(args.out), len(loader), disable=None):
+        readable = [photo for photo in batch if not photo.fault]
+        for photo in batch:
+            if photo.fault:
+                faults.append(photo.name)
+                print(f"warning: {clean(photo.name)} {photo.fault}: skipped", flush=True)
+                for path in (mask_path, overlay_path):  # of what the photo was before
+                    path(args.out, photo.name).unlink(missing_ok=True)
+        if not readable:
+            continue
+        masks = predict_batch(voters, recipe, readable, size, device)
+        for photo, mask in zip(readable, masks, strict=True):
+            write_photo(args.out, photo, mask, keys[photo.name])
+    return faults
+
+
 # ---- command -------------------------------------------------------------------------------------
+
+
+def check_options(args):
+    """Raise UserError when options don't fit each other, or name what isn't there."""
+    if missing := [str(path) for path in args.checkpoint or () if not path.is_file()]:
+        raise UserError(f"{', '.join(missing)}: no such checkpoint")
+    if (args.unlabelled is None) == ("unlabelled" in args.split):
+        raise UserError("--unlabelled FOLDER and --split unlabelled go together")
+    if not args.photos:
+        if args.vote:
+            raise UserError("--vote: is for --photos; with --data give --checkpoint")
+        return
+    if not args.photos.is_dir():
+        raise UserError(f"{args.photos}: no such folder; --photos is a folder of photos")
+    if not args.out:
+        raise UserError("--photos: needs --out FOLDER, where the masks go")
+    if args.vote and not args.vote.is_file():
+        raise UserError(f"{args.vote}: no such file; ensemble.py soft, or make submit, writes it "
+                        "when the submission is done")
+    if args.vote and (args.tta, args.tta_scales) != ("flip", [1]):
+        raise UserError("--tta, --tta-scales: the runs of a --vote have their own")
+    if ranks()[1] > 1:
+        raise UserError("--photos: one process predicts them; start it without torchrun")
 
 
 def main(args):
     if args.show_args:
         print(json.dumps(vars(args), default=str))
         return
-    if missing := [str(path) for path in args.checkpoint if not path.is_file()]:
-        raise UserError(f"{', '.join(missing)}: no such checkpoint")
-    if (args.unlabelled is None) == ("unlabelled" in args.split):
-        raise UserError("--unlabelled FOLDER and --split unlabelled go together")
+    check_options(args)
     folder = args.out or args.checkpoint[0].parent
-    check_output(args.data, folder)
+    if args.photos:
+        written = (folder / name for name in ("", "masks", "overlays"))
+        check_output(args.photos, *written, name="--photos")
+    else:
+        check_output(args.data, folder)
     with lock(folder) if ranks()[0] == 0 else nullcontext():
-        predict(args, folder)
+        (predict_photos if args.photos else predict)(args, folder)
 
 
 def predict(args, folder):

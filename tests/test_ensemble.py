@@ -36,8 +36,14 @@ SIDE = 16  # of the images of a FakeOof, in place of SUBMIT_SIZE
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(ensemble, "SUBMIT_SIZE", SIDE)
+    for module in (common, ensemble):
+        monkeypatch.setattr(module, "SUBMIT_SIZE", SIDE)
     monkeypatch.setattr(ensemble, "FEW_IMAGES", 1)
+
+
+def set_steps(monkeypatch, steps):
+    for module in (common, ensemble):  # the one applies them, the other has them fitted
+        monkeypatch.setattr(module, "STEPS_AFTER_VOTE", steps)
 
 
 class FakeOof(Namespace):
@@ -171,7 +177,7 @@ def test_a_least_share_is_fitted_where_stray_classes_cost_score():
 def test_what_few_images_have_is_shrunk_towards_nothing():
     counts = np.zeros((30, 5, 5), int)
     counts[:, 0, 0], counts[:4, 1, 0], counts[4:10, 0, 1], counts[:, 2, 2], counts[0, 3, 3] = 9, 1, 1, 1, 1
-    assert ensemble.shrink(np.array([7, 1, -2, 11, 5.0]), counts).tolist() == [7 * 30 / 40, 0.5, -1.5, 1, 0]
+    assert common.shrink(np.array([7, 1, -2, 11, 5.0]), counts).tolist() == [7 * 30 / 40, 0.5, -1.5, 1, 0]
 
 
 def test_a_survey_counts_each_member_where_it_has_predicted_and_thins_its_probabilities(small):
@@ -281,17 +287,17 @@ def test_the_selection_ends_after_so_many_picks(monkeypatch):
 
 def test_the_search_takes_each_class_in_turn_to_the_best_value_of_the_grid():
     goal = np.array([9, 3, -1, 0.5])
-    values = ensemble.coordinate_search(np.zeros(4), (-1, 1, 2, 3), lambda values: -abs(values - goal).sum())
+    values = common.coordinate_search(np.zeros(4), (-1, 1, 2, 3), lambda values: -abs(values - goal).sum())
     assert values.tolist() == [0, 3, -1, 0]  # background stays, and the last is as far from 1 as from 0
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_an_area_is_the_best_of_its_grid_for_two_classes(seed, monkeypatch):
     rng = np.random.default_rng(seed)
-    monkeypatch.setattr(ensemble, "HALF_TRUSTED", 0)
+    monkeypatch.setattr(common, "HALF_TRUSTED", 0)
     truths, preds = (rng.random((2, 9, 20, 20)) < rng.random((2, 9, 1, 1))).astype(np.uint8)
-    area = ensemble.fit_min_area(preds, truths, 2)
-    tries = {a: slow_score([p if p.sum() >= a else np.zeros_like(p) for p in preds], truths) for a in ensemble.AREAS}
+    area = common.fit_min_area(preds, truths, 2)
+    tries = {a: slow_score([p if p.sum() >= a else np.zeros_like(p) for p in preds], truths) for a in common.AREAS}
     assert tries[area[1]] == pytest.approx(max(tries.values())) and area[0] == 0
 
 
@@ -465,7 +471,7 @@ def test_an_area_that_memorises_a_fold_gains_nothing_on_it(small):
             preds[n, 4 * c:4 * c + 2, :8] = c
             if c != part + 1:
                 truths[n, 4 * c:4 * c + 2, :8] = c
-    seen = ensemble.fit_min_area(preds[parts == 0], truths[parts == 0], 4)
+    seen = common.fit_min_area(preds[parts == 0], truths[parts == 0], 4)
     assert seen[1] > 5 and not seen[2:].any()  # shrunk from 16 or more, by 10 images
     _, _, tried = chosen(FakeOof(one_hot(preds, 4)[None], truths, parts))
     assert tried["minimum area"]["taken"] == "no" and tried["minimum area"]["v3 gain"] <= 0
@@ -477,12 +483,12 @@ def fits(monkeypatch):
     found = {name: [] for name in ("fit_weights", "fit_least_share", "fit_min_area")}
 
     def recorded(name):
-        fit = getattr(ensemble, name)
+        fit = getattr(common if name == "fit_min_area" else ensemble, name)
         return lambda *args: found[name].append(fit(*args)) or found[name][-1]
     for name in ("fit_weights", "fit_least_share"):
         monkeypatch.setattr(ensemble, name, recorded(name))
-    monkeypatch.setattr(ensemble, "STEPS_AFTER_VOTE", [
-        ("minimum area", recorded("fit_min_area"), ensemble.remove_small)])
+    set_steps(monkeypatch, [
+        ("minimum area", recorded("fit_min_area"), common.remove_small)])
     gain = ensemble.gain
     monkeypatch.setattr(ensemble, "gain", lambda *args: gain(*args) | {"low": 1.0, "high": 2.0})
     return found
@@ -589,8 +595,8 @@ def test_every_combination_of_steps_is_tried_in_order_and_a_step_sees_what_those
     def fit(preds, truths, n_classes):
         seen.append(preds.copy())
         return [0.0]
-    monkeypatch.setattr(ensemble, "STEPS_AFTER_VOTE", [
-        ("minimum area", ensemble.fit_min_area, ensemble.remove_small), ("look", fit, lambda pred, params: pred),
+    set_steps(monkeypatch, [
+        ("minimum area", common.fit_min_area, common.remove_small), ("look", fit, lambda pred, params: pred),
         ("shift", fit_shift, apply_shift)])
     monkeypatch.setattr(ensemble, "LEAST_SHARES", ())
     probs, truths = stray(12, 5)
@@ -611,8 +617,8 @@ def test_every_combination_of_steps_is_tried_in_order_and_a_step_sees_what_those
 def test_a_new_step_is_one_entry_and_tried_gated_applied_shown_and_reported(
         tiny_data, splits, tmp_path, capsys, monkeypatch, gains):
     """The votes are right but for their class ids, which are one too high; a step that lowers them is all it takes."""
-    monkeypatch.setattr(ensemble, "STEPS_AFTER_VOTE", [
-        ("minimum area", ensemble.fit_min_area, ensemble.remove_small),
+    set_steps(monkeypatch, [
+        ("minimum area", common.fit_min_area, common.remove_small),
         ("shift", fit_shift if gains else lambda *args: [3, 12], apply_shift)])
     runs = [write_run(run_folder(tmp_path / "out", 0, "unet/a", 64, fold), splits, np.random.default_rng(fold), fold,
                       right=200) for fold in (0, 1)]

@@ -196,7 +196,7 @@ SHELLS = ("$$(touch pwned)", "`touch pwned`", "; touch pwned", "x & touch pwned"
 @pytest.mark.parametrize("knobs, message", [
     *(({typo: 1}, f"unknown knob: {typo};") for typo in ("FLOD", "lr", "OMP_NUM_THREADS", "STRICT")),
     *(({knob: ""}, f" {knob} is empty") for knob in KNOBS
-      if knob not in ("ROUND", "EXTRA", "UNLABELLED", "CODE", "LAUNCH", "EXPS", "TRUTH", "HOLDOUT",
+      if knob not in ("ROUND", "EXTRA", "UNLABELLED", "CODE", "LAUNCH", "EXPS", "TRUTH", "HOLDOUT", "PHOTOS",
                       "BUDGET") and "_ARGS" not in knob),
     *(({knob: value}, f"{knob}={value}") for knob, value in (
         ("PER_GPU", 0), ("PER_GPU", 10),
@@ -228,6 +228,26 @@ def test_mistaken_knob_is_an_error_of_one_line_that_names_it_and_nothing_is_writ
     done = make(untouched, "submit", code=2, **knobs)
     assert message in done.stderr and len(said(done)) == 1
     assert not (untouched / "out").exists() and not (untouched / "pwned").exists()
+
+
+@pytest.mark.parametrize("knobs, message", [
+    ({}, "PHOTOS is empty: predict takes a folder"), ({"PHOTO": "data"}, "unknown knob: PHOTO;"),
+    ({"PHOTOS": "no such's"}, "no such's: no such folder; --photos is"),
+    ({"PHOTOS": "$(shell touch pwned)"}, "PHOTOS has a $"),
+    ({"PHOTOS": "'; touch pwned #"}, "'; touch pwned #: no such folder"),
+    ({"PHOTOS": "data"}, "out/main/submission.vote.json: no such file; ensemble.py soft, or make submit, writes it")])
+def test_predict_without_photos_or_a_submission_is_one_line_and_writes_nothing(untouched, knobs, message):
+    done = make(untouched, "predict", code=2, **knobs)
+    assert message in done.stderr and len(said(done)) == 1
+    assert not (untouched / "out").exists() and not (untouched / "pwned").exists()
+
+
+def test_a_dry_run_of_predict_prints_its_command_and_writes_nothing(fresh):
+    before = sorted(fresh.rglob("*"))
+    line, = calls(fresh, "predict", PHOTOS="it's a folder", EXP="lad/a", DEVICE="cpu")
+    assert line == ["infer.py", "--photos", "it's a folder", "--vote", "out/lad/a/submission.vote.json", "--out",
+                    "out/lad/a/predicted", "--cache", "out/cache", "--device", "cpu", "--per-gpu", "1", "--replace"]
+    assert [p for p in sorted(fresh.rglob("*")) if "__pycache__" not in p.parts] == before
 
 
 @pytest.mark.parametrize("name", ["train.json", "test.json"])

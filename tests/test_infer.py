@@ -582,15 +582,17 @@ def test_misspelt_abbreviated_and_foreign_arguments_are_refused(line):
 
 
 @pytest.mark.parametrize("script", [infer, pseudo_label])
-def test_the_command_in_a_scripts_docstring_can_be_pasted_from_the_file_as_one_command(script):
+def test_each_command_in_a_scripts_docstring_can_be_pasted_from_the_file_as_one_command(script):
     text = Path(script.__file__).read_text()
-    command, = re.findall(r"^    python (?:.*\\\n)*.*$", text, re.M)
-    print_words = 'python() { printf "%s\\n" "$@"; }\n'
-    done = subprocess.run(["bash", "-ec", print_words + command], capture_output=True, text=True)
-    name, *words = done.stdout.splitlines()
-    assert done.returncode == 0 and done.stderr == "" and name == f"{script.__name__}.py"
-    assert words[-1].endswith(("model.pt", "valid.json"))
-    script.parse_args(words)
+    commands = re.findall(r"^    python (?:.*\\\n)*.*$", text, re.M)
+    assert len(commands) == (3 if script is infer else 1)
+    for command in commands:
+        print_words = 'python() { printf "%s\\n" "$@"; }\n'
+        done = subprocess.run(["bash", "-ec", print_words + command], capture_output=True, text=True)
+        name, *words = done.stdout.splitlines()
+        assert done.returncode == 0 and done.stderr == "" and name == f"{script.__name__}.py"
+        assert words[-1].endswith(("model.pt", "valid.json", "vote.json"))
+        script.parse_args(words)
 
 
 @pytest.mark.parametrize(("folder", "exp"), [

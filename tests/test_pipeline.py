@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_coco
+from PIL import Image
 
 import train
 
@@ -89,6 +90,30 @@ def test_scores_of_recipe_vote_and_background_are_printed(repo):
 def test_the_pages_of_data_and_scores_are_made_in_passing(repo):
     for name, heading in (("data", "<h2>contested pixels</h2>"), ("report", "<h2>pseudo labels</h2>")):
         assert heading in (repo / f"out/main/{name}.html").read_text()
+
+
+def test_make_predict_votes_on_any_photos_as_the_submission_does(repo, tmp_path):
+    csv.field_size_limit(2 ** 31 - 1)
+    photos, out = tmp_path / "it's $mine" / "one", repo / "out/main/predicted"
+    photos.mkdir(parents=True)
+    for name in ("0050", "0020", "0031"):
+        (photos / f"{name}.png").write_bytes((repo / f"data/batch_01/{name}.png").read_bytes())
+    (tmp_path / "no dollar").symlink_to(photos.parent)  # make reads a $ in a knob as its own
+    knobs = [f"PHOTOS={tmp_path}/no dollar", f"PY={sys.executable}"]
+    done = make(repo, "predict", knobs=knobs, check=False)
+    assert done.returncode == 2 and "of 1 photo(s) that can't be read there are none: one/0020.png" in done.stderr
+    rows = list(csv.reader((repo / "out/main/submission.csv").read_text().splitlines()))[1:]
+    submitted = {row[0]: np.array(row[1].split(" "), np.uint8).reshape(256, 256) for row in rows}
+    nearest = [(2 * np.arange(n) + 1) * 256 // (2 * n) for n in (360, 480)]
+    for name in ("0050", "0031"):
+        mask = np.array(Image.open(out / f"masks/one/{name}.png"))
+        assert mask.shape == (360, 480) and (mask != submitted[name[2:]][np.ix_(*nearest)]).mean() < 1e-3
+    assert not (out / "masks/one/0020.png").exists() and len((out / "areas.csv").read_text().splitlines()) == 3
+    (photos / "0020.png").unlink()
+    make(repo, "predict", knobs=knobs)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
+    assert "nothing to do" in make(repo, "predict", knobs=knobs).stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_second_submit_has_nothing_to_do(repo):

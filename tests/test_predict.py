@@ -610,7 +610,8 @@ def test_a_run_may_get_a_submission_of_its_own(cache, project, monkeypatch):
     after = everything_in(project)
     assert {path: after[path] for path in before} == before
     assert {path.name for path in after.keys() - before.keys() if path.parent.name == "f0"} == {
-        "alone.csv", "alone.png", "alone.json", "alone.made.json", "alone.oof.npz", "code"}
+        "alone.csv", "alone.png", "alone.json", "alone.made.json", "alone.oof.npz", "alone.vote.json",
+        "code"}
 
 
 def test_submissions_alone_are_voted_on_as_the_data_is_to_be_read(tmp_path):
@@ -881,8 +882,8 @@ def test_a_validation_image_that_the_data_does_not_have_is_refused_by_id(tiny_da
 @given(arrays(np.uint8, (2, 6, 7), elements=st.integers(0, 3)), arrays(np.int64, 4, elements=st.integers(0, 30)))
 def test_removing_small_classes_from_a_mask_and_from_its_pixel_counts_is_the_same(masks, min_area):
     pred, truth = masks
-    removed = ensemble.remove_small(pred, min_area)
-    counts = ensemble.apply_min_area(common.confusion(pred, truth, 4)[None], min_area)[0]
+    removed = common.remove_small(pred, min_area)
+    counts = common.apply_min_area(common.confusion(pred, truth, 4)[None], min_area)[0]
     assert (counts == confusion_matrix(truth.ravel(), removed.ravel(), labels=range(4))).all()
     sizes = [(pred == c).sum() for c in range(4)]
     assert removed.tolist() == [[c if sizes[c] >= min_area[c] else 0 for c in row] for row in pred.tolist()]
