@@ -248,7 +248,9 @@ def load_unlabelled(folder, train, test, cache, orientation="shown"):
     """
     folder, hashes = Path(folder), Hashes(cache)
     check_output(folder, cache)
-    names, settings = photos_below(folder), {"orientation": orientation}
+    names, settings = find_photos(folder)[0], {"orientation": orientation}
+    if unsafe := [name for name in names if name_fault(name)]:
+        raise UserError(f"{folder}: {clean(unsafe[0])} {name_fault(unsafe[0])}: rename it")
     place = cache_folder(cache, [], settings, hashes, names, train.classes)
     build = partial(build_unlabelled, place, folder, names, train.classes, settings, hashes)
     split = open_or_build(place, folder, hashes, build)["test"]
@@ -328,24 +330,31 @@ def extra_json(folder):
     return path
 
 
-def photos_below(folder):
-    """Return the sorted names of the photos at any depth in `folder`, relative to it.
+def find_photos(folder):
+    """Return (names of the photos at any depth of a folder, relative to it; those of other files).
 
-    They are known by their endings; hidden files, which some systems put beside photos, are none.
-    Raises UserError if there is no folder, or no photo in it.
+    The ending of its name, in any case, makes a file a photo. Hidden files, which some systems put
+    beside photos, are left out; links are followed. Raises UserError if there is no photo.
     """
-    from PIL import Image
-    endings = tuple(ending for ending, kind in Image.registered_extensions().items()
-                    if kind in PHOTO_FORMATS)
-    names = []
-    for place, _, files in os.walk(folder, followlinks=True):
-        names += [os.path.relpath(os.path.join(place, file), folder) for file in files
-                  if file.lower().endswith(endings) and not file.startswith(".")]
-    if not names:
-        raise UserError(f"{folder}: no folder with photos (.jpg, .png, ...)")
-    if unsafe := [name for name in names if name_fault(name)]:
-        raise UserError(f"{folder}: {clean(unsafe[0])} {name_fault(unsafe[0])}: rename it")
-    return sorted(names)
+    def stop(error):
+        raise error
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder of photos")
+    photos, others = [], []
+    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        if os.path.realpath(place) in map(os.path.realpath, Path(place).absolute().parents):
+            folders.clear()  # a link that leads in a circle
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith("."):
+                is_photo = name.lower().endswith(PHOTO_ENDINGS)
+                path = os.path.relpath(os.path.join(place, name), folder)
+                (photos if is_photo else others).append(path)
+    if not photos:
+        raise UserError(f"{folder}: no photo at any depth; the name of one ends in "
+                        f"{', '.join(PHOTO_ENDINGS)}")
+    return sorted(photos), sorted(others)
 
 
 def truth_file(data, truth=None):
@@ -1325,6 +1334,9 @@ TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSP
          6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF orientation -> Pillow's name
 LOW_CONTRAST = 16  # a photo of which 98% lie within so many of 256 greys shows next to nothing
 PHOTO_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")  # Pillow starts programs for others
+# the last three are of formats that can't be read: they are told of like a damaged photo
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif",
+                 ".heic", ".heif", ".avif")
 
 
 def paint_mask(objects, height, width, paint, n_classes):

@@ -52,15 +52,15 @@ from common import (
     add_data_options, apply_steps, as_number, atomic_write, begun_files, build_model, cache_folder,
     changes, check_output, check_space, check_unchanged, class_iou, clean, code_hashes, code_of,
     code_question, code_state, confusion, data_files, data_options, decide, different_keys,
-    draw_bars, draw_heat, drop_small, extra_json, figure_urls, fingerprint, fit_score, fold_name,
-    folds_hash, foreground_ids, image_miou, join_fingerprints, keep_code, label_settings,
+    draw_bars, draw_heat, drop_small, extra_json, figure_urls, find_photos, fingerprint, fit_score,
+    fold_name, folds_hash, foreground_ids, image_miou, join_fingerprints, keep_code, label_settings,
     labels_code, labels_hash, labels_recipe, library_versions, load_data, load_extra, load_truths,
     load_unlabelled, lock, make_folds, move_aside, move_mark, named, new_folds, number, open_store,
-    overlay, photos_below, provenance, pseudo_folder, read_description, read_folds, read_index_json,
-    read_json, read_own_json, read_probs, read_rows, recipe_changes, run_code, run_folder,
-    run_recipe, run_script, scores, settings_of, short_hash, store_code, store_id, store_recipe,
-    tile_url, top_class, truth_file, try_sides, tta_name, tta_sides, tta_views, version_changes,
-    vote, whole_manifest, whole_numbers, write_coco, write_description, write_json, write_page,
+    overlay, provenance, pseudo_folder, read_description, read_folds, read_index_json, read_json,
+    read_own_json, read_probs, read_rows, recipe_changes, run_code, run_folder, run_recipe,
+    run_script, scores, settings_of, short_hash, store_code, store_id, store_recipe, tile_url,
+    top_class, truth_file, try_sides, tta_name, tta_sides, tta_views, version_changes, vote,
+    whole_manifest, whole_numbers, write_coco, write_description, write_json, write_page,
     write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
@@ -2756,7 +2756,7 @@ class Plan:
         extra = [self.extra_fingerprint(folder, settings) for folder in self.args.extra]
         data |= {"index": index, "extra": extra, "photos": data["test"]}
         if folder := self.args.unlabelled:
-            names = photos_below(folder)
+            names, _ = find_photos(folder)
             digests = self.hashes.of_all([f"{folder}/{name}" for name in names])
             settings = {"orientation": self.args.orientation}
             data["unlabelled"] = fingerprint(short_hash(names), settings, digests)

@@ -38,12 +38,12 @@ from common import (
     ALL, COLOURS, FROM_RECIPE, RUN_PLACE, STEPS_AFTER_VOTE, STORE_KINDS, SUBMIT_SIZE, TTA, UNSAFE,
     VIEWS, EvalPhotos, Hashes, Parser, UserError, accepted_code, apply_steps, atomic_write,
     batch_bytes, check_output, check_shared_memory, check_space, checked, claim_device, clean,
-    code_hashes, code_of, data_options, decide, full_batch, has_kinds, keep_code, load_data,
-    load_model, load_unlabelled, loader_options, loader_workers, lock, move_aside, normalise,
-    number, open_store, overlay, predict_probs, provenance, ranks, read_description, read_json,
-    read_photo, resize_image, resize_probs, run_script, settings_of, short_hash, signals_later,
-    store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views, vote, write_csv,
-    write_description, write_npy_header)
+    code_hashes, code_of, data_options, decide, find_photos, full_batch, has_kinds, keep_code,
+    load_data, load_model, load_unlabelled, loader_options, loader_workers, lock, move_aside,
+    normalise, number, open_store, overlay, predict_probs, provenance, ranks, read_description,
+    read_json, read_photo, resize_image, resize_probs, run_script, settings_of, short_hash,
+    signals_later, store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views, vote,
+    write_csv, write_description, write_npy_header)
 
 # what decides no result; see BESIDE in common.py
 BESIDE = {"parts_folder", "write_store"}
@@ -375,38 +375,7 @@ def read_vote(path, hashes):
 
 # ---- the photos of any folder: reading them ------------------------------------------------------
 
-# the last three are of formats that can't be read: they are told of like a damaged photo
-PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif",
-                 ".heic", ".heif", ".avif")
 OVERLAY_SIDE = 1024  # pixels, at most: it is to be looked at
-
-
-def find_photos(folder):
-    """Return (names of the photos at any depth of a folder, relative to it; those of other files).
-
-    The ending of its name, in any case, makes a file a photo. Hidden files are left out; links are
-    followed. Raises UserError if two photos would have masks of the same name.
-    """
-    def stop(error):
-        raise error
-    photos, others = [], []
-    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        if os.path.realpath(place) in map(os.path.realpath, Path(place).absolute().parents):
-            folders.clear()  # a link that leads in a circle
-            continue
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith("."):
-                is_photo = name.lower().endswith(PHOTO_ENDINGS)
-                path = os.path.relpath(os.path.join(place, name), folder)
-                (photos if is_photo else others).append(path)
-    by_mask = {}
-    for name in sorted(photos):
-        other = by_mask.setdefault(Path(name).with_suffix(""), name)
-        if other != name:
-            raise UserError(f"{folder}: {clean(other)} and {clean(name)} would share one mask: "
-                            "give one of them another name")
-    return sorted(photos), sorted(others)
 
 
 @dataclass
@@ -625,14 +594,20 @@ def predict_photos(args, out):
 
 
 def photo_names(folder):
-    """Return the names of find_photos; raise UserError if there are none. Tell of other files."""
+    """Return the names of find_photos, and tell of other files.
+
+    Raises UserError as find_photos does, and if two photos would have masks of the same name.
+    """
     names, others = find_photos(folder)
     if others:
         print(f"{folder}: {len(others)} other file(s), such as {clean(others[0])}, are no photos "
               "by their ending")
-    if not names:
-        raise UserError(f"{folder}: no photo at any depth; the name of one ends in "
-                        f"{', '.join(PHOTO_ENDINGS)}")
+    by_mask = {}
+    for name in names:
+        other = by_mask.setdefault(Path(name).with_suffix(""), name)
+        if other != name:
+            raise UserError(f"{folder}: {clean(other)} and {clean(name)} would share one mask: "
+                            "give one of them another name")
     return names
 
 

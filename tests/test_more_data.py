@@ -169,7 +169,7 @@ def test_photos_without_json_are_found_at_any_depth_and_what_cant_serve_is_told(
 
 def test_a_folder_without_photos_is_refused(data, tmp_path):
     splits = common.load_data(data, tmp_path / "cache")
-    with pytest.raises(UserError, match="no folder with photos"):
+    with pytest.raises(UserError, match="no such folder of photos"):
         common.load_unlabelled(tmp_path / "nowhere", *splits, tmp_path / "cache")
     with pytest.raises(UserError, match="no photo is left"):
         common.load_unlabelled(data, *splits, tmp_path / "cache")
@@ -251,7 +251,7 @@ def test_a_decision_on_an_unlabelled_photo_stands_in_index_csv(repo):
 
 @pytest.mark.parametrize(("knobs", "message"), [
     (["EXTRA=nowhere"], "no nowhere/train.json; each of EXTRA is a folder with train.json"),
-    (["UNLABELLED=nowhere"], "nowhere: no folder with photos"), (["EXTAR=more"], "unknown knob: EXTAR"),
+    (["UNLABELLED=nowhere"], "nowhere: no such folder of photos"), (["EXTAR=more"], "unknown knob: EXTAR"),
     (["TRAIN_ARGS=--extra more"], "TRAIN_ARGS sets --extra, which make sets itself"),
     (["UNLABELLED=photos", "PSEUDO_ARGS=--unlabelled data"], "PSEUDO_ARGS sets --unlabelled")])
 def test_what_cant_be_is_told_before_anything_runs(repo, knobs, message):
