@@ -1860,20 +1860,14 @@ DECODERS = {
 def build_model(name, n_classes, weights="none"):
     """Return a model DECODER/ENCODER from float [B, 3, H, W] to logits [B, n_classes, H, W].
 
-    weights: "none", "imagenet" (downloaded), or a file with a plain timm or torchvision state dict
-    of the encoder. Raises UserError when the name, the pair or the weights don't work, with the
-    reason.
+    weights: of the encoder, "none" or "imagenet" (downloaded); load_weights takes those of a file.
+    Raises UserError when the name, the pair or the weights don't work, with the reason.
     """
     decoder, encoder = split_model(name)
     # timm warns of the classifier's weights, which an encoder doesn't need
     logging.getLogger("timm.models").setLevel(logging.ERROR)
     try:
-        options, state = encoder_weights_options(encoder, weights)
-        model = DECODERS[decoder](encoder, n_classes, **options)
-        if state is not None:
-            model.encoder.load_state_dict(state)
-    except UserError:
-        raise
+        model = DECODERS[decoder](encoder, n_classes, **encoder_weights_options(encoder, weights))
     except Exception as e:  # smp, timm and the hub raise many types; the reason is in the message
         cure = ""
         if weights == "imagenet":
@@ -1911,31 +1905,11 @@ def last_convolution(model):
 
 
 def encoder_weights_options(encoder, weights):
-    """Return (options of the builder for these weights, state dict to load afterwards or None)."""
-    of_timm = encoder.startswith("tu-")
+    """Return the builder's options for an encoder's weights, "none" or "imagenet"."""
     if weights == "none":
-        return {"encoder_weights": None}, None
-    if weights == "imagenet":
-        go_offline_without_network()
-        return {"encoder_weights": True if of_timm else weights}, None
-    state = read_state_dict(weights)
-    if not of_timm:
-        return {"encoder_weights": None}, state
-    import timm
-    import torch
-    with torch.device("meta"):  # a trial without memory: given a file, timm lets keys be missing
-        timm.create_model(encoder.removeprefix("tu-")).load_state_dict(state, assign=True)
-    return {"encoder_weights": True, "pretrained_cfg_overlay": {"file": str(weights)}}, None
-
-
-def read_state_dict(path):
-    """Return the tensors by name in a weights file; raise UserError if it holds anything else."""
-    import torch
-    state = load_checkpoint(path)
-    values = state.values() if isinstance(state, dict) else [None]
-    if not all(isinstance(value, torch.Tensor) for value in values):
-        raise UserError(f"{path}: not a plain state dict, which is a dict of tensors")
-    return state
+        return {"encoder_weights": None}
+    go_offline_without_network()
+    return {"encoder_weights": True if encoder.startswith("tu-") else weights}
 
 
 def go_offline_without_network():
@@ -2022,6 +1996,323 @@ def colour_row(values, width, device):
     import torch
     with torch.inference_mode(False):
         return torch.tensor(values, device=device).mul(255).repeat(width, 1)
+
+
+# ---- models: weights from a file -----------------------------------------------------------------
+# Weights come by many names: "stages.0.blocks.0.norm.weight" in timm's network is
+# "encoder.model.stages_0.blocks.0.norm.weight" in the model built of it, and has "module." or
+# "backbone." before it elsewhere. So tensors are matched by plain_name and shape.
+
+WEIGHT_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+# where a file with more than weights keeps them; averages of the weights come first
+WEIGHT_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model",
+               "teacher", "net", "encoder", "backbone", "weights")
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # what DDP, torch.compile and others put before
+ENCODER_PREFIXES = (*WRAPPERS, "encoder.", "backbone.", "body.")
+LEAST_MATCHED = 0.9  # share of an encoder's parameters that a file must hold
+
+
+def weights_file(weights, name):
+    """Return the file that --weights gives the model DECODER/ENCODER; None for imagenet and none.
+
+    In a folder it is named after the encoder without tu-: that alone, or followed by a sign that is
+    neither letter nor digit, and more. Raises UserError if there is none, or more than one.
+    """
+    if weights in ("imagenet", "none"):
+        return None
+    path, encoder = Path(weights), name.partition("/")[2].removeprefix("tu-")
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"--weights {weights}: no such file or folder, and neither imagenet nor "
+                        "none")
+    there = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_ENDINGS)
+    named_so = [file for file in there if file.stem == encoder]
+    begin_so = [file for file in there if re.match(rf"{re.escape(encoder)}[\W_]", file.stem)]
+    files = named_so or begin_so
+    if len(files) != 1:
+        listed = shorten(", ".join(file.name for file in files or there), 500) or "nothing"
+        raise UserError(f"--weights {weights}: {len(files)} files are named after the encoder "
+                        f"{encoder}, and one must be, {encoder}.pth or {encoder}_MORE.pth (or "
+                        f"{', '.join(WEIGHT_ENDINGS[1:])}): there is {listed}")
+    return files[0]
+
+
+def load_weights(model, name, path, classes=None):
+    """Load a file's weights into a model of build_model; return a line that says what it took.
+
+    path: state dict of timm, torchvision or smp, also inside another dict, or a model.pt of
+    train.py. The encoder must get LEAST_MATCHED of its parameters. The decoder is taken if all of
+    it fits, and with it rows of the segmentation head: of `classes` (names by class id) those that
+    a model.pt has, else all if there are as many. Raises UserError if the file doesn't fit, with
+    the reason. It runs no code from the file.
+    """
+    checkpoint = read_weights(path)
+    recipe, their_classes, origin = {}, None, ""
+    if has_kinds(checkpoint, MODEL_KINDS):
+        recipe, their_classes = checkpoint["recipe"], checkpoint["classes"]
+        origin = f" (of {recipe['model']})"
+    parts = split_parts(find_tensors(checkpoint, path), path)
+    text = load_encoder(model.encoder, name, f"{path}{origin}", parts["encoder"])
+    check_normalisation(name, path, recipe)
+    if parts["decoder"]:
+        text += load_decoder(model, parts, their_classes, classes)
+    return f"weights {path}{origin}: {text}"
+
+
+def read_weights(path):
+    """Return what a weights file holds, with its tensors on the CPU; no code from it is run."""
+    if Path(path).suffix != ".safetensors":
+        import torch
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own holds options
+            return load_checkpoint(path)
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except Exception as e:  # safetensors has a type of its own
+        raise UserError(f"{path}: no safetensors that can be read: {first_line(str(e))}") from None
+
+
+def find_tensors(checkpoint, path):
+    """Return {name: tensor} of what a weights file holds, from a dict inside it if there is one."""
+    import torch
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: holds no weights by name, but a {type(checkpoint).__name__}")
+    for key in WEIGHT_KEYS:
+        if isinstance(checkpoint.get(key), dict):
+            return find_tensors(checkpoint[key], path)
+    tensors = {}
+    for key, value in checkpoint.items():
+        if isinstance(key, str) and isinstance(value, torch.Tensor):
+            tensors[key] = value
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors by name, and no dict of them under "
+                        f"{', '.join(WEIGHT_KEYS)}, but {first_names(map(str, checkpoint))}")
+    return tensors
+
+
+def split_parts(state, path):
+    """Return {"encoder", "decoder", "segmentation_head": {name: tensor}} of a file's state dict.
+
+    Without encoder.* and decoder.* it is all an encoder's. A classification head is left out.
+    """
+    names = new_names(state, lambda name: without_prefixes(name, WRAPPERS), path)
+    state = {name: state[old] for name, old in names.items()}
+    parts = {"encoder": {}, "decoder": {}, "segmentation_head": {}}
+    if not {"encoder", "decoder"} <= {name.partition(".")[0] for name in state}:
+        return parts | {"encoder": state}
+    for name, tensor in state.items():
+        part, _, name_inside = name.partition(".")
+        if part in parts:
+            parts[part][name_inside] = tensor
+    return parts
+
+
+def new_names(names, rename, path):
+    """Return {rename(name): name}; raise UserError if two names of the file become the same."""
+    renamed = {}
+    for name in names:
+        if (other := renamed.setdefault(rename(name), name)) != name:
+            raise UserError(f"{path}: holds {other} and {name}, of which only one can be meant: "
+                            "take one out")
+    return renamed
+
+
+def without_prefixes(name, prefixes):
+    """Return a name without the prefixes that it begins with, however many they are."""
+    while prefix := next((prefix for prefix in prefixes if name.startswith(prefix)), ""):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def plain_name(name):
+    """Return what a tensor's names in the network, the model and files have in common."""
+    name = without_prefixes(name, ENCODER_PREFIXES)
+    # torchvision's files of DenseNet have denselayer1.norm.1 for norm1
+    name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)
+    return name.replace(".", "_")
+
+
+def load_encoder(encoder, name, path, given):
+    """Load {name: tensor} of a file into an encoder; return which share fits and what doesn't.
+
+    What doesn't fit as it is goes through timm's own conversion.
+    """
+    from torch.nn import Module
+    own, network = encoder.state_dict(), timm_network(name.partition("/")[2])
+    matched, rest = match_tensors(own, given, path)
+    if len(matched) < len(own) and network is not None:
+        given = convert_weights(network, given)
+        matched, rest = match_tensors(own, given, path)
+    sizes = {key: parameter.numel() for key, parameter in encoder.named_parameters()
+             if not is_classifier(key, network)}
+    share = sum(size for key, size in sizes.items() if key in matched) / sum(sizes.values())
+    text = f"{len(matched)} of {len(own)} tensors, {share:.1%} of the encoder's parameters"
+    for what, names in rest.items():
+        text += f"; {what}: {first_names(names)}" if names else ""
+    if share < LEAST_MATCHED:
+        raise UserError(f"{path} doesn't fit the encoder of {name}, of which it must have "
+                        f"{LEAST_MATCHED:.0%}: {text}")
+    deeper = sum(given[key].numel() for key in deeper_names(own, rest["left over"], network))
+    if deeper > (1 - LEAST_MATCHED) * sum(sizes.values()):
+        raise UserError(f"{path} is of a deeper encoder than that of {name}: {text}")
+    Module.load_state_dict(encoder, own | matched)  # smp's own would rename some again
+    return text
+
+
+def match_tensors(own, given, path):
+    """Return ({own name: tensor of `given` that fits it}, {what the others are: [name]})."""
+    unused, matched, missing, misshaped = new_names(given, plain_name, path), {}, [], []
+    for key, tensor in own.items():
+        theirs = given.get(unused.pop(plain_name(key), None))
+        if theirs is None:
+            missing.append(key)
+        elif theirs.shape != tensor.shape:
+            misshaped.append(f"{key} {list(theirs.shape)} for {list(tensor.shape)}")
+        else:
+            matched[key] = theirs
+    return matched, {"missing": missing, "of another shape": misshaped,
+                     "left over": list(unused.values())}
+
+
+def deeper_names(own, names, network):
+    """Return those of the names left over of a file that belong to more layers of the same kind.
+
+    EfficientNet-B1 has all of B0, in the same shapes. The network's own, which smp leaves out, such
+    as conv_head, are none, nor is what begins with another word, such as fc.
+    """
+    whole = set() if network is None else {plain_name(key) for key in network.state_dict()}
+    words = {plain_name(key).partition("_")[0] for key in own}
+    return [name for name in names if plain_name(name) not in whole
+            and plain_name(name).partition("_")[0] in words]
+
+
+def first_names(names, n=3):
+    """Return the first names of a list and how many more there are: "a, b, c and 5 more"."""
+    names = list(names)
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return shorten(", ".join(names[:n]) or "nothing", 300) + more
+
+
+def timm_network(encoder):
+    """Return timm's network of an encoder tu-NAME, on "meta"; None of another encoder.
+
+    It is whole, where the encoder is what smp and timm have made of it for its maps.
+    """
+    if not encoder.startswith("tu-"):
+        return None
+    import timm
+    import torch
+    with torch.device("meta"):
+        return timm.create_model(encoder.removeprefix("tu-"))
+
+
+def is_classifier(key, network):
+    """Return whether a tensor of an encoder belongs to the classifier of its network, of timm."""
+    prefixes = network.pretrained_cfg.get("classifier") if network is not None else None
+    prefixes = (prefixes,) if isinstance(prefixes, str) else prefixes or ()
+    return any(plain_name(key).startswith(plain_name(prefix) + "_") for prefix in prefixes)
+
+
+def convert_weights(network, given):
+    """Return a file's {name: tensor} as timm converts it for its network.
+
+    It takes other authors' names, and resamples position embeddings to the network's size.
+    """
+    module = sys.modules[type(network).__module__]
+    convert = getattr(module, "checkpoint_filter_fn", getattr(module, "_filter_fn", None))
+    if convert is None:
+        return given
+    names = {plain_name(name): name for name in network.state_dict()}
+    state = {}
+    for name, tensor in given.items():
+        state[names.get(plain_name(name), without_prefixes(name, ENCODER_PREFIXES))] = tensor
+    try:
+        return convert(state, network)
+    except Exception:  # it meets a foreign file: the caller names what doesn't fit
+        return given
+
+
+def check_normalisation(name, path, recipe):
+    """Raise UserError if weights were made with other mean and std than the model's encoder has.
+
+    recipe: of a model.pt, else {}. The name of a timm file may tell, as in NAME.TAG.safetensors.
+    """
+    from timm.models import get_pretrained_cfg
+    config, own = get_pretrained_cfg(Path(path).stem), encoder_mean_std(name)
+    if {"mean", "std"} <= recipe.keys():
+        theirs = recipe["mean"], recipe["std"]
+    elif config:
+        theirs = config.mean, config.std
+    else:
+        return
+    if [*map(list, theirs)] != [*map(list, own)]:
+        raise UserError(f"{path}: its images were normalised with mean {list(theirs[0])} and std "
+                        f"{list(theirs[1])}, those of {name} are with {list(own[0])} and "
+                        f"{list(own[1])}: name the encoder with timm's tag of these weights, "
+                        "tu-NAME.TAG")
+
+
+def check_unseen(path, recipe, valid_ids=()):
+    """Raise UserError if weights are a model.pt that has trained on photos held out by a run.
+
+    recipe: of the run that is to begin with them, its "fold", "data" and "folds_csv"; valid_ids: of
+    the photos that it holds out, where they are known. Its scores would flatter it.
+    """
+    checkpoint = read_weights(path)
+    if not has_kinds(checkpoint, MODEL_KINDS):
+        return
+    theirs = checkpoint["recipe"]
+    has_folds = theirs.get("folds_csv") == recipe["folds_csv"]
+    if not has_folds and theirs.get("data") != recipe["data"]:
+        return  # of other photos
+    has_seen = {*valid_ids} - {*checkpoint["valid_ids"]}
+    is_other_fold = has_folds and theirs.get("fold") != recipe["fold"]
+    if has_seen or is_other_fold or theirs.get("overfit") or theirs.get("contaminated"):
+        raise UserError(f"{path}: trained on photos that fold {recipe['fold']} holds out, so every "
+                        "score would flatter: take the model.pt of the same fold, or weights made "
+                        "from other photos")
+
+
+def load_decoder(model, parts, their_classes, classes):
+    """Load decoder and head of {part: {name: tensor}} if the decoder fits; return what was taken.
+
+    their_classes, classes: names by class id in the file and in the model, or None.
+    """
+    own, given = model.decoder.state_dict(), parts["decoder"]
+    shapes, their_shapes = ({key: value.shape for key, value in state.items()}
+                            for state in (own, given))
+    if shapes != their_shapes:
+        return "; its decoder doesn't fit, and the model's begins at random"
+    model.decoder.load_state_dict(given)
+    n_rows = load_head(model, parts["segmentation_head"], their_classes, classes)
+    rows = len(last_convolution(model).weight)
+    return f"; its decoder, and the head's rows of {n_rows} of {rows} classes"
+
+
+def load_head(model, given, their_classes, classes):
+    """Load the rows of the segmentation head that a file has; return how many they are.
+
+    Rows are matched by class name where both sides have names, else all if there are as many.
+    """
+    head, last = model.segmentation_head, last_convolution(model)
+    prefix = next(name for name, module in head.named_modules() if module is last)
+    own, rows = head.state_dict(), []
+    of_rows = [f"{prefix}.weight", f"{prefix}.bias"]
+    fits = own.keys() == given.keys() and all(
+        given[key].shape[key in of_rows:] == own[key].shape[key in of_rows:] for key in own)
+    if their_classes and classes:
+        rows = [(i, their_classes.index(name)) for i, name in enumerate(classes)
+                if name in their_classes]
+    elif fits and len(given[of_rows[0]]) == len(last.weight):
+        rows = [(i, i) for i in range(len(last.weight))]
+    if not fits or not rows:
+        return 0
+    ours, theirs = map(list, zip(*rows, strict=True))
+    for key in of_rows:
+        own[key][ours] = given[key][theirs].to(own[key].dtype)
+    head.load_state_dict(given | {key: own[key] for key in of_rows})
+    return len(rows)
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -2733,20 +3024,21 @@ BESIDE = {
     "DATA_OPTIONS", "DESCRIBED", "GPU_MEMORY_WORDS", "Hashes", "Help", "LABEL_FILES", "LINEAGE",
     "Parser", "RUN_PLACE", "STORE_KINDS", "UserError", "accepted_code", "atomic_write",
     "batch_bytes", "begin_worker", "cache_folder", "category_fault", "changes", "check_device",
-    "check_files", "check_labels", "check_output", "check_place", "check_shared_memory",
-    "check_space", "check_unchanged", "claim_device", "clean", "code_changes", "code_hashes",
-    "code_of", "code_question", "code_state", "conflicting_duplicates", "data_files",
-    "data_options", "decide", "different_keys", "file_hash", "fingerprint", "folds_hash",
-    "git_commit", "gpu_of_rank", "has_kinds", "idle_gpu", "keep_code", "kill_children",
-    "label_settings", "labels_code", "labels_hash", "labels_recipe", "library_versions",
-    "load_folds", "load_truths", "loader_options", "loader_workers", "lock", "matches_checksum",
-    "move_aside", "move_mark", "name_alternatives", "name_fault", "named", "number", "overlay",
-    "project_files", "provenance", "quoted", "raise_faults", "read_description", "read_folds",
-    "read_index_json", "read_json", "read_own_json", "read_rows", "recipe_changes", "run_code",
-    "run_folder", "run_recipe", "run_script", "settings_of", "short_hash", "signals_later",
-    "spelling", "store_code", "store_id", "store_recipe", "truth_file", "tune_process",
-    "version_changes", "whole_manifest", "write_checksums", "write_csv", "write_description",
-    "write_json", "write_page", "write_sheet"}
+    "check_files", "check_labels", "check_normalisation", "check_output", "check_place",
+    "check_shared_memory", "check_space", "check_unchanged", "check_unseen", "claim_device",
+    "clean", "code_changes", "code_hashes", "code_of", "code_question", "code_state",
+    "conflicting_duplicates", "data_files", "data_options", "decide", "different_keys", "file_hash",
+    "fingerprint", "first_names", "folds_hash", "git_commit", "gpu_of_rank", "has_kinds",
+    "idle_gpu", "keep_code", "kill_children", "label_settings", "labels_code", "labels_hash",
+    "labels_recipe", "library_versions", "load_folds", "load_truths", "loader_options",
+    "loader_workers", "lock", "matches_checksum", "move_aside", "move_mark", "name_alternatives",
+    "name_fault", "named", "number", "overlay", "project_files", "provenance", "quoted",
+    "raise_faults", "read_description", "read_folds", "read_index_json", "read_json",
+    "read_own_json", "read_rows", "recipe_changes", "run_code", "run_folder", "run_recipe",
+    "run_script", "settings_of", "short_hash", "signals_later", "spelling", "store_code",
+    "store_id", "store_recipe", "truth_file", "tune_process", "version_changes", "weights_file",
+    "whole_manifest", "write_checksums", "write_csv", "write_description", "write_json",
+    "write_page", "write_sheet"}
 DERIVED = ("mean", "std")  # keys of a recipe that follow from its other keys
 VERSIONS = ("torch", "timm", "segmentation-models-pytorch", "albumentations")  # only shown
 
@@ -3021,8 +3313,8 @@ def run_recipe(args, data, folds, hashes, pseudo=None, labels=None, contaminated
     median unless it keeps snapshots.
     """
     recipe = settings_of(args) | {"data": data, "folds_csv": folds}
-    if args.weights not in ("imagenet", "none"):
-        recipe["weights"] = hashes(args.weights)  # the content of the file counts, not its name
+    if path := weights_file(args.weights, args.model):
+        recipe["weights"] = hashes(path)  # the content of the file counts, not its name
     if extra:
         recipe["extra"] = list(extra)
     if best_epochs:

@@ -50,18 +50,18 @@ from common import (
     ALL, BACKGROUND, DERIVED, DESCRIPTION_KINDS, MANIFEST_KINDS, RUN_PLACE, STEPS_AFTER_VOTE,
     STORE_KINDS, SUBMIT_SIZE, TORCHRUN, Hashes, Help, Parser, UserError, accepted_code,
     add_data_options, apply_steps, as_number, atomic_write, begun_files, build_model, cache_folder,
-    changes, check_output, check_space, check_unchanged, class_iou, clean, code_hashes, code_of,
-    code_question, code_state, confusion, data_files, data_options, decide, different_keys,
-    draw_bars, draw_heat, drop_small, extra_json, figure_urls, find_photos, fingerprint, fit_score,
-    fold_name, folds_hash, foreground_ids, image_miou, join_fingerprints, keep_code, label_settings,
-    labels_code, labels_hash, labels_recipe, library_versions, load_data, load_extra, load_truths,
-    load_unlabelled, lock, make_folds, move_aside, move_mark, named, new_folds, number, open_store,
-    overlay, provenance, pseudo_folder, read_description, read_folds, read_index_json, read_json,
-    read_own_json, read_probs, read_rows, recipe_changes, run_code, run_folder, run_recipe,
-    run_script, scores, settings_of, short_hash, store_code, store_id, store_recipe, tile_url,
-    top_class, truth_file, try_sides, tta_name, tta_sides, tta_views, version_changes, vote,
-    whole_manifest, whole_numbers, write_coco, write_description, write_json, write_page,
-    write_sheet)
+    changes, check_output, check_space, check_unchanged, check_unseen, class_iou, clean,
+    code_hashes, code_of, code_question, code_state, confusion, data_files, data_options, decide,
+    different_keys, draw_bars, draw_heat, drop_small, extra_json, figure_urls, find_photos,
+    fingerprint, fit_score, fold_name, folds_hash, foreground_ids, image_miou, join_fingerprints,
+    keep_code, label_settings, labels_code, labels_hash, labels_recipe, library_versions, load_data,
+    load_extra, load_truths, load_unlabelled, load_weights, lock, make_folds, move_aside, move_mark,
+    named, new_folds, number, open_store, overlay, provenance, pseudo_folder, read_description,
+    read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows, recipe_changes,
+    run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash, store_code,
+    store_id, store_recipe, tile_url, top_class, truth_file, try_sides, tta_name, tta_sides,
+    tta_views, version_changes, vote, weights_file, whole_manifest, whole_numbers, write_coco,
+    write_description, write_json, write_page, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byte first: x86 and ARM
@@ -2312,13 +2312,13 @@ class Answers:
 
 
 def remembered_answer(path):
-    """Return the answer in the file `path`; None if there is none or its --weights file is gone."""
+    """Return the answer in the file `path`; None if there is none or its --weights are gone."""
     remembered = read_own_json(path, {"answer": dict, "hash": str})
     if remembered is None or short_hash(remembered["answer"]) != remembered["hash"]:
         return None
     answer = remembered["answer"]
     weights = answer.get("weights", "none")
-    return answer if weights in ("imagenet", "none") or Path(weights).is_file() else None
+    return answer if weights in ("imagenet", "none") or Path(weights).exists() else None
 
 
 def start_script(script, line, n_processes):
@@ -2376,6 +2376,8 @@ def read_arguments(args, answers):
            fold=int(numbered(args.folds)[0]), folds=args.nfolds, of_folds=[], round=0, check=False,
            overfit=0, sweep=0, runtimes=None, **data_options(vars(args)),
            unlabelled=args.unlabelled, extra=args.extra)
+    for each in (*args.models, *args.pick_models):
+        weights_file(train.weights, each)  # raises if there is none; the script saw the last model
     forbid("INFER_ARGS", infer, **paths, checkpoint=["model.pt"], out=None,
            split=["valid", "test"], unlabelled=None)
     forbid("PSEUDO_ARGS", pseudo, **paths, exp=str(args.exp), round=1, fold=0, stores=["x"],
@@ -2451,13 +2453,25 @@ def check_encoders(models):
                             "with tu-")
 
 
-def check_sides(models, tta_scales):
-    """Raise UserError if one of these (model, scale) can't work at its scale or at --tta-scales."""
-    for model, scale in models:
-        built = try_sides(build_model(model, 1), model, [scale])
+def check_models(current, runs):
+    """Raise UserError if one of these runs, (model, scale, fold), can't be made by a Plan.
+
+    A model must work at its scale and at --tta-scales, and with its file of weights, if it has one.
+    """
+    weights, tta_scales = current.train_args.weights, current.infer_args.tta_scales
+    check_encoders(sorted({model for model, _, _ in runs}))
+    for model, fold in sorted({(model, fold) for model, _, fold in runs}):
+        if path := weights_file(weights, model):
+            check_unseen(path, {"fold": fold, "data": current.data["train"],
+                                "folds_csv": current.folds})
+    for model, scale in sorted({(model, scale) for model, scale, _ in runs}):
+        built = build_model(model, 1)
+        tried = try_sides(built, model, [scale])
         if tta_scales != [1]:
-            try_sides(built, model, tta_sides(scale, tta_scales),
+            try_sides(tried, model, tta_sides(scale, tta_scales),
                       f" (INFER_ARGS: --tta-scales times {scale})")
+        if path := weights_file(weights, model):
+            load_weights(built, model, path)
 
 
 # ---- what make asks: what fits into a budget -----------------------------------------------------
@@ -3061,10 +3075,9 @@ def plan(args):
         raise UserError("\n".join(current.questions()))
     places = [RUN_PLACE.fullmatch(os.path.abspath(path.parent))
               for path in current.to_make if path.name == "model.pt"]
-    models = sorted({(place[3], int(place[4])) for place in places if place})
-    if models and not args.dry:  # seconds, but hours would be lost if the last had no encoder
-        check_encoders([model for model, _ in models])
-        check_sides(models, current.infer_args.tta_scales)
+    runs = {(place[3], int(place[4]), int(place[5])) for place in places if place}
+    if runs and not args.dry:  # seconds, but hours would be lost if the last had no encoder
+        check_models(current, runs)
     if not args.dry:
         current.save()
     print("\n".join(map(str, current.to_make)))

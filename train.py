@@ -35,15 +35,16 @@ from common import (
     IGNORE_INDEX, LOSSES, MODEL_KINDS, STEP, STRIDE, SUBMIT_SIZE, TRAIN_ONLY, EpochBatches,
     EvalPhotos, Hashes, Parser, TrainSamples, UserError, add_data_options, amp, as_number,
     atomic_write, batch_bytes, begun_files, build_model, check_labels, check_output,
-    check_shared_memory, check_space, checked, claim_device, code_of, confusion, data_options,
-    decide, different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls, fold_name,
-    folds_hash, foreground_ids, full_batch, has_kinds, image_miou, join_photos, keep_code,
-    last_convolution, load_checkpoint, load_data, load_extra, load_folds, load_labels,
-    load_unlabelled, loader_options, loader_workers, lock, make_augmentation, make_loss, move_aside,
-    named, normalise, number, overlay, pixel_weights, provenance, ranks, rare_odds,
-    read_description, read_image, read_rows, recipe_changes, resize_probs, run_code, run_folder,
-    run_recipe, run_script, save_checkpoint, scores, signals_later, split_model, this_process,
-    tile_url, try_sides, write_csv, write_description, write_page, write_sheet)
+    check_shared_memory, check_space, check_unseen, checked, claim_device, code_of, confusion,
+    data_options, decide, different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls,
+    fold_name, folds_hash, foreground_ids, full_batch, has_kinds, image_miou, join_photos,
+    keep_code, last_convolution, load_checkpoint, load_data, load_extra, load_folds, load_labels,
+    load_unlabelled, load_weights, loader_options, loader_workers, lock, make_augmentation,
+    make_loss, move_aside, named, normalise, number, overlay, pixel_weights, provenance, ranks,
+    rare_odds, read_description, read_image, read_rows, recipe_changes, resize_probs, run_code,
+    run_folder, run_recipe, run_script, save_checkpoint, scores, signals_later, split_model,
+    this_process, tile_url, try_sides, weights_file, write_csv, write_description, write_page,
+    write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
@@ -127,8 +128,9 @@ BATCH_HOOKS = {"none": lambda images, masks, rng: (images, masks), "mixup": mixu
 # every option that decides the result of a run, besides those of "what to train":
 # name -> (type or choices, default, what it is). A new one makes the runs before it be made anew.
 RECIPE = {
-    "weights": (str, "imagenet", "of the encoder: imagenet (downloaded), none, or a state dict's "
-                                 "file"),
+    "weights": (str, "imagenet", "of the encoder: imagenet (downloaded), none, a file, of timm, "
+                                 "torchvision or smp, or a model.pt, whose decoder is taken too; "
+                                 "or a folder of files named after encoders"),
     "epochs": (number(int, 1), 40, "with --overfit: at most"),
     "batch": (number(int, 2, 4096), 8, "images in a step, over all GPUs"),
     "accumulate": (number(int, 1), 1, "parts in which a batch goes through the model: saves "
@@ -258,8 +260,7 @@ def check_args(args, n_ranks):
             raise UserError(f"--fold {fold}: there are the folds 0 to {args.folds - 1}")
     if args.fold == ALL and (args.sweep or args.overfit):
         raise UserError(f"--fold {ALL} has no photo to judge by: give --sweep and --overfit a fold")
-    if args.weights not in ("imagenet", "none") and not Path(args.weights).is_file():
-        raise UserError(f"--weights {args.weights}: no such file, and neither imagenet nor none")
+    weights_file(args.weights, args.model)  # raises if there is none
     if args.batch < 2 * n_ranks:
         raise UserError(f"--batch {args.batch}: batch norm needs 2 images a process, of which "
                         f"there are {n_ranks}")
@@ -738,14 +739,28 @@ def batch_sides(args):
     return sorted(sides)
 
 
+def start_model(args, classes, pixels, resume=None):
+    """Return the model before its first step, with the weights that --weights says, on the CPU.
+
+    It needs none if there is a `resume`, of find_last. pixels [C]: of training images.
+    """
+    path = None if resume else weights_file(args.weights, args.model)
+    model = build_model(args.model, len(classes), "none" if resume or path else args.weights)
+    try_model(model, args.model, batch_sides(args))
+    set_prior(model, pixels)
+    if path:  # after the prior: a file may also have rows of the head
+        line = load_weights(model, args.model, path, classes)
+        if ranks()[0] == 0:
+            print(line, flush=True)
+    return model
+
+
 def start_run(args, classes, pixels, resume, device):
     """Return a Run, new or as `resume`, of find_last, holds it; pixels [C]: of training images."""
     import torch
     from timm.utils import ModelEmaV3
     torch.manual_seed(args.seed)
-    model = build_model(args.model, len(classes), "none" if resume else args.weights)
-    try_model(model, args.model, batch_sides(args))
-    set_prior(model, pixels)
+    model = start_model(args, classes, pixels, resume)
     model = model.to(device, memory_format=torch.channels_last)
     gpus = [device.index] if device.type == "cuda" else None
     forward = model
@@ -1009,6 +1024,8 @@ def train_run(args, root, report=None, wait=False):
         if finished := find_finished(args, test, info, out, epochs, hashes):
             return finished["v3"]
         resume = choose_resume(out, info, args, hashes)
+        if not (resume or args.overfit) and (path := weights_file(args.weights, args.model)):
+            check_unseen(path, info["recipe"], info["valid_ids"])
         device = claim_device(args.device, args.per_gpu)
         if first:  # other ranks have read what is moved here, as claim_device waits for them
             begin(out, info, args, resume)
@@ -1736,8 +1753,9 @@ def search_space(args):
     """Return {option: Optuna's distribution}; raise UserError for what train.py refuses."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
     space, table = {}, dict(SEARCH_SPACE)
-    if args.weights not in ("imagenet", "none") and table.pop("model", None):
-        print(f"model is not searched: the file {args.weights} fits one encoder only")
+    if Path(args.weights).is_file() and table.pop("model", None):
+        print(f"model is not searched: the file {args.weights} fits one encoder only; a folder may "
+              "have a file for each")
     for name, entry in table.items():
         try:
             if name not in ("model", *RECIPE) or not isinstance(entry, tuple):
@@ -1762,6 +1780,9 @@ def fixed_values(args, space):
     recipe = describe_run(args, splits, folds, Hashes(args.cache))["recipe"]
     fixed = {key: value for key, value in recipe.items() if key not in (*space, *DERIVED)}
     fixed |= {f"SEARCH_SPACE {name}": list(SEARCH_SPACE[name]) for name in space}
+    if "model" in space and Path(args.weights).is_dir():
+        files = [weights_file(args.weights, model) for model in SEARCH_SPACE["model"]]
+        fixed["weights"] = [Hashes(args.cache)(file) for file in files]
     return fixed, len(train.classes)
 
 
@@ -1783,7 +1804,7 @@ def run_sweep(args):
     if len(sweep.trials(sweep.complete, sweep.pruned)) < args.sweep:
         claim_device(args.device, args.per_gpu)
         if "model" not in sweep.space:  # what no trial could build ends the sweep, not each trial
-            build_model(args.model, sweep.n_classes, args.weights)
+            start_model(args, range(sweep.n_classes), np.ones(sweep.n_classes))
     sweep.run_trials()
     if running := sweep.trials(sweep.running):
         print(f"{len(running)} trials still run in other processes: the last to finish prints the "

@@ -473,6 +473,25 @@ def test_a_weights_file_replaced_by_an_older_one_trains_anew(fresh):
             weights = weights.rename(fresh / "w.pth")
 
 
+def test_a_folder_of_weights_is_looked_at_for_each_model_before_anything_trains(fresh):
+    import timm
+    import torch
+    folder, models = fresh / "w", f"{MODEL} unet/tu-test_resnet"
+    folder.mkdir()
+    torch.save(timm.create_model("test_efficientnet").state_dict(), folder / "test_efficientnet.pth")
+    wanted = {"FOLD": 0, "ROUNDS": 0, "WEIGHTS": "w", "MODELS": models}
+    text = ("--weights w: 0 files are named after the encoder test_resnet, and one must be, test_resnet.pth or "
+            "test_resnet_MORE.pth (or .pt, .bin, .ckpt, .safetensors): there is test_efficientnet.pth")
+    for order in (models, " ".join(reversed(models.split()))):  # train.py itself is asked about the last one
+        for more in ("-n", "-j2"):
+            done = make(fresh, more, "train", code=2, **wanted | {"MODELS": order})
+            assert text in done.stderr and len(said(done)) == 1
+    torch.save(timm.create_model("test_vit").state_dict(), folder / "test_resnet-1.pt")  # of another architecture
+    done = make(fresh, "train", code=2, **wanted)
+    assert "test_resnet-1.pt doesn't fit the encoder of unet/tu-test_resnet, of which it must have 90%" in done.stderr
+    assert len(said(done)) == 1 and not (fresh / "out").exists()
+
+
 @pytest.mark.parametrize("how", ["copied", "moved", "restored", "elsewhere"])
 def test_nothing_is_made_again_of_an_experiment_that_was_copied_or_moved(built, template, tmp_path, how):
     if how == "copied":

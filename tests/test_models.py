@@ -1,7 +1,10 @@
 """Test models and losses: every entry of their tables, padding, weights from files, and EfficientDet's BiFPN."""
 import math
+import re
+from argparse import Namespace
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +13,14 @@ import timm
 import torch
 import torchvision
 from conftest import run_of
+from safetensors.torch import save_file
 
 import common
 import train
 from common import IGNORE_INDEX, UserError, make_loss, region_loss
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-SHARED_ENCODER = "../shared/encoders/tf_efficientnet_lite0_imagenet.pth"  # beside the project, where there is one
+SHARED_ENCODERS = "../shared/encoders"  # beside the project, where there is one
 
 
 # ---- decoders and sizes ---------------------------------------------------------------------------------------------
@@ -233,7 +237,7 @@ def test_a_model_that_cannot_be_built_ends_with_the_reason(name, reason):
         common.build_model(name, 5)
 
 
-# ---- weights and checkpoints ----------------------------------------------------------------------------------------
+# ---- weights from files ----------------------------------------------------------------------------------------------
 
 
 def random_state(model):
@@ -246,79 +250,361 @@ def mobilenet_state():
     return random_state(timm.create_model("mobilenetv3_small_100"))
 
 
-def test_torchvisions_state_dict_is_in_the_model_that_was_built_with_it(tmp_path):
+def load(name, path, content=None, n_classes=5, **more):
+    """Build a model, write `content` to the file unless it is None, load it; return (model, the line that says so)."""
+    if content is not None:
+        torch.save(content, path)
+    model = common.build_model(name, n_classes)
+    return model, common.load_weights(model, name, path, **more)
+
+
+def all_equal(state, expected):
+    return state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_torchvisions_state_dict_is_in_the_model_that_it_was_loaded_into(tmp_path):
     state = random_state(torchvision.models.resnet18())
-    torch.save(state, tmp_path / "resnet18.pth")
-    loaded = common.build_model("unet/resnet18", 5, tmp_path / "resnet18.pth").encoder.state_dict()
-    assert loaded.keys() == state.keys() - {"fc.weight", "fc.bias"}
-    assert all(torch.equal(loaded[k], state[k]) for k in loaded)
+    model, line = load("unet/resnet18", tmp_path / "resnet18.pth", state)
+    assert all_equal(model.encoder.state_dict(), {k: v for k, v in state.items() if not k.startswith("fc.")})
+    assert line == (f"weights {tmp_path}/resnet18.pth: 120 of 120 tensors, 100.0% of the encoder's parameters; "
+                    "left over: fc.weight, fc.bias")
 
 
-def test_timms_state_dict_is_in_the_model_that_was_built_with_it(tmp_path, mobilenet_state):
-    torch.save(mobilenet_state, tmp_path / "mobilenet.pth")
-    model = common.build_model("fpn/tu-mobilenetv3_small_100", 5, str(tmp_path / "mobilenet.pth"))
+def densenets_old_names(state):
+    return {re.sub(r"(denselayer\d+)\.(norm|conv)(\d)", r"\1.\2.\3", key): value for key, value in state.items()}
+
+
+def test_torchvisions_older_names_of_densenet_are_taken(tmp_path):
+    state = random_state(torchvision.models.densenet121())
+    model, _ = load("unet/densenet121", tmp_path / "densenet121.pth", densenets_old_names(state))
+    assert all_equal(model.encoder.state_dict(), {k: v for k, v in state.items() if not k.startswith("classifier.")})
+
+
+WRAPPINGS = {  # of one state dict
+    "plain": lambda state: state,
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "model": lambda state: {"model": state, "optimizer": {"state": {}}},
+    "twice": lambda state: {"model": {"state_dict": state}},
+    "average": lambda state: {"state_dict": {k: v + 1 for k, v in state.items()}, "state_dict_ema": state},
+    "timm": lambda state: {"state_dict": state, "args": Namespace(model="x")},
+    "module": lambda state: {f"module.{k}": v for k, v in state.items()},
+    "encoder": lambda state: {f"encoder.{k}": v for k, v in state.items()},
+    "backbone": lambda state: {"state_dict": {f"backbone.{k}": v for k, v in state.items()}},
+    "all": lambda state: {f"_orig_mod.module.model.encoder.model.{k}": v for k, v in state.items()},
+    "no classifier": lambda state: {k: v for k, v in state.items() if not k.startswith("classifier")},
+    "besides": lambda state: state | {"decode_head.conv_seg.weight": torch.zeros(9, 9), "epoch": 3}}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_timms_state_dict_is_in_the_model_however_it_was_wrapped(tmp_path, mobilenet_state, wrapping):
+    name, path = "fpn/tu-mobilenetv3_small_100", str(tmp_path / "mobilenet.pth")
+    model, line = load(name, path, WRAPPINGS[wrapping](mobilenet_state))
     loaded = model.encoder.model.state_dict()
     assert {k.split(".")[0] for k in mobilenet_state.keys() - loaded.keys()} == {"conv_head", "classifier"}
     assert loaded and all(torch.equal(loaded[k], mobilenet_state[k]) for k in loaded)
+    assert f": {len(loaded)} of {len(loaded)} tensors, 100.0% of the encoder's parameters; left over: " in line
+
+
+def test_safetensors_are_taken_and_damaged_ones_refused(tmp_path, mobilenet_state):
+    name, path = "fpn/tu-mobilenetv3_small_100", tmp_path / "mobilenet.safetensors"
+    save_file(mobilenet_state, path)
+    loaded = load(name, path)[0].encoder.model.state_dict()
+    assert loaded and all(torch.equal(loaded[k], mobilenet_state[k]) for k in loaded)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"mobilenet.safetensors: no safetensors that can be read: [^\n]+$"):
+        load(name, path)
+
+
+@pytest.mark.parametrize("encoder", ["convnext_atto", "swin_s3_tiny_224", "hiera_tiny_224", "test_resnet"])
+def test_the_maps_of_an_encoder_whose_tensors_smp_names_anew_are_those_of_the_network_in_the_file(tmp_path, encoder):
+    network = timm.create_model(encoder).eval()
+    model, line = load(f"fpn/tu-{encoder}", tmp_path / "w.pth", network.state_dict())
+    images = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        expected = network.forward_intermediates(images, intermediates_only=True)[-3:]
+        found = model.eval().encoder(images)[-3:]
+    assert "100.0% of the encoder's parameters" in line and "missing" not in line
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_100", "resnet18"])
 def test_efficientdet_takes_a_state_dict_like_other_decoders(tmp_path, mobilenet_state, name):
     timms = name.startswith("mobilenet")
     state = mobilenet_state if timms else random_state(torchvision.models.resnet18())
-    torch.save(state, tmp_path / "weights.pth")
-    model = common.build_model(f"efficientdet/{'tu-' * timms}{name}", 5, tmp_path / "weights.pth")
+    model, _ = load(f"efficientdet/{'tu-' * timms}{name}", tmp_path / "weights.pth", state)
     loaded = (model.encoder.model if timms else model.encoder).state_dict()
     assert loaded and all(torch.equal(loaded[k], state[k]) for k in loaded)
 
 
-def test_the_shared_encoder_file_is_in_the_model_that_was_built_with_it():
-    path = (common.Path(common.__file__).resolve().parent / SHARED_ENCODER).resolve()
-    if not path.is_file():
-        pytest.skip(f"{SHARED_ENCODER} is not there")
+@pytest.fixture
+def shared_encoders():
+    folder = (Path(common.__file__).resolve().parent / SHARED_ENCODERS).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"{SHARED_ENCODERS} is not there")
+    return folder
+
+
+@pytest.mark.parametrize("encoder", ["tf_efficientnet_lite0", "tf_efficientnet_lite2"])
+def test_the_shared_encoders_files_are_in_the_models_they_are_named_after(shared_encoders, encoder):
+    path = common.weights_file(str(shared_encoders), f"fpn/tu-{encoder}")
+    assert path == shared_encoders / f"{encoder}_imagenet.pth"
     state = common.load_checkpoint(path)
-    loaded = common.build_model("fpn/tu-tf_efficientnet_lite0", 12, path).encoder.model.state_dict()
+    model, line = load(f"fpn/tu-{encoder}", path, n_classes=12)
+    loaded = model.encoder.model.state_dict()
     assert {k.split(".")[0] for k in state.keys() - loaded.keys()} == {"conv_head", "bn2", "classifier"}
-    assert loaded and all(torch.equal(loaded[k], state[k]) for k in loaded)
+    assert loaded and all(torch.equal(loaded[k], state[k]) for k in loaded) and "100.0%" in line
 
 
-STATE_FAULTS = {  # what is done to a state dict, and the key that the refusal must name
-    "missing": lambda state, key: {k: v for k, v in state.items() if k != key},
-    "renamed": lambda state, key: {f"module.{k}" if k == key else k: v for k, v in state.items()},
-    "misshaped": lambda state, key: state | {key: torch.zeros(3, 2)},
-    "surplus": lambda state, key: state | {key + "_more": torch.zeros(1)},
-}
+def test_position_embeddings_of_another_size_are_resampled_by_timm(tmp_path):
+    theirs = timm.create_model("test_vit", img_size=320)
+    own = common.build_model("dpt/tu-test_vit", 5).encoder.model
+    old, new = theirs.patch_embed.grid_size, own.patch_embed.grid_size
+    assert old != new
+    model, line = load("dpt/tu-test_vit", tmp_path / "vit.pth", theirs.state_dict())
+    expected = timm.layers.resample_abs_pos_embed(theirs.pos_embed, new, old)
+    loaded = model.encoder.model.state_dict()
+    assert torch.equal(loaded.pop("pos_embed"), expected) and ": 80 of 80 tensors, 100.0%" in line
+    assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in loaded.items())
 
 
-@pytest.mark.parametrize("fault", STATE_FAULTS)
-def test_a_timm_state_dict_that_does_not_fit_is_refused_by_key(tmp_path, mobilenet_state, fault):
-    key = "blocks.1.0.conv_pw.weight"
-    assert key in mobilenet_state
-    torch.save(STATE_FAULTS[fault](mobilenet_state, key), tmp_path / "bad.pth")
-    with pytest.raises(UserError, match=f"(?s)bad.pth.*{key}"):
-        common.build_model("fpn/tu-mobilenetv3_small_100", 5, tmp_path / "bad.pth")
+def test_a_classifier_that_the_file_lacks_is_no_part_of_the_encoders_share(tmp_path):
+    network = timm.create_model("test_vit", num_classes=0)
+    _, line = load("dpt/tu-test_vit", tmp_path / "vit.pth", network.state_dict())
+    assert line.endswith(": 78 of 80 tensors, 100.0% of the encoder's parameters; missing: model.head.weight, "
+                         "model.head.bias")
 
 
-@pytest.mark.parametrize("fault", STATE_FAULTS)
-def test_a_torchvision_state_dict_that_does_not_fit_is_refused_by_key(tmp_path, fault):
-    key = "layer2.0.conv1.weight"
-    torch.save(STATE_FAULTS[fault](torchvision.models.resnet18().state_dict(), key), tmp_path / "bad.pth")
-    with pytest.raises(UserError, match=f"(?s)bad.pth.*{key}"):
-        common.build_model("unet/resnet18", 5, tmp_path / "bad.pth")
+def without_share(model, share):
+    """Return the resnet18's state dict without as many of its last tensors as leave this share of its parameters."""
+    sizes = {key: p.numel() for key, p in model.named_parameters() if not key.startswith("fc.")}
+    state, kept = model.state_dict(), sum(sizes.values())
+    for key in reversed(sizes):
+        if kept / sum(sizes.values()) > share:
+            kept -= sizes[key]
+            del state[key]
+    return state, kept / sum(sizes.values())
 
 
-@pytest.mark.parametrize("content", [{"model": {"conv1.weight": torch.zeros(2)}, "epoch": 3}, [1, 2], torch.zeros(2)])
+def test_under_90_percent_of_the_encoders_parameters_are_refused_and_the_rest_is_named(tmp_path):
+    few, share = without_share(torchvision.models.resnet18(), 0.899)
+    assert share < 0.9
+    text = (rf"few.pth doesn't fit the encoder of unet/resnet18, of which it must have 90%: \d+ of 120 tensors, "
+            rf"{share:.1%} of the encoder's parameters; missing: layer4.1.conv2.weight, ")
+    with pytest.raises(UserError, match=text):
+        load("unet/resnet18", tmp_path / "few.pth", few)
+    network = torchvision.models.resnet18()
+    enough = {k: v for k, v in network.state_dict().items() if not k.startswith("layer1.0.")}
+    sizes = [p.numel() for k, p in network.named_parameters() if not k.startswith("fc.")]
+    share = 1 - sum(p.numel() for p in network.layer1[0].parameters()) / sum(sizes)
+    _, line = load("unet/resnet18", tmp_path / "enough.pth", enough)
+    assert line.endswith(f": 108 of 120 tensors, {share:.1%} of the encoder's parameters; missing: "
+                         "layer1.0.conv1.weight, layer1.0.bn1.weight, layer1.0.bn1.bias and 9 more; left over: "
+                         "fc.weight, fc.bias") and 0.9 < share < 1
+
+
+def test_weights_of_another_architecture_are_refused_by_names_and_shapes(tmp_path, mobilenet_state):
+    state = {key: value for key, value in mobilenet_state.items() if not key.startswith("bn1.")}
+    text = (r"a.pth doesn't fit the encoder of unet/resnet18, .*: 0 of 120 tensors, 0.0% of the encoder's parameters; "
+            r"missing: conv1.weight, bn1.weight, bn1.bias and 117 more; left over: conv_stem.weight, blocks.0.0.")
+    with pytest.raises(UserError, match=text):
+        load("unet/resnet18", tmp_path / "a.pth", state)
+
+
+def test_weights_of_another_width_are_refused_by_shape(tmp_path, mobilenet_state):
+    with pytest.raises(UserError, match=r"of another shape: model.blocks.0.0.conv_pw.weight \[16, 16, 1, 1\] for "
+                                        r"\[8, 16, 1, 1\], .* more"):
+        load("fpn/tu-mobilenetv3_small_050", tmp_path / "w.pth", mobilenet_state)
+
+
+@pytest.mark.parametrize(("name", "deeper"), [
+    ("unet/resnet18", lambda: torchvision.models.resnet34()),
+    ("unet/tu-resnet18", lambda: timm.create_model("resnet34")),
+    ("unet/tu-tf_efficientnet_lite0", lambda: timm.create_model("tf_efficientnet_lite1"))])
+def test_weights_of_a_deeper_network_are_refused_though_all_of_the_encoder_is_in_them(tmp_path, name, deeper):
+    with pytest.raises(UserError, match=f"w.pth is of a deeper encoder than that of {name}: .*100.0%.*left over: "):
+        load(name, tmp_path / "w.pth", deeper().state_dict())
+
+
+def test_two_tensors_that_could_both_be_meant_are_refused(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    for more in ("module.conv1.weight", "backbone.conv1.weight"):
+        with pytest.raises(UserError, match=f"w.pth: holds conv1.weight and {more}, of which only one can be meant"):
+            load("unet/resnet18", tmp_path / "w.pth", state | {more: state["conv1.weight"]})
+
+
+class Intruder:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_code_in_a_weights_file_is_run(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    with pytest.raises(UserError, match="w.pth: not a checkpoint that can be loaded safely"):
+        load("unet/resnet18", tmp_path / "w.pth", {"state_dict": state, "x": Intruder(tmp_path / "touched")})
+    assert not (tmp_path / "touched").exists()
+    torch.load(tmp_path / "w.pth", weights_only=False)  # it would have
+    assert (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    ({"model": {"conv1.weight": torch.zeros(2)}, "epoch": 3}, "doesn't fit .* 0 of"), ([1, 2], "but a list"),
+    (torch.zeros(2), "but a Tensor"), ({}, "but nothing"),
+    ({"epoch": 3, "lr": 0.1}, "no tensors by name.*but epoch, lr")])
 @pytest.mark.parametrize("name", ["unet/resnet18", "fpn/tu-mobilenetv3_small_100"])
-def test_a_file_that_is_no_state_dict_is_refused_by_name(tmp_path, name, content):
-    torch.save(content, tmp_path / "bad.pth")
-    with pytest.raises(UserError, match="bad.pth"):
-        common.build_model(name, 5, tmp_path / "bad.pth")
+def test_a_file_that_holds_no_weights_is_refused_by_name(tmp_path, name, content, reason):
+    with pytest.raises(UserError, match=f"bad.pth.*{reason}"):
+        load(name, tmp_path / "bad.pth", content)
 
 
-@pytest.mark.parametrize("name", ["unet/resnet18", "fpn/tu-mobilenetv3_small_100"])
-def test_a_missing_weights_file_is_refused_by_name(tmp_path, name):
-    with pytest.raises(UserError, match="none.pth: no such"):
-        common.build_model(name, 5, tmp_path / "none.pth")
+# ---- weights of whole models ----------------------------------------------------------------------------------------
+
+WHOLE = "fpn-narrow/tu-test_efficientnet"
+
+
+def own_checkpoint(net, classes, **recipe):
+    """Return what a model.pt of train.py holds, of a model with random tensors everywhere."""
+    return dict.fromkeys(common.DESCRIBED, {}) | {
+        "model": random_state(net), "classes": classes, "valid_ids": [7, 8], "epoch": 1, "v3": 0.5, "state": "",
+        "commit": "", "kept_under": [], "recipe": {"model": WHOLE, "scale": 64, **recipe}}
+
+
+def test_a_model_pt_of_other_classes_gives_encoder_decoder_and_the_rows_of_classes_by_name(tmp_path):
+    checkpoint = own_checkpoint(common.build_model(WHOLE, 4), ["Background", "Paper", "Glass", "Metal"])
+    torch.save(checkpoint, tmp_path / "model.pt")
+    model = common.build_model(WHOLE, 3)
+    before = deepcopy(model.state_dict())
+    line = common.load_weights(model, WHOLE, tmp_path / "model.pt", ["Background", "Metal", "Cloth"])
+    theirs, ours = checkpoint["model"], model.state_dict()
+    assert line.startswith(f"weights {tmp_path}/model.pt (of {WHOLE}): ")
+    assert line.endswith("; its decoder, and the head's rows of 2 of 3 classes")
+    head = [key for key in ours if key.startswith("segmentation_head.")]
+    assert head == ["segmentation_head.0.weight", "segmentation_head.0.bias"]
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours if key not in head)
+    for key in head:
+        assert torch.equal(ours[key][0], theirs[key][0]) and torch.equal(ours[key][1], theirs[key][3])
+        assert torch.equal(ours[key][2], before[key][2])  # a class that the file lacks begins as it was built
+
+
+@pytest.mark.parametrize(("n_classes", "rows"), [(5, 5), (6, 0)])
+def test_smps_whole_state_dict_gives_the_head_only_to_as_many_classes(tmp_path, n_classes, rows):
+    smps = smp.create_model("fpn", "tu-test_efficientnet", encoder_weights=None, classes=5)
+    state = random_state(smps)
+    model, line = load("fpn/tu-test_efficientnet", tmp_path / "smp.pth", state, n_classes)
+    ours = model.state_dict()
+    assert line.endswith(f"; its decoder, and the head's rows of {rows} of {n_classes} classes")
+    assert all(torch.equal(ours[key], state[key]) for key in ours if rows or not key.startswith("segmentation_head."))
+
+
+def test_a_decoder_that_does_not_fit_stays_at_random_and_the_line_says_so(tmp_path):
+    checkpoint = own_checkpoint(common.build_model(WHOLE, 3), ["Background", "a", "b"])
+    torch.save(checkpoint, tmp_path / "model.pt")
+    for decoder in ("fpn", "unet"):
+        name = f"{decoder}/tu-test_efficientnet"
+        torch.manual_seed(0)
+        fresh = common.build_model(name, 3).state_dict()
+        torch.manual_seed(0)
+        model, line = load(name, tmp_path / "model.pt", n_classes=3, classes=["Background", "a", "b"])
+        ours = model.state_dict()
+        assert line.endswith("; its decoder doesn't fit, and the model's begins at random")
+        for key in ours:
+            expected = checkpoint["model"] if key.startswith("encoder.") else fresh
+            assert torch.equal(ours[key], expected[key])
+
+
+def test_a_head_of_several_layers_takes_all_of_them(tmp_path):
+    name = "dpt/tu-test_vit"
+    checkpoint = own_checkpoint(common.build_model(name, 3), ["Background", "a", "b"], model=name)
+    model, line = load(name, tmp_path / "model.pt", checkpoint, 3, classes=["Background", "b", "c"])
+    ours, theirs = model.segmentation_head.state_dict(), checkpoint["model"]
+    last = [key for key, module in model.segmentation_head.named_modules() if module is common.last_convolution(model)]
+    assert "head's rows of 2 of 3" in line and len(ours) > 2
+    for key, value in ours.items():
+        expected = theirs[f"segmentation_head.{key}"]
+        if key.rpartition(".")[0] in last:
+            assert torch.equal(value[:2], expected[[0, 2]]) and not torch.equal(value[2], expected[1])
+        else:
+            assert torch.equal(value, expected)
+
+
+def test_weights_made_with_other_mean_and_std_are_refused(tmp_path):
+    model = common.build_model(WHOLE, 3)
+    own = dict(zip(("mean", "std"), map(list, common.encoder_mean_std(WHOLE)), strict=True))
+    torch.save(own_checkpoint(model, ["Background", "a", "b"], **own), tmp_path / "model.pt")
+    load(WHOLE, tmp_path / "model.pt", n_classes=3)
+    torch.save(own_checkpoint(model, ["Background", "a", "b"], **own | {"std": [1, 1, 1]}), tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"model.pt: its images were normalised with mean \[.*\] and std \[1, 1, 1\], "):
+        load(WHOLE, tmp_path / "model.pt", n_classes=3)
+
+
+def test_a_timm_file_of_another_tag_is_refused_if_that_has_another_mean():
+    tagged = "mobilenetv3_large_100.miil_in21k_ft_in1k"  # mean 0, std 1; timm's default tag has ImageNet's
+    with pytest.raises(UserError, match=r"tu-NAME.TAG"):
+        common.check_normalisation("fpn/tu-mobilenetv3_large_100", f"x/{tagged}.safetensors", {})
+    common.check_normalisation(f"fpn/tu-{tagged}", f"x/{tagged}.safetensors", {})
+    common.check_normalisation("fpn/tu-mobilenetv3_large_100", "x/mobilenetv3_large_100.pth", {})
+    common.check_normalisation("fpn/tu-mobilenetv3_large_100", "x/my_own.pth", {})
+
+
+@pytest.mark.parametrize(("theirs", "ids", "is_refused"), [
+    ({"fold": 1}, [7, 8], False), ({"fold": 0}, [7, 8], True), ({"fold": 0}, [], True),
+    ({"fold": 1, "contaminated": True}, [7], True), ({"fold": 1, "overfit": 4}, [7], True),
+    ({"fold": 0, "folds_csv": "other"}, [7], False), ({"fold": 0, "folds_csv": "other"}, [7, 9], True),
+    ({"fold": 0, "folds_csv": "other", "data": "other"}, [7, 9], False)])
+def test_weights_that_have_seen_photos_of_the_fold_are_refused(tmp_path, theirs, ids, is_refused):
+    theirs = {"folds_csv": "f", "data": "d", "contaminated": False, "overfit": 0} | theirs
+    torch.save(own_checkpoint(common.build_model(WHOLE, 1), ["Background"], **theirs), tmp_path / "model.pt")
+    run = {"fold": 1, "folds_csv": "f", "data": "d"}
+    if is_refused:
+        with pytest.raises(UserError, match="model.pt: trained on photos that fold 1 holds out, so every score would "):
+            common.check_unseen(tmp_path / "model.pt", run, ids)
+    else:
+        common.check_unseen(tmp_path / "model.pt", run, ids)
+
+
+def test_weights_of_no_run_have_seen_nothing(tmp_path):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
+    common.check_unseen(tmp_path / "w.pth", {"fold": 0, "folds_csv": "f", "data": "d"})
+
+
+# ---- which file -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("names", "model", "found"), [
+    (["a.pth"], "fpn/tu-a", "a.pth"), (["a_imagenet.pth", "b.pth"], "fpn/tu-a", "a_imagenet.pth"),
+    (["a.safetensors", "ab.pth"], "fpn/tu-a", "a.safetensors"), (["a-5c10.pth"], "unet/a", "a-5c10.pth"),
+    (["a.in1k.bin", "README.md", "a.txt"], "fpn/tu-a", "a.in1k.bin"), (["a.pth", "a_1.pth"], "fpn/tu-a", "a.pth"),
+    (["a.in1k.pth", "a.in22k.pth"], "fpn/tu-a.in22k", "a.in22k.pth"), (["a+b.ckpt"], "unet/a", "a+b.ckpt")])
+def test_a_folder_gives_the_file_named_after_the_encoder(tmp_path, names, model, found):
+    for name in names:
+        (tmp_path / name).touch()
+    assert common.weights_file(str(tmp_path), model) == tmp_path / found
+
+
+@pytest.mark.parametrize(("names", "count", "there"), [
+    ([], 0, "nothing"), (["README.md"], 0, "nothing"), (["ab.pth", "c.pth", "a2.pt", "A.pth"], 0,
+                                                         "A.pth, a2.pt, ab.pth, c.pth"),
+    (["a_1.pth", "a_2.pth", "c.pth"], 2, "a_1.pth, a_2.pth"), (["a.pth", "a.pt"], 2, "a.pt, a.pth")])
+def test_a_folder_without_one_such_file_is_refused_with_what_is_there(tmp_path, names, count, there):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"--weights {tmp_path}: {count} files are named after the encoder a, .*: "
+                                        f"there is {there}$"):
+        common.weights_file(str(tmp_path), "fpn/tu-a")
+
+
+def test_a_file_is_itself_and_what_is_no_path_is_none_or_refused(tmp_path):
+    (tmp_path / "x").touch()
+    assert common.weights_file(str(tmp_path / "x"), "fpn/tu-a") == tmp_path / "x"
+    assert common.weights_file("imagenet", "fpn/tu-a") is common.weights_file("none", "fpn/tu-a") is None
+    with pytest.raises(UserError, match="--weights .*/nosuch: no such file or folder, and neither imagenet nor none"):
+        common.weights_file(str(tmp_path / "nosuch"), "fpn/tu-a")
+
+
+# ---- mean and std, checkpoints --------------------------------------------------------------------------------------
 
 
 def test_mean_and_std_are_those_the_encoders_weights_were_made_with():

@@ -271,11 +271,27 @@ def test_study_begun_with_other_values_is_refused_with_those_that_differ(sweep, 
 
 def test_weights_of_a_file_fix_the_model(sweep, fake, tmp_path, monkeypatch, capsys):
     built = []
-    monkeypatch.setattr(train, "build_model", lambda *args: built.append(args))
+    monkeypatch.setattr(train, "start_model", lambda args, *_: built.append(args.model))
     (tmp_path / "my.pth").write_text("")
     fake(slope)
     assert set(sweep(2, "--weights", tmp_path / "my.pth").trials[0].params) == set(SPACE) - {"model"}
-    assert "model is not searched" in capsys.readouterr().out and [args[0] for args in built] == [MODEL]
+    assert "model is not searched" in capsys.readouterr().out and built == [MODEL]
+
+
+def test_models_are_searched_with_a_folder_of_weights_whose_content_is_fixed(sweep, fake, tmp_path):
+    fake(slope)
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    encoders = sorted({model.partition("/")[2].removeprefix("tu-") for model in SPACE["model"]})
+    for encoder in encoders[:-1]:
+        (folder / f"{encoder}.pth").write_text(encoder)
+    with pytest.raises(UserError, match=f"SEARCH_SPACE.*0 files are named after the encoder {encoders[-1]}"):
+        sweep(2, "--weights", folder)
+    (folder / f"{encoders[-1]}.pth").write_text("a")
+    assert "model" in sweep(2, "--weights", folder).trials[0].params
+    (folder / f"{encoders[-1]}.pth").write_text("b")
+    with pytest.raises(UserError, match="begun with other values: weights "):
+        sweep(3, "--weights", folder)
 
 
 # ---- the result -----------------------------------------------------------------------------------------------------

@@ -251,18 +251,59 @@ def test_a_run_that_another_process_has_is_refused(line, tmp_path, no_training):
         train.main(line(tmp_path))
 
 
-def test_pretrained_weights_are_read_at_the_start_but_not_on_resuming(line, tmp_path, monkeypatch, interrupt):
+def test_pretrained_weights_are_read_at_the_start_but_not_on_resuming(line, tmp_path, monkeypatch, interrupt, capsys):
     torch.save(timm.create_model("test_efficientnet").state_dict(), tmp_path / "encoder.pth")
     args = line(tmp_path / "exp", "--weights", tmp_path / "encoder.pth", "--epochs", 2)
-    built, build_model = [], train.build_model
+    loaded, load_weights = [], train.load_weights
 
     def spy():
-        monkeypatch.setattr(train, "build_model", lambda *a: built.append(str(a[2])) or build_model(*a))
+        monkeypatch.setattr(train, "load_weights", lambda *a: loaded.append(a[2]) or load_weights(*a))
     spy()
     start_and_stop(args, monkeypatch, interrupt, "backward", STEPS + 1)
     spy()
     train.main(args)
-    assert built == [str(tmp_path / "encoder.pth"), "none"]
+    assert loaded == [tmp_path / "encoder.pth"]
+    lines = [text for text in capsys.readouterr().out.splitlines() if text.startswith("weights ")]
+    assert len(lines) == 1 and f"weights {tmp_path}/encoder.pth: " in lines[0] and "100.0% of the encoder's" in lines[0]
+
+
+def test_a_run_goes_on_from_a_model_pt_of_its_fold_at_another_scale_and_no_other_fold(line, finished_exp, tmp_path):
+    path = run_of(line(finished_exp)) / "model.pt"
+    before, args = common.load_checkpoint(path), line(tmp_path, "--weights", path, "--scale", 96)
+    run = train.start_run(args, before["classes"], np.arange(12) + 1.0, None, torch.device("cpu"))
+    state = run.model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in before["model"].items())  # the head's bias is no prior
+    assert all(torch.equal(value, before["model"][key]) for key, value in run.ema.module.state_dict().items())
+    train.main(line(tmp_path, "--weights", path, "--scale", 96, "--epochs", 1))
+    recipe = common.load_checkpoint(run_of(args) / "model.pt")["recipe"]
+    assert recipe["weights"] == common.file_hash(path)
+    for i, other in enumerate((["--fold", 0], ["--folds", 4])):
+        with pytest.raises(UserError, match="model.pt: trained on photos that fold . holds out"):
+            train.main(line(tmp_path / f"other{i}", "--weights", path, *other))
+
+
+def test_classes_that_a_model_pt_lacks_begin_at_their_frequency(line, finished_exp, tmp_path):
+    path = run_of(line(finished_exp)) / "model.pt"
+    before, pixels = common.load_checkpoint(path), np.arange(12) + 1.0
+    classes = before["classes"][:-1] + ["Ship"]
+    run = train.start_run(line(tmp_path, "--weights", path), classes, pixels, None, torch.device("cpu"))
+    bias = run.model.segmentation_head[0].bias
+    assert torch.equal(bias[:-1], before["model"]["segmentation_head.0.bias"][:-1])
+    assert bias[-1].item() == pytest.approx(math.log(13 / 90))  # one more pixel of each: 2 + 3 + ... + 13
+
+
+def test_a_folder_of_weights_gives_each_model_its_file_whose_content_is_in_the_recipe(line, tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for encoder in ("test_efficientnet", "test_resnet"):
+        torch.save(timm.create_model(encoder).state_dict(), folder / f"{encoder}_mine.pth")
+        args = line(tmp_path / "exp", "--weights", folder, "--model", f"fpn/tu-{encoder}", "--epochs", 1)
+        train.main(args)
+        recipe = common.load_checkpoint(run_of(args) / "model.pt")["recipe"]
+        assert recipe["weights"] == common.file_hash(folder / f"{encoder}_mine.pth")
+    (folder / "test_resnet_mine.pth").unlink()
+    with pytest.raises(UserError, match="0 files are named after the encoder test_resnet, .*: there is test_efficient"):
+        train.main(args)
 
 
 def test_a_weights_file_with_other_content_is_another_recipe(line, tmp_path, monkeypatch, interrupt):
@@ -330,9 +371,9 @@ def test_a_device_that_is_not_there_is_refused_before_training(line, tmp_path, n
 
 def test_weights_that_do_not_fit_are_refused_before_training(line, tmp_path, no_training):
     state = timm.create_model("test_efficientnet").state_dict()
-    del state["conv_stem.weight"]
+    state = {key: value for key, value in state.items() if not key.startswith("blocks.4")}
     torch.save(state, tmp_path / "bad.pth")
-    with pytest.raises(UserError, match="bad.pth.*conv_stem.weight"):
+    with pytest.raises(UserError, match="bad.pth.*missing: model.blocks.4.0.conv_pw.weight"):
         train.main(line(tmp_path, "--weights", tmp_path / "bad.pth"))
 
 
