@@ -59,7 +59,7 @@ CODE       ?=
 about.DATA        := folder of the competition, with train.json and test.json
 about.EXP         := name of the experiment; everything lands in out/EXP; lad/a, lad/b share runs
 about.MODELS      := DECODER/ENCODER, one or more; MODEL= picks some for train, score and runtimes
-about.SCALES      := sides of the training image, multiples of 32; SCALE= picks
+about.SCALES      := sides of the training image, padded as encoders need; SCALE= picks
 about.FOLDS       := folds to train, of NFOLDS; FOLD= picks; all: a run on all images besides
 about.ROUNDS      := rounds of pseudo labels before the submission: once the models are good
 about.ROUND       := the one round of train (default 0), pseudo (1) or score (ROUNDS)

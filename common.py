@@ -21,6 +21,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -1706,7 +1707,7 @@ def classmix(images, masks, prob, weights, rng):
 
 # ---- models --------------------------------------------------------------------------------------
 
-STRIDE = 32  # of the deepest encoder map: the sides of an input must be multiples of it
+STRIDE = 32  # of the deepest map of all encoders but plain ViTs, which have their patch's side
 
 
 def smp_decoder(name, **settings):
@@ -1715,6 +1716,39 @@ def smp_decoder(name, **settings):
         import segmentation_models_pytorch as smp
         return smp.create_model(name, encoder, classes=n_classes, **settings, **options)
     return build
+
+
+def dpt(encoder, n_classes, **options):
+    """Build DPT (arXiv 2103.13413), also for patches of 14 pixels and odd numbers of them.
+
+    smp's decoder wants strides that are powers of two. As Depth Anything (arXiv 2401.10891) does,
+    patches of 14 count as 16, and the last enlargement makes up for it.
+    """
+    import segmentation_models_pytorch as smp
+    from segmentation_models_pytorch.decoders.dpt.decoder import DPTDecoder
+    model = smp.create_model("dpt", encoder, classes=n_classes, **options)
+    strides = model.encoder.output_strides
+    rounded = [2 ** round(math.log2(stride)) for stride in strides]
+    if rounded != strides:
+        model.decoder = DPTDecoder(model.encoder.out_channels, rounded,
+                                   model.encoder.has_prefix_tokens)
+        model.segmentation_head.upsampling_factor *= strides[0] / rounded[0]
+        model.initialize()
+    for block in model.decoder.fusion_blocks:
+        block.register_forward_pre_hook(resize_previous)
+    return model
+
+
+def resize_previous(block, inputs):
+    """Give the map [B, C, h, w] that a block of DPT's decoder fuses with another the other's size.
+
+    Of 37 patches the level below has 19, which become 38.
+    """
+    from torch.nn.functional import interpolate
+    feature, previous = (*inputs, None)[:2]
+    if previous is not None and previous.shape[2:] != feature.shape[2:]:
+        previous = interpolate(previous, feature.shape[2:], mode="bilinear", align_corners=True)
+    return feature, previous
 
 
 def assemble(encoder, n_classes, make_decoder, width, upsampling, encoder_weights, **options):
@@ -1851,23 +1885,29 @@ DECODERS = {
     "pan": smp_decoder("pan"),
     "upernet": smp_decoder("upernet"),
     "segformer": smp_decoder("segformer"),
-    "dpt": smp_decoder("dpt"),
+    "dpt": dpt,
     "fpn": smp_decoder("fpn"),
     "fpn-narrow": smp_decoder("fpn", decoder_pyramid_channels=64, decoder_segmentation_channels=32),
     "efficientdet": efficientdet}
 
 
-def build_model(name, n_classes, weights="none"):
+def build_model(name, n_classes, weights="none", scale=None, drop_path=0.0):
     """Return a model DECODER/ENCODER from float [B, 3, H, W] to logits [B, n_classes, H, W].
 
     weights: of the encoder, "none" or "imagenet" (downloaded); load_weights takes those of a file.
-    Raises UserError when the name, the pair or the weights don't work, with the reason.
+    scale: side of the images, for which an encoder of fixed size is built; else it has its own.
+    drop_path: see timm_options. Raises UserError when the name, the pair or the weights don't work,
+    with the reason.
     """
     decoder, encoder = split_model(name)
     # timm warns of the classifier's weights, which an encoder doesn't need
     logging.getLogger("timm.models").setLevel(logging.ERROR)
     try:
-        model = DECODERS[decoder](encoder, n_classes, **encoder_weights_options(encoder, weights))
+        options = timm_options(encoder, scale, drop_path)
+        model = DECODERS[decoder](encoder, n_classes, **encoder_weights_options(encoder, weights),
+                                  **options)
+    except UserError:
+        raise
     except Exception as e:  # smp, timm and the hub raise many types; the reason is in the message
         cure = ""
         if weights == "imagenet":
@@ -1875,6 +1915,10 @@ def build_model(name, n_classes, weights="none"):
                     "--weights none")
         raise UserError(f"{name} with weights {weights}: {shorten(str(e), 2000)}{cure}") from None
     check_parts(model, name)
+    if drop_path and not any(getattr(module, "drop_prob", 0) and "DropPath" in type(module).__name__
+                             for module in model.encoder.modules()):
+        raise UserError(f"--drop-path {drop_path}: the encoder {encoder} drops no paths, take 0")
+    model.timm_options = options
     return padded(model)
 
 
@@ -1904,6 +1948,43 @@ def last_convolution(model):
     return convolutions[-1] if convolutions else None
 
 
+def timm_options(encoder, scale, drop_path):
+    """Return timm's options for an encoder tu-NAME at a scale; {} of another encoder.
+
+    One of fixed size is built for that side, padded; if it can, it also takes others later. With
+    drop_path its residual branches are left out at random in training (stochastic depth, arXiv
+    1603.09382), the last with this probability, earlier ones less; 0: as the encoder has it.
+    """
+    network = timm_network(encoder)
+    if network is None:
+        if drop_path:
+            raise UserError(f"--drop-path {drop_path}: the encoder {encoder} is not of timm, whose "
+                            "names begin with tu-, and keeps what it has, take 0")
+        return {}
+    parameters, options = inspect.signature(type(network).__init__).parameters, {}
+    if scale and "img_size" in parameters:
+        stride = max(level["reduction"] for level in network.feature_info)
+        options["img_size"] = 2 * (math.ceil(scale / stride) * stride,)
+    if "dynamic_img_size" in parameters:
+        options["dynamic_img_size"] = True
+    if drop_path and "drop_path_rate" in parameters:  # else build_model finds no paths that drop
+        options["drop_path_rate"] = drop_path
+    return options
+
+
+def timm_network(encoder, **options):
+    """Return timm's network of an encoder tu-NAME, on "meta"; None of another encoder.
+
+    It is whole, where the encoder is what smp and timm have made of it for its maps.
+    """
+    if not encoder.startswith("tu-"):
+        return None
+    import timm
+    import torch
+    with torch.device("meta"):
+        return timm.create_model(encoder.removeprefix("tu-"), **options)
+
+
 def encoder_weights_options(encoder, weights):
     """Return the builder's options for an encoder's weights, "none" or "imagenet"."""
     if weights == "none":
@@ -1928,17 +2009,19 @@ def go_offline_without_network():
 
 
 def padded(model):
-    """Return the same model, which now takes sides that are no multiples of STRIDE.
+    """Return the same model, which now takes sides that are no multiples of its encoder's stride.
 
     It pads the images and crops its logits back.
     """
     from torch.nn.functional import pad
+    # only smp's encoder for plain ViTs lists its strides
+    stride = max(getattr(model.encoder, "output_strides", [STRIDE]))
 
     class Padded(type(model)):
         def forward(self, images):
             height, width = images.shape[2:]
-            if height % STRIDE or width % STRIDE:
-                images = pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
+            if height % stride or width % stride:
+                images = pad(images, (0, -width % stride, 0, -height % stride))
             return super().forward(images)[..., :height, :width]
     model.__class__ = Padded
     return model
@@ -1956,7 +2039,7 @@ def try_sides(model, name, sides, asked=""):
         try:
             logits = copy(torch.zeros(1, 3, side, side, device="meta"))
             logits.sum().backward()
-        except (RuntimeError, ValueError, AssertionError) as e:  # too few pixels; a fixed size
+        except Exception as e:  # too few pixels, a fixed size: encoders raise many types
             reason = shorten(str(e), 300)
             raise UserError(f"{name} can't work at scale {side}{asked}: {reason}") from None
         if logits.shape[2:] != (side, side):
@@ -1996,6 +2079,52 @@ def colour_row(values, width, device):
     import torch
     with torch.inference_mode(False):
         return torch.tensor(values, device=device).mul(255).repeat(width, 1)
+
+
+# ---- models: how an encoder is trained -----------------------------------------------------------
+
+
+def layer_factors(model, name, decay):
+    """Return {name of an encoder's parameter: factor of its learning rate} for --layer-decay.
+
+    It is decay ** (layers above it), by timm's grouping: as in BEiT (arXiv 2106.08254) that of the
+    last block is `decay`, since what stands on it counts as one layer. {} if decay is 1.
+    """
+    if decay == 1:
+        return {}
+    network = encoder_network(model, name)
+    if not hasattr(network, "group_matcher"):
+        raise UserError(f"--layer-decay {decay}: timm knows no layers of the encoder of {name}: "
+                        "take 1, or another encoder tu-NAME")
+    from timm.models import group_parameters
+    layers = group_parameters(network, network.group_matcher(coarse=False), reverse=True)
+    top = max(layers.values())
+    factors = {plain_name(key): decay ** (top - layer) for key, layer in layers.items()}
+    return {f"encoder.{key}": factors[plain_name(key)]
+            for key, _ in model.encoder.named_parameters()}
+
+
+def checkpoint_gradients(model, name):
+    """Let an encoder compute its maps twice in a step instead of keeping them: saves memory.
+
+    Raises UserError if it can't: timm must know how, and batch norm would count each batch twice.
+    """
+    from torch.nn.modules.batchnorm import _NormBase
+    network = getattr(model.encoder, "model", None)
+    if not hasattr(network, "set_grad_checkpointing"):
+        network = getattr(network, "model", None)  # timm's FeatureGetterNet has it inside
+    reason = ""
+    if any(isinstance(module, _NormBase) for module in model.encoder.modules()):
+        reason = "has batch norm, which would count each batch twice"
+    elif not hasattr(network, "set_grad_checkpointing"):
+        reason = "is not one that timm can do so"
+    else:
+        try:
+            network.set_grad_checkpointing(True)
+        except AssertionError:  # so timm says that a network can't
+            reason = "can't do so in timm"
+    if reason:
+        raise UserError(f"--grad-checkpoint: the encoder of {name} {reason}: leave it out")
 
 
 # ---- models: weights from a file -----------------------------------------------------------------
@@ -2053,7 +2182,7 @@ def load_weights(model, name, path, classes=None):
         recipe, their_classes = checkpoint["recipe"], checkpoint["classes"]
         origin = f" (of {recipe['model']})"
     parts = split_parts(find_tensors(checkpoint, path), path)
-    text = load_encoder(model.encoder, name, f"{path}{origin}", parts["encoder"])
+    text = load_encoder(model, name, f"{path}{origin}", parts["encoder"])
     check_normalisation(name, path, recipe)
     if parts["decoder"]:
         text += load_decoder(model, parts, their_classes, classes)
@@ -2133,13 +2262,14 @@ def plain_name(name):
     return name.replace(".", "_")
 
 
-def load_encoder(encoder, name, path, given):
-    """Load {name: tensor} of a file into an encoder; return which share fits and what doesn't.
+def load_encoder(model, name, path, given):
+    """Load {name: tensor} of a file into the encoder; return which share fits and what doesn't.
 
     What doesn't fit as it is goes through timm's own conversion.
     """
     from torch.nn import Module
-    own, network = encoder.state_dict(), timm_network(name.partition("/")[2])
+    encoder = model.encoder
+    own, network = encoder.state_dict(), encoder_network(model, name)
     matched, rest = match_tensors(own, given, path)
     if len(matched) < len(own) and network is not None:
         given = convert_weights(network, given)
@@ -2194,17 +2324,9 @@ def first_names(names, n=3):
     return shorten(", ".join(names[:n]) or "nothing", 300) + more
 
 
-def timm_network(encoder):
-    """Return timm's network of an encoder tu-NAME, on "meta"; None of another encoder.
-
-    It is whole, where the encoder is what smp and timm have made of it for its maps.
-    """
-    if not encoder.startswith("tu-"):
-        return None
-    import timm
-    import torch
-    with torch.device("meta"):
-        return timm.create_model(encoder.removeprefix("tu-"))
+def encoder_network(model, name):
+    """Return the timm_network of a model's encoder, built like it; None of another encoder."""
+    return timm_network(name.partition("/")[2], **model.timm_options)
 
 
 def is_classifier(key, network):
@@ -2583,7 +2705,7 @@ def load_model(path):
     if not has_kinds(checkpoint, MODEL_KINDS):
         raise UserError(f"{path}: not a model.pt of train.py")
     name, classes = checkpoint["recipe"]["model"], checkpoint["classes"]
-    model = build_model(name, len(classes))
+    model = build_model(name, len(classes), scale=checkpoint["recipe"]["scale"])
     try:
         model.load_state_dict(checkpoint.pop("model"))
     except RuntimeError as e:

@@ -50,18 +50,19 @@ from common import (
     ALL, BACKGROUND, DERIVED, DESCRIPTION_KINDS, MANIFEST_KINDS, RUN_PLACE, STEPS_AFTER_VOTE,
     STORE_KINDS, SUBMIT_SIZE, TORCHRUN, Hashes, Help, Parser, UserError, accepted_code,
     add_data_options, apply_steps, as_number, atomic_write, begun_files, build_model, cache_folder,
-    changes, check_output, check_space, check_unchanged, check_unseen, class_iou, clean,
-    code_hashes, code_of, code_question, code_state, confusion, data_files, data_options, decide,
-    different_keys, draw_bars, draw_heat, drop_small, extra_json, figure_urls, find_photos,
-    fingerprint, fit_score, fold_name, folds_hash, foreground_ids, image_miou, join_fingerprints,
-    keep_code, label_settings, labels_code, labels_hash, labels_recipe, library_versions, load_data,
-    load_extra, load_truths, load_unlabelled, load_weights, lock, make_folds, move_aside, move_mark,
-    named, new_folds, number, open_store, overlay, provenance, pseudo_folder, read_description,
-    read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows, recipe_changes,
-    run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash, store_code,
-    store_id, store_recipe, tile_url, top_class, truth_file, try_sides, tta_name, tta_sides,
-    tta_views, version_changes, vote, weights_file, whole_manifest, whole_numbers, write_coco,
-    write_description, write_json, write_page, write_sheet)
+    changes, check_output, check_space, check_unchanged, check_unseen, checkpoint_gradients,
+    class_iou, clean, code_hashes, code_of, code_question, code_state, confusion, data_files,
+    data_options, decide, different_keys, draw_bars, draw_heat, drop_small, extra_json, figure_urls,
+    find_photos, fingerprint, fit_score, fold_name, folds_hash, foreground_ids, image_miou,
+    join_fingerprints, keep_code, label_settings, labels_code, labels_hash, labels_recipe,
+    layer_factors, library_versions, load_data, load_extra, load_truths, load_unlabelled,
+    load_weights, lock, make_folds, move_aside, move_mark, named, new_folds, number, open_store,
+    overlay, provenance, pseudo_folder, read_description, read_folds, read_index_json, read_json,
+    read_own_json, read_probs, read_rows, recipe_changes, run_code, run_folder, run_recipe,
+    run_script, scores, settings_of, short_hash, store_code, store_id, store_recipe, tile_url,
+    top_class, truth_file, try_sides, tta_name, tta_sides, tta_views, version_changes, vote,
+    weights_file, whole_manifest, whole_numbers, write_coco, write_description, write_json,
+    write_page, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byte first: x86 and ARM
@@ -2376,8 +2377,6 @@ def read_arguments(args, answers):
            fold=int(numbered(args.folds)[0]), folds=args.nfolds, of_folds=[], round=0, check=False,
            overfit=0, sweep=0, runtimes=None, **data_options(vars(args)),
            unlabelled=args.unlabelled, extra=args.extra)
-    for each in (*args.models, *args.pick_models):
-        weights_file(train.weights, each)  # raises if there is none; the script saw the last model
     forbid("INFER_ARGS", infer, **paths, checkpoint=["model.pt"], out=None,
            split=["valid", "test"], unlabelled=None)
     forbid("PSEUDO_ARGS", pseudo, **paths, exp=str(args.exp), round=1, fold=0, stores=["x"],
@@ -2456,22 +2455,26 @@ def check_encoders(models):
 def check_models(current, runs):
     """Raise UserError if one of these runs, (model, scale, fold), can't be made by a Plan.
 
-    A model must work at its scale and at --tta-scales, and with its file of weights, if it has one.
+    A model must work at its scale, at --tta-scales, with its file of weights if it has one, and
+    with what TRAIN_ARGS asks of its encoder.
     """
-    weights, tta_scales = current.train_args.weights, current.infer_args.tta_scales
+    train, tta_scales = current.train_args, current.infer_args.tta_scales
     check_encoders(sorted({model for model, _, _ in runs}))
     for model, fold in sorted({(model, fold) for model, _, fold in runs}):
-        if path := weights_file(weights, model):
+        if path := weights_file(train.weights, model):
             check_unseen(path, {"fold": fold, "data": current.data["train"],
                                 "folds_csv": current.folds})
     for model, scale in sorted({(model, scale) for model, scale, _ in runs}):
-        built = build_model(model, 1)
+        built = build_model(model, 1, scale=scale, drop_path=train.drop_path)
+        layer_factors(built, model, train.layer_decay)
         tried = try_sides(built, model, [scale])
         if tta_scales != [1]:
             try_sides(tried, model, tta_sides(scale, tta_scales),
                       f" (INFER_ARGS: --tta-scales times {scale})")
-        if path := weights_file(weights, model):
+        if path := weights_file(train.weights, model):
             load_weights(built, model, path)
+        if train.grad_checkpoint:
+            checkpoint_gradients(built, model)
 
 
 # ---- what make asks: what fits into a budget -----------------------------------------------------

@@ -12,6 +12,7 @@ Other jobs: --check looks at the data, --overfit N tries whether a model learns 
 looks for the best recipe, --runtimes CSV measures the speed of a model.
 """
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -35,16 +36,16 @@ from common import (
     IGNORE_INDEX, LOSSES, MODEL_KINDS, STEP, STRIDE, SUBMIT_SIZE, TRAIN_ONLY, EpochBatches,
     EvalPhotos, Hashes, Parser, TrainSamples, UserError, add_data_options, amp, as_number,
     atomic_write, batch_bytes, begun_files, build_model, check_labels, check_output,
-    check_shared_memory, check_space, check_unseen, checked, claim_device, code_of, confusion,
-    data_options, decide, different_keys, draw_bars, draw_heat, encoder_mean_std, figure_urls,
-    fold_name, folds_hash, foreground_ids, full_batch, has_kinds, image_miou, join_photos,
-    keep_code, last_convolution, load_checkpoint, load_data, load_extra, load_folds, load_labels,
-    load_unlabelled, load_weights, loader_options, loader_workers, lock, make_augmentation,
-    make_loss, move_aside, named, normalise, number, overlay, pixel_weights, provenance, ranks,
-    rare_odds, read_description, read_image, read_rows, recipe_changes, resize_probs, run_code,
-    run_folder, run_recipe, run_script, save_checkpoint, scores, signals_later, split_model,
-    this_process, tile_url, try_sides, weights_file, write_csv, write_description, write_page,
-    write_sheet)
+    check_shared_memory, check_space, check_unseen, checked, checkpoint_gradients, claim_device,
+    code_of, confusion, data_options, decide, different_keys, draw_bars, draw_heat,
+    encoder_mean_std, figure_urls, fold_name, folds_hash, foreground_ids, full_batch, has_kinds,
+    image_miou, join_photos, keep_code, last_convolution, layer_factors, load_checkpoint, load_data,
+    load_extra, load_folds, load_labels, load_unlabelled, load_weights, loader_options,
+    loader_workers, lock, make_augmentation, make_loss, move_aside, named, normalise, number,
+    overlay, pixel_weights, provenance, ranks, rare_odds, read_description, read_image, read_rows,
+    recipe_changes, resize_probs, run_code, run_folder, run_recipe, run_script, save_checkpoint,
+    scores, signals_later, split_model, this_process, tile_url, try_sides, weights_file, write_csv,
+    write_description, write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
@@ -107,11 +108,14 @@ def mixup(images, masks, rng):
 
 
 def multiscale(images, masks, rng):
-    """Resize the batch to a size drawn from 0.75 to 1.25 times its own, a multiple of STRIDE."""
+    """Resize the batch to a size drawn from 0.75 to 1.25 times its own, a multiple of STRIDE.
+
+    Near 48 there is none, and it is 64.
+    """
     from torch.nn.functional import interpolate
     side = masks.shape[-1]
     low, high = math.ceil(0.75 * side / STRIDE), math.floor(1.25 * side / STRIDE)
-    side = STRIDE * int(rng.integers(low, high + 1))
+    side = STRIDE * int(rng.integers(low, max(low, high) + 1))
     images = interpolate(images, (side, side), mode="bilinear", antialias=True)
     masks = interpolate(masks[:, None].float(), (side, side), mode="nearest-exact")
     return images, masks[:, 0].long()
@@ -139,6 +143,11 @@ RECIPE = {
     "lr": (number(float, 0, 10), 4e-3, "peak; FPNs learned more with 5e-3 than with 2e-3"),
     "encoder_lr": (number(float, 0, 10), 0.5, "of the encoder, as a multiple of --lr; 1 without "
                                               "pretrained weights"),
+    "layer_decay": (number(float, 0.01, 1), 1.0, "of the encoder's learning rate, from each layer "
+                                                 "to the one below it"),
+    "drop_path": (number(float, 0, 0.9), 0.0, "stochastic depth of the encoder, the rate of its "
+                                              "last block; 0: as the encoder has it"),
+    "freeze": (number(int, 0), 0, "epochs at the start in which the encoder doesn't learn"),
     "schedule": (tuple(SCHEDULES), "cosine", "of the learning rate"),
     "warmup": (number(float, 0, 0.9), 0.05, "share of the run; onecycle usually has 0.3"),
     "cycles": (number(int, 1, 1000), 3, "of the schedule restarts"),
@@ -180,8 +189,9 @@ def parse_args(argv=None):
                      metavar="DECODER/ENCODER",
                      help=f"decoder: {', '.join(DECODERS)}; encoder: "
                      "segmentation-models-pytorch's, or tu- and timm's")
-    run.add_argument("--scale", type=number(int, STRIDE, 4096, STRIDE), default=512,
-                     help="image side, in steps of 32")
+    run.add_argument("--scale", type=number(int, STRIDE, 4096), default=512,
+                     help="image side; padded to the encoder's stride, which is 32, or of a ViT "
+                     "its patch")
     run.add_argument("--fold", type=fold_name, default=0, metavar=f"K|{ALL}",
                      help=f"fold held out for validation; {ALL}: none, for as many epochs as the "
                      "folds were best at")
@@ -246,6 +256,9 @@ def add_system_arguments(system):
                         help="jobs that may share a GPU that auto takes")
     system.add_argument("--workers", type=number(int, 0, 256),
                         help="of the loader; none on a CPU, else one a core up to 8")
+    system.add_argument("--grad-checkpoint", action="store_true",
+                        help="compute the encoder's maps twice instead of keeping them: saves "
+                        "memory, takes time; for encoders without batch norm")
     system.add_argument("--compile", action="store_true",
                         help="torch.compile the model and the loss: slow to start, then faster")
     system.add_argument("--logger", choices=LOGGERS, help="besides log.csv")
@@ -276,7 +289,7 @@ def check_args(args, n_ranks):
 class Run:
     """What a run works with, and how far it is."""
     model: object
-    forward: object  # the model, compiled and wrapped for several processes as the options say
+    forward: object  # of wrap: None until the first step, and when the encoder thaws
     loss: object  # of make_loss
     optimizer: object
     scaler: object
@@ -296,6 +309,7 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)  # when last.pt was last written
     drawing_seconds: float = 0.0
     logger: object = None
+    is_frozen: bool = False  # whether the encoder doesn't learn now
 
     # what every step goes through, looked up once: to find it by name takes milliseconds
     @cached_property
@@ -385,7 +399,8 @@ def backward(run, images, masks):
         if not any(words in str(e) for words in GPU_MEMORY_WORDS):
             raise
         if n_parts >= len(images) // 2 or ranks()[1] > 1:
-            text = f"out of memory: lower --scale or --batch, or raise --accumulate ({e})"
+            text = ("out of memory: lower --scale or --batch, raise --accumulate, or add "
+                    f"--grad-checkpoint ({e})")
             raise UserError(text) from None
         run.parts = min(2 * n_parts, len(images) // 2)
         logits = loss = None  # they hold the failed attempt's graph
@@ -469,7 +484,7 @@ def train_one_epoch(run, loader, args, save=None, show_batch=None):
     save(steps done) is called when --save-every says so, show_batch(images, masks) before the first
     step of a run.
     """
-    run.model.train()
+    prepare_model(run, args)
     rank, n_ranks = ranks()
     n_steps, n_images = len(loader), 0
     started, waited = time.monotonic(), 0.0
@@ -500,6 +515,40 @@ def train_one_epoch(run, loader, args, save=None, show_batch=None):
     mean_loss = loss_sum / (n_steps - skipped) if skipped < n_steps else math.nan
     return {"loss": mean_loss, "lr": lr, "skipped": int(skipped),
             "images_per_s": n_images * n_ranks / seconds, "waiting": waited / seconds}
+
+
+def prepare_model(run, args):
+    """Put the model into training mode; the encoder learns unless the epoch is one of --freeze.
+
+    Frozen, it works as in evaluation: its statistics stay, and it drops nothing.
+    """
+    run.model.train()
+    is_frozen = run.epoch < args.freeze
+    if is_frozen:
+        run.model.encoder.eval()
+    if is_frozen != run.is_frozen:
+        run.is_frozen, run.forward = is_frozen, None
+        # what the logits don't need is in no group, and never learns; see try_model
+        learns = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+        for parameter in run.model.encoder.parameters():
+            parameter.requires_grad_(not is_frozen and id(parameter) in learns)
+            parameter.grad = None
+    if run.forward is None:
+        run.forward = wrap(run.model, args, run.device)
+
+
+def wrap(model, args, device):
+    """Return the model compiled and wrapped for several processes, as the options say.
+
+    DDP waits for the gradients of the parameters that learn when it is made, so it is made anew for
+    an encoder that thaws.
+    """
+    import torch
+    if ranks()[1] > 1:
+        gc.collect()  # one that was made before waits for them too
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, [device.index] if device.type == "cuda" else None)
+    return torch.compile(model) if args.compile else model
 
 
 def count_step(total, loss, is_bad):
@@ -694,15 +743,15 @@ def classmix_settings(args, pixels):
     return args.classmix_prob, weights
 
 
-def parameter_groups(model, encoder_lr, weight_decay):
+def parameter_groups(model, encoder_lr, weight_decay, factors=()):
     """Return the trainable parameters grouped by learning rate factor and weight decay.
 
-    Norms and biases, all parameters of one dimension, have no decay.
+    Norms and biases, all parameters of one dimension, have no decay. factors: of layer_factors.
     """
-    groups = {}
+    groups, factors = {}, dict(factors)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            factor = encoder_lr if name.startswith("encoder.") else 1.0
+            factor = encoder_lr * factors.get(name, 1) if name.startswith("encoder.") else 1.0
             decay = weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((factor, decay), []).append(parameter)
     return [{"params": parameters, "factor": factor, "weight_decay": decay}
@@ -745,8 +794,11 @@ def start_model(args, classes, pixels, resume=None):
     It needs none if there is a `resume`, of find_last. pixels [C]: of training images.
     """
     path = None if resume else weights_file(args.weights, args.model)
-    model = build_model(args.model, len(classes), "none" if resume or path else args.weights)
+    model = build_model(args.model, len(classes), "none" if resume or path else args.weights,
+                        args.scale, args.drop_path)
     try_model(model, args.model, batch_sides(args))
+    if args.grad_checkpoint:
+        checkpoint_gradients(model, args.model)
     set_prior(model, pixels)
     if path:  # after the prior: a file may also have rows of the head
         line = load_weights(model, args.model, path, classes)
@@ -762,13 +814,11 @@ def start_run(args, classes, pixels, resume, device):
     torch.manual_seed(args.seed)
     model = start_model(args, classes, pixels, resume)
     model = model.to(device, memory_format=torch.channels_last)
-    gpus = [device.index] if device.type == "cuda" else None
-    forward = model
-    if ranks()[1] > 1:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if gpus else model
-        forward = torch.nn.parallel.DistributedDataParallel(model, gpus)
+    if ranks()[1] > 1 and device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     weights = class_weights(args, pixels, device)
-    groups = parameter_groups(model, args.encoder_lr, args.weight_decay)
+    factors = layer_factors(model, args.model, args.layer_decay)
+    groups = parameter_groups(model, args.encoder_lr, args.weight_decay, factors)
     # as many in each rank, though their shares of a batch may differ by an image: they wait for
     # each other in each part, which needs two images for batch norm
     n_parts = max(1, min(args.accumulate, args.batch // ranks()[1] // 2))
@@ -776,7 +826,7 @@ def start_run(args, classes, pixels, resume, device):
     mean, std = encoder_mean_std(args.model)
     loss = make_loss(args.loss, args.loss_ratio, args.label_smoothing, weights)
     run = Run(
-        model=model, forward=torch.compile(forward) if args.compile else forward,
+        model=model, forward=None,
         loss=torch.compile(loss) if args.compile else loss,
         optimizer=OPTIMIZERS[args.optimizer](groups, args.lr),
         scaler=torch.amp.GradScaler(device.type, enabled=is_half),
@@ -785,6 +835,7 @@ def start_run(args, classes, pixels, resume, device):
     if resume:
         restore(run, *resume)
     run.total = run.total.to(device)
+    prepare_model(run, args)
     return run
 
 

@@ -208,7 +208,7 @@ SHELLS = ("$$(touch pwned)", "`touch pwned`", "; touch pwned", "x & touch pwned"
     ({"FOLDS": "0 1 0"}, "FOLDS has 0 twice"), ({"MODELS": f"{MODEL} {MODEL}"}, "twice"),
     ({"SCALES": "64 64"}, "twice"), ({"FOLDS": "00"}, "not 00"), ({"FOLDS": "0 5"}, "not 5"),
     ({"SCALES": "064"}, "SCALES: 064"), ({"SCALES": "+64"}, "SCALES: +64"),
-    ({"SCALES": 50}, "--scale"), ({"MODELS": "fpn/a/b"}, "fpn/a/b is not DEC"), ({"MODELS": "fpn/.."}, "is not DEC"),
+    ({"SCALES": 16}, "--scale"), ({"MODELS": "fpn/a/b"}, "fpn/a/b is not DEC"), ({"MODELS": "fpn/.."}, "is not DEC"),
     ({"MODELS": f"{MODEL} unet/resnet99"}, "no encoder resnet99"), ({"SUBMIT_ARGS": "-h"}, "SUBMIT_ARGS: for its help"),
     ({"PAINT": "area\ntouch pwned"}, "PAINT has more than one line"), ({"MODELS": "fnp/x"}, "'fnp/x' is not DECODER/"),
     ({"LR": "fast"}, "--lr"), ({"BATCH": 1}, "--batch"),
@@ -222,6 +222,9 @@ SHELLS = ("$$(touch pwned)", "`touch pwned`", "; touch pwned", "x & touch pwned"
      "pan/tu-test_efficientnet can't work at scale 64: "),
     ({"MODELS": "pan/tu-test_efficientnet", "SCALES": 128, "INFER_ARGS": "--tta-scales 1 0.5"},
      "pan/tu-test_efficientnet can't work at scale 64 (INFER_ARGS: --tta-scales times 128): "),
+    ({"TRAIN_ARGS": "--layer-decay 0.8", "MODELS": f"{MODEL} fpn/resnet18"}, "timm knows no layers of the encoder of"),
+    ({"TRAIN_ARGS": "--drop-path 0.1", "MODELS": f"{MODEL} fpn/resnet18"}, "--drop-path 0.1: the encoder resnet18 is "),
+    ({"TRAIN_ARGS": "--grad-checkpoint"}, f"--grad-checkpoint: the encoder of {MODEL} has batch norm"),
     ({"SNAPSHOTS": 3}, "--snapshots 3"), ({"DATA": "nosuch"}, "nosuch: no such folder"), ({"PAINT": "last"}, "--paint"),
     *(({knob: text}, knob) for knob in ("LR", "TRAIN_ARGS", "LAUNCH", "EXP", "PY", "MODELS") for text in SHELLS)])
 def test_mistaken_knob_is_an_error_of_one_line_that_names_it_and_nothing_is_written(untouched, knobs, message):

@@ -14,6 +14,8 @@ import torch
 import torchvision
 from conftest import run_of
 from safetensors.torch import save_file
+from segmentation_models_pytorch.decoders.dpt.decoder import DPTDecoder
+from timm.optim import param_groups_layer_decay
 
 import common
 import train
@@ -28,6 +30,7 @@ SHARED_ENCODERS = "../shared/encoders"  # beside the project, where there is one
 # A decoder that is added to DECODERS is tested by itself; what it needs instead of the default stands here.
 ENCODERS = {"dpt": "tu-test_vit"}  # else a tiny EfficientNet
 SMALLEST = {"pan": 128}  # side that it works at, else 64; pan halves the deepest map three times
+STRIDES = {"dpt": 16}  # multiples of which sides are padded to, else 32; that of dpt is its ViT's patch
 
 
 def encoder_of(decoder):
@@ -61,8 +64,8 @@ def test_every_decoder_makes_logits_of_the_inputs_size(decoder):
 
 
 @pytest.mark.parametrize(("encoder", "side"), [
-    ("maxvit_rmlp_pico_rw_256", 256), ("swin_tiny_patch4_window7_224", 224), ("swinv2_tiny_window8_256", 256),
-    ("hiera_tiny_224", 224), ("coatnet_nano_rw_224", 224), ("efficientformerv2_s0", 224), ("gcvit_xxtiny", 224)])
+    ("maxvit_rmlp_pico_rw_256", 256), ("hiera_tiny_224", 224),
+    ("coatnet_nano_rw_224", 224), ("efficientformerv2_s0", 224), ("gcvit_xxtiny", 224)])
 def test_an_encoder_of_fixed_size_is_refused_at_another_in_one_line_that_names_both(encoder, side):
     name = f"fpn/tu-{encoder}"
     with torch.device("meta"):
@@ -170,11 +173,12 @@ def test_the_names_of_real_encoders_are_taken(name):
 
 
 @pytest.mark.parametrize("decoder", common.DECODERS)
-def test_sides_that_are_no_multiples_of_32_are_padded_and_cropped_back(decoder):
-    model, low = small(decoder), SMALLEST.get(decoder, 64) - 32
-    for height, width in ((low + 1, low + 32), (low + 32, low + 31), (low + 10, low + 1)):
+def test_sides_that_are_no_multiples_of_the_stride_are_padded_and_cropped_back(decoder):
+    model, stride = small(decoder), STRIDES.get(decoder, 32)
+    low = SMALLEST.get(decoder, 64) - stride
+    for height, width in ((low + 1, low + stride), (low + stride, low + stride - 1), (low + 10, low + 1)):
         images = torch.randn(2, 3, height, width)
-        whole = torch.zeros(2, 3, low + 32, low + 32)
+        whole = torch.zeros(2, 3, low + stride, low + stride)
         whole[:, :, :height, :width] = images
         with torch.inference_mode():
             assert torch.equal(model(images), model(whole)[:, :, :height, :width])
@@ -235,6 +239,181 @@ def test_smps_own_and_timms_encoders_make_logits_of_the_inputs_size(name):
 def test_a_model_that_cannot_be_built_ends_with_the_reason(name, reason):
     with pytest.raises(UserError, match=f"{name} .*{reason}"):
         common.build_model(name, 5)
+
+
+# ---- encoders at every scale ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("encoder", "scale", "options"), [
+    ("vit_tiny_patch16_224", 384, {"img_size": (384, 384), "dynamic_img_size": True}),
+    ("eva02_tiny_patch14_224", 450, {"img_size": (462, 462), "dynamic_img_size": True}),
+    ("swin_tiny_patch4_window7_224", 250, {"img_size": (256, 256), "dynamic_img_size": True}),
+    ("hiera_tiny_224", 100, {"img_size": (128, 128)}), ("convnext_atto", 250, {}), ("tf_efficientnet_lite0", 64, {})])
+def test_an_encoder_of_fixed_size_is_built_for_the_scale_padded_to_its_stride(encoder, scale, options):
+    assert common.timm_options(f"tu-{encoder}", scale, 0) == options
+    assert common.timm_options(f"tu-{encoder}", None, 0) == {k: v for k, v in options.items() if k != "img_size"}
+    assert common.timm_options("resnet18", scale, 0) == {}
+
+
+AT_SCALES = [  # (model, the scale that it is built for, other sides that it must take then)
+    ("dpt/tu-vit_small_patch14_dinov2.lvd142m", 448, (224,)), ("dpt/tu-vit_small_patch14_dinov2.lvd142m", 518, (400,)),
+    ("upernet/tu-swin_tiny_patch4_window7_224", 256, (192,)), ("dpt/tu-vit_base_patch16_224", 384, (300,)),
+    ("upernet/tu-swinv2_tiny_window8_256", 320, (160,)), ("upernet/tu-hiera_tiny_224", 320, ()),
+    ("fpn/tu-maxvit_tiny_tf_224", 320, ()), ("upernet/tu-convnext_atto", 250, (300,)),
+    ("segformer/mit_b0", 250, (300,)), ("dpt/tu-vit_small_patch16_dinov3.lvd1689m", 250, (300,))]
+
+
+@pytest.mark.parametrize(("name", "scale", "others"), AT_SCALES)
+def test_transformers_work_at_scales_that_are_not_their_own(name, scale, others):
+    with torch.device("cpu" if "mit_" in name else "meta"):
+        model = common.build_model(name, 3, scale=scale)
+    common.try_sides(model, name, [scale, *others])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "scale", "others"), AT_SCALES)
+def test_transformers_take_a_step_at_scales_that_are_not_their_own(line, tmp_path, name, scale, others):
+    args = line(tmp_path, "--model", name, "--scale", scale, "--batch", 2)
+    run = train.start_run(args, range(3), np.ones(3), None, torch.device("cpu"))
+    images = torch.randint(256, (2, scale, scale, 3), dtype=torch.uint8)
+    before = {key: p.clone() for key, p in run.model.named_parameters() if p.requires_grad}
+    loss, is_bad = train.train_step(run, images, images[..., 0] % 3, 1e-3, 0, 1, args)
+    after = dict(run.model.named_parameters())
+    assert loss.isfinite() and not is_bad
+    moved = [key for key in before if not torch.equal(after[key], before[key])]
+    assert len(moved) > 0.7 * len(before)  # what stands before SwinV2's norms does not: they begin at 0
+
+
+def test_a_vit_of_14_pixels_is_decoded_as_smps_decoder_does_16_and_enlarged_to_the_photo():
+    model = common.build_model("dpt/tu-eva02_tiny_patch14_224", 4, scale=56).eval()
+    decoder = DPTDecoder(model.encoder.out_channels, [16] * 4, True).eval()
+    decoder.load_state_dict(model.decoder.state_dict())
+    images = torch.randn(1, 3, 50, 56)
+    with torch.inference_mode():
+        whole = torch.nn.functional.pad(images, (0, 0, 0, 6))
+        features = decoder(*model.encoder(whole))  # of 4 x 4 patches 32 x 32
+        logits = model.segmentation_head.head(features)
+        expected = torch.nn.functional.interpolate(logits, (56, 56), mode="bilinear", align_corners=True)
+        assert features.shape[2:] == (32, 32) and torch.equal(model(images), expected[:, :, :50])
+
+
+@pytest.mark.parametrize(("name", "sides"), [
+    ("dpt/tu-eva02_tiny_patch14_224", (70, 98)), ("dpt/tu-test_vit", (80, 48))])
+def test_dpt_takes_odd_numbers_of_patches(name, sides):
+    model = common.build_model(name, 4, scale=sides[0]).eval()
+    with torch.inference_mode():
+        assert model(torch.randn(1, 3, *sides)).shape == (1, 4, *sides)
+
+
+def test_dpts_lower_level_is_shrunk_to_the_size_of_the_upper_corner_on_corner():
+    ramp = torch.linspace(0, 1, 38)
+    upper = torch.zeros(1, 1, 37, 37)
+    feature, previous = common.resize_previous(None, (upper, ramp.expand(1, 1, 38, 38)))
+    assert feature is upper
+    torch.testing.assert_close(previous, torch.linspace(0, 1, 37).expand(1, 1, 37, 37))
+    assert common.resize_previous(None, (upper,)) == (upper, None)
+    assert common.resize_previous(None, (upper, upper))[1] is upper
+
+
+@pytest.mark.parametrize(("name", "takes_others"), [("dpt/tu-test_vit", True), ("fpn/tu-hiera_tiny_224", False)])
+def test_a_model_of_fixed_size_is_rebuilt_for_its_runs_scale_from_the_checkpoint_alone(tmp_path, name, takes_others):
+    model = common.build_model(name, 3, scale=96).eval()
+    checkpoint = own_checkpoint(model, ["Background", "a", "b"], model=name, scale=96, mean=[0.5] * 3, std=[0.5] * 3)
+    checkpoint["model"] = model.state_dict()
+    torch.save(checkpoint, tmp_path / "model.pt")
+    trained, images = common.load_model(tmp_path / "model.pt"), torch.randn(1, 3, 96, 96)
+    photo = np.zeros((50, 70, 3), np.uint8)
+    with torch.inference_mode():
+        torch.testing.assert_close(trained.model(images), model(images), rtol=0, atol=1e-3)  # one in channels_last
+    assert common.predict_photo(trained, photo).shape == (3, 50, 70)
+    if takes_others:
+        assert common.predict_photo(trained, photo, tta_scales=(1, 0.5)).shape == (3, 50, 70)
+    else:
+        with pytest.raises(UserError, match=f"{name} can't work at scale 48: [^\n]+$"):
+            common.predict_photo(trained, photo, tta_scales=(1, 0.5))
+
+
+# ---- how an encoder is trained --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "encoder"), [
+    ("dpt/tu-test_vit", "test_vit"), ("fpn/tu-convnext_atto", "convnext_atto"), ("fpn/tu-test_resnet", "test_resnet"),
+    ("upernet/tu-swin_s3_tiny_224", "swin_s3_tiny_224"), ("fpn/tu-hiera_tiny_224", "hiera_tiny_224")])
+def test_layer_decay_is_that_of_timms_own_parameter_groups(name, encoder):
+    with torch.device("meta"):
+        network, model = timm.create_model(encoder), common.build_model(name, 3)
+    names = {id(p): key for key, p in network.named_parameters()}
+    groups = param_groups_layer_decay(network, layer_decay=0.7)
+    scales = {names[id(p)].replace(".", "_"): group["lr_scale"] for group in groups for p in group["params"]}
+    factors = common.layer_factors(model, name, 0.7)
+    assert factors.keys() == {f"encoder.{key}" for key, _ in model.encoder.named_parameters()}
+    for key, factor in factors.items():
+        assert factor == scales[re.sub(r"^encoder\.(model\.)+", "", key).replace(".", "_")], key
+    assert len(set(factors.values())) > 3
+
+
+def test_layer_decay_of_a_vit_by_hand():
+    model = common.build_model("dpt/tu-test_vit", 3)  # of 6 blocks
+    factors = common.layer_factors(model, "dpt/tu-test_vit", 0.5)
+    expected = {"norm.weight": 1 / 2, "blocks.5.mlp.fc1.weight": 1 / 2, "blocks.0.attn.qkv.weight": 1 / 64,
+                "pos_embed": 1 / 128, "patch_embed.proj.weight": 1 / 128}
+    assert {key: factors[f"encoder.model.{key}"] for key in expected} == expected
+    assert common.layer_factors(model, "dpt/tu-test_vit", 1) == {}
+
+
+@pytest.mark.parametrize("name", ["fpn/resnet18", "segformer/mit_b0", "fpn/tu-caformer_s18"])
+def test_layer_decay_of_an_encoder_without_timms_layers_is_refused(name):
+    with torch.device("cpu" if "mit_" in name else "meta"):
+        model = common.build_model(name, 3)
+    with pytest.raises(UserError, match=f"^--layer-decay 0.5: timm knows no layers of the encoder of {name}: take 1, "):
+        common.layer_factors(model, name, 0.5)
+
+
+@pytest.mark.parametrize("name", ["dpt/tu-test_vit", "fpn/tu-convnext_atto", "fpn/tu-test_efficientnet",
+                                  "fpn/tu-hiera_tiny_224", "upernet/tu-swin_s3_tiny_224"])
+def test_drop_path_grows_to_its_rate_at_the_last_block_and_0_is_as_the_encoder_has_it(name):
+    def rates(model):
+        return [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath" and m.drop_prob]
+    with torch.device("meta"):
+        dropped, plain = (rates(common.build_model(name, 3, drop_path=rate).encoder) for rate in (0.3, 0))
+        network = timm.create_model(name.partition("/tu-")[2])
+    assert dropped == sorted(dropped) and 0.2 < dropped[-1] < 0.3 + 1e-6
+    assert plain == rates(network) and bool(plain) == ("swin" in name)  # timm's Swin has 0.1
+
+
+@pytest.mark.parametrize("name", ["fpn/resnet18", "segformer/mit_b0", "fpn/tu-vgg11"])
+def test_drop_path_of_an_encoder_that_cannot_is_refused(name):
+    with pytest.raises(UserError, match=f"^--drop-path 0.1: the encoder {name.partition('/')[2]} .*, take 0$"):
+        common.build_model(name, 3, drop_path=0.1)
+
+
+@pytest.mark.parametrize("name", ["dpt/tu-test_vit", "fpn/tu-convnext_atto", "upernet/tu-swin_s3_tiny_224",
+                                  "fpn/tu-hiera_tiny_224"])
+def test_checkpointed_gradients_are_the_same_numbers_though_maps_are_computed_twice(name):
+    plain = common.build_model(name, 3, scale=64, drop_path=0.5).train()
+    saving = deepcopy(plain)
+    common.checkpoint_gradients(saving, name)
+    images, calls = torch.randn(2, 3, 64, 64), []
+    kinds = ("Block", "ConvNeXtBlock", "SwinTransformerBlock", "HieraBlock")
+    for model in (plain, saving):
+        for module in model.encoder.modules():
+            if type(module).__name__ in kinds:
+                module.register_forward_pre_hook(lambda *_, model=model: calls.append(model))
+        torch.manual_seed(1)  # of the dropped paths
+        model(images).square().mean().backward()
+    assert calls.count(saving) > calls.count(plain) > 0
+    others = dict(saving.named_parameters())
+    for key, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, others[key].grad), key
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("fpn/tu-test_efficientnet", "has batch norm, which would count each batch twice"),
+    ("fpn/resnet18", "has batch norm"), ("segformer/mit_b0", "is not one that timm can do so")])
+def test_gradients_of_an_encoder_that_cannot_are_not_checkpointed(name, reason):
+    with pytest.raises(UserError, match=f"^--grad-checkpoint: the encoder of {name} {reason}.*: leave it out$"):
+        common.checkpoint_gradients(common.build_model(name, 3), name)
 
 
 # ---- weights from files ----------------------------------------------------------------------------------------------
@@ -464,7 +643,7 @@ def own_checkpoint(net, classes, **recipe):
     """Return what a model.pt of train.py holds, of a model with random tensors everywhere."""
     return dict.fromkeys(common.DESCRIBED, {}) | {
         "model": random_state(net), "classes": classes, "valid_ids": [7, 8], "epoch": 1, "v3": 0.5, "state": "",
-        "commit": "", "kept_under": [], "recipe": {"model": WHOLE, "scale": 64, **recipe}}
+        "commit": "", "kept_under": [], "recipe": {"model": WHOLE, "scale": 64} | recipe}
 
 
 def test_a_model_pt_of_other_classes_gives_encoder_decoder_and_the_rows_of_classes_by_name(tmp_path):

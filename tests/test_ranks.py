@@ -297,6 +297,12 @@ def test_weights_that_the_logits_do_not_depend_on_stop_no_rank(run_ranks, argv, 
     assert_ranks_agree(tmp_path)
 
 
+def test_ranks_agree_when_the_encoder_thaws(run_ranks, argv, tmp_path):
+    line = argv(tmp_path / "exp", "--epochs", 2, "--freeze", 1)
+    assert run_ranks(2, "train_rank", tmp_path, argv=line) == [0, 0], errors(tmp_path)
+    assert_ranks_agree(tmp_path)
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--batch", 3], "--batch 3: batch norm needs 2 images a process, of which there are 2"),
     (["--device", "nonsense"], "--device nonsense: ")])

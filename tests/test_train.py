@@ -10,6 +10,7 @@ import sys
 import zipfile
 from argparse import Namespace
 from collections import Counter, OrderedDict
+from copy import deepcopy
 from fractions import Fraction
 from functools import partial
 from multiprocessing import get_context
@@ -339,14 +340,15 @@ def test_a_model_that_is_not_decoder_and_encoder_is_refused(line, tmp_path, mode
     assert f"{model!r} is not DECODER/ENCODER" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("model", ["pan/resnet18", "dpt/tu-vit_tiny_patch16_224"])  # too few pixels; fixed scale
+@pytest.mark.parametrize("model", ["pan/resnet18", "dpt/tu-cait_xxs24_224"])  # too few pixels; not one for dpt
 def test_a_model_that_cannot_work_at_the_scale_is_refused_in_one_line(line, tmp_path, model):
     with pytest.raises(UserError, match=f"^{model} can't work at scale 64: [^\n]+$"):
         train.main(line(tmp_path, "--model", model))
 
 
 @pytest.mark.parametrize("wrong", [
-    ("--scale", "33"), ("--scale", "0"), ("--scale", "-32"), ("--scale", "16"), ("--fold", "3"), ("--fold", "-1"),
+    ("--layer-decay", "0"), ("--layer-decay", "1.5"), ("--drop-path", "1"), ("--freeze", "-1"),
+    ("--scale", "0"), ("--scale", "-32"), ("--scale", "16"), ("--fold", "3"), ("--fold", "-1"),
     ("--folds", "99"), ("--folds", "1"), ("--weights", "nosuch.pth"), ("--round", "-1"), ("--epochs", "0"),
     ("--batch", "0"), ("--lr", "nan"), ("--lr", "-1"), ("--warmup", "1"), ("--loss-ratio", "2"), ("--ema", "2"),
     ("--seed", "-1"), ("--workers", "-1"), ("--workers", "3000"), ("--batch", "1000000"), ("--clip", "1e-46"),
@@ -382,7 +384,7 @@ def test_an_encoder_that_does_not_exist_is_refused_before_training(line, tmp_pat
         train.main(line(tmp_path, "--model", "unet/tu-nosuch"))
 
 
-@pytest.mark.parametrize("model", ["pan/tu-test_efficientnet", "dpt/tu-vit_tiny_patch16_224"])
+@pytest.mark.parametrize("model", ["pan/tu-test_efficientnet", "dpt/tu-cait_xxs24_224"])
 def test_a_model_that_cannot_work_at_the_scale_is_refused_before_training(line, tmp_path, no_training, model):
     with pytest.raises(UserError, match=f"{model} can't work at scale 64: ") as refusal:
         train.main(line(tmp_path, "--model", model))
@@ -964,6 +966,13 @@ def test_every_batch_hook_gives_a_batch_as_the_model_wants_it_and_depends_on_the
         assert torch.equal(again[0], new_images) and torch.equal(again[1], new_masks), must + "draw from rng alone"
 
 
+@pytest.mark.parametrize(("side", "expected"), [(40, {32}), (45, {64}), (70, {64}), (518, set(range(416, 641, 32)))])
+def test_multiscale_has_a_size_for_every_side(side, expected):
+    images, masks = torch.zeros(2, 3, side, side), torch.zeros(2, side, side, dtype=torch.int64)
+    sizes = {train.multiscale(images, masks, np.random.default_rng(seed))[1].shape[-1] for seed in range(99)}
+    assert sizes == expected
+
+
 def test_the_hook_none_returns_the_very_same():
     images, masks = hook_batch()
     result = train.BATCH_HOOKS["none"](images, masks, None)
@@ -1362,6 +1371,7 @@ def test_a_run_that_was_begun_and_is_replaced_stands_aside_with_its_snapshots(li
 @pytest.mark.parametrize("more", [
     ["--sampler", "rare"], ["--classmix", "plain"], ["--classmix", "weighted", "--classmix-prob", 1],
     ["--class-weights", "inverse"], ["--optimizer", "sgd", "--clip", 0.5, "--accumulate", 2, "--encoder-lr", 0.1],
+    ["--layer-decay", 0.5, "--drop-path", 0.3], ["--freeze", 1, "--clip", 1], ["--freeze", 2, "--optimizer", "sgd"],
 ], ids=lambda more: "_".join(map(str, more)))
 def test_an_option_changes_the_run_which_stays_the_same_with_workers_and_when_killed(
         line, finished_exp, tmp_path, more, capsys):
@@ -1377,6 +1387,75 @@ def test_an_option_changes_the_run_which_stays_the_same_with_workers_and_when_ki
     assert "resuming after epoch 1" in capsys.readouterr().out
     assert (run_of(killed) / "model.pt").read_bytes() == (run_of(straight) / "model.pt").read_bytes()
     assert read_log(run_of(killed)) == log
+
+
+@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
+def test_a_frozen_encoder_keeps_its_weights_and_statistics_for_so_many_epochs_and_then_learns(
+        line, tmp_path, monkeypatch, optimizer):
+    args = line(tmp_path, "--freeze", 2, "--epochs", 3, "--weight-decay", 0.5, "--ema", 0.5, "--optimizer", optimizer)
+    states, start_run, train_one_epoch = [], train.start_run, train.train_one_epoch
+
+    def copies(run):
+        return [deepcopy(model.state_dict()) for model in (run.model, run.ema.module)]
+
+    def start(*rest):
+        run = start_run(*rest)
+        states.append(copies(run))
+        return run
+
+    def one_epoch(run, *rest):
+        row = train_one_epoch(run, *rest)
+        states.append(copies(run))
+        return row
+    monkeypatch.setattr(train, "start_run", start)
+    monkeypatch.setattr(train, "train_one_epoch", one_epoch)
+    train.main(args)
+    first, *after = states
+    for epoch, (state, average) in enumerate(after, 1):
+        for key, value in first[0].items():
+            is_kept = torch.equal(state[key], value) and torch.equal(average[key], value)
+            learns = value.is_floating_point() and (not key.startswith("encoder.") or epoch == 3)
+            assert is_kept != learns or not value.is_floating_point(), (epoch, key)
+    counted = [key for key in first[0] if key.startswith("encoder.") and key.endswith("num_batches_tracked")]
+    assert counted and all(after[1][0][key] == 0 and after[2][0][key] == STEPS for key in counted)
+
+
+def test_freezing_and_thawing_leaves_alone_what_the_logits_do_not_need(line, tmp_path):
+    args = line(tmp_path, "--model", "fpn/efficientnet-b0", "--freeze", 1)
+    run = train.start_run(args, range(3), np.ones(3), None, torch.device("cpu"))
+    needless = [p for name, p in run.model.named_parameters() if "_conv_head" in name or "_bn1" in name[:14]]
+    assert needless and not any(p.requires_grad for p in run.model.encoder.parameters()) and run.is_frozen
+    run.epoch = 1
+    train.prepare_model(run, args)
+    assert not any(p.requires_grad for p in needless) and not run.is_frozen and run.model.encoder.training
+    listed = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in run.model.parameters() if p.requires_grad} == listed
+
+
+def test_the_encoders_parameters_have_its_factor_times_their_layers(line, tmp_path):
+    args = line(tmp_path, "--model", "dpt/tu-test_vit", "--encoder-lr", 0.5, "--layer-decay", 0.5)
+    run = train.start_run(args, range(3), np.ones(3), None, torch.device("cpu"))
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    factors = {names[id(p)]: group["factor"] for group in run.optimizer.param_groups for p in group["params"]}
+    expected = {"encoder.model.blocks.5.mlp.fc1.weight": 1 / 4, "encoder.model.blocks.0.norm1.bias": 1 / 128,
+                "encoder.model.pos_embed": 1 / 256, "segmentation_head.head.4.weight": 1}
+    assert {name: factors[name] for name in expected} == expected
+
+
+def test_checkpointed_gradients_are_no_part_of_the_recipe_and_end_in_the_same_bytes(line, tmp_path):
+    plain, saving = (line(tmp_path / name, "--model", "fpn-narrow/tu-convnext_atto", "--epochs", 1, *more)
+                     for name, more in (("a", []), ("b", ["--grad-checkpoint"])))
+    for args in (plain, saving):
+        train.main(args)
+    assert (run_of(plain) / "model.pt").read_bytes() == (run_of(saving) / "model.pt").read_bytes()
+
+
+def test_a_scale_of_no_stride_trains_and_predicts(line, tmp_path):
+    args = line(tmp_path, "--model", "dpt/tu-test_vit", "--scale", 70, "--epochs", 1, "--batch-hook", "multiscale")
+    train.main(args)
+    trained = common.load_model(run_of(args) / "model.pt")
+    assert trained.model.encoder.model.patch_embed.grid_size == (5, 5)  # of 16 pixels
+    assert common.predict_photo(trained, np.zeros((30, 40, 3), np.uint8)).shape == (12, 30, 40)
 
 
 def drawn(args, epochs):
