@@ -2139,6 +2139,8 @@ WEIGHT_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # what DDP, torch.compile and others put before
 ENCODER_PREFIXES = (*WRAPPERS, "encoder.", "backbone.", "body.")
 LEAST_MATCHED = 0.9  # share of an encoder's parameters that a file must hold
+# what model.pt, epoch-*.pt and last.pt of train.py hold besides weights; see has_kinds
+OWN_KINDS = {"recipe": {"model": str}, "classes": [str], "valid_ids": [int]}
 
 
 def weights_file(weights, name):
@@ -2178,7 +2180,7 @@ def load_weights(model, name, path, classes=None):
     """
     checkpoint = read_weights(path)
     recipe, their_classes, origin = {}, None, ""
-    if has_kinds(checkpoint, MODEL_KINDS):
+    if has_kinds(checkpoint, OWN_KINDS):
         recipe, their_classes = checkpoint["recipe"], checkpoint["classes"]
         origin = f" (of {recipe['model']})"
     parts = split_parts(find_tensors(checkpoint, path), path)
@@ -2382,7 +2384,7 @@ def check_unseen(path, recipe, valid_ids=()):
     the photos that it holds out, where they are known. Its scores would flatter it.
     """
     checkpoint = read_weights(path)
-    if not has_kinds(checkpoint, MODEL_KINDS):
+    if not has_kinds(checkpoint, OWN_KINDS):
         return
     theirs = checkpoint["recipe"]
     has_folds = theirs.get("folds_csv") == recipe["folds_csv"]
@@ -3147,15 +3149,15 @@ BESIDE = {
     "Parser", "RUN_PLACE", "STORE_KINDS", "UserError", "accepted_code", "atomic_write",
     "batch_bytes", "begin_worker", "cache_folder", "category_fault", "changes", "check_device",
     "check_files", "check_labels", "check_normalisation", "check_output", "check_place",
-    "check_shared_memory", "check_space", "check_unchanged", "check_unseen", "claim_device",
-    "clean", "code_changes", "code_hashes", "code_of", "code_question", "code_state",
-    "conflicting_duplicates", "data_files", "data_options", "decide", "different_keys", "file_hash",
-    "fingerprint", "first_names", "folds_hash", "git_commit", "gpu_of_rank", "has_kinds",
-    "idle_gpu", "keep_code", "kill_children", "label_settings", "labels_code", "labels_hash",
-    "labels_recipe", "library_versions", "load_folds", "load_truths", "loader_options",
-    "loader_workers", "lock", "matches_checksum", "move_aside", "move_mark", "name_alternatives",
-    "name_fault", "named", "number", "overlay", "project_files", "provenance", "quoted",
-    "raise_faults", "read_description", "read_folds", "read_index_json", "read_json",
+    "check_shared_memory", "check_space", "check_unchanged", "check_unseen", "checkpoint_gradients",
+    "claim_device", "clean", "code_changes", "code_hashes", "code_of", "code_question",
+    "code_state", "conflicting_duplicates", "data_files", "data_options", "decide",
+    "different_keys", "file_hash", "fingerprint", "first_names", "folds_hash", "git_commit",
+    "gpu_of_rank", "has_kinds", "idle_gpu", "keep_code", "kill_children", "label_settings",
+    "labels_code", "labels_hash", "labels_recipe", "library_versions", "load_folds", "load_truths",
+    "loader_options", "loader_workers", "lock", "matches_checksum", "move_aside", "move_mark",
+    "name_alternatives", "name_fault", "named", "number", "overlay", "project_files", "provenance",
+    "quoted", "raise_faults", "read_description", "read_folds", "read_index_json", "read_json",
     "read_own_json", "read_rows", "recipe_changes", "run_code", "run_folder", "run_recipe",
     "run_script", "settings_of", "short_hash", "signals_later", "spelling", "store_code",
     "store_id", "store_recipe", "truth_file", "tune_process", "version_changes", "weights_file",

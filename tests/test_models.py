@@ -175,7 +175,7 @@ def test_the_names_of_real_encoders_are_taken(name):
 @pytest.mark.parametrize("decoder", common.DECODERS)
 def test_sides_that_are_no_multiples_of_the_stride_are_padded_and_cropped_back(decoder):
     model, stride = small(decoder), STRIDES.get(decoder, 32)
-    low = SMALLEST.get(decoder, 64) - stride
+    low = SMALLEST.get(decoder, 64)
     for height, width in ((low + 1, low + stride), (low + stride, low + stride - 1), (low + 10, low + 1)):
         images = torch.randn(2, 3, height, width)
         whole = torch.zeros(2, 3, low + stride, low + stride)
@@ -739,6 +739,17 @@ def test_weights_that_have_seen_photos_of_the_fold_are_refused(tmp_path, theirs,
         common.check_unseen(tmp_path / "model.pt", run, ids)
 
 
+def test_last_pt_is_weights_of_its_run_too_and_its_average_is_taken(tmp_path):
+    whole = own_checkpoint(common.build_model(WHOLE, 2), ["Background", "a"], fold=0, folds_csv="f", data="d")
+    average = {f"module.{key}": value for key, value in whole["model"].items()}
+    last = {key: whole[key] for key in ("recipe", "classes", "valid_ids")} | {
+        "model": random_state(common.build_model(WHOLE, 2)), "ema": average, "optimizer": {"state": {}}}
+    model, line = load(WHOLE, tmp_path / "last.pt", last, 2, classes=["Background", "a"])
+    assert all_equal(model.state_dict(), whole["model"]) and "head's rows of 2 of 2" in line
+    with pytest.raises(UserError, match="last.pt: trained on photos that fold 1 holds out"):
+        common.check_unseen(tmp_path / "last.pt", {"fold": 1, "folds_csv": "f", "data": "d"})
+
+
 def test_weights_of_no_run_have_seen_nothing(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
     common.check_unseen(tmp_path / "w.pth", {"fold": 0, "folds_csv": "f", "data": "d"})
@@ -848,6 +859,7 @@ def test_the_encoders_name_decides_the_size(encoder, n, monkeypatch):
         out_channels = (3, 4, 5, 6, 7, 8)
 
     asked = []
+    monkeypatch.setattr(common, "timm_options", lambda *_: {})
     monkeypatch.setattr(smp.encoders, "get_encoder", lambda name, **options: asked.append((name, options)) or Encoder())
     with torch.device("meta"):
         model = common.build_model(f"efficientdet/{encoder}", 5)
