@@ -2460,7 +2460,7 @@ def check_models(current, runs):
     """
     train, tta_scales = current.train_args, current.infer_args.tta_scales
     check_encoders(sorted({model for model, _, _ in runs}))
-    for model, fold in sorted({(model, fold) for model, _, fold in runs}):
+    for model, fold in sorted({(model, fold) for model, _, fold in runs}, key=str):
         if path := weights_file(train.weights, model):
             check_unseen(path, {"fold": fold, "data": current.data["train"],
                                 "folds_csv": current.folds})
@@ -3078,7 +3078,7 @@ def plan(args):
         raise UserError("\n".join(current.questions()))
     places = [RUN_PLACE.fullmatch(os.path.abspath(path.parent))
               for path in current.to_make if path.name == "model.pt"]
-    runs = {(place[3], int(place[4]), int(place[5])) for place in places if place}
+    runs = {(place[3], int(place[4]), fold_name(place[5])) for place in places if place}
     if runs and not args.dry:  # seconds, but hours would be lost if the last had no encoder
         check_models(current, runs)
     if not args.dry:

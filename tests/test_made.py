@@ -159,7 +159,8 @@ RECIPE = {"model": "fpn/tu-a", "loss": "iou_ce", "augment": "basic", "schedule":
 CODE = {
     "run": lambda: common.run_code(RECIPE), "store": lambda: common.store_code("fpn/tu-a", "flip x 1,0.5"),
     "labels": lambda: common.labels_code([("fpn/tu-a", "flip")], "image"), "masks": lambda: common.code_of("masks"),
-    "submission": lambda: common.code_of("submission"), "voted": lambda: common.code_of("voted")}
+    "submission": lambda: common.code_of("submission"), "voted": lambda: common.code_of("voted"),
+    "photos": lambda: common.code_of("photos", DECODERS="fpn", TTA="flip")}
 # what a step must reach and, of what is there, must not
 REACHED = {
     "run": ("DECODERS[fpn] LOSSES[iou_ce] AUGMENTATIONS[basic] SCHEDULES[cosine] OPTIMIZERS[adamw] BATCH_HOOKS[none] "
@@ -172,6 +173,7 @@ REACHED = {
     "submission": ("vote fit_weights remove_small encode_mask Split choose", "report_sections draw_bars write_page "
                    "train_run Plan status hard"),
     "voted": ("majority decode_mask csv_rows order_of", "fit_weights report_sections Plan"),
+    "photos": ("DECODERS[fpn] TTA[flip] vote remove_small read_photo predict_probs normalise", "train_step soft judge"),
     "masks": ("paint_mask read_coco", "TrainSamples vote train_run")}
 
 
