@@ -1432,14 +1432,15 @@ def test_freezing_and_thawing_leaves_alone_what_the_logits_do_not_need(line, tmp
     assert {id(p) for p in run.model.parameters() if p.requires_grad} == listed
 
 
-def test_the_encoders_parameters_have_its_factor_times_their_layers(line, tmp_path):
-    args = line(tmp_path, "--model", "dpt/tu-test_vit", "--encoder-lr", 0.5, "--layer-decay", 0.5)
+def test_the_encoders_parameters_have_its_factor_times_their_layers_and_its_last_block_the_rate(line, tmp_path):
+    args = line(tmp_path, "--model", "dpt/tu-test_vit", "--encoder-lr", 0.5, "--layer-decay", 0.5, "--drop-path", 0.3)
     run = train.start_run(args, range(3), np.ones(3), None, torch.device("cpu"))
     names = {id(p): name for name, p in run.model.named_parameters()}
     factors = {names[id(p)]: group["factor"] for group in run.optimizer.param_groups for p in group["params"]}
     expected = {"encoder.model.blocks.5.mlp.fc1.weight": 1 / 4, "encoder.model.blocks.0.norm1.bias": 1 / 128,
                 "encoder.model.pos_embed": 1 / 256, "segmentation_head.head.4.weight": 1}
     assert {name: factors[name] for name in expected} == expected
+    assert run.model.encoder.model.blocks[5].drop_path1.drop_prob == pytest.approx(0.3)
 
 
 def test_checkpointed_gradients_are_no_part_of_the_recipe_and_end_in_the_same_bytes(line, tmp_path):
