@@ -51,8 +51,8 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolEx
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
-from itertools import accumulate, count, cycle, product
+from functools import cache, cached_property, lru_cache, partial
+from itertools import accumulate, count, cycle, islice, product
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from textwrap import shorten
@@ -406,21 +406,33 @@ def load_truths(path, test, paint):
 # ---- data: samples and batches -------------------------------------------------------------------
 
 
-class EvalPhotos:
-    """The photos `indices` of a Split for a DataLoader, squashed to the square of the network.
+# what a model sees of a photo: all of it, squashed to its square, or squares of its own resolution
+CROPS = ("photo", "native")
 
-    An item is (image uint8 [scale, scale, 3], truth uint8 [SUBMIT_SIZE, SUBMIT_SIZE]).
+
+class EvalPhotos:
+    """The photos `indices` of a Split for a DataLoader, for models of a `crop` in CROPS.
+
+    An item is (image uint8, truth uint8 [SUBMIT_SIZE, SUBMIT_SIZE]); the image is squashed to
+    [scale, scale, 3], or with "native" the photo itself, which predict_windows takes.
     """
 
-    def __init__(self, split, indices, scale):
-        self.split, self.indices, self.scale = split, indices, scale
+    def __init__(self, split, indices, scale, crop="photo"):
+        self.split, self.indices, self.scale, self.crop = split, indices, scale, crop
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, item):
         index = self.indices[item]
-        return resize_image(self.split.image(index), self.scale), self.split.truth(index)
+        image, truth = self.split.image(index), self.split.truth(index)
+        return np.array(image) if self.crop == "native" else resize_image(image, self.scale), truth
+
+    def largest(self):
+        """Return the bytes of the largest item."""
+        sizes = [math.prod(self.split.sizes[index]) for index in self.indices]
+        n_pixels = max(sizes, default=0) if self.crop == "native" else self.scale ** 2
+        return 3 * n_pixels + SUBMIT_SIZE ** 2
 
 
 def full_batch(items, size):
@@ -458,10 +470,12 @@ class TrainSamples:
     the Split, or a pseudo label: uint8 class ids [H, W] or probabilities [C, H, W].
     augment: a function (image, mask, rng) that returns both at the scale.
     mix: (probability, weights [C]) for ClassMix, or None.
+    side: what `augment` gets is a square of so many pixels, of native_crop; None: the whole photo.
     """
 
-    def __init__(self, entries, augment, seed, mix=None):
+    def __init__(self, entries, augment, seed, mix=None, side=None):
         self.entries, self.augment, self.seed, self.mix = entries, augment, seed, mix
+        self.side = side
 
     def __getitem__(self, key):
         import cv2
@@ -476,6 +490,8 @@ class TrainSamples:
                 label = draw_label(label, rng.random())
             size = image.shape[1::-1]  # (width, height)
             mask = cv2.resize(label, size, interpolation=cv2.INTER_NEAREST_EXACT)
+        if self.side:
+            image, mask = native_crop(image, mask, self.side, rng)
         return self.augment(image, mask, rng)
 
     def __getitems__(self, keys):
@@ -487,6 +503,41 @@ class TrainSamples:
             rng = np.random.default_rng([MIX, self.seed, *np.ravel(keys).tolist()])
             images, masks = classmix(images, masks, *self.mix, rng)
         return torch.from_numpy(images), torch.from_numpy(masks)
+
+
+OBJECT_SHARE = 0.5  # of the crops are laid on an object: most squares of a large photo have none
+
+
+def native_crop(image, mask, side, rng):
+    """Return a square of side x side pixels of a photo and its mask, at the photo's resolution.
+
+    A share OBJECT_SHARE of them has a pixel of a class that is drawn from those in the photo, each
+    as likely as any; the others lie anywhere. A smaller photo is reflected beyond its right and
+    lower edge, where the mask is IGNORE_INDEX.
+    """
+    import cv2
+    height, width = mask.shape
+    histogram = cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel()
+    present = 1 + np.flatnonzero(histogram[1:IGNORE_INDEX])
+    highest = np.maximum(0, (height - side, width - side))
+    top, left = rng.integers(highest, endpoint=True)
+    if len(present) and rng.random() < OBJECT_SHARE:
+        pixels = np.flatnonzero(mask == rng.choice(present))
+        pixel = divmod(int(rng.choice(pixels)), width)
+        top, left = np.clip(pixel - rng.integers(side, size=2), 0, highest)
+    box = np.s_[top:top + side, left:left + side]
+    image, mask = padded_to(image[box], side), mask[box]
+    ignored = ((0, side - mask.shape[0]), (0, side - mask.shape[1]))
+    return image, np.pad(mask, ignored, constant_values=IGNORE_INDEX)
+
+
+def padded_to(image, side):
+    """Return an image uint8 [H, W, 3] of at least side x side, reflected beyond its last pixels."""
+    import cv2
+    bottom, right = (max(0, side - length) for length in image.shape[:2])
+    if not bottom and not right:
+        return image
+    return cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_REFLECT_101)
 
 
 def draw_label(probs, u):
@@ -2623,11 +2674,12 @@ def tta_views(text):
 
 
 def tta_name(args):
-    """Return the views and scales of infer.py's arguments as text: "flip" or "flip x 1,0.5"."""
+    """Return how infer.py's arguments predict as text: "flip" or "flip x 1,0.5 at 512"."""
+    at_scale = f" at {args.scale}" if args.scale else ""
     if args.tta_scales == [1]:
-        return args.tta
+        return f"{args.tta}{at_scale}"
     scales = [str(scale).removesuffix(".0") for scale in args.tta_scales]  # all digits: it is a key
-    return f"{args.tta} x {','.join(scales)}"
+    return f"{args.tta} x {','.join(scales)}{at_scale}"
 
 
 def tta_sides(scale, tta_scales):
@@ -2677,6 +2729,92 @@ def sum_of_views(models, images, views):
             by_kind[transposed] += model(view).float().softmax(dim=1).flip(flipped)
     return sum(probs.transpose(-2, -1) if transposed else probs
                for transposed, probs in by_kind.items())
+
+
+@dataclass
+class Window:
+    """A square of a photo that a model sees, and where its probabilities go."""
+    image: np.ndarray  # uint8 [side, side, 3]
+    size: tuple  # (height, width) of the photo's probabilities
+    rows: tuple  # of axis_windows, down and across
+    columns: tuple
+    is_first: bool  # of its photo
+    is_last: bool
+
+
+def predict_windows(models, recipe, photos, views, scales, batch, device):
+    """Yield probs float32 [C, height, width] of one photo after another, from overlapping windows.
+
+    photos: any number of (image uint8 [H, W, 3], (height, width) of its probs); recipe: "scale",
+    the side of a window, "mean" and "std"; views, scales: as in predict_probs, of each window.
+    Batches are full, also across photos; in memory are a photo, a batch and the probs.
+    """
+    import torch
+    total = None
+    for windows in batched(photo_windows(photos, recipe["scale"]), batch):
+        images = np.stack([window.image for window in full_batch(windows, batch)])
+        images = normalise(torch.from_numpy(images).to(device), recipe["mean"], recipe["std"])
+        probs = predict_probs(models, images, views, scales)[:len(windows)]
+        for window, each in zip(windows, probs, strict=True):
+            if window.is_first:
+                total = torch.zeros(len(each), *window.size, device=device)
+            (_, top, down), (_, left, across) = window.rows, window.columns
+            part = down.to(device) @ each @ across.to(device).T
+            total[:, top:top + part.shape[1], left:left + part.shape[2]] += part
+            if window.is_last:
+                yield total
+
+
+def batched(items, size):
+    """Yield lists of `size` items, the last one of what is left."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def photo_windows(photos, side):
+    """Yield the Windows of (image, size) after (image, size); see predict_windows."""
+    for image, size in photos:
+        (height, width), padded = image.shape[:2], padded_to(image, side)
+        rows, columns = axis_windows(height, side, size[0]), axis_windows(width, side, size[1])
+        n_windows = len(rows) * len(columns)
+        for n, (row, column) in enumerate(product(rows, columns)):
+            (top, *_), (left, *_) = row, column
+            yield Window(padded[top:top + side, left:left + side], size, row, column, n == 0,
+                         n == n_windows - 1)
+
+
+@lru_cache(maxsize=64)  # photos of one size come one after another
+def axis_windows(length, side, size):
+    """Return where windows lie along an axis, and how their values get to the result.
+
+    The axis of `length` pixels is brought to `size`. A window is (its start, the start of what it
+    adds to in the result, a matrix float32 [n, side] from its values to those n). Neighbours share
+    at least half their pixels. A value counts by Hann's window, sin^2 from 0 at the edges to 1 in
+    the middle, so no edge shows; the weights of each pixel sum to 1, so that equal values stay. The
+    matrix has these weights and the resizing in one: nothing is ever as large as the photo.
+    """
+    import torch
+    from torch.nn.functional import interpolate
+    last = max(0, length - side)
+    starts = np.linspace(0, last, 1 + math.ceil(2 * last / side)).round().astype(int)
+    weights = np.zeros((len(starts), last + side))
+    for row, start in zip(weights, starts, strict=True):
+        row[start:start + side] = np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
+    weights /= weights.sum(0)
+    windows = []
+    for row, start in zip(weights[:, :length], starts.tolist(), strict=True):
+        n_pixels = min(side, length)  # the rest of a window is what padded_to has added
+        weighted = torch.zeros(length, side)
+        pixels = range(n_pixels)
+        weighted[range(start, start + n_pixels), pixels] = torch.from_numpy(
+            row[start:start + n_pixels]).float()
+        matrix = interpolate(weighted[None, None], (size, side), mode="bilinear", antialias=True)
+        matrix = matrix[0, 0]
+        reached = matrix.any(dim=1).nonzero().ravel()
+        first, end = int(reached[0]), int(reached[-1]) + 1
+        windows.append((start, first, matrix[first:end].clone()))
+    return windows
 
 
 def resize_probs(probs):
@@ -2731,6 +2869,10 @@ def predict_photo(trained, image, tta="flip", tta_scales=(1.0,)):
     recipe, device = trained.recipe, next(trained.model.parameters()).device
     if tuple(tta_scales) != (1,):
         try_sides(trained.model, recipe["model"], tta_sides(recipe["scale"], tta_scales))
+    if recipe.get("crop") == "native":  # the recipes of an older train.py have none
+        probs, = predict_windows([trained.model], recipe, [(image, image.shape[:2])],
+                                 tta_views(tta), tta_scales, 8, device)
+        return probs.cpu().numpy()
     resized = resize_image(image, recipe["scale"])
     images = normalise(torch.from_numpy(resized)[None].to(device), recipe["mean"], recipe["std"])
     probs = predict_probs([trained.model], images, tta_views(tta), tta_scales)

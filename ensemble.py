@@ -2455,10 +2455,10 @@ def check_encoders(models):
 def check_models(current, runs):
     """Raise UserError if one of these runs, (model, scale, fold), can't be made by a Plan.
 
-    A model must work at its scale, at --tta-scales, with its file of weights if it has one, and
-    with what TRAIN_ARGS asks of its encoder.
+    A model must work at its scale, at --scale and --tta-scales of infer.py, with its file of
+    weights if it has one, and with what TRAIN_ARGS asks of its encoder.
     """
-    train, tta_scales = current.train_args, current.infer_args.tta_scales
+    train, infer_args = current.train_args, current.infer_args
     check_encoders(sorted({model for model, _, _ in runs}))
     for model, fold in sorted({(model, fold) for model, _, fold in runs}, key=str):
         if path := weights_file(train.weights, model):
@@ -2468,9 +2468,11 @@ def check_models(current, runs):
         built = build_model(model, 1, scale=scale, drop_path=train.drop_path)
         layer_factors(built, model, train.layer_decay)
         tried = try_sides(built, model, [scale])
-        if tta_scales != [1]:
-            try_sides(tried, model, tta_sides(scale, tta_scales),
-                      f" (INFER_ARGS: --tta-scales times {scale})")
+        side = infer_args.scale or scale
+        asked = f"--tta-scales times {side}" if infer_args.tta_scales != [1] else "--scale"
+        if infer_args.scale or infer_args.tta_scales != [1]:
+            try_sides(tried, model, tta_sides(side, infer_args.tta_scales),
+                      f" (INFER_ARGS: {asked})")
         if path := weights_file(train.weights, model):
             load_weights(built, model, path)
         if train.grad_checkpoint:

@@ -29,21 +29,22 @@ import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from common import (
-    ALL, COLOURS, FROM_RECIPE, RUN_PLACE, STEPS_AFTER_VOTE, STORE_KINDS, SUBMIT_SIZE, TTA, UNSAFE,
-    VIEWS, EvalPhotos, Hashes, Parser, UserError, accepted_code, apply_steps, atomic_write,
-    batch_bytes, check_output, check_shared_memory, check_space, checked, claim_device, clean,
-    code_hashes, code_of, data_options, decide, find_photos, full_batch, has_kinds, keep_code,
-    load_data, load_model, load_unlabelled, loader_options, loader_workers, lock, move_aside,
-    normalise, number, open_store, overlay, predict_probs, provenance, ranks, read_description,
-    read_json, read_photo, resize_image, resize_probs, run_script, settings_of, short_hash,
-    signals_later, store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views, vote,
-    write_csv, write_description, write_npy_header)
+    ALL, COLOURS, FROM_RECIPE, RUN_PLACE, STEPS_AFTER_VOTE, STORE_KINDS, STRIDE, SUBMIT_SIZE, TTA,
+    UNSAFE, VIEWS, EvalPhotos, Hashes, Parser, UserError, accepted_code, apply_steps, atomic_write,
+    check_output, check_shared_memory, check_space, checked, claim_device, clean, code_hashes,
+    code_of, data_options, decide, find_photos, full_batch, has_kinds, keep_code, load_data,
+    load_model, load_unlabelled, loader_options, loader_workers, lock, move_aside, normalise,
+    number, open_store, overlay, predict_probs, predict_windows, provenance, ranks,
+    read_description, read_json, read_photo, resize_image, resize_probs, run_script, settings_of,
+    short_hash, signals_later, store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views,
+    vote, write_csv, write_description, write_npy_header)
 
 # what decides no result; see BESIDE in common.py
 BESIDE = {"parts_folder", "write_store"}
@@ -73,6 +74,9 @@ def parse_args(argv=None):
     what.add_argument("--tta-scales", type=number(float, 0.1, 10), nargs="+", default=[1.0],
                       metavar="SCALE", help="sizes that every view is predicted at, times the "
                       "scale that the model was trained at")
+    what.add_argument("--scale", type=number(int, STRIDE, 4096, STRIDE), help="side of what the "
+                      "network sees, made from the full photo; else the one that it was trained "
+                      "at")
     what.add_argument("--out", type=Path, help="folder to write to, instead of beside the "
                       "checkpoint")
     system = parser.add_argument_group("system: none of these decides the result")
@@ -92,7 +96,7 @@ def parse_args(argv=None):
                         help="of the loader; none on a CPU, else one a core up to 8")
     system.add_argument("--show-args", action="store_true",
                         help="print these arguments as JSON and stop: make asks so")
-    parser.set_defaults(decides=["tta", "tta_scales"])
+    parser.set_defaults(decides=["tta", "tta_scales", "scale"])
     return parser.parse_args(argv)
 
 
@@ -224,7 +228,7 @@ def predict_split(models, split, indices, path, info, args, device, hashes):
     """
     import torch
     rank, n_ranks = ranks()
-    photos = EvalPhotos(split, indices, models[0].recipe["scale"])
+    photos = EvalPhotos(split, indices, *seen_by(models[0], args.scale))
     shape = (len(photos), len(info["classes"]), SUBMIT_SIZE, SUBMIT_SIZE)
     folder = parts_folder(path) / short_hash(info["recipe"], info["code"], args.batch)
     batches = {}  # file of a batch -> items of `photos`
@@ -240,36 +244,78 @@ def predict_split(models, split, indices, path, info, args, device, hashes):
         join_parts(path, shape, batches, info, hashes)
 
 
+def seen_by(trained, scale=None):
+    """Return (scale, crop) at which a TrainedModel sees photos; scale: of --scale, or None."""
+    recipe = trained.recipe  # that of an older train.py has no crop
+    return scale or recipe["scale"], recipe.get("crop", "photo")
+
+
 def predict_batches(models, photos, batches, path, args, device):
     """Predict batches of `photos`, an EvalPhotos, into a file each: uint8 [B, C, S, S].
 
     S is SUBMIT_SIZE. models: [TrainedModel]. batches: {file: items of `photos`}. path: the store,
     for the progress bar. A GPU works on a batch while the one before it is written.
     """
-    from torch.utils.data import DataLoader
-    recipe, views = models[0].recipe, tta_views(args.tta)
-    networks = [trained.model for trained in models]
-    cuda = device.type == "cuda"
-    workers = loader_workers(args.workers, cuda)
-    size = min(args.batch, len(photos))
-    full_batches = [full_batch(items, size) for items in batches.values()]
-    n_bytes = batch_bytes(size, recipe["scale"], SUBMIT_SIZE)
-    check_shared_memory(workers, (n_bytes, len(full_batches)))
-    loader = DataLoader(photos, batch_sampler=full_batches, **loader_options(workers, cuda))
-    with signals_later():
-        loaded = iter(loader)
-    progress = tqdm(loaded, str(path), len(loader), disable=True if ranks()[0] else None)
+    predicted = native_batches if photos.crop == "native" else squashed_batches
+    probs = predicted(models, photos, list(batches.values()), args, device)
+    progress = tqdm(probs, str(path), len(batches), disable=True if ranks()[0] else None)
     previous = None  # what write_batch gets of the batch before
-    for (part, items), (images, _) in zip(batches.items(), progress, strict=True):
-        images = normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"])
-        probs = predict_probs(networks, images, views, args.tta_scales)
-        stored = stored_values(probs)  # a GPU has only begun with it
+    for (part, items), each in zip(batches.items(), progress, strict=True):
+        stored = stored_values(each)  # a GPU has only begun with it
         if previous:
             write_batch(*previous)
         faults = [photos.split.faults[photos.indices[item]] for item in items]
         previous = part, stored[:len(items)].cpu().numpy(), faults
     if previous:
         write_batch(*previous)
+
+
+def squashed_batches(models, photos, batches, args, device):
+    """Yield the probs [B, C, scale, scale] of each batch of items; all have the size of the first.
+
+    models, photos, args: as in predict_batches.
+    """
+    recipe, views = models[0].recipe, tta_views(args.tta)
+    size = min(args.batch, len(photos))
+    full_batches = [full_batch(items, size) for items in batches]
+    bytes_in_batches = size * photos.largest(), len(full_batches)
+    loader = load_batches(photos, bytes_in_batches, args, device, batch_sampler=full_batches)
+    networks = [trained.model for trained in models]
+    for images, _ in loader:
+        images = normalise(images.to(device, non_blocking=True), recipe["mean"], recipe["std"])
+        yield predict_probs(networks, images, views, args.tta_scales)
+
+
+def native_batches(models, photos, batches, args, device):
+    """Yield the probs [B, C, SUBMIT_SIZE, SUBMIT_SIZE] of each batch of items, from windows.
+
+    models, photos, args: as in predict_batches. The photos come one by one, in any size.
+    """
+    import torch
+    items = [item for batch in batches for item in batch]
+    bytes_in_batches = photos.largest(), len(items)
+    loader = load_batches(photos, bytes_in_batches, args, device, batch_size=None, sampler=items)
+    networks, recipe = [each.model for each in models], models[0].recipe | {"scale": photos.scale}
+    images = ((image.numpy(), (SUBMIT_SIZE, SUBMIT_SIZE)) for image, _ in loader)
+    views = tta_views(args.tta)
+    for batch in batches:  # windows of two would not come together again after an interruption
+        probs = predict_windows(networks, recipe, islice(images, len(batch)), views,
+                                args.tta_scales, args.batch, device)
+        yield torch.stack(list(probs))
+
+
+def load_batches(photos, bytes_in_batches, args, device, **batching):
+    """Return the started iterator of a DataLoader of an EvalPhotos.
+
+    bytes_in_batches: of check_shared_memory; batching: options of the DataLoader.
+    """
+    from torch.utils.data import DataLoader
+    cuda = device.type == "cuda"
+    workers = loader_workers(args.workers, cuda)
+    check_shared_memory(workers, bytes_in_batches)
+    loader = DataLoader(photos, **batching, **loader_options(workers, cuda))
+    with signals_later():
+        return iter(loader)
 
 
 def stored_values(probs):
@@ -308,12 +354,14 @@ class Voter:
     """Checkpoints of one run, and how they predict."""
     models: list  # [TrainedModel], whose probabilities are averaged
     weight: float
-    settings: dict  # tta and tta_scales
+    settings: dict  # tta, tta_scales and scale
     checkpoints: list  # their hashes
 
     @property
     def recipe(self):
-        return self.models[0].recipe
+        """Return the recipe of the run, with the scale and crop that it is predicted at."""
+        scale, crop = seen_by(self.models[0], self.settings["scale"])
+        return self.models[0].recipe | {"scale": scale, "crop": crop}
 
 
 def load_voters(args, hashes):
@@ -334,9 +382,7 @@ def load_voters(args, hashes):
             raise UserError(f"the models {voters[0].recipe['model']} and {voter.recipe['model']} "
                             f"have different classes, {', '.join(classes)} and "
                             f"{', '.join(voter.models[0].classes)}: they can't vote together")
-        sides = tta_sides(voter.recipe["scale"], voter.settings["tta_scales"])
-        if sides != [voter.recipe["scale"]]:  # training has tried its own scale
-            try_sides(voter.models[0].model, voter.recipe["model"], sides, " (--tta-scales)")
+        check_sides(voter.models[0], voter.settings)
     return voters, recipe
 
 
@@ -376,6 +422,7 @@ def read_vote(path, hashes):
 # ---- the photos of any folder: reading them ------------------------------------------------------
 
 OVERLAY_SIDE = 1024  # pixels, at most: it is to be looked at
+PROBS_SIDE = 2048  # pixels, at most, of probabilities that are added up from windows
 
 
 @dataclass
@@ -385,14 +432,17 @@ class LoadedPhoto:
     fault: str = ""
     size: tuple = ()  # (height, width)
     preview: np.ndarray | None = None  # uint8 RGB, for the overlay
-    images: dict | None = None  # {scale: uint8 [scale, scale, 3]}
+    images: dict | None = None  # {scale: uint8 [scale, scale, 3]}, the photo itself for "native"
 
 
 class FolderPhotos:
-    """The photos `names` of a folder as LoadedPhotos, for a DataLoader; scales: of the models."""
+    """The photos `names` of a folder as LoadedPhotos, for a DataLoader.
 
-    def __init__(self, folder, names, scales):
-        self.folder, self.names, self.scales = folder, names, scales
+    kinds: of the images that the models see, each a scale or "native".
+    """
+
+    def __init__(self, folder, names, kinds):
+        self.folder, self.names, self.kinds = folder, names, kinds
 
     def __len__(self):
         return len(self.names)
@@ -410,7 +460,8 @@ class FolderPhotos:
         shrink = min(1, OVERLAY_SIDE / max(height, width))
         size = [max(1, round(side * shrink)) for side in (width, height)]
         preview = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        images = {scale: resize_image(image, scale) for scale in self.scales}
+        images = {kind: image if kind == "native" else resize_image(image, kind)
+                  for kind in self.kinds}
         return LoadedPhoto(name, "", (height, width), preview, images)
 
 
@@ -420,38 +471,65 @@ class FolderPhotos:
 def predict_batch(voters, recipe, photos, batch, device):
     """Return the masks uint8 [H, W] of LoadedPhotos, each in its photo's size.
 
-    recipe: of load_voters; batch: the number of photos that the batch is filled up to.
+    recipe: of load_voters; batch: the number of photos, or windows, that a batch is filled up to.
     """
-    probs = (voter_probs(voter, full_batch(photos, batch), device) for voter in voters)
     if "runs" not in recipe:
-        return mean_masks(list(probs), photos)
-    stores = [stored_values(each).cpu().numpy() for each in probs]
-    weights = [voter.weight for voter in voters]
-    masks = []
+        sizes = [probs_size(photo.size) for photo in photos]
+        return mean_masks([voter_probs(voter, photos, sizes, batch, device) for voter in voters],
+                          photos)
+    sizes = [(SUBMIT_SIZE, SUBMIT_SIZE)] * len(photos)
+    weights, masks = [voter.weight for voter in voters], []
+    stores = [[stored_values(probs[None])[0].cpu().numpy()
+               for probs in voter_probs(voter, photos, sizes, batch, device)] for voter in voters]
     for n, photo in enumerate(photos):
         images = {m: store[n] for m, store in enumerate(stores)}
-        pred = vote(images, weights, stores[0].shape[1], recipe["least share"])
+        pred = vote(images, weights, len(images[0]), recipe["least share"])
         masks.append(enlarge_mask(apply_steps(pred, recipe["steps"]), photo.size))
     return masks
 
 
-def voter_probs(voter, photos, device):
-    """Return probs float32 [B, C, scale, scale] of LoadedPhotos by a Voter."""
+def kind_of(voter):
+    """Return what a Voter sees of a photo, a kind of FolderPhotos."""
+    return "native" if voter.recipe["crop"] == "native" else voter.recipe["scale"]
+
+
+def probs_size(size):
+    """Return the (height, width) of the probabilities that windows add up to, at most PROBS_SIDE.
+
+    A photo of 89 megapixels would take 4 GB.
+    """
+    shrink = min(1, PROBS_SIDE / max(size))
+    return tuple(max(1, round(side * shrink)) for side in size)
+
+
+def voter_probs(voter, photos, sizes, batch, device):
+    """Return [probs float32 [C, height, width]] of LoadedPhotos by a Voter.
+
+    From windows they have the (height, width) in `sizes`, else they are of its scale.
+    """
     import torch
     recipe, settings = voter.recipe, voter.settings
-    images = torch.from_numpy(np.stack([photo.images[recipe["scale"]] for photo in photos]))
+    networks, kind = [trained.model for trained in voter.models], kind_of(voter)
+    images = [photo.images[kind] for photo in photos]
+    views, scales = tta_views(settings["tta"]), settings["tta_scales"]
+    if kind == "native":
+        pairs = zip(images, sizes, strict=True)
+        return list(predict_windows(networks, recipe, pairs, views, scales, batch, device))
+    images = torch.from_numpy(np.stack(full_batch(images, batch)))
     images = normalise(images.to(device), recipe["mean"], recipe["std"])
-    networks = [trained.model for trained in voter.models]
-    return predict_probs(networks, images, tta_views(settings["tta"]), settings["tta_scales"])
+    return list(predict_probs(networks, images, views, scales)[:len(photos)])
 
 
 def mean_masks(probs, photos):
-    """Return the masks of photos by the mean of [M] probs [B, C, S, S], S of each its own."""
+    """Return the masks of photos by the mean of [M][B] probs [C, h, w] in sizes of their own."""
     from torch.nn.functional import interpolate
-    side = max(each.shape[-1] for each in probs)
-    total = sum(interpolate(each, (side, side), mode="bilinear") for each in probs)
-    total = total.cpu().numpy()
-    return [likeliest_classes(total[n], photo.size) for n, photo in enumerate(photos)]
+    masks = []
+    for n, photo in enumerate(photos):
+        own = [of_voter[n] for of_voter in probs]
+        size = [max(each.shape[axis] for each in own) for axis in (1, 2)]
+        total = sum(interpolate(each[None], size, mode="bilinear")[0] for each in own)
+        masks.append(likeliest_classes(total.cpu().numpy(), photo.size))
+    return masks
 
 
 def likeliest_classes(probs, size):
@@ -631,7 +709,7 @@ def predict_missing(args, voters, recipe, names, keys):
         for trained in voter.models:
             trained.model.to(device)
     cuda, faults = device.type == "cuda", []
-    photos = FolderPhotos(args.photos, names, {voter.recipe["scale"] for voter in voters})
+    photos = FolderPhotos(args.photos, names, {kind_of(voter) for voter in voters})
     workers, size = loader_workers(args.workers, cuda), min(args.batch, len(names))
     loader = DataLoader(photos, size, collate_fn=list, **loader_options(workers, cuda))
     with signals_later():
@@ -697,10 +775,7 @@ def predict(args, folder):
     """Write the stores of args.split into `folder`, those that aren't there and up to date."""
     hashes = Hashes(args.cache)
     models, checkpoints = load_models(args.checkpoint, hashes)
-    recipe = models[0].recipe
-    if args.tta_scales != [1]:  # training has tried its own scale
-        try_sides(models[0].model, recipe["model"], tta_sides(recipe["scale"], args.tta_scales),
-                  f" (--tta-scales times {recipe['scale']})")
+    check_sides(models[0], vars(args))
     photos = load_photos(args, models[0])
     run = run_of(args.checkpoint[0].parent, models[0], hashes)
     exp = experiment_folder(folder)
@@ -719,6 +794,18 @@ def predict(args, folder):
             trained.model.to(device)
         predict_split(models, split, indices, path, info, args, device, hashes)
         print(f"{path}: {len(indices)} images")
+
+
+def check_sides(trained, settings):
+    """Raise UserError if a TrainedModel can't work at the sides that --scale and --tta-scales ask.
+
+    settings: with "scale" and "tta_scales". Training has tried its own scale.
+    """
+    scale, sides = settings["scale"], settings["tta_scales"]
+    if scale or sides != [1]:
+        side, _ = seen_by(trained, scale)
+        asked = f" (--tta-scales times {side})" if sides != [1] else " (--scale)"
+        try_sides(trained.model, trained.recipe["model"], tta_sides(side, sides), asked)
 
 
 def experiment_folder(folder):

@@ -32,20 +32,20 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (
-    ALL, AUGMENTATIONS, COLOURS, DATA_OPTIONS, DECODERS, DERIVED, DESCRIBED, GPU_MEMORY_WORDS, HOOK,
-    IGNORE_INDEX, LOSSES, MODEL_KINDS, STEP, STRIDE, SUBMIT_SIZE, TRAIN_ONLY, EpochBatches,
-    EvalPhotos, Hashes, Parser, TrainSamples, UserError, add_data_options, amp, as_number,
-    atomic_write, batch_bytes, begun_files, build_model, check_labels, check_output,
+    ALL, AUGMENTATIONS, COLOURS, CROPS, DATA_OPTIONS, DECODERS, DERIVED, DESCRIBED,
+    GPU_MEMORY_WORDS, HOOK, IGNORE_INDEX, LOSSES, MODEL_KINDS, STEP, STRIDE, SUBMIT_SIZE,
+    TRAIN_ONLY, EpochBatches, EvalPhotos, Hashes, Parser, TrainSamples, UserError, add_data_options,
+    amp, as_number, atomic_write, batch_bytes, begun_files, build_model, check_labels, check_output,
     check_shared_memory, check_space, check_unseen, checked, checkpoint_gradients, claim_device,
     code_of, confusion, data_options, decide, different_keys, draw_bars, draw_heat,
     encoder_mean_std, figure_urls, fold_name, folds_hash, foreground_ids, full_batch, has_kinds,
     image_miou, join_photos, keep_code, last_convolution, layer_factors, load_checkpoint, load_data,
     load_extra, load_folds, load_labels, load_unlabelled, load_weights, loader_options,
     loader_workers, lock, make_augmentation, make_loss, move_aside, named, normalise, number,
-    overlay, pixel_weights, provenance, ranks, rare_odds, read_description, read_image, read_rows,
-    recipe_changes, resize_probs, run_code, run_folder, run_recipe, run_script, save_checkpoint,
-    scores, signals_later, split_model, this_process, tile_url, try_sides, weights_file, write_csv,
-    write_description, write_page, write_sheet)
+    overlay, pixel_weights, predict_windows, provenance, ranks, rare_odds, read_description,
+    read_image, read_rows, recipe_changes, resize_probs, run_code, run_folder, run_recipe,
+    run_script, save_checkpoint, scores, signals_later, split_model, this_process, tile_url,
+    try_sides, tta_views, weights_file, write_csv, write_description, write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
@@ -159,6 +159,10 @@ RECIPE = {
     "loss_ratio": (number(float, 0, 1), 0.4, "share of the region term in a loss that has both"),
     "label_smoothing": (number(float, 0, 0.99), 0.0, "of cross-entropy and focal"),
     "class_weights": (("none", "inverse"), "none", "of cross-entropy and focal, to its pixels"),
+    "crop": (CROPS, "photo", "what a model sees: the whole photo squashed to the scale, or native, "
+                             "squares of the photo's own resolution, for small objects"),
+    "repeat": (number(int, 1, 1000), 1, "times that each photo comes in an epoch: a large one has "
+                                        "many squares"),
     "augment": (tuple(AUGMENTATIONS), "basic", "see AUGMENTATIONS in common.py"),
     "classmix": (("none", "plain", "weighted"), "none", "paste half an image's (rare) classes"),
     "classmix_prob": (number(float, 0, 1), 0.5, "share of the images that are pasted on"),
@@ -308,6 +312,7 @@ class Run:
     of_folds: dict | None = None  # of a run on all images: {"v2", "v3": the mean of the folds'}
     saved_at: float = field(default_factory=time.monotonic)  # when last.pt was last written
     drawing_seconds: float = 0.0
+    batch: int = 8  # windows that validation predicts at a time
     logger: object = None
     is_frozen: bool = False  # whether the encoder doesn't learn now
 
@@ -604,14 +609,27 @@ def predict(model, images, run):
     return resize_probs(logits.float().softmax(dim=1)).argmax(dim=1).byte().cpu().numpy()
 
 
+def predict_native(images, run, scale):
+    """Yield class ids uint8 [SUBMIT_SIZE, SUBMIT_SIZE] of uint8 images [H, W, 3] of any sizes."""
+    recipe = {"scale": scale, "mean": run.mean, "std": run.std}
+    photos = ((np.asarray(image), (SUBMIT_SIZE, SUBMIT_SIZE)) for image in images)
+    for probs in predict_windows([run.ema.module], recipe, photos, tta_views("none"), (1.0,),
+                                 run.batch, run.device):
+        yield probs.argmax(dim=0).byte().cpu().numpy()
+
+
 def evaluate(run, loader, n_classes):
     """Return the pixel counts [N, C, C] of all validation images, put together from all ranks."""
-    n_ranks, counts = ranks()[1], []
-    for images, truths in loader:
+    n_ranks, counts, photos = ranks()[1], [], loader.dataset
+    if photos.crop == "native":
+        preds = predict_native((image for image, _ in loader), run, photos.scale)
+        for index, pred in zip(photos.indices, preds, strict=True):
+            counts.append(confusion(pred, photos.split.truth(index), n_classes))
+    for images, truths in loader if photos.crop == "photo" else ():
         preds = predict(run.ema.module, images, run)
         for pred, truth in zip(preds, truths.numpy(), strict=True):
             counts.append(confusion(pred, truth, n_classes))
-    del counts[len(loader.dataset):]  # what filled up the last batch
+    del counts[len(photos):]  # what filled up the last batch
     shares = [counts] * n_ranks
     if n_ranks > 1:
         import torch
@@ -677,15 +695,21 @@ def make_loaders(args, splits, train_indices, valid_indices, cuda):
     batches = EpochBatches(len(entries), args.batch, args.seed, odds, n_pseudo, args.pseudo_ratio,
                            labelled_from)
     mix = classmix_settings(args, labelled_pixels(train, train_indices, extras))
-    samples = TrainSamples(entries, make_augmentation(args.augment, args.scale), args.seed, mix)
-    photos = EvalPhotos(train, valid_indices[rank::n_ranks].tolist(), args.scale)
-    photo_batches = eval_batches(len(photos), args.batch)
+    side = args.scale if args.crop == "native" else None
+    augment = make_augmentation(args.augment, args.scale)
+    samples = TrainSamples(entries, augment, args.seed, mix, side)
+    photos = EvalPhotos(train, valid_indices[rank::n_ranks].tolist(), args.scale, args.crop)
+    if side:  # photos of any size, one by one
+        photo_batches, n_photos, batching = range(len(photos)), 1, {"batch_size": None}
+    else:
+        photo_batches, n_photos = eval_batches(len(photos), args.batch), args.batch
+        batching = {"batch_sampler": photo_batches}
     share = math.ceil(args.batch / n_ranks)
     check_shared_memory(workers, (batch_bytes(share, args.scale, args.scale), len(batches)),
-                        (batch_bytes(args.batch, args.scale, SUBMIT_SIZE), len(photo_batches)))
+                        (n_photos * photos.largest(), len(photo_batches)))
     loader = loader_class()
     return (loader(samples, batch_sampler=batches, collate_fn=in_shared_memory, **options),
-            loader(photos, batch_sampler=photo_batches, **options))
+            loader(photos, **batching, **options))
 
 
 def in_shared_memory(batch):
@@ -713,14 +737,16 @@ def training_entries(args, train, test, train_indices, extras):
     entries = [(train, i, None) for i in train_indices.tolist()]
     for split, indices in extras:
         entries += [(split, i, None) for i in indices]
+    n = args.repeat
     if args.overfit:  # some hundred images make an epoch of them
         return entries * math.ceil(256 / len(entries)), present, 0
     if not args.round:
-        return entries, present, 0
+        return entries * n, np.tile(present, (n, 1)), 0
     pseudo, class_ids = load_labels(args, test)
     print(f"{len(entries)} labelled and {len(pseudo)} pseudo-labelled images")
     pseudo_present = [np.isin(range(len(train.classes)), [0, *some]) for some in class_ids]
-    return entries + pseudo, np.stack([*present, *pseudo_present]), len(pseudo)
+    present = np.stack([*present] * n + pseudo_present * n)
+    return entries * n + pseudo * n, present, n * len(pseudo)
 
 
 def labelled_pixels(train, train_indices, extras):
@@ -831,7 +857,7 @@ def start_run(args, classes, pixels, resume, device):
         optimizer=OPTIMIZERS[args.optimizer](groups, args.lr),
         scaler=torch.amp.GradScaler(device.type, enabled=is_half),
         ema=ModelEmaV3(model, decay=args.ema, use_warmup=True), device=device, mean=mean, std=std,
-        parts=n_parts, total=torch.zeros(3), class_weights=weights)
+        parts=n_parts, total=torch.zeros(3), class_weights=weights, batch=args.batch)
     if resume:
         restore(run, *resume)
     run.total = run.total.to(device)
@@ -1105,7 +1131,7 @@ def train_run(args, root, report=None, wait=False):
                             f"training images, below {OVERFIT_V3}: more --epochs or another --lr, "
                             "or the model or the loss doesn't learn")
         if first:
-            photos = EvalPhotos(train, valid_indices.tolist(), args.scale)
+            photos = EvalPhotos(train, valid_indices.tolist(), args.scale, args.crop)
             finish_run(run, info, out, photos, epochs, hashes)
     return run.best["v3"]
 
@@ -1419,7 +1445,10 @@ def draw_valid(path, run, photos, classes):
     chosen = list(dict.fromkeys([*order[:4], *order[middle:middle + 4], *order[-4:]]))
     images, truths = zip(*(photos[i] for i in chosen), strict=True)
     run.ema.module.load_state_dict(run.best["model"])
-    preds = predict(run.ema.module, torch.from_numpy(np.stack(images)), run)
+    if photos.crop == "native":
+        preds = predict_native(images, run, photos.scale)
+    else:
+        preds = predict(run.ema.module, torch.from_numpy(np.stack(images)), run)
     rows = []
     for i, image, truth, pred in zip(chosen, images, truths, preds, strict=True):
         errors = np.where(pred == truth, 0, IGNORE_INDEX).astype(np.uint8)

@@ -111,7 +111,7 @@ def test_a_stores_json_says_what_made_it(trained, splits):
         assert not {"TTA", "DECODERS", "train_one_epoch", "soft_vote", "train_run"} & code.keys()
         assert (trained.parents[4] / "code" / info.pop("state") / "infer.py").is_file()
         assert info == {
-            "recipe": {"tta": "flip", "tta_scales": [1.0], "split": name, "checkpoints": [checkpoint],
+            "recipe": {"tta": "flip", "tta_scales": [1.0], "scale": None, "split": name, "checkpoints": [checkpoint],
                        "data": split.fingerprint},
             "run": {key: state[key] for key in ("recipe", "code", "state", "commit", "kept_under")} | {
                 "codes": [common.short_hash(state["code"])]},

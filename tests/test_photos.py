@@ -237,7 +237,7 @@ def test_what_a_step_took_is_in_the_vote_by_name(tmp_path, exp):
     assert said["least share"] == 0.1 and said["steps"] == {"minimum area": [0.0, 2.5]}
     checkpoint = common.file_hash(run / "model.pt")
     assert [each["hash"] for each in said["runs"][0]["checkpoints"]] == [checkpoint]
-    assert said["runs"][0]["settings"] == {"tta": "flip", "tta_scales": [1.0]}
+    assert said["runs"][0]["settings"] == {"tta": "flip", "tta_scales": [1.0], "scale": None}
 
 
 @pytest.mark.parametrize(("change", "told"), [

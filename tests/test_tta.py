@@ -242,4 +242,5 @@ def test_scales_that_are_no_multiple_of_32_are_padded_for_the_network_and_croppe
 @pytest.mark.parametrize(("scales", "name"), [
     ([1.0], "flip"), ([1.0, 0.5], "flip x 1,0.5"), ([0.75], "flip x 0.75"), ([1.2345678], "flip x 1.2345678")])
 def test_the_name_of_views_and_scales_has_all_their_digits(scales, name):
-    assert common.tta_name(Namespace(tta="flip", tta_scales=scales)) == name
+    assert common.tta_name(Namespace(tta="flip", tta_scales=scales, scale=None)) == name
+    assert common.tta_name(Namespace(tta="flip", tta_scales=scales, scale=96)) == f"{name} at 96"
