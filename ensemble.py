@@ -2494,6 +2494,9 @@ def budget(args):
     path = args.exp / "budget.json"
     answers = Answers(args.cache, args.gpus)
     train_args, infer_args, _, _ = read_arguments(args, answers)
+    if train_args.crop == "native" or train_args.repeat > 1 or infer_args.scale:
+        raise UserError("BUDGET takes each photo for one image of its SCALE: with --crop native, "
+                        "--repeat or INFER_ARGS=--scale give EPOCHS")
     if not args.dry:
         answers.save()
     options = data_options(vars(args))

@@ -378,6 +378,15 @@ def test_a_budget_without_room_for_an_epoch_is_refused(seconds):
         ensemble.share_budget(args, 1, 50, 80)
 
 
+@pytest.mark.parametrize("knobs", [{"TRAIN_ARGS": "--crop native"}, {"TRAIN_ARGS": "--repeat 2"},
+                                   {"INFER_ARGS": "--scale 96"}])
+def test_a_budget_that_would_count_wrongly_is_refused_in_one_line(tmp_path, tiny_data, knobs):
+    project = new_folder(tmp_path / "project", tiny_data)
+    done = make(project, "-n", "submit", code=2, BUDGET="10m", EPOCHS=None, **knobs)
+    assert "BUDGET takes each photo for one image of its SCALE" in done.stderr
+    assert "give EPOCHS" in done.stderr and not (project / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_budget_chooses_once_and_is_remembered(tmp_path):
     draw_data(tmp_path / "drawn", train=12, test=3, size=64)
