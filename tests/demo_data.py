@@ -66,6 +66,7 @@ def parse_args(argv=None):
     parser.add_argument("--test", type=int, default=12, help="number of test photos")
     parser.add_argument("--size", type=int, default=512, help="side of a photo, pixels")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--objects", type=float, default=1.0, help="size of the objects, as a multiple of the usual")
     return parser.parse_args(argv)
 
 
@@ -101,14 +102,14 @@ def draw_ground(kind, size, rng):
     return ground
 
 
-def place_object(class_id, size, rng):
+def place_object(class_id, size, rng, objects=1.0):
     """Return (class_id, polygons, centre, axes) of an object somewhere in the photo, in pixels.
 
     A point has the place (u, v) = axes @ (point - centre) in the object's outline.
     """
     _, radius, _, outline, *_ = list(CLASSES.values())[class_id]
     angle = rng.uniform(0, 2 * np.pi)
-    radius = radius * size * rng.uniform(0.8, 1.3)
+    radius = radius * objects * size * rng.uniform(0.8, 1.3)
     centre = rng.uniform(0.1, 0.9, 2) * size
     axes = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) / radius
     parts = [outline * rng.uniform(0.93, 1.07, outline.shape)]
@@ -143,19 +144,19 @@ def draw_object(photo, class_id, polygons, centre, axes, rng):
     photo += (paint - photo) * alpha
 
 
-def draw_photo(class_ids, size, kind, rng):
+def draw_photo(class_ids, size, kind, rng, objects=1.0):
     """Draw a photo; return it, uint8 RGB, and its objects [(class_id, polygons)].
 
     The largest object lies at the bottom and comes first in the list.
     """
     photo = draw_ground(kind, size, rng)
-    objects = [place_object(class_id, size, rng) for class_id in class_ids]
-    objects.sort(key=lambda placed: -area_of(placed[1]))
-    for placed in objects:
+    all_placed = [place_object(class_id, size, rng, objects) for class_id in class_ids]
+    all_placed.sort(key=lambda placed: -area_of(placed[1]))
+    for placed in all_placed:
         draw_object(photo, *placed, rng)
     photo *= np.linspace(*rng.uniform(0.75, 1.15, 2), size, dtype=np.float32)[:, None, None]
     photo += rng.normal(0, 4, photo.shape)
-    return photo.clip(0, 255).astype(np.uint8), [placed[:2] for placed in objects]
+    return photo.clip(0, 255).astype(np.uint8), [placed[:2] for placed in all_placed]
 
 
 def area_of(polygons):
@@ -180,29 +181,29 @@ def encode(polygons, size, form):
     return segmentation, int(flat.sum())
 
 
-def draw_split(data, chosen, first, size, seed, quality=92):
+def draw_split(data, chosen, first, size, seed, quality=92, objects=1.0):
     """Draw a photo for each list of class ids, numbered from `first`; return COCO's (images, annotations)."""
     images, annotations = [], []
     for number, class_ids in enumerate(chosen, first):
         rng = np.random.default_rng([seed, number])
         group = {"group": f"scene {number // 5}"} if number % 5 < 2 else {}  # two of five photos show one place
         kind = number // 5 % len(GROUNDS) if group else int(rng.integers(len(GROUNDS)))
-        photo, objects = draw_photo(class_ids, size, kind, rng)
+        photo, drawn = draw_photo(class_ids, size, kind, rng, objects)
         name = f"batch_{number // PHOTOS_PER_BATCH + 1:02}/{number:04}.jpg"
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(data / name), photo[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, quality))
         images.append({"id": 7 * number + 3, "file_name": name, "width": size, "height": size} | group)
-        for class_id, polygons in objects:
+        for class_id, polygons in drawn:
             segmentation, area = encode(polygons, size, len(annotations))
             annotations.append({"id": 2 * len(annotations) + 1, "image_id": images[-1]["id"], "category_id": class_id,
                                 "segmentation": segmentation, "area": area, "iscrowd": 0})
     return images, annotations
 
 
-def draw_data(data, train=48, test=12, size=512, seed=0):
+def draw_data(data, train=48, test=12, size=512, seed=0, objects=1.0):
     """Draw everything into the folder `data`, unless the same is there already; write train.json last."""
     data, path = Path(data), Path(data) / "train.json"
-    info = {"description": "drawn by demo_data.py", "options": [train, test, size, seed]}
+    info = {"description": "drawn by demo_data.py", "options": [train, test, size, seed, objects][:4 + (objects != 1)]}
     if path.exists():
         info_there = json.loads(path.read_bytes()).get("info", {})
         if info_there == info:
@@ -211,8 +212,8 @@ def draw_data(data, train=48, test=12, size=512, seed=0):
             raise SystemExit(f"{path} was not drawn by this script: choose another folder")
         path.unlink()
     chosen = choose_classes(train + test, train, np.random.default_rng(seed))
-    images, annotations = draw_split(data, chosen[:train], 0, size, seed)
-    test_images, _ = draw_split(data, chosen[train:], train, size, seed)
+    images, annotations = draw_split(data, chosen[:train], 0, size, seed, objects=objects)
+    test_images, _ = draw_split(data, chosen[train:], train, size, seed, objects=objects)
     categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES)]
     coco = {"info": info, "categories": categories, "images": images}
     files = {"sample_submission.csv": "image_id,PredictionString\n",

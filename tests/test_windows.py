@@ -334,6 +334,21 @@ def test_predict_photo_and_a_folder_of_photos_take_a_native_model_too(big_data, 
         assert mask.shape == SIZES[n] and (mask != probs.argmax(0)).mean() < 1e-3
 
 
+def test_a_vote_of_a_native_model_is_that_of_its_store(big_data, cache, native_run, tmp_path):
+    infer.main(infer_line(big_data, cache, native_run, "--split", "test", "--tta", "flip"))
+    store, info = common.open_store(native_run / "test.json", common.Hashes(cache))
+    run = {"folder": ".", "weight": 1.0, "settings": {"tta": "flip", "tta_scales": [1.0], "scale": None},
+           "checkpoints": info["checkpoints"]}
+    common.write_json(native_run / "s.vote.json", {"runs": [run], "least share": 0.0, "steps": {}})
+    infer.main(infer.parse_args(["--photos", str(big_data), "--out", str(tmp_path / "out"), "--cache", str(cache),
+                                 "--device", "cpu", "--vote", str(native_run / "s.vote.json")]))
+    for n in range(4):
+        pred, size = store[n].argmax(0), SIZES[n]
+        rows, columns = ((2 * np.arange(side) + 1) * SUBMIT_SIZE // (2 * side) for side in size)
+        mask = np.array(Image.open(tmp_path / f"out/masks/{n}.png"))
+        assert (mask != pred[rows][:, columns]).mean() < 1e-3
+
+
 def test_probabilities_of_a_huge_photo_are_added_up_in_a_bounded_size():
     assert infer.probs_size((1500, 2000)) == (1500, 2000) and infer.probs_size((8192, 4096)) == (2048, 1024)
     assert infer.probs_size((1, 30000)) == (1, 2048)
