@@ -77,8 +77,8 @@ about.SEED        := of everything random
 about.WEIGHTS     := imagenet (downloaded), none, a file, or a folder with one for each encoder
 about.TTA         := views averaged in prediction: none, flip, flip_rot, d4, or identity,hflip,...
 about.VOTE        := weights of the members that vote: fit (if that gains), equal, or given, 2,1
-about.METRIC      := score that all that is fitted must raise, v3 or v2; the other must not fall
-about.POST        := least share and steps after the vote: fit (what gains) or none
+about.METRIC      := score that chooses epochs, weights and steps: v3, v2 or v1, guarded by v2 (v2: by v3)
+about.POST        := what may follow the vote: fit (all that gains), none, or least-share,minimum-area
 about.EXPS        := experiments, or rounds of them, that compare puts side by side
 about.LADDER      := the climb that ladder makes: full, or fast, 36 minutes on two cores for 400 photos
 about.TRUTH       := annotated COCO file of the test photos, for scores; else test.json
@@ -125,8 +125,7 @@ legal.EXP    := $(piece)(/$(piece))*
 legal.EXPS   := [ ]*($(legal.EXP)( +$(legal.EXP))*)?[ ]*
 legal.CODE   := (new|keep)?
 legal.BUDGET := ([0-9]+h)?([0-9]+m)?([0-9]+s)?
-legal.METRIC := v[23]
-legal.POST   := fit|none
+legal.METRIC := v[123]
 legal.UNLABELLED := [A-Za-z0-9._=+,:/@-]*
 legal.HOLDOUT := (0?[.][0-9]+)?
 legal.NFOLDS := [2-9]|10
@@ -177,7 +176,8 @@ how_read := --paint $(PAINT) --orientation $(ORIENTATION) --unused $(UNUSED)
 unlabelled := $(UNLABELLED:%=--unlabelled %)
 more   := $(if $(EXTRA),--extra $(EXTRA)) $(unlabelled)
 split  := --exp $(OUT) --folds $(NFOLDS) $(how_read) $(more)
-recipe := --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) $(TRAIN_ARGS)
+recipe := --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) --metric $(METRIC) \
+    $(TRAIN_ARGS)
 infer  := --tta $(TTA) $(INFER_ARGS)
 fitted := --weights $(VOTE) --metric $(METRIC) --post $(POST) --batch $(BATCH)
 submit := $(fitted) --image-id $(IMAGE_ID) $(SUBMIT_ARGS)

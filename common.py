@@ -2631,10 +2631,27 @@ def scores(confusions, batch_size):
     v1: mean over batches of images in this order (the official baseline's), v2: of the summed
     counts, v3: mean over images (the leaderboard's).
     """
-    batches = np.add.reduceat(confusions, np.arange(0, len(confusions), batch_size))
     iou = class_iou(confusions.sum(0))
-    return {"v1": image_miou(batches).mean(), "v2": np.nanmean(iou),
+    return {"v1": image_miou(batch_counts(confusions, batch_size)).mean(), "v2": np.nanmean(iou),
             "v3": image_miou(confusions).mean(), "iou": iou}
+
+
+def batch_counts(confusions, batch_size):
+    """Return the summed pixel counts [B, C, C] of batches of images in this order."""
+    return np.add.reduceat(confusions, np.arange(0, len(confusions), batch_size))
+
+
+METRICS = ("v3", "v2", "v1")  # what --metric can be
+
+
+def guarded(v, metric):
+    """Return what an epoch is chosen by, and a vote is fitted for, of scores {"v1", "v2", "v3"}.
+
+    It is v2, and with it v3 or v1 if that is the metric: alone these are raised by silence on rare
+    classes, which v2 counts in full; and what is fitted for the sum has the higher v3 on other
+    images too, as rare classes are fitted on few.
+    """
+    return v["v2"] if metric == "v2" else v["v2"] + v[metric]
 
 
 # ---- TTA and prediction --------------------------------------------------------------------------
@@ -2928,27 +2945,24 @@ def top_class(values):
     return pred
 
 
-def fit_score(counts):
-    """Return what is fitted for, v2 + v3 of pixel counts [N, C, C].
-
-    v3 alone is raised by silence on rare classes, which v2 counts in full; and what is fitted for
-    the sum has the higher v3 on other images too, as rare classes are fitted on few.
-    """
-    return image_miou(counts.sum(0)) + image_miou(counts).mean()
+def fit_score(counts, metric="v3", batch=8):
+    """Return `guarded` of pixel counts [N, C, C]; batch: images in a batch of v1."""
+    units = batch_counts(counts, batch) if metric == "v1" else counts
+    return guarded({"v2": image_miou(counts.sum(0)), metric: image_miou(units).mean()}, metric)
 
 
-def fit_min_area(preds, truths, n_classes):
+def fit_min_area(preds, truths, n_classes, measure=fit_score):
     """Return areas [C]: the best one for all classes, improved class by class, after shrink.
 
-    An area is a number of pixels; the best has the highest v2 + v3.
+    An area is a number of pixels; the best has the highest measure(pixel counts [N, C, C]).
     """
-    def measure(areas):
-        return fit_score(apply_min_area(counts, areas))
+    def measured(areas):
+        return measure(apply_min_area(counts, areas))
     counts = np.stack([confusion(pred, truth, n_classes)
                        for pred, truth in zip(preds, truths, strict=True)])
     foreground = np.arange(n_classes) > 0
-    best_common = max((area * foreground for area in AREAS), key=measure)
-    return shrink(coordinate_search(best_common, AREAS, measure), counts)
+    best_common = max((area * foreground for area in AREAS), key=measured)
+    return shrink(coordinate_search(best_common, AREAS, measured), counts)
 
 
 def coordinate_search(values, grid, measure):
@@ -2994,8 +3008,9 @@ def remove_small(pred, min_area):
 
 # Steps that change the voted masks, in this order: (name, fit, apply). A new one is one entry here;
 # it is used only if it gains out of fold, alone or with others.
-#   fit(preds, truths, n_classes) -> params: preds and truths uint8 [N, H, W] of the images that it
-#       is fitted on, 255 in truths where nothing is labelled; params: a list or array of numbers
+#   fit(preds, truths, n_classes, measure) -> params: preds and truths uint8 [N, H, W] of the images
+#       that it is fitted on, 255 in truths where nothing is labelled; measure(pixel counts [N, C,
+#       C]) is what the params should raise; params: a list or array of numbers
 #   apply(pred, params) -> pred: uint8 [H, W], also in what is returned
 STEPS_AFTER_VOTE = [
     ("minimum area", fit_min_area, remove_small)]

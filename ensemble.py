@@ -47,22 +47,22 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (
-    ALL, BACKGROUND, DERIVED, DESCRIPTION_KINDS, MANIFEST_KINDS, RUN_PLACE, STEPS_AFTER_VOTE,
-    STORE_KINDS, SUBMIT_SIZE, TORCHRUN, Hashes, Help, Parser, UserError, accepted_code,
-    add_data_options, apply_steps, as_number, atomic_write, begun_files, build_model, cache_folder,
-    changes, check_output, check_space, check_unchanged, check_unseen, checkpoint_gradients,
-    class_iou, clean, code_hashes, code_of, code_question, code_state, confusion, data_files,
-    data_options, decide, different_keys, draw_bars, draw_heat, drop_small, extra_json, figure_urls,
-    find_photos, fingerprint, fit_score, fold_name, folds_hash, foreground_ids, image_miou,
-    join_fingerprints, keep_code, label_settings, labels_code, labels_hash, labels_recipe,
-    layer_factors, library_versions, load_data, load_extra, load_truths, load_unlabelled,
-    load_weights, lock, make_folds, move_aside, move_mark, named, new_folds, number, open_store,
-    overlay, provenance, pseudo_folder, read_description, read_folds, read_index_json, read_json,
-    read_own_json, read_probs, read_rows, recipe_changes, run_code, run_folder, run_recipe,
-    run_script, scores, settings_of, short_hash, store_code, store_id, store_recipe, tile_url,
-    top_class, truth_file, try_sides, tta_name, tta_sides, tta_views, version_changes, vote,
-    weights_file, whole_manifest, whole_numbers, write_coco, write_description, write_json,
-    write_page, write_sheet)
+    ALL, BACKGROUND, DERIVED, DESCRIPTION_KINDS, MANIFEST_KINDS, METRICS, RUN_PLACE,
+    STEPS_AFTER_VOTE, STORE_KINDS, SUBMIT_SIZE, TORCHRUN, Hashes, Help, Parser, UserError,
+    accepted_code, add_data_options, apply_steps, as_number, atomic_write, batch_counts,
+    begun_files, build_model, cache_folder, changes, check_output, check_space, check_unchanged,
+    check_unseen, checked, checkpoint_gradients, class_iou, clean, code_hashes, code_of,
+    code_question, code_state, confusion, data_files, data_options, decide, different_keys,
+    draw_bars, draw_heat, drop_small, extra_json, figure_urls, find_photos, fingerprint, fit_score,
+    fold_name, folds_hash, foreground_ids, image_miou, join_fingerprints, keep_code, label_settings,
+    labels_code, labels_hash, labels_recipe, layer_factors, library_versions, load_data, load_extra,
+    load_truths, load_unlabelled, load_weights, lock, make_folds, move_aside, move_mark, named,
+    new_folds, number, open_store, overlay, provenance, pseudo_folder, read_description, read_folds,
+    read_index_json, read_json, read_own_json, read_probs, read_rows, recipe_changes, run_code,
+    run_folder, run_recipe, run_script, scores, settings_of, short_hash, store_code, store_id,
+    store_recipe, tile_url, top_class, truth_file, try_sides, tta_name, tta_sides, tta_views,
+    version_changes, vote, weights_file, whole_manifest, whole_numbers, write_coco,
+    write_description, write_json, write_page, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byte first: x86 and ARM
@@ -108,13 +108,13 @@ class Rung(NamedTuple):
 
 
 LIST_KNOBS = ("MODELS", "SCALES", "EPOCHS", "FOLDS", "ROUNDS")
-RECIPE_KNOBS = ("EPOCHS", "BATCH", "LR", "SEED", "WEIGHTS", "TRAIN_ARGS")  # of every run
+RECIPE_KNOBS = ("EPOCHS", "BATCH", "LR", "SEED", "WEIGHTS", "METRIC", "TRAIN_ARGS")  # of every run
 RUNG_KNOBS = (*LIST_KNOBS, "BATCH", "LR", "SEED", "WEIGHTS", "TTA", "VOTE", "METRIC", "POST",
               "SNAPSHOTS", "TRAIN_ARGS", "INFER_ARGS", "PSEUDO_ARGS", "SUBMIT_ARGS")
 # options that a knob of make stands for: as one of *_ARGS they would silently undo what rungs set
 HAVE_A_KNOB = {
     "TRAIN_ARGS": {"--epochs": "EPOCHS", "--batch": "BATCH", "--lr": "LR", "--seed": "SEED",
-                   "--weights": "WEIGHTS", "--snapshots": "SNAPSHOTS"},
+                   "--weights": "WEIGHTS", "--snapshots": "SNAPSHOTS", "--metric": "METRIC"},
     "INFER_ARGS": {"--tta": "TTA"},
     "SUBMIT_ARGS": {"--weights": "VOTE", "--metric": "METRIC", "--post": "POST",
                     "--batch": "BATCH", "--image-id": "IMAGE_ID"}}
@@ -207,10 +207,13 @@ def shared_options():
     scored.add_argument("--report", type=Path,
                         help="a web page with the tables, figures and the worst images to write")
     scored.add_argument("--batch", type=number(int, 1), default=8, help="images in a batch of v1")
-    scored.add_argument("--metric", choices=("v3", "v2"), default="v3",
-                        help="the score in which what is fitted must gain; the other must not lose")
-    scored.add_argument("--post", choices=("fit", "none"), default="fit",
-                        help="least share and the steps after the vote, if they gain")
+    scored.add_argument("--metric", choices=METRICS, default="v3",
+                        help="the score in which what is fitted must gain; v2 must not lose, or v3 "
+                        "if that is it")
+    scored.add_argument("--post", type=checked(post_names), default="fit",
+                        metavar="fit|none|NAME,NAME",
+                        help="what may follow the vote, if it gains: least-share and the steps "
+                        f"{', '.join(name.replace(' ', '-') for name, *_ in STEPS_AFTER_VOTE)}")
     tables.add_argument("--tables", type=Path, help="folder for the printed tables as CSV")
     out.add_argument("--out", type=Path, required=True, help="the submission to write")
     out.add_argument("--image-id", choices=("id", "file_name"), default="id",
@@ -234,6 +237,20 @@ def shared_options():
     add_grid(grid)
     add_budget(spend)
     return groups
+
+
+def post_names(text):
+    """Return the names in --post of what may follow the vote, in the order in which it is done.
+
+    Blanks of a name are written as "-". Raises UserError for a name that there is not.
+    """
+    names = {name.replace(" ", "-"): name
+             for name in ("least share", *(step for step, *_ in STEPS_AFTER_VOTE))}
+    if text in ("fit", "none"):
+        return list(names.values()) if text == "fit" else []
+    if unknown := set(text.split(",")) - names.keys():
+        raise UserError(f"there is no {min(unknown) or 'name'} in fit, none, {', '.join(names)}")
+    return [name for key, name in names.items() if key in text.split(",")]
 
 
 def add_ladder(climb, rung):
@@ -598,9 +615,9 @@ def scratch_folder(cache):
 # ---- what is fitted: weights and the least share -------------------------------------------------
 
 
-def score_of(probs, truths):
-    """Return fit_score of [N, C, P] probabilities, or of whatever has the same argmax."""
-    return fit_score(count_pixels(probs.argmax(1), truths, probs.shape[1]))
+def score_of(probs, truths, measure=fit_score):
+    """Return measure(pixel counts) of [N, C, P] probabilities, or whatever has the same argmax."""
+    return measure(count_pixels(probs.argmax(1), truths, probs.shape[1]))
 
 
 def count_pixels(preds, truths, n_classes):
@@ -611,16 +628,17 @@ def count_pixels(preds, truths, n_classes):
     return counts.reshape(len(preds), n_classes, n_classes)
 
 
-def fit_weights(thumbs, truths):
-    """Return weights [M] by greedy selection with replacement by v2 + v3 (Caruana et al. 2004).
+def fit_weights(thumbs, truths, measure=fit_score):
+    """Return weights [M] by greedy selection with replacement (Caruana et al. 2004).
 
-    thumbs [M, N, C, P]: the members' probabilities; truths [N, P].
+    thumbs [M, N, C, P]: the members' probabilities; truths [N, P]; measure: what the selection is
+    to raise, of pixel counts [N, C, C].
     """
     picks = np.zeros(len(thumbs))
     total = np.float32(0)
     best = -1.0
     while picks.sum() < MAX_PICKS:
-        tries = [score_of(total + thumb, truths) for thumb in thumbs]
+        tries = [score_of(total + thumb, truths, measure) for thumb in thumbs]
         if max(tries) <= best:
             break
         best = max(tries)
@@ -630,14 +648,14 @@ def fit_weights(thumbs, truths):
     return picks / picks.sum()
 
 
-def fit_least_share(total, truths):
+def fit_least_share(total, truths, measure=fit_score):
     """Return the least share, of drop_small, that gains most on votes [N, C, P]."""
-    def measure(least_share):
+    def measured(least_share):
         dropped = [drop_small(values, pred, least_share)
                    for values, pred in zip(total, preds, strict=True)]
-        return fit_score(count_pixels(np.stack(dropped), truths, total.shape[1]))
+        return measure(count_pixels(np.stack(dropped), truths, total.shape[1]))
     preds = np.stack([top_class(values) for values in total])
-    return max((0, *LEAST_SHARES), key=measure)
+    return max((0, *LEAST_SHARES), key=measured)
 
 
 def weighted_sum(weights, thumbs):
@@ -676,20 +694,20 @@ class Option:
         return np.stack([confusion(self.pred(n, part), self.oof.truths[n], n_classes)
                          for n, part in enumerate(self.oof.parts)])
 
-    def with_least_share(self, thumbs, truths):
+    def with_least_share(self, thumbs, truths, measure):
         """Return this option with a least share, fitted on votes of small images."""
         shares = []
         for k, seen in enumerate(images_to_fit(self.oof)):
             total = weighted_sum(self.fitted["weights"][k], thumbs[:, seen])
-            shares.append(fit_least_share(total, truths[seen]))
+            shares.append(fit_least_share(total, truths[seen], measure))
         return Option(self.oof, self.fitted | {"least share": shares})
 
-    def with_step(self, name, fit):
+    def with_step(self, name, fit, measure):
         """Return this option with a step more after the vote, fitted on what it predicts."""
         params = []
         for k, seen in enumerate(images_to_fit(self.oof)):
             preds = np.stack([self.pred(n, k) for n in np.flatnonzero(seen)])
-            params.append(fit(preds, self.oof.truths[seen], len(self.oof.classes)))
+            params.append(fit(preds, self.oof.truths[seen], len(self.oof.classes), measure))
         return Option(self.oof, self.fitted | {name: params}, self.votes)
 
 
@@ -712,38 +730,38 @@ def choose(args, oof, thumbs, truths, weights):
     name = f"soft vote, {'given' if np.ptp(weights) else 'equal'} weights"
     counts = {name: taken.counts}
     tried = []
+    measure = partial(fit_score, metric=args.metric, batch=args.batch)
     if len(fits) > 2:  # one group of photos has no other part to be fitted on
         if args.weights == "fit" and len(oof.names) > 1:
-            fitted = [fit_weights(thumbs[:, seen], truths[seen]) for seen in fits]
+            fitted = [fit_weights(thumbs[:, seen], truths[seen], measure) for seen in fits]
             option = Option(oof, taken.fitted | {"weights": fitted})
-            taken = take_best({"fitted weights": option}, taken, args.metric, tried)
-        if args.post == "fit":
-            options = combine_steps(taken, thumbs, truths)
-            taken = take_best(options, taken, args.metric, tried)
+            taken = take_best({"fitted weights": option}, taken, args, tried)
+        options = combine_steps(taken, thumbs, truths, post_names(args.post), measure)
+        taken = take_best(options, taken, args, tried)
     counts[TAKEN] = taken.counts
     counts["all background"] = np.zeros_like(taken.counts)
     counts["all background"][:, :, 0] = counts[name].sum(2)
     return taken.used(), counts, tried
 
 
-def take_best(options, before, metric, tried):
+def take_best(options, before, args, tried):
     """Return the option that is to be taken in place of `before`, or `before` if none is.
 
-    Those count that gain in the metric, v2 or v3, by more than chance and don't lose in the other
-    by more than chance. Of them the first is taken that the best isn't better than by more than
-    chance: the best of many has been lucky. options: {name: Option}, the simplest first; a row of
-    each goes into `tried`.
+    Those count that gain in args.metric by more than chance and don't lose in v2 by more than
+    chance, or in v3 if v2 is the metric. Of them the first is taken that the best isn't better than
+    by more than chance: the best of many has been lucky. options: {name: Option}, the simplest
+    first; a row of each goes into `tried`.
     """
-    other = "v2" if metric == "v3" else "v3"
+    metric, other = args.metric, "v3" if args.metric == "v2" else "v2"
     rows, sure = {}, []
     for name, option in options.items():
-        gains = {m: gain(option.counts, before.counts, m) for m in (metric, other)}
+        gains = {m: gain(option.counts, before.counts, m, args.batch) for m in (metric, other)}
         rows[name] = {f"{m} {key}": value for m in gains for key, value in gains[m].items()}
         if gains[metric]["low"] > 0 and gains[other]["high"] >= 0:
             sure.append(name)
     taken = best = max(sure, key=lambda name: rows[name][f"{metric} gain"], default=None)
     for name in sure:
-        if gain(options[best].counts, options[name].counts, metric)["low"] <= 0:
+        if gain(options[best].counts, options[name].counts, metric, args.batch)["low"] <= 0:
             taken = name
             break
     for name, row in rows.items():
@@ -751,20 +769,20 @@ def take_best(options, before, metric, tried):
     return options.get(taken, before)
 
 
-def combine_steps(before, thumbs, truths):
+def combine_steps(before, thumbs, truths, allowed, measure):
     """Return {"A + B": Option} of least share and steps after the vote, all combinations.
 
-    Each is fitted on what those before it in the combination predict.
+    Each is fitted on what those before it in the combination predict. allowed: of post_names.
     """
     fits = {name: fit for name, fit, _ in STEPS_AFTER_VOTE}
     options = {(): before}
-    for size in range(1, len(fits) + 2):
-        for names in itertools.combinations(("least share", *fits), size):
+    for size in range(1, len(allowed) + 1):
+        for names in itertools.combinations(allowed, size):
             option, last = options[names[:-1]], names[-1]
             if last in fits:
-                options[names] = option.with_step(last, fits[last])
+                options[names] = option.with_step(last, fits[last], measure)
             else:
-                options[names] = option.with_least_share(thumbs, truths)
+                options[names] = option.with_least_share(thumbs, truths, measure)
     del options[()]
     return {" + ".join(names): option for names, option in options.items()}
 
@@ -775,13 +793,15 @@ def bootstrap_interval(values, n_draws=2000):
     return np.percentile(values[draws].mean(1), (2.5, 97.5))
 
 
-def gain(after, before, metric="v3"):
-    """Return the gain in v2 or v3 and its paired 95% interval: the same images drawn in both.
+def gain(after, before, metric="v3", batch=8):
+    """Return the gain in a metric and its paired 95% interval: the same images drawn in both.
 
     after, before: pixel counts [N, C, C] of the same images. The interval is NaN if they are fewer
-    than FEW_IMAGES.
+    than FEW_IMAGES. Of v1 batches of `batch` images take the place of images.
     """
-    if metric == "v3":
+    if metric == "v1":
+        after, before = (batch_counts(counts, batch) for counts in (after, before))
+    if metric != "v2":
         gains = image_miou(after) - image_miou(before)
         gained, (low, high) = gains.mean(), bootstrap_interval(gains)
     else:
@@ -857,7 +877,8 @@ def show_scores(args, oof, member_counts, used, counts, tried):
     show(args, oof, "iou", "IoU of each class, members by their number", iou)
     if tried:
         show(args, oof, "tried", "tried: gain on the folds that it wasn't fitted on; taken if "
-             f"{args.metric} gains by more than chance and the other score doesn't lose so", tried)
+             f"{args.metric} gains by more than chance and the score beside it doesn't lose so",
+             tried)
     oof.used["weights"] = describe_params(used["weights"], oof.names)
     oof.used["least share"] = describe_params(used["least share"], [])
     for name, _, _ in STEPS_AFTER_VOTE:
@@ -1405,6 +1426,8 @@ def soft_recipe(args, test, train, runs, valid_infos, test_infos):
         hashes = f"{valid_hash} {info['files']['test.npy']}"
         stores.append(f"{run_name(run)} {hashes} {info['tta']}")
     fitted = {"metric": args.metric, "post": args.post}
+    if args.metric == "v1":
+        fitted["batch"] = args.batch
     return settings_of(args) | fitted | {"test": test, "train": train, "stores": stores}
 
 

@@ -74,7 +74,7 @@ def parse_args(argv=None):
     what.add_argument("--tta-scales", type=number(float, 0.1, 10), nargs="+", default=[1.0],
                       metavar="SCALE", help="sizes that every view is predicted at, times the "
                       "scale that the model was trained at")
-    what.add_argument("--scale", type=number(int, STRIDE, 4096, STRIDE), help="side of what the "
+    what.add_argument("--scale", type=number(int, STRIDE, 4096), help="side of what the "
                       "network sees, made from the full photo; else the one that it was trained "
                       "at")
     what.add_argument("--out", type=Path, help="folder to write to, instead of beside the "

@@ -33,14 +33,14 @@ from tqdm import tqdm
 
 from common import (
     ALL, AUGMENTATIONS, COLOURS, CROPS, DATA_OPTIONS, DECODERS, DERIVED, DESCRIBED,
-    GPU_MEMORY_WORDS, HOOK, IGNORE_INDEX, LOSSES, MODEL_KINDS, STEP, STRIDE, SUBMIT_SIZE,
+    GPU_MEMORY_WORDS, HOOK, IGNORE_INDEX, LOSSES, METRICS, MODEL_KINDS, STEP, STRIDE, SUBMIT_SIZE,
     TRAIN_ONLY, EpochBatches, EvalPhotos, Hashes, Parser, TrainSamples, UserError, add_data_options,
     amp, as_number, atomic_write, batch_bytes, begun_files, build_model, check_labels, check_output,
     check_shared_memory, check_space, check_unseen, checked, checkpoint_gradients, claim_device,
     code_of, confusion, data_options, decide, different_keys, draw_bars, draw_heat,
-    encoder_mean_std, figure_urls, fold_name, folds_hash, foreground_ids, full_batch, has_kinds,
-    image_miou, join_photos, keep_code, last_convolution, layer_factors, load_checkpoint, load_data,
-    load_extra, load_folds, load_labels, load_unlabelled, load_weights, loader_options,
+    encoder_mean_std, figure_urls, fold_name, folds_hash, foreground_ids, full_batch, guarded,
+    has_kinds, image_miou, join_photos, keep_code, last_convolution, layer_factors, load_checkpoint,
+    load_data, load_extra, load_folds, load_labels, load_unlabelled, load_weights, loader_options,
     loader_workers, lock, make_augmentation, make_loss, move_aside, named, normalise, number,
     overlay, pixel_weights, predict_windows, provenance, ranks, rare_odds, read_description,
     read_image, read_rows, recipe_changes, resize_probs, run_code, run_folder, run_recipe,
@@ -172,6 +172,7 @@ RECIPE = {
     "pseudo_ratio": (number(float, 0), 0.0, "pseudo labels to a labelled image; 0: as they come"),
     "labelled_only": (number(float, 0, 1), 0.0, "share of the run, its end, without pseudo labels"),
     "ema": (number(float, 0, 0.99999), 0.998, "decay of the weights' average; smaller at first"),
+    "metric": (METRICS, "v3", "score that chooses the epoch, v3 and v1 together with v2"),
     "seed": (number(int, 0, 2 ** 31 - 1), 0, "of everything random")}
 
 # what --sweep tries: option -> its choices, or ("even", lowest, highest), ("log", lowest, highest)
@@ -309,7 +310,7 @@ class Run:
     log: list = field(default_factory=list)  # a row of log.csv for each epoch
     best: dict | None = None  # what model.pt is to have: the epoch that is kept
     kept: str = "the start"  # what last.pt holds, for people
-    of_folds: dict | None = None  # of a run on all images: {"v2", "v3": the mean of the folds'}
+    of_folds: dict | None = None  # of a run on all images: its scores, "v3" the mean of the folds'
     saved_at: float = field(default_factory=time.monotonic)  # when last.pt was last written
     drawing_seconds: float = 0.0
     batch: int = 8  # windows that validation predicts at a time
@@ -893,9 +894,7 @@ def restore(run, path, checkpoint):
 
 
 def fit(run, loaders, args, info, out, report):
-    """Train to the last epoch; run.best becomes the best epoch of the later half by v2 + v3.
-
-    v3 alone is often best where a model is silent on rare classes.
+    """Train to the last epoch; run.best becomes the best one of the later half by --metric.
 
     A run on all images, which has nothing to validate on, keeps its last epoch. info: what every
     file of the run says besides; report(epoch, v3) is called after each epoch.
@@ -946,7 +945,8 @@ def is_best(run, args, v, n_epochs):
     if run.of_folds:
         return run.epoch == n_epochs
     is_late = args.overfit or 2 * run.epoch > args.epochs
-    return is_late and (run.best is None or v["v2"] + v["v3"] > run.best["v2"] + run.best["v3"])
+    return is_late and (run.best is None
+                        or guarded(v, args.metric) > guarded(run.best, args.metric))
 
 
 def begin_epoch(loader, epoch, first=0):
@@ -976,8 +976,7 @@ def epoch_model(run, v, image_v3):
     v = run.of_folds or v
     weights = {key: value.detach().to("cpu", copy=True)
                for key, value in run.ema.module.state_dict().items()}
-    return {"epoch": run.epoch, "v2": v["v2"], "v3": v["v3"], "image_v3": image_v3,
-            "model": weights}
+    return {"epoch": run.epoch, **v, "image_v3": image_v3, "model": weights}
 
 
 def save_epoch(run, args, info, out, v, image_v3):
@@ -1113,7 +1112,7 @@ def train_run(args, root, report=None, wait=False):
         warn_of_absent_classes(args, train.classes, "training", pixels)
         if fold_runs:
             mean_v3 = statistics.mean(run["v3"] for run in fold_runs)
-            run.of_folds = {"v2": None, "v3": mean_v3}
+            run.of_folds = {"v1": None, "v2": None, "v3": mean_v3}
         else:
             valid_pixels = np.array(train.pixels)[valid_indices].sum(0)
             warn_of_absent_classes(args, train.classes, "validation", valid_pixels)

@@ -110,14 +110,17 @@ def slow_vote(images, weights, n_classes, least_share=0):
     return winners([c for c in range(n_classes) if c == 0 or areas[c] >= least_share * max(areas[1:])])
 
 
+V3 = Namespace(metric="v3", batch=2)
+
+
 def no_tables(tmp_path=None):
     return Namespace(tables=tmp_path, batch=2)
 
 
-def chosen(oof, weights=None, fit=True, metric="v3", post="fit"):
+def chosen(oof, weights=None, fit=True, metric="v3", post="fit", batch=2):
     """(what is used, counts, {name of what was tried: row})."""
     _, thumbs, truths, _ = ensemble.survey(oof)
-    args = Namespace(weights="fit" if fit else "equal", metric=metric, post=post)
+    args = Namespace(weights="fit" if fit else "equal", metric=metric, post=post, batch=batch)
     weights = np.ones(len(oof.names)) if weights is None else weights
     used, counts, tried = ensemble.choose(args, oof, thumbs, truths, weights)
     return used, counts, {row["tried"]: row for row in tried}
@@ -281,7 +284,7 @@ def test_weights_are_those_of_a_slow_greedy_selection(seed):
 
 def test_the_selection_ends_after_so_many_picks(monkeypatch):
     rising = iter(range(1000))
-    monkeypatch.setattr(ensemble, "score_of", lambda probs, truths: next(rising))
+    monkeypatch.setattr(ensemble, "score_of", lambda *_: next(rising))
     assert ensemble.fit_weights(np.zeros((2, 1, 2, 1), np.uint8), None).tolist() == [0, 1] and next(rising) == 60
 
 
@@ -356,7 +359,7 @@ def test_equal_weights_win_where_the_interval_spans_zero(small):
 def test_of_too_few_images_nothing_is_taken(n_images, is_taken):
     wrong, right = (Namespace(counts=np.array([counts] * n_images)) for counts in ([[9, 0], [9, 0]], [[9, 0], [0, 9]]))
     tried = []
-    assert (ensemble.take_best({"step": right}, wrong, "v3", tried) is right) == is_taken
+    assert (ensemble.take_best({"step": right}, wrong, V3, tried) is right) == is_taken
     assert tried[0]["v3 gain"] == pytest.approx(0.75) and math.isnan(tried[0]["v3 low"]) != is_taken
 
 
@@ -379,12 +382,12 @@ def test_what_gains_in_one_score_and_loses_in_the_other_by_more_than_chance_is_n
     quiet = np.array([[[100, 0, 0], [0, 0, 0], [0, 0, 0]]] * 60)
     after = Namespace(counts=np.concatenate([silent, quiet]))
     tried = []
-    assert ensemble.take_best({"silence": after}, before, "v3", tried) is before
+    assert ensemble.take_best({"silence": after}, before, V3, tried) is before
     row, = tried
     assert row["v3 low"] > 0 > row["v2 high"] and row["taken"] == "no"
     both = Namespace(counts=np.concatenate([option_of((3, 3), (3, 3))[1].counts, quiet]))
-    assert ensemble.take_best({"silence": after, "both": both}, before, "v3", []) is both
-    assert ensemble.take_best({"both": both}, before, "v2", []) is both
+    assert ensemble.take_best({"silence": after, "both": both}, before, V3, []) is both
+    assert ensemble.take_best({"both": both}, before, Namespace(metric="v2", batch=2), []) is both
 
 
 def test_of_what_is_no_more_than_chance_apart_the_simplest_is_taken():
@@ -392,16 +395,72 @@ def test_of_what_is_no_more_than_chance_apart_the_simplest_is_taken():
     _, lucky = option_of((0, 1), (3, 3))
     lucky.counts[1:20] = before.counts[1:20]  # better on one image alone
     _, better = option_of((3, 3), (3, 3))
-    assert ensemble.take_best({"simple": simple, "lucky": lucky}, before, "v3", []) is simple
-    assert ensemble.take_best({"simple": simple, "lucky": lucky, "better": better}, before, "v3", []) is better
+    assert ensemble.take_best({"simple": simple, "lucky": lucky}, before, V3, []) is simple
+    assert ensemble.take_best({"simple": simple, "lucky": lucky, "better": better}, before, V3, []) is better
 
 
 def test_the_metric_names_the_score_that_must_gain():
     before, same_v3 = option_of((0, 0), (0, 0))
     tried = []
-    ensemble.take_best({"nothing": same_v3}, before, "v2", tried)
+    ensemble.take_best({"nothing": same_v3}, before, Namespace(metric="v2", batch=2), tried)
     assert [*tried[0]] == ["tried", "v2 gain", "v2 low", "v2 high", "v3 gain", "v3 low", "v3 high", "taken"]
     assert tried[0]["taken"] == "no"  # it gains nothing
+
+
+@pytest.mark.parametrize("metric", ["v3", "v2", "v1"])
+def test_what_is_fitted_for_by_each_metric(metric):
+    counts = np.array([[[4, 0], [2, 2]], [[2, 0], [2, 0]]])  # [image, truth, prediction]
+    v3 = ((4 / 6 + 2 / 4) / 2 + (2 / 4 + 0) / 2) / 2
+    v2 = (6 / 10 + 2 / 6) / 2
+    wanted = {"v3": v2 + v3, "v2": v2, "v1": v2 + v2}[metric]  # of one batch v1 is v2
+    assert common.fit_score(counts, metric, batch=2) == pytest.approx(wanted)
+    alone = {"v3": v2 + v3, "v2": v2, "v1": v2 + v3}[metric]  # of batches of one image it is v3
+    assert common.fit_score(counts, metric, batch=1) == pytest.approx(alone)
+
+
+def test_a_gain_in_v1_is_of_batches_and_has_their_interval():
+    rng = np.random.default_rng(0)
+    before = rng.integers(1, 50, (40, 3, 3))
+    after = before + rng.integers(0, 9, (40, 1, 1)) * np.eye(3, dtype=int)
+    batches = [np.stack([counts[i:i + 4].sum(0) for i in range(0, 40, 4)]) for counts in (after, before)]
+    assert ensemble.gain(after, before, "v1", 4) == ensemble.gain(*batches, "v3")
+    assert math.isnan(ensemble.gain(after, before, "v1", 5)["low"])  # 8 batches are too few
+    assert not math.isnan(ensemble.gain(after, before, "v3")["low"])
+
+
+@pytest.mark.parametrize("metric", ["v1", "v2", "v3"])
+def test_all_that_is_fitted_gets_the_metric(small, monkeypatch, metric):
+    asked = []
+    monkeypatch.setattr(ensemble, "fit_score", lambda counts, metric, batch: asked.append((metric, batch)) or 0.0)
+
+    def fit(preds, truths, n_classes, measure):
+        measure(np.ones((2, 3, 3)))
+        return [0.0]
+    set_steps(monkeypatch, [("look", fit, lambda pred, params: pred)])
+    probs, truths = stray(12, 5)
+    _, _, tried = chosen(FakeOof(np.concatenate([probs, probs]), truths, np.arange(12) % 3), metric=metric, batch=3)
+    assert set(asked) == {(metric, 3)}
+    other = "v3" if metric == "v2" else "v2"
+    assert all({f"{metric} gain", f"{other} gain"} < row.keys() for row in tried.values())
+
+
+@pytest.mark.parametrize(("post", "names"), [
+    ("fit", ["least share", "minimum area", "look twice", "least share + minimum area", "least share + look twice",
+             "minimum area + look twice", "least share + minimum area + look twice"]),
+    ("none", []), ("minimum-area", ["minimum area"]),
+    ("look-twice,least-share", ["least share", "look twice", "least share + look twice"])])
+def test_only_the_steps_that_post_names_are_tried(small, monkeypatch, post, names):
+    steps = [("minimum area", common.fit_min_area, common.remove_small),
+             ("look twice", lambda *args: [0.0], lambda pred, params: pred)]
+    set_steps(monkeypatch, steps)
+    assert [*chosen(FakeOof(*stray(30, 5), np.arange(30) % 3), post=post)[2]] == names
+
+
+@pytest.mark.parametrize("post", ["", "fit,none", "minimum area", "least-share,", "area"])
+def test_a_step_that_there_is_not_is_refused_by_name(tmp_path, capsys, post):
+    with pytest.raises(SystemExit):
+        ensemble.parse_args(["score", "--data", str(tmp_path), "--post", post, "a"])
+    assert "in fit, none, least-share, minimum-area" in capsys.readouterr().err
 
 
 def test_nothing_is_tried_after_the_vote_when_that_is_asked_for(small):
@@ -576,7 +635,7 @@ def test_the_names_of_the_steps_are_their_own():
     assert len(set(names)) == len(names) and not {*names} & {"weights", "least share"}
 
 
-def fit_shift(preds, truths, n_classes):
+def fit_shift(preds, truths, n_classes, measure):
     """[shift, n_classes]: by how much all class ids are too high."""
     shifts = range(n_classes)
     v3 = [slow_v3((preds + n_classes - shift) % n_classes, truths) for shift in shifts]
@@ -592,7 +651,7 @@ def apply_shift(pred, params):
 def test_every_combination_of_steps_is_tried_in_order_and_a_step_sees_what_those_before_it_made(small, monkeypatch):
     seen = []
 
-    def fit(preds, truths, n_classes):
+    def fit(preds, truths, n_classes, measure):
         seen.append(preds.copy())
         return [0.0]
     set_steps(monkeypatch, [
