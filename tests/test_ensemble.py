@@ -1156,7 +1156,7 @@ def test_what_a_script_refuses_stops_the_plan_with_its_own_line(tiny_data, cache
     for more, told in (
             ({"train_args": "--weights none --lr fast"}, "train.py: error: argument --lr: invalid float value: 'fast'"),
             ({"train_args": "--weights none --check"}, "TRAIN_ARGS sets --check"),
-            ({"train_args": "--weights nosuch.pth"}, "--weights nosuch.pth: no such file, and neither imagenet nor "),
+            ({"train_args": "--weights nosuch.pth"}, "--weights nosuch.pth: no such file or folder, and neither "),
             ({"infer_args": "--tta flipp"}, "infer.py: error: argument --tta")):
         with pytest.raises(UserError, match=f"^{re.escape(told)}[^\n]*$"):
             plan(tiny_data, cache, exp, **more)
@@ -1165,14 +1165,18 @@ def test_what_a_script_refuses_stops_the_plan_with_its_own_line(tiny_data, cache
     assert sorted(path.name for path in exp.iterdir() if path.name[0] != ".") == ["data.html", "folds.csv"]
 
 
-def test_a_remembered_answer_does_not_outlive_its_file_of_weights(tiny_data, cache, exp, tmp_path, asked):
-    weights = tmp_path / "w.pth"
-    weights.write_text("weights")
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_remembered_answer_does_not_outlive_its_file_of_weights(tiny_data, cache, exp, tmp_path, asked, is_folder):
+    import timm
+    import torch
+    file = tmp_path / "test_efficientnet.pth"
+    torch.save(timm.create_model("test_efficientnet").state_dict(), file)
+    weights, told = (tmp_path, "0 files are named after") if is_folder else (file, "no such file")
     for _ in range(2):
         plan(tiny_data, cache, exp, train_args=f"--weights {weights}")
     assert asked.count("train.py") == 1
-    weights.unlink()
-    with pytest.raises(UserError, match=f"--weights {weights}: no such file"):
+    file.unlink()
+    with pytest.raises(UserError, match=f"--weights {weights}: {told}"):
         plan(tiny_data, cache, exp, train_args=f"--weights {weights}")
 
 
