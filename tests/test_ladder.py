@@ -325,11 +325,22 @@ def test_rounds_train_on_the_test_photos_too_and_label_them():
     assert 3 * rest == pytest.approx(3 * (start + predicted) + 2 * start)
 
 
+def test_a_budget_counts_what_is_added_to_the_data():
+    start = ensemble.START_SECONDS
+    epoch, rest = ensemble.seconds_of_a_fold([(10, 50)], 100, 40, 5, 1, 0, n_extra=30, n_more=70)
+    assert epoch == pytest.approx((80 + 30) / 10 + 20 / 50)  # without rounds nothing unlabelled is looked at
+    assert rest == pytest.approx(start + 60 / 50)
+    epoch, rest = ensemble.seconds_of_a_fold([(10, 50)], 100, 40, 5, 1, 1, n_extra=30, n_more=70)
+    assert 2 * epoch == pytest.approx((110 + 110 + 40 + 70) / 10 + 2 * 20 / 50)
+    assert 2 * rest == pytest.approx(2 * start + (60 + 130) / 50 + start)  # one round predicts them
+
+
 @pytest.mark.parametrize("snapshots, n_times", [(0, 1), (3, 3)])
 def test_a_budget_counts_the_predictions_of_all_snapshots(tiny_data, cache, tmp_path, monkeypatch, snapshots, n_times):
     shared = []
     monkeypatch.setattr(ensemble, "read_arguments", lambda *args: (
-        argparse.Namespace(batch=8, snapshots=snapshots), argparse.Namespace(tta="none", tta_scales=[1.0]), None, None))
+        argparse.Namespace(batch=8, snapshots=snapshots, crop="photo", repeat=1),
+        argparse.Namespace(tta="none", tta_scales=[1.0], scale=None), None, None))
     monkeypatch.setattr(ensemble, "measure_speeds", lambda *args: [(10, 50)])
     monkeypatch.setattr(ensemble, "share_budget", lambda *args: shared.append(args) or (5, ["0"]))
     line = ["budget", "--data", tiny_data, "--cache", cache, "--exp", tmp_path, "--nfolds", 2, "--budget", "9m",
