@@ -275,7 +275,7 @@ $(filter %/manifest.json,$(TODO)): | \
 $(filter %/submission.csv,$(TODO)): | $(filter-out %/submission.csv,$(TODO))
 	@$(plan) --ready
 	$(run) ensemble.py soft $(data) --out $@ --report $(OUT)/report.html $(submit) $(code) \
-	    $(call runs,$(ROUNDS),$(MODELS),$(SCALES),$(FOLDS)) || [ $$? = 3 ]
+	    $(truth) $(call runs,$(ROUNDS),$(MODELS),$(SCALES),$(FOLDS)) || [ $$? = 3 ]
 
 # two makes at once: the second waits for the first
 .venv/.installed: requirements.txt
@@ -308,10 +308,10 @@ else
 train: $(TODO) ## the models; narrow with MODEL= SCALE= FOLD= ROUND=
 pseudo: $(TODO) ## pseudo labels for the test photos
 submit: $(TODO) ## everything up to out/EXP/submission.csv and report.html
-score: $(TODO) ## out-of-fold scores of members and vote, who adds what; out/EXP/report.html
+score: $(TODO) ## scores of members and vote, out of fold and by TRUTH; out/EXP/report.html
 	@$(run) ensemble.py score $(data) $(fitted) --tables $(OUT)/report \
-	    --report $(OUT)/report.html $(filter --mixed,$(SUBMIT_ARGS)) \
-	    $(call runs,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(filter-out all,$(FOLD)))
+	    --report $(OUT)/report.html $(filter --mixed,$(SUBMIT_ARGS)) $(truth) \
+	    $(call runs,$(or $(ROUND),$(ROUNDS)),$(MODEL),$(SCALE),$(FOLD))
 endif
 predict: | $(SETUP) ## the photos in PHOTOS by the vote of out/EXP's submission; out/EXP/predicted/
 	@$(run) infer.py --photos $(call quote,$(PHOTOS)) --vote $(OUT)/submission.vote.json \

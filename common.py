@@ -178,9 +178,10 @@ DATA_OPTIONS = {
                "export's categories, are classes")}
 
 
-def add_data_options(group):
-    """Add the options of DATA_OPTIONS to a group of a parser."""
-    for name, (values, text) in DATA_OPTIONS.items():
+def add_data_options(group, names=tuple(DATA_OPTIONS)):
+    """Add the options `names` of DATA_OPTIONS to a group of a parser."""
+    for name in names:
+        values, text = DATA_OPTIONS[name]
         group.add_argument(f"--{name}", choices=values, default=values[0], help=text)
 
 
@@ -395,12 +396,14 @@ def load_truths(path, test, paint):
                           f"{tuple(size)}")
     if faults:
         raise UserError("\n".join(faults[:MAX_FAULTS]))
-    truths = []
-    for image_id, (height, width) in zip(test.ids, test.sizes, strict=True):
-        objects = by_id[image_id]["objects"]
-        mask, *_ = paint_mask(objects, height, width, paint, len(test.classes))
-        truths.append(submitted_size(mask))
-    return np.stack(truths)
+    return np.stack([paint_truth(by_id[image_id], paint, len(test.classes))
+                     for image_id in test.ids])
+
+
+def paint_truth(photo, paint, n_classes):
+    """Return the mask of a photo of read_coco at the submission's size; paint: see paint_mask."""
+    mask, *_ = paint_mask(photo["objects"], *photo["size"], paint, n_classes)
+    return submitted_size(mask)
 
 
 # ---- data: samples and batches -------------------------------------------------------------------

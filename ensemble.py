@@ -3,6 +3,7 @@
     python ensemble.py soft --data DATA --weights fit --out out/main/vote.csv out/main/r1/*/*/*/f*
     python ensemble.py hard --data DATA --weights 2,1 --out out/voted.csv mine.csv theirs.csv
     python ensemble.py score --data DATA --weights fit --tables out/main/report out/main/r1/*/*/*/f*
+    python ensemble.py evaluate --truth test_labels.json mine.csv theirs.csv
     python ensemble.py compare --data DATA out/main/r0 out/main/r1 out/lr5
     python ensemble.py plan --data DATA --exp out/main GRID     (make asks this)
     python ensemble.py status --data DATA --exp out/main GRID   (make status)
@@ -57,12 +58,12 @@ from common import (
     fold_name, folds_hash, foreground_ids, image_miou, join_fingerprints, keep_code, label_settings,
     labels_code, labels_hash, labels_recipe, layer_factors, library_versions, load_data, load_extra,
     load_truths, load_unlabelled, load_weights, lock, make_folds, move_aside, move_mark, named,
-    new_folds, number, open_store, overlay, provenance, pseudo_folder, read_description, read_folds,
-    read_index_json, read_json, read_own_json, read_probs, read_rows, recipe_changes, run_code,
-    run_folder, run_recipe, run_script, scores, settings_of, short_hash, store_code, store_id,
-    store_recipe, tile_url, top_class, truth_file, try_sides, tta_name, tta_sides, tta_views,
-    version_changes, vote, weights_file, whole_manifest, whole_numbers, write_coco,
-    write_description, write_json, write_page, write_sheet)
+    new_folds, number, open_store, overlay, paint_truth, provenance, pseudo_folder, read_coco,
+    read_description, read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows,
+    recipe_changes, run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash,
+    store_code, store_id, store_recipe, tile_url, top_class, truth_file, try_sides, tta_name,
+    tta_sides, tta_views, used_categories, version_changes, vote, weights_file, whole_manifest,
+    whole_numbers, write_coco, write_description, write_json, write_page, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
 PAIR = np.uint16(ord("0") + 256 * ord(" "))  # "0 " as one number, the lower byte first: x86 and ARM
@@ -90,8 +91,8 @@ BY_FOLD = ("fold", "pseudo", "contaminated", "stop_epoch")
 BESIDE = {
     "TAKEN", "already_made", "as_text", "check_classes", "check_names", "check_one_member",
     "check_store", "describe_params", "difference", "explain", "made_file", "no_formula",
-    "oof_file", "pixel_fault", "run_name", "sample_pictures", "scratch_folder", "show",
-    "show_scores", "soft_recipe", "tell_unread", "vote_file", "write_made"}
+    "oof_file", "pixel_fault", "read_test_truths", "run_name", "sample_pictures", "scratch_folder",
+    "show", "show_scores", "show_test", "soft_recipe", "tell_unread", "vote_file", "write_made"}
 
 
 # ---- the ladder: what make ladder climbs ---------------------------------------------------------
@@ -171,9 +172,12 @@ def parse_args(argv=None):
     parser = Parser(prog="ensemble.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, groups, text in (
-            ("soft", "data runs mixed scored tables out", "average the probabilities of runs"),
+            ("soft", "data runs mixed scored tables truth out",
+             "average the probabilities of runs"),
             ("hard", "data voted runs out", "count the votes of submissions and runs"),
-            ("score", "data runs mixed scored tables", "print out-of-fold scores"),
+            ("score", "data runs mixed scored tables truth",
+             "print out-of-fold scores, and those on the truth of the test photos"),
+            ("evaluate", "csvs tables", "score submissions from anywhere on a truth"),
             ("compare", "data mixed tables truth steps", "say what experiments gain"),
             ("rungs", "data climb rung truth", "print the rungs of a ladder, each as make's knobs"),
             ("holdout", "data held", "hold labelled photos out as a test set with annotations"),
@@ -190,10 +194,10 @@ def parse_args(argv=None):
 def shared_options():
     """Return {group: a parser of options that several commands share}."""
     names = ("data", "voted", "runs", "mixed", "scored", "tables", "out", "steps", "climb", "rung",
-             "truth", "held", "grid", "spend")
+             "truth", "held", "grid", "spend", "csvs")
     groups = {name: argparse.ArgumentParser(add_help=False) for name in names}
-    data, voted, runs, mixed, scored, tables, out, steps, climb, rung, truth, held, grid, spend = (
-        groups.values())
+    (data, voted, runs, mixed, scored, tables, out, steps, climb, rung, truth, held, grid, spend,
+     csvs) = groups.values()
     data.add_argument("--data", type=Path, required=True, help="the competition's folder")
     data.add_argument("--cache", type=Path, default=Path("out/cache"), help="painted masks")
     add_data_options(voted.add_argument_group("how DATA is read, if no voter is a run"))
@@ -234,6 +238,14 @@ def shared_options():
     held.add_argument("--out", type=Path, required=True, dest="folder",
                       help="the folder to write, a DATA of its own")
     add_data_options(held)
+    csvs.add_argument("submissions", type=Path, nargs="+", metavar="CSV",
+                      help="each is compared with the first")
+    csvs.add_argument("--truth", type=Path, required=True,
+                      help="COCO file with the objects of the photos; no other file is needed")
+    csvs.add_argument("--image-id", choices=("id", "file_name"), default="id",
+                      help="what names an image in the submissions")
+    csvs.add_argument("--batch", type=number(int, 1), default=8, help="images in a batch of v1")
+    add_data_options(csvs, ("paint", "unused"))
     add_grid(grid)
     add_budget(spend)
     return groups
@@ -1377,9 +1389,142 @@ def fit_vote(args, oof):
 
 
 def score(args):
-    """Print how well members and vote do out of fold."""
+    """Print how well members and vote do out of fold, and on test photos with labels."""
     oof = OutOfFold(args, args.runs)
-    explain(args, oof, *fit_vote(args, oof), oof.store_infos)
+    truths = read_test_truths(args, oof)
+    surveyed, used, counts = fit_vote(args, oof)
+    show_test(args, oof, truths, used)
+    explain(args, oof, surveyed, used, counts, oof.store_infos)
+
+
+def read_test_truths(args, oof):
+    """Return the masks uint8 [N, S, S] of the test photos, None if they have no labels."""
+    path = truth_file(args.data, args.truth)
+    return None if path is None else load_truths(path, oof.test, oof.infos[0]["paint"])
+
+
+def show_test(args, oof, truths, used):
+    """Show how the vote does on test photos with labels; truths: of read_test_truths.
+
+    Nothing is fitted on them: what is `used` was found out of fold.
+    """
+    if truths is None:
+        return
+    plain = {"weights": np.ones(len(oof.names)), "least share": 0}
+    votes = {}
+    for name, params in (("soft vote, equal weights", plain), (TAKEN, used)):
+        votes[name] = count_test(args, oof, args.runs, truths, params)
+    if votes[TAKEN] is not None:
+        show_truth(args, oof, votes, args.truth or "test.json")
+
+
+def show_truth(args, shown, votes, truth):
+    """Show the scores of votes {name: pixel counts [N, C, C]} on photos whose `truth` is known.
+
+    The IoUs by class are those of the last one. shown: has classes, and tables and contaminated as
+    of OutOfFold.
+    """
+    n_images = len(next(iter(votes.values())))
+    rows = []
+    for name, counts in votes.items():
+        result = scores(counts, args.batch)
+        row = {"name": name}
+        for metric in ("v1", "v2", "v3"):
+            low, high = score_interval(counts, metric, args.batch)
+            row |= {metric: result[metric], f"{metric} low": low, f"{metric} high": high}
+        rows.append(row)
+    show(args, shown, "test", f"on the truth of {n_images} test photos: {truth}; low and high: 95% "
+         f"interval over images, for {FEW_IMAGES} or more; nothing is fitted on them", rows)
+    low, high = iou_intervals(counts)
+    columns = {"class": shown.classes, "images": (counts.sum(2) > 0).sum(0), "IoU": result["iou"],
+               "low": low, "high": high}
+    show(args, shown, "test-iou", f"IoU of each class on the test photos: {name}; images: that "
+         "have the class", columns)
+
+
+def score_interval(counts, metric, batch):
+    """Return the 95% interval of a score of pixel counts [N, C, C]; NaN for fewer than FEW_IMAGES.
+
+    Of v1 batches of images are drawn in place of images.
+    """
+    if metric == "v1":
+        counts = batch_counts(counts, batch)
+    if len(counts) < FEW_IMAGES:
+        return math.nan, math.nan
+    if metric == "v2":
+        return np.percentile(image_miou(drawn_counts(counts, 1000))[1:], (2.5, 97.5))
+    return bootstrap_interval(image_miou(counts))
+
+
+def iou_intervals(counts):
+    """Return (low [C], high [C]): 95% intervals of the IoU of each class in pixel counts [N, C, C].
+
+    NaN for a class that fewer than FEW_IMAGES images have, in truth or prediction.
+    """
+    drawn = class_iou(drawn_counts(counts, 1000))[1:]
+    n_images = (counts.sum(1) + counts.sum(2) > 0).sum(0)
+    low, high = np.nanpercentile(np.nan_to_num(drawn), (2.5, 97.5), axis=0)
+    return [np.where(n_images < FEW_IMAGES, np.nan, ends) for ends in (low, high)]
+
+
+def evaluate(args):
+    """Show the scores of submissions on the truth of their photos, which is all that is needed."""
+    used = used_categories(args.truth) if args.unused == "drop" else None
+    photos, categories, _, faults = read_coco(args.truth, used, labelled=True)
+    if faults:
+        raise UserError("\n".join(faults))
+    classes = [BACKGROUND, *categories.values()]
+    by_name = {str(photo[args.image_id]): photo for photo in photos}
+    names = submission_names(args.submissions[0])
+    if unknown := [name for name in names if name not in by_name]:
+        raise UserError(f"{args.submissions[0]}: image {clean(unknown[0])} is not in {args.truth}: "
+                        "is --image-id right?")
+    if len(names) < len(by_name):
+        print(f"{len(names)} of the {len(by_name)} images of {args.truth} are in "
+              f"{args.submissions[0]}: the others have no part in the scores")
+    truths = [paint_truth(by_name[name], args.paint, len(classes)) for name in names]
+    votes = {}
+    for path in args.submissions:
+        counts = []
+        rows = read_submission(path, names, len(classes))
+        for truth, (fault, pred) in itertools.zip_longest(truths, rows, fillvalue=(None, None)):
+            if fault:
+                raise UserError(fault)
+            counts.append(confusion(pred, truth, len(classes)))
+        votes[str(path)] = np.stack(counts)
+    shown = argparse.Namespace(classes=classes, tables=[], contaminated=False)
+    show_truth(args, shown, votes, args.truth)
+    show_gains(args, shown, votes)
+
+
+def show_gains(args, shown, votes):
+    """Show what each of votes {name: pixel counts [N, C, C]} gains over the first."""
+    (first, before), *others = votes.items()
+    rows = []
+    for name, counts in others:
+        gains = {metric: gain(counts, before, metric, args.batch) for metric in ("v2", "v3")}
+        rows.append({"name": name} | {f"{metric} {key}": value for metric in gains
+                                      for key, value in gains[metric].items()})
+    if rows:
+        show(args, shown, "test-gain", f"gain over {first}; 95% intervals by paired bootstrap",
+             rows)
+
+
+def submission_names(path):
+    """Return the names of the images in a submission, in its order."""
+    try:
+        with open(path, "rb", buffering=2 ** 20) as f:
+            rows = csv_rows(f)
+            next(rows, None)
+            names = [row[0].decode(errors="replace") for row in rows if b"".join(row).strip()]
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    for name, n_times in Counter(names).items():
+        if n_times > 1:
+            raise UserError(f"{path}: image {clean(name)} is there {n_times} times")
+    if not names:
+        raise UserError(f"{path}: no submission: it has no image")
+    return names
 
 
 def made_file(out):
@@ -1508,6 +1653,7 @@ def soft(args):
     if is_made:
         tell_unread(infos)
         return
+    truths = read_test_truths(args, oof)
     surveyed, used, counts = fit_vote(args, oof)
     pictures = []
     pixels = np.zeros(len(oof.classes), int)
@@ -1526,6 +1672,7 @@ def soft(args):
     write_vote(vote_file(args.out), members, used)
     write_made(args, wanted, hashes, oof_file(args.out), vote_file(args.out))
     print(f"{args.out}: {n_images} images by {len(args.runs)} run(s) of {len(members)} member(s)")
+    show_test(args, oof, truths, used)
     explain(args, oof, surveyed, used, counts, oof.store_infos + infos, pixels)
     tell_unread(infos)
 
@@ -1680,7 +1827,8 @@ def count_test(args, oof, runs, truths, used):
               "infer.py makes it")
         return None
     members, infos, _ = open_members(args, runs, "test", Hashes(args.cache))
-    stores = place_test_images(argparse.Namespace(**vars(args), runs=runs), oof, members, infos)
+    stores = place_test_images(argparse.Namespace(**vars(args) | {"runs": runs}), oof, members,
+                               infos)
     return np.stack([confusion(vote_test_image(n, stores, used), truth, len(oof.classes))
                      for n, truth in enumerate(tqdm(truths, "test", disable=None))])
 
@@ -3188,7 +3336,8 @@ def main(args):
         raise UserError(f"--out {args.out}: must end in .csv; a .png or .json goes beside it")
     check_outputs(args)
     commands = {"soft": soft, "hard": hard, "score": score, "compare": compare, "rungs": rungs,
-                "holdout": holdout, "ladder": ladder, "budget": budget, "plan": plan,
+                "evaluate": evaluate, "holdout": holdout, "ladder": ladder, "budget": budget,
+                "plan": plan,
                 "status": status}
     lock_out = nullcontext()
     if writes_csv:
