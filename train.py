@@ -172,6 +172,8 @@ RECIPE = {
     "pseudo_ratio": (number(float, 0), 0.0, "pseudo labels to a labelled image; 0: as they come"),
     "labelled_only": (number(float, 0, 1), 0.0, "share of the run, its end, without pseudo labels"),
     "ema": (number(float, 0, 0.99999), 0.998, "decay of the weights' average; smaller at first"),
+    "soup": (number(int, 0, 100), 0, "epochs, as of --snapshots, whose weights are averaged with "
+                                     "the best one's, each if the score rises by it"),
     "metric": (METRICS, "v3", "score that chooses the epoch, v3 and v1 together with v2"),
     "seed": (number(int, 0, 2 ** 31 - 1), 0, "of everything random")}
 
@@ -282,9 +284,10 @@ def check_args(args, n_ranks):
     if args.batch < 2 * n_ranks:
         raise UserError(f"--batch {args.batch}: batch norm needs 2 images a process, of which "
                         f"there are {n_ranks}")
-    n_snapshots = len(snapshot_epochs(args))
-    if n_snapshots < args.snapshots:
-        raise UserError(f"--snapshots {args.snapshots}: this run has only {n_snapshots} to keep")
+    for option, asked in (("--snapshots", args.snapshots), ("--soup", args.soup)):
+        n_epochs = len(late_epochs(args, asked))
+        if n_epochs < asked:
+            raise UserError(f"{option} {asked}: this run has only {n_epochs} to keep")
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -980,13 +983,15 @@ def epoch_model(run, v, image_v3):
 
 
 def save_epoch(run, args, info, out, v, image_v3):
-    """Write an epoch's snapshot, if --snapshots wants it, and its row of log.csv.
+    """Write an epoch's snapshot, if --snapshots or --soup wants it, and its row of log.csv.
 
     This comes before save_last: an epoch that counts as done is in the log.
     """
     if run.epoch in snapshot_epochs(args):
         snapshot = out / f"last-epoch-{run.epoch:03}.pt"
         save_checkpoint(snapshot, **info, **epoch_model(run, v, image_v3))
+    if run.epoch in soup_epochs(args):
+        save_checkpoint(soup_file(out, run.epoch), **epoch_model(run, v, image_v3))
     # the log of a finished run that this one replaces stays beside its model until then
     log = "last.csv" if (out / "model.pt").exists() else "log.csv"
     write_csv(out / log, run.log)
@@ -1010,22 +1015,78 @@ def save_last(run, info, out, step=0):
 
 
 def snapshot_epochs(args):
-    """Return the epochs after which a snapshot is kept.
+    """Return the epochs after which a snapshot is kept."""
+    return late_epochs(args, args.snapshots)
+
+
+def soup_epochs(args):
+    """Return the epochs whose weights --soup may take; a run on all images can't judge any."""
+    return [] if args.fold == ALL else late_epochs(args, args.soup)
+
+
+def late_epochs(args, n_epochs):
+    """Return `n_epochs` epochs of the later half of a run.
 
     They are the last valleys of a schedule with cycles, else even steps up to the last epoch.
     """
-    n_snapshots, n_cycles = min(args.snapshots, args.epochs), args.cycles
-    if not n_snapshots:
+    n_epochs, n_cycles = min(n_epochs, args.epochs), args.cycles
+    if not n_epochs:
         return []
-    ends = [1 - 0.5 * i / n_snapshots for i in range(n_snapshots)]  # as shares of the run
+    ends = [1 - 0.5 * i / n_epochs for i in range(n_epochs)]  # as shares of the run
     if has_cycles(SCHEDULES[args.schedule]):
         ends = [args.warmup + (1 - args.warmup) * (i + 1) / n_cycles for i in range(n_cycles)]
-    return sorted({int(args.epochs * end + 1e-6) for end in ends} - {0})[-n_snapshots:]
+    return sorted({int(args.epochs * end + 1e-6) for end in ends} - {0})[-n_epochs:]
 
 
 def has_cycles(schedule):
     """Return whether a schedule depends on its number of cycles."""
     return any(schedule(t, 2) != schedule(t, 3) for t in (0.1, 0.4, 0.7))
+
+
+# ---- soup: the mean of several epochs' weights ---------------------------------------------------
+
+
+def soup_file(out, epoch):
+    """Return the file that keeps an epoch's weights until the end of the run, for --soup."""
+    return out / f"last-soup-{epoch:03}.pt"
+
+
+def make_soup(run, valid_loader, args, classes, out):
+    """Let run.best be the mean of several epochs' weights if that scores higher.
+
+    It is the greedy soup of arXiv 2203.05482: the epochs of soup_epochs, the best first, join the
+    best epoch of all one after another, and each stays if the score by --metric rises by it.
+    """
+    import torch
+    if ranks()[1] > 1:
+        torch.distributed.barrier()  # rank 0 may still be writing the last epoch
+    others = [load_checkpoint(soup_file(out, epoch)) for epoch in soup_epochs(args)
+              if epoch != run.best["epoch"]]
+    taken = [run.best]
+    for other in sorted(others, key=lambda other: -guarded(other, args.metric)):
+        weights = mean_weights([each["model"] for each in (*taken, other)])
+        run.ema.module.load_state_dict(weights)
+        v, _, image_v3 = validate(run, valid_loader, args, classes)
+        if guarded(v, args.metric) > guarded(run.best, args.metric):
+            taken.append(other)
+            run.best = run.best | v | {"image_v3": image_v3, "model": weights}
+    run.best["soup"] = [each["epoch"] for each in taken]
+    v3s = " ".join(f"{each['epoch']} ({each['v3']:.4f})" for each in taken)
+    print(f"{out}: soup of the epochs {v3s}: v3 {run.best['v3']:.4f}" if taken[1:] else
+          f"{out}: no soup scores higher than epoch {v3s}", flush=True)
+
+
+def mean_weights(states):
+    """Return the mean of state dicts of one network; counters, which are whole, of the first."""
+    mean = {}
+    for key, value in states[0].items():
+        mean[key] = value
+        if value.is_floating_point():
+            mean[key] = sum(state[key] for state in states) / len(states)
+    return mean
+
+
+# ---- the log -------------------------------------------------------------------------------------
 
 
 def start_logger(name, out, recipe):
@@ -1086,7 +1147,7 @@ def train_run(args, root, report=None, wait=False):
     is an error.
     """
     check_output(args.data, args.exp)
-    train, test, extras = splits = load_splits(args)
+    train, test, _ = splits = load_splits(args)
     folds = load_folds(args.exp, train, args.folds)
     train_indices, valid_indices = split_by_fold(args, train, folds)
     out = run_folder(root, args.round, args.model, args.scale, args.fold)
@@ -1105,17 +1166,8 @@ def train_run(args, root, report=None, wait=False):
         device = claim_device(args.device, args.per_gpu)
         if first:  # other ranks have read what is moved here, as claim_device waits for them
             begin(out, info, args, resume)
-        loaders = make_loaders(args, splits, train_indices, valid_indices, device.type == "cuda")
-        pixels = labelled_pixels(train, train_indices, extras).sum(0)
-        run = start_run(args, train.classes, pixels, resume, device)
-        run.mean, run.std = info["recipe"]["mean"], info["recipe"]["std"]  # also a kept run's
-        warn_of_absent_classes(args, train.classes, "training", pixels)
-        if fold_runs:
-            mean_v3 = statistics.mean(run["v3"] for run in fold_runs)
-            run.of_folds = {"v1": None, "v2": None, "v3": mean_v3}
-        else:
-            valid_pixels = np.array(train.pixels)[valid_indices].sum(0)
-            warn_of_absent_classes(args, train.classes, "validation", valid_pixels)
+        indices = train_indices, valid_indices
+        run, loaders = set_up(args, splits, indices, fold_runs, info, resume, device)
         if first:
             check_run_space(run, args, out)
         try:
@@ -1123,6 +1175,8 @@ def train_run(args, root, report=None, wait=False):
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{out}: interrupted, kept is what was after "
                                     f"{run.kept}") from None
+        if soup_epochs(args):
+            make_soup(run, loaders[1], args, train.classes, out)
         if first:
             draw_curves(out / "curves.png", run.log)
         if args.overfit and run.best["v3"] < OVERFIT_V3:
@@ -1133,6 +1187,27 @@ def train_run(args, root, report=None, wait=False):
             photos = EvalPhotos(train, valid_indices.tolist(), args.scale, args.crop)
             finish_run(run, info, out, photos, epochs, hashes)
     return run.best["v3"]
+
+
+def set_up(args, splits, indices, fold_runs, info, resume, device):
+    """Return (Run, loaders for training and validation).
+
+    splits: of load_splits; indices: (training, validation) of split_by_fold; fold_runs: of
+    read_fold_runs; info: what every file of the run says; resume: of find_last.
+    """
+    (train, _, extras), (train_indices, valid_indices) = splits, indices
+    loaders = make_loaders(args, splits, train_indices, valid_indices, device.type == "cuda")
+    pixels = labelled_pixels(train, train_indices, extras).sum(0)
+    run = start_run(args, train.classes, pixels, resume, device)
+    run.mean, run.std = info["recipe"]["mean"], info["recipe"]["std"]  # also a kept run's
+    warn_of_absent_classes(args, train.classes, "training", pixels)
+    if fold_runs:
+        mean_v3 = statistics.mean(run["v3"] for run in fold_runs)
+        run.of_folds = {"v1": None, "v2": None, "v3": mean_v3}
+    else:
+        valid_pixels = np.array(train.pixels)[valid_indices].sum(0)
+        warn_of_absent_classes(args, train.classes, "validation", valid_pixels)
+    return run, loaders
 
 
 def load_splits(args):
@@ -1225,8 +1300,8 @@ def check_run_space(run, args, out):
     """Raise UserError if the disk has no room for the run's checkpoints."""
     size = sum(tensor.nbytes for tensor in run.model.state_dict().values())
     # last.pt three times, also while it is written, with the weights, their average, the best ones
-    # and Adam's two averages; model.pt and the snapshots once
-    needed = (3 * 5 + 1 + args.snapshots) * size
+    # and Adam's two averages; model.pt, the snapshots and what soup may take once
+    needed = (3 * 5 + 1 + args.snapshots + args.soup) * size
     check_space(out, needed - sum(path.stat().st_size for path in out.glob("last*.pt")))
 
 
@@ -2063,7 +2138,8 @@ def draw_runtimes(path, rows):
 def overfit_args(args):
     """Return the arguments of --overfit: without augmentation, and replacing what is there."""
     plain = {"augment": "none", "classmix": "none", "batch_hook": "none", "sampler": "all",
-             "snapshots": 0, "code": "new", "replace": True, "extra": [], "unlabelled": None}
+             "snapshots": 0, "soup": 0, "code": "new", "replace": True, "extra": [],
+             "unlabelled": None}
     return argparse.Namespace(**vars(args) | plain)
 
 
