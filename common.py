@@ -2762,19 +2762,20 @@ class Window:
     is_last: bool
 
 
-def predict_windows(models, recipe, photos, views, scales, batch, device):
+def predict_windows(probs_of, recipe, photos, batch, device):
     """Yield probs float32 [C, height, width] of one photo after another, from overlapping windows.
 
-    photos: any number of (image uint8 [H, W, 3], (height, width) of its probs); recipe: "scale",
-    the side of a window, "mean" and "std"; views, scales: as in predict_probs, of each window.
-    Batches are full, also across photos; in memory are a photo, a batch and the probs.
+    probs_of: a function from normalised images float32 [B, 3, scale, scale] to their probs; recipe:
+    "scale", the side of a window, "mean" and "std"; photos: any number of (image uint8 [H, W, 3],
+    (height, width) of its probs). Batches are full, also across photos; in memory are a photo, a
+    batch and the probs.
     """
     import torch
     total = None
     for windows in batched(photo_windows(photos, recipe["scale"]), batch):
         images = np.stack([window.image for window in full_batch(windows, batch)])
         images = normalise(torch.from_numpy(images).to(device), recipe["mean"], recipe["std"])
-        probs = predict_probs(models, images, views, scales)[:len(windows)]
+        probs = probs_of(images)[:len(windows)]
         for window, each in zip(windows, probs, strict=True):
             if window.is_first:
                 total = torch.zeros(len(each), *window.size, device=device)
@@ -2890,8 +2891,8 @@ def predict_photo(trained, image, tta="flip", tta_scales=(1.0,)):
     if tuple(tta_scales) != (1,):
         try_sides(trained.model, recipe["model"], tta_sides(recipe["scale"], tta_scales))
     if recipe.get("crop") == "native":  # the recipes of an older train.py have none
-        probs, = predict_windows([trained.model], recipe, [(image, image.shape[:2])],
-                                 tta_views(tta), tta_scales, 8, device)
+        probs_of = partial(predict_probs, [trained.model], views=tta_views(tta), scales=tta_scales)
+        probs, = predict_windows(probs_of, recipe, [(image, image.shape[:2])], 8, device)
         return probs.cpu().numpy()
     resized = resize_image(image, recipe["scale"])
     images = normalise(torch.from_numpy(resized)[None].to(device), recipe["mean"], recipe["std"])

@@ -29,6 +29,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -298,9 +299,10 @@ def native_batches(models, photos, batches, args, device):
     networks, recipe = [each.model for each in models], models[0].recipe | {"scale": photos.scale}
     images = ((image.numpy(), (SUBMIT_SIZE, SUBMIT_SIZE)) for image, _ in loader)
     views = tta_views(args.tta)
+    probs_of = partial(predict_probs, networks, views=views, scales=args.tta_scales)
     for batch in batches:  # windows of two would not come together again after an interruption
-        probs = predict_windows(networks, recipe, islice(images, len(batch)), views,
-                                args.tta_scales, args.batch, device)
+        some = islice(images, len(batch))
+        probs = predict_windows(probs_of, recipe, some, args.batch, device)
         yield torch.stack(list(probs))
 
 
@@ -514,7 +516,8 @@ def voter_probs(voter, photos, sizes, batch, device):
     views, scales = tta_views(settings["tta"]), settings["tta_scales"]
     if kind == "native":
         pairs = zip(images, sizes, strict=True)
-        return list(predict_windows(networks, recipe, pairs, views, scales, batch, device))
+        probs_of = partial(predict_probs, networks, views=views, scales=scales)
+        return list(predict_windows(probs_of, recipe, pairs, batch, device))
     images = torch.from_numpy(np.stack(full_batch(images, batch)))
     images = normalise(images.to(device), recipe["mean"], recipe["std"])
     return list(predict_probs(networks, images, views, scales)[:len(photos)])

@@ -45,7 +45,7 @@ from common import (
     overlay, pixel_weights, predict_windows, provenance, ranks, rare_odds, read_description,
     read_image, read_rows, recipe_changes, resize_probs, run_code, run_folder, run_recipe,
     run_script, save_checkpoint, scores, signals_later, split_model, this_process, tile_url,
-    try_sides, tta_views, weights_file, write_csv, write_description, write_page, write_sheet)
+    try_sides, weights_file, write_csv, write_description, write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
@@ -606,19 +606,25 @@ def images_of(loader, step):
 
 def predict(model, images, run):
     """Return class ids uint8 [B, SUBMIT_SIZE, SUBMIT_SIZE] of uint8 images [B, H, W, 3]."""
+    images = images.to(run.device, non_blocking=True)
+    probs = model_probs(model, normalise(images, run.mean, run.std))
+    return resize_probs(probs).argmax(dim=1).byte().cpu().numpy()
+
+
+def model_probs(model, images):
+    """Return the probs float32 [B, C, H, W] of normalised images by a model."""
     import torch
-    with torch.inference_mode(), amp(run.device):
-        images = images.to(run.device, non_blocking=True)
-        logits = model(normalise(images, run.mean, run.std))
-    return resize_probs(logits.float().softmax(dim=1)).argmax(dim=1).byte().cpu().numpy()
+    with torch.inference_mode(), amp(images.device):
+        logits = model(images)
+    return logits.float().softmax(dim=1)
 
 
 def predict_native(images, run, scale):
     """Yield class ids uint8 [SUBMIT_SIZE, SUBMIT_SIZE] of uint8 images [H, W, 3] of any sizes."""
     recipe = {"scale": scale, "mean": run.mean, "std": run.std}
     photos = ((np.asarray(image), (SUBMIT_SIZE, SUBMIT_SIZE)) for image in images)
-    for probs in predict_windows([run.ema.module], recipe, photos, tta_views("none"), (1.0,),
-                                 run.batch, run.device):
+    probs_of = partial(model_probs, run.ema.module)
+    for probs in predict_windows(probs_of, recipe, photos, run.batch, run.device):
         yield probs.argmax(dim=0).byte().cpu().numpy()
 
 

@@ -169,11 +169,12 @@ REACHED = {
             "predict_probs log_row mixup sgd overlay"),
     "store": ("DECODERS[fpn] TTA[flip] VIEWS predict_probs EvalPhotos normalise read_image load_model",
               "region_loss classmix train_step soft judge"),
+    "photos": ("DECODERS[fpn] TTA[flip] predict_probs load_model read_photo vote remove_small predict_windows",
+               "train_step classmix predict_split load_data soft"),
     "labels": ("RULES[image] judge soft_vote hand_decisions TTA[flip] predict_probs", "train_step soft write_sheet"),
     "submission": ("vote fit_weights remove_small encode_mask Split choose", "report_sections draw_bars write_page "
                    "train_run Plan status hard"),
     "voted": ("majority decode_mask csv_rows order_of", "fit_weights report_sections Plan"),
-    "photos": ("DECODERS[fpn] TTA[flip] vote remove_small read_photo predict_probs normalise", "train_step soft judge"),
     "masks": ("paint_mask read_coco", "TrainSamples vote train_run")}
 
 

@@ -1,5 +1,6 @@
 """Real crops and whole photos: native crops in training, overlapping windows in prediction, infer.py --scale."""
 import shutil
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -34,8 +35,9 @@ class Colours(torch.nn.Module):
 def windowed(model, images, scale, sizes=None, tta="none", scales=(1.0,), batch=5):
     """[probs float32 [C, h, w]] of images; by default in their own sizes."""
     sizes = sizes or [image.shape[:2] for image in images]
-    probs = common.predict_windows([model], PLAIN | {"scale": scale}, zip(images, sizes, strict=True),
-                                   common.tta_views(tta), scales, batch, torch.device("cpu"))
+    predict = partial(common.predict_probs, [model], views=common.tta_views(tta), scales=scales)
+    probs = common.predict_windows(predict, PLAIN | {"scale": scale}, zip(images, sizes, strict=True), batch,
+                                   torch.device("cpu"))
     return [each.numpy() for each in probs]
 
 
@@ -106,17 +108,18 @@ def test_probabilities_in_another_size_are_those_of_the_photo_resized(size):
         assert abs(probs - expected).max() < 1e-5
 
 
-def test_batches_of_windows_are_full_also_across_photos_and_only_one_photo_is_waited_for(monkeypatch):
-    sizes, drawn, predict = [], [], common.predict_probs
-    monkeypatch.setattr(common, "predict_probs", lambda models, images, *how: (
-        sizes.append(len(images)), predict(models, images, *how))[1])
+def test_batches_of_windows_are_full_also_across_photos_and_only_one_photo_is_waited_for():
+    sizes, drawn = [], []
+
+    def predict(images):
+        sizes.append(len(images))
+        return images.softmax(1)
 
     def photos():
         for n, size in enumerate([(96, 96), (64, 64), (64, 96), (64, 64)]):  # 4, 1, 2 and 1 windows of 64
             drawn.append(n)
             yield noise(*size), size
-    probs = common.predict_windows([Colours()], PLAIN | {"scale": 64}, photos(), common.tta_views("none"), (1.0,), 4,
-                                   torch.device("cpu"))
+    probs = common.predict_windows(predict, PLAIN | {"scale": 64}, photos(), 4, torch.device("cpu"))
     assert next(probs).shape == (3, 96, 96) and drawn == [0] and sizes == [4]
     assert [each.shape for each in probs] == [(3, 64, 64), (3, 64, 96), (3, 64, 64)] and sizes == [4, 4]
 
@@ -267,8 +270,9 @@ def test_a_run_of_native_crops_is_validated_on_whole_photos_by_windows(native, b
 
 
 def windowed_by(trained, image, size, tta="none", scales=(1.0,), **changes):
-    probs = common.predict_windows([trained.model], trained.recipe | changes, [(np.asarray(image), size)],
-                                   common.tta_views(tta), scales, 2, torch.device("cpu"))
+    predict = partial(common.predict_probs, [trained.model], views=common.tta_views(tta), scales=scales)
+    probs = common.predict_windows(predict, trained.recipe | changes, [(np.asarray(image), size)], 2,
+                                   torch.device("cpu"))
     return [each.numpy() for each in probs]
 
 
