@@ -746,6 +746,8 @@ def check_options(args):
         if args.vote:
             raise UserError("--vote: is for --photos; with --data give --checkpoint")
         return
+    if args.split != ["valid", "test"]:
+        raise UserError("--split: is for --data; of --photos all are predicted")
     if not args.photos.is_dir():
         raise UserError(f"{args.photos}: no such folder; --photos is a folder of photos")
     if not args.out:
