@@ -1,4 +1,4 @@
-"""README.md: its size, its links, and that every diff, snippet and command in it does what it says."""
+"""README.md: its size and links, and that its diffs and commands, and the notebook's lines in tests/README.md, work."""
 import re
 import shutil
 import subprocess
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, MANUAL = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "tests/README.md"))
 FILES = ("Makefile", "requirements.txt", "report.html.jinja", *(path.name for path in ROOT.glob("*.py")))
 KNOBS = ["SCALES=64", "FOLDS=0 1", "NFOLDS=2", "EPOCHS=2", "BATCH=4", "WEIGHTS=none", "DEVICE=cpu",
          f"PY={sys.executable}"]
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
 def apply_diff(folder, diff):
@@ -58,7 +58,7 @@ def test_its_credit_names_the_six_photos():
 
 
 def test_every_edit_trains_labels_and_votes_and_the_snippet_runs_on_what_it_made(project):
-    diffs = blocks("diff")
+    diffs = blocks(README, "diff")
     assert len(diffs) == 6
     for diff in diffs:
         apply_diff(project, diff)
@@ -75,12 +75,25 @@ def test_every_edit_trains_labels_and_votes_and_the_snippet_runs_on_what_it_made
     assert (project / "out/main/submission.csv").exists()
     assert re.search(r"closed gaps +-?\d", said)  # it was tried
     run = project / "out/main/r0" / options["MODELS"] / "s64/f0"
-    snippet, = blocks("python")
+    snippet, = blocks(MANUAL, "python")
     snippet = re.sub(r'"out/main/r0/[^"]+/model.pt"', repr(str(run / "model.pt")), snippet)
     done = subprocess.run([sys.executable, "-c", f"{snippet}\nprint(probs.shape, probs.dtype, len(model.classes))"],
                           cwd=project, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-5:] == ["(12,", "64,", "64)", "float32", "12"]
+
+
+def test_the_knobs_and_options_of_what_one_brings_are_there(project):
+    section = README.split("## What you bring")[1].split("\n## ")[0]
+    codes = re.findall("`([^`]+)`", section)
+    known = make(project, "help", f"PY={sys.executable}")
+    knobs = {knob for code in codes for knob in re.findall(r"\b([A-Z_]+)=", code)}
+    assert {"EXTRA", "UNLABELLED", "FOLDS", "WEIGHTS", "PHOTOS", "TRUTH", "METRIC", "POST"} <= knobs
+    assert [knob for knob in knobs if not re.search(rf"^  {knob} ", known, re.M) and f" {knob} " not in known] == []
+    scripts = "".join((project / f"{name}.py").read_text() for name in ("common", "train", "infer", "ensemble"))
+    for option in {option for code in codes for option in re.findall(r"--[a-z-]+", code)}:
+        name = option.removeprefix("--")
+        assert f'"{option}"' in scripts or f'"{name.replace("-", "_")}": (' in scripts, option
 
 
 def test_its_commands_are_what_make_knows(project):
