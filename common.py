@@ -2417,7 +2417,9 @@ def check_normalisation(name, path, recipe):
     recipe: of a model.pt, else {}. The name of a timm file may tell, as in NAME.TAG.safetensors.
     """
     from timm.models import get_pretrained_cfg
-    config, own = get_pretrained_cfg(Path(path).stem), encoder_mean_std(name)
+    own, config = encoder_mean_std(name), None
+    with suppress(RuntimeError):  # timm knows no such tag of this network
+        config = get_pretrained_cfg(Path(path).stem)
     if {"mean", "std"} <= recipe.keys():
         theirs = recipe["mean"], recipe["std"]
     elif config:

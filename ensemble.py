@@ -2946,7 +2946,8 @@ class Plan:
             data[split] = fingerprint(self.hashes(path), settings, digests)
             if index and digests != checked[split]:
                 index = None
-        extra = [self.extra_fingerprint(folder, settings) for folder in self.args.extra]
+        classes = index["train"]["classes"] if index else []
+        extra = [self.extra_fingerprint(folder, settings, classes) for folder in self.args.extra]
         data |= {"index": index, "extra": extra, "photos": data["test"]}
         if folder := self.args.unlabelled:
             names, _ = find_photos(folder)
@@ -2956,10 +2957,17 @@ class Plan:
             data["photos"] = join_fingerprints(data["test"], data["unlabelled"])
         return data
 
-    def extra_fingerprint(self, folder, settings):
-        """Return the fingerprint of the labelled photos in a folder of --extra."""
+    def extra_fingerprint(self, folder, settings, classes):
+        """Return the fingerprint of the labelled photos in a folder of --extra.
+
+        classes: of the data, by which the cache knows the names of the photos without the JSON.
+        """
         path = extra_json(folder)
-        names = [image.get("file_name") for image in images_in(path)]
+        place = cache_folder(self.args.cache, [path], settings, self.hashes, classes)
+        if index := read_index_json(place, self.hashes):
+            names = index["train"]["file_names"]
+        else:
+            names = [image.get("file_name") for image in images_in(path)]
         digests = self.hashes.of_all([f"{folder}/{name}" for name in names])
         return fingerprint(self.hashes(path), settings, digests)
 

@@ -68,7 +68,13 @@ def tables(folder):
 
 @pytest.mark.parametrize("command", ["score", "soft"])
 def test_the_vote_is_scored_on_the_test_photos_truth_and_by_nothing_fitted_on_it(
-        tiny_data, cache, splits, voters, truth, tmp_path, command):  # noqa: F811
+        tiny_data, cache, splits, voters, truth, tmp_path, monkeypatch, command):  # noqa: F811
+    choose = ensemble.choose
+
+    def with_area(*args):  # so that the vote is not that with equal weights alone
+        used, *rest = choose(*args)
+        return used | {"minimum area": np.full(12, 3000)}, *rest
+    monkeypatch.setattr(ensemble, "choose", with_area)
     out = tmp_path / "s.csv"
     line = ["--data", tiny_data, "--cache", cache, "--tables", tmp_path / "tables", *voters.values()]
     run("soft", *line, "--out", tmp_path / "without.csv")
@@ -81,6 +87,7 @@ def test_the_vote_is_scored_on_the_test_photos_truth_and_by_nothing_fitted_on_it
     taken = table.set_index("name").loc["with what is taken"]
     assert table["name"].tolist() == ["soft vote, equal weights", "with what is taken"]
     assert taken["v3"] == pytest.approx(score_by_sklearn(preds, true_masks(splits)))
+    assert table["v3"][0] != taken["v3"]
     labels = np.union1d(np.unique(preds), np.unique(true_masks(splits)))
     iou = jaccard_score(true_masks(splits).ravel(), np.stack(preds).ravel(), labels=labels, average=None)
     assert by_class["IoU"].dropna().tolist() == pytest.approx(iou) and taken["v2"] == pytest.approx(np.mean(iou))
