@@ -238,14 +238,7 @@ def shared_options():
     held.add_argument("--out", type=Path, required=True, dest="folder",
                       help="the folder to write, a DATA of its own")
     add_data_options(held)
-    csvs.add_argument("submissions", type=Path, nargs="+", metavar="CSV",
-                      help="each is compared with the first")
-    csvs.add_argument("--truth", type=Path, required=True,
-                      help="COCO file with the objects of the photos; no other file is needed")
-    csvs.add_argument("--image-id", choices=("id", "file_name"), default="id",
-                      help="what names an image in the submissions")
-    csvs.add_argument("--batch", type=number(int, 1), default=8, help="images in a batch of v1")
-    add_data_options(csvs, ("paint", "unused"))
+    add_csvs(csvs)
     add_grid(grid)
     add_budget(spend)
     return groups
@@ -263,6 +256,18 @@ def post_names(text):
     if unknown := set(text.split(",")) - names.keys():
         raise UserError(f"there is no {min(unknown) or 'name'} in fit, none, {', '.join(names)}")
     return [name for key, name in names.items() if key in text.split(",")]
+
+
+def add_csvs(csvs):
+    """Add the submissions that `evaluate` scores, and what it needs for that."""
+    csvs.add_argument("submissions", type=Path, nargs="+", metavar="CSV",
+                      help="each is compared with the first")
+    csvs.add_argument("--truth", type=Path, required=True,
+                      help="COCO file with the objects of the photos; no other file is needed")
+    csvs.add_argument("--image-id", choices=("id", "file_name"), default="id",
+                      help="what names an image in the submissions")
+    csvs.add_argument("--batch", type=number(int, 1), default=8, help="images in a batch of v1")
+    add_data_options(csvs, ("paint", "unused"))
 
 
 def add_ladder(climb, rung):

@@ -217,6 +217,20 @@ def parse_args(argv=None):
     run.add_argument("--allow-leak", action="store_true",
                      help="learn also from pseudo labels whose makers may have trained on this "
                      "fold; marks every later score as contaminated")
+    add_jobs(run)
+    recipe = parser.add_argument_group("recipe")
+    for name, (kind, default, text) in RECIPE.items():
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        recipe.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
+    add_system_arguments(parser.add_argument_group("system: none of these decides the recipe"))
+    # --of-folds decides by the best epochs alone
+    parser.set_defaults(decides=["model", "scale", "fold", "folds", "round", "overfit",
+                                 *DATA_OPTIONS, *RECIPE])
+    return parser.parse_args(argv)
+
+
+def add_jobs(run):
+    """Add the jobs besides training a run, and their options."""
     job = run.add_mutually_exclusive_group()
     job.add_argument("--check", action="store_true",
                      help="check the data, write EXP/folds.csv and data.html, stop")
@@ -231,15 +245,6 @@ def parse_args(argv=None):
                      help="instead measure the speed, size and memory of the model at this scale")
     run.add_argument("--seconds", type=number(float, 0, 3600), default=10,
                      help="of --runtimes, three quarters of them to train")
-    recipe = parser.add_argument_group("recipe")
-    for name, (kind, default, text) in RECIPE.items():
-        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        recipe.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
-    add_system_arguments(parser.add_argument_group("system: none of these decides the recipe"))
-    # --of-folds decides by the best epochs alone
-    parser.set_defaults(decides=["model", "scale", "fold", "folds", "round", "overfit",
-                                 *DATA_OPTIONS, *RECIPE])
-    return parser.parse_args(argv)
 
 
 def add_system_arguments(system):
