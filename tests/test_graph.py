@@ -534,7 +534,7 @@ EDITS = [  # (file, old, new, name that is said, what CODE=new makes)
     ("common.py", "+= probs if scale == 1 else", "+= probs ** 2 if scale == 1 else", "predict_probs", FROM_INFER),
     ("common.py", '"flip": "identity,hflip,vflip"', '"flip": "identity,hflip"', "TTA[flip]", FROM_INFER),
     ("pseudo_label.py", "foreground = (label > 0) &", "foreground = (label > 1) &", "judge", FROM_LABELS),
-    ("ensemble.py", "(areas >= min_area", "(areas > min_area", "remove_small", ["submit"]),
+    ("common.py", "(areas >= min_area", "(areas > min_area", "remove_small", ["submit"]),
     ("ensemble.py", "MAX_PICKS = 30", "MAX_PICKS = 31", "MAX_PICKS", ["submit"])]
 HARMLESS = [
     ("common.py", "def region_loss(", "# a comment\n\n\ndef region_loss("),
