@@ -257,11 +257,11 @@ def load_unlabelled(folder, train, test, cache, orientation="shown"):
     build = partial(build_unlabelled, place, folder, names, train.classes, settings, hashes)
     split = open_or_build(place, folder, hashes, build)["test"]
     known = {*train.contents, *test.contents}
-    kept = [i for i, content in enumerate(split.contents)
-            if not split.faults[i] and content not in known]
+    readable = [i for i, fault in enumerate(split.faults) if not fault]
+    kept = [i for i in readable if split.contents[i] not in known]
     for fault in filter(None, split.faults):
         print(f"warning: {folder}: {fault}: left out", flush=True)
-    if n_known := len(known.intersection(split.contents)):
+    if n_known := len(readable) - len(kept):
         print(f"{folder}: {n_known} photo(s) that are in DATA too are left out", flush=True)
     if not kept:
         raise UserError(f"{folder}: no photo is left that can be read and isn't in DATA")
