@@ -77,7 +77,7 @@ about.SEED        := of everything random
 about.WEIGHTS     := imagenet (downloaded), none, a file, or a folder with one for each encoder
 about.TTA         := views averaged in prediction: none, flip, flip_rot, d4, or identity,hflip,...
 about.VOTE        := weights of the members that vote: fit (if that gains), equal, or given, 2,1
-about.METRIC      := score that chooses epochs, weights and steps: v3, v2 or v1, guarded by v2 (v2: by v3)
+about.METRIC      := v3, v2 or v1: chooses epochs (so another one trains anew), weights and steps
 about.POST        := what may follow the vote: fit (all that gains), none, or least-share,minimum-area
 about.EXPS        := experiments, or rounds of them, that compare puts side by side
 about.LADDER      := the climb that ladder makes: full, or fast, 36 minutes on two cores for 400 photos
@@ -315,7 +315,7 @@ score: $(TODO) ## scores of members and vote, out of fold and by TRUTH; out/EXP/
 endif
 predict: | $(SETUP) ## the photos in PHOTOS by the vote of out/EXP's submission; out/EXP/predicted/
 	@$(run) infer.py --photos $(call quote,$(PHOTOS)) --vote $(OUT)/submission.vote.json \
-	    --out $(OUT)/predicted --cache out/cache $(device) --replace $(code)
+	    --out $(OUT)/predicted --cache out/cache $(device) --replace $(code) || [ $$? = 3 ]
 why: | $(SETUP) ## why submit would make what it would make: for each file what differs or is missing
 	@$(plan) --dry --why
 status: | $(SETUP) ## which runs are done, how long the others will take, what isn't up to date

@@ -756,7 +756,7 @@ def fill_cache(folder, root, parts, shared, faults, settings, hashes):
         name_alternatives(root, train + test)
         if not faults:
             faults += conflicting_duplicates(train)
-        raise_faults(faults, train, test)
+        raise_faults(root, faults, train, test)
     shared["orientation"] = settings["orientation"]
     index = {name: index_entry(photos, list_hash, settings) | shared
              for name, (photos, list_hash) in parts.items()}
@@ -863,7 +863,7 @@ def conflicting_duplicates(photos):
     return faults
 
 
-def raise_faults(faults, train, test):
+def raise_faults(root, faults, train, test):
     """Raise UserError with all faults, of the JSON files and of photos, if they stop the work.
 
     A fault of a test photo doesn't, as long as another test photo can be read.
@@ -873,7 +873,7 @@ def raise_faults(faults, train, test):
     no_test_photo = bool(test) and all(photo["fault"] for photo in test)
     if faults or train_fault or no_test_photo:
         lines = [*faults, *photo_faults]
-        count_line = f"{len(lines)} fault(s) in the data: mend or remove what is listed"
+        count_line = f"{len(lines)} fault(s) in the data in {root}: mend or remove what is listed"
         raise UserError("\n".join([*lines, count_line]))
 
 
@@ -1153,14 +1153,14 @@ def read_categories(coco, used, faults):
 def same_classes(categories, classes, faults):
     """Return {category id: class id} of categories {id: name} whose names are in `classes`.
 
-    Names are compared as name_key does. Add those that are not to `faults`.
+    Names are compared as name_key does. Add those that are not to `faults`; to them the background
+    is given, so that not each of their annotations is a fault too.
     """
     class_ids = {name_key(name): class_id for class_id, name in enumerate(classes)}
     found = {}
     for category, name in categories.items():
-        if name_key(name) in class_ids:
-            found[category] = class_ids[name_key(name)]
-        else:
+        found[category] = class_ids.get(name_key(name), 0)
+        if name_key(name) not in class_ids:
             faults.append(f"category {category} ({name}) is none of DATA's classes, "
                           f"{', '.join(classes[1:])}: rename it, or remove its annotations")
     return found

@@ -1438,8 +1438,9 @@ def show_truth(args, shown, votes, truth):
             low, high = score_interval(counts, metric, args.batch)
             row |= {metric: result[metric], f"{metric} low": low, f"{metric} high": high}
         rows.append(row)
-    show(args, shown, "test", f"on the truth of {n_images} test photos: {truth}; low and high: 95% "
-         f"interval over images, for {FEW_IMAGES} or more; nothing is fitted on them", rows)
+    show(args, shown, "test", f"on the truth of {n_images} test photos: {truth}; v1 of batches of "
+         f"{args.batch}; low and high: 95% interval over images, for {FEW_IMAGES} or more; nothing "
+         "is fitted on them", rows)
     low, high = iou_intervals(counts)
     columns = {"class": shown.classes, "images": (counts.sum(2) > 0).sum(0), "IoU": result["iou"],
                "low": low, "high": high}
@@ -1487,16 +1488,18 @@ def evaluate(args):
     if len(names) < len(by_name):
         print(f"{len(names)} of the {len(by_name)} images of {args.truth} are in "
               f"{args.submissions[0]}: the others have no part in the scores")
-    truths = [paint_truth(by_name[name], args.paint, len(classes)) for name in names]
+    truths = {name: paint_truth(by_name[name], args.paint, len(classes)) for name in names}
     votes = {}
     for path in args.submissions:
-        counts = []
-        rows = read_submission(path, names, len(classes))
-        for truth, (fault, pred) in itertools.zip_longest(truths, rows, fillvalue=(None, None)):
+        counts, own_names = {}, submission_names(path)  # each may have an order of its own
+        if text := difference(own_names, names):
+            raise UserError(f"{path} is of other images than {args.submissions[0]}: it {text}")
+        rows = read_submission(path, own_names, len(classes))
+        for name, (fault, pred) in zip(own_names, rows, strict=True):
             if fault:
                 raise UserError(fault)
-            counts.append(confusion(pred, truth, len(classes)))
-        votes[str(path)] = np.stack(counts)
+            counts[name] = confusion(pred, truths[name], len(classes))
+        votes[str(path)] = np.stack([counts[name] for name in names])
     shown = argparse.Namespace(classes=classes, tables=[], contaminated=False)
     show_truth(args, shown, votes, args.truth)
     show_gains(args, shown, votes)
@@ -2552,11 +2555,11 @@ def read_arguments(args, answers):
     forbid("TRAIN_ARGS", train, **paths, exp=str(args.exp), model=model, scale=int(scale),
            fold=int(numbered(args.folds)[0]), folds=args.nfolds, of_folds=[], round=0, check=False,
            overfit=0, sweep=0, runtimes=None, **data_options(vars(args)),
-           unlabelled=args.unlabelled, extra=args.extra)
+           unlabelled=as_path(args.unlabelled), extra=[as_path(folder) for folder in args.extra])
     forbid("INFER_ARGS", infer, **paths, checkpoint=["model.pt"], out=None,
            split=["valid", "test"], unlabelled=None)
     forbid("PSEUDO_ARGS", pseudo, **paths, exp=str(args.exp), round=1, fold=0, stores=["x"],
-           out_of_fold=[], unlabelled=args.unlabelled)
+           out_of_fold=[], unlabelled=as_path(args.unlabelled))
     learns = args.rounds or args.round or "pseudo" in args.goals
     if learns and pseudo.confident == "auto" and len(args.folds) < 2:
         raise UserError("pseudo labels learn from other folds how sure is sure enough: give two "
@@ -2571,6 +2574,11 @@ def read_arguments(args, answers):
         raise UserError(f"VOTE has {len(weights)} weights for {n_members} member(s), each a model "
                         "at a scale")
     return train, infer, pseudo, soft_args
+
+
+def as_path(text):
+    """Return a knob's path as the scripts' answers have it: without a slash at its end."""
+    return text and str(Path(text))
 
 
 def forbid(knob, parsed, **wanted):

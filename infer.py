@@ -602,6 +602,9 @@ def move_foreign(args, names):
         raise UserError(f"{args.out} has {len(foreign)} file(s) that belong to none of the photos, "
                         f"such as {foreign[0]}: choose another --out, or pass --replace, which "
                         f"moves them to {args.out / 'replaced'}")
+    if foreign:
+        print(f"{args.out / 'replaced'}: {len(foreign)} file(s) of photos that were predicted "
+              "before", flush=True)
     for path in foreign:
         aside = args.out / "replaced" / path.relative_to(args.out)
         aside.parent.mkdir(parents=True, exist_ok=True)

@@ -231,5 +231,16 @@ def test_what_is_wrong_with_the_truth_is_listed_and_missing_files_are_named(file
 def test_a_second_submission_must_have_the_images_of_the_first(files):
     truth, write, right = files
     first, second = write("a.csv", [right] * 12), write("b.csv", [right] * 11, range(1, 12))
-    with pytest.raises(UserError, match=r"b\.csv line 13: image missing, expected 12"):
+    with pytest.raises(UserError, match=r"b\.csv is of other images than .*a\.csv: it lacks 1: 12"):
         run("evaluate", "--truth", truth, first, second)
+
+
+def test_each_submission_may_have_an_order_of_its_own(files, tmp_path):
+    truth, write, right = files
+    masks = [right] * 6 + [right * 0] * 6
+    first, second = write("a.csv", masks), write("b.csv", masks[::-1], range(12, 0, -1))
+    run("evaluate", "--truth", truth, "--batch", 3, "--tables", tmp_path, first, second)
+    table, _ = tables(tmp_path)
+    scores = table.drop(columns="name").to_numpy()  # v1 too is of batches in the order of the first
+    np.testing.assert_array_equal(scores[0], scores[1])
+    assert 0.5 < scores[0, 0] < 1
