@@ -238,7 +238,9 @@ def load_extra(folder, train, test, cache, paint="area", orientation="shown", un
         raise UserError(f"{folder}: all of its labelled photos are in DATA already")
     if left_out := len(split.ids) - len(indices):
         print(f"{folder}: {left_out} photo(s) that are in DATA too are left out", flush=True)
-    return split, indices
+    # which they are, the test photos decide too
+    both = join_fingerprints(split.fingerprint, test.fingerprint)
+    return replace(split, fingerprint=both), indices
 
 
 def load_unlabelled(folder, train, test, cache, orientation="shown"):
@@ -265,8 +267,10 @@ def load_unlabelled(folder, train, test, cache, orientation="shown"):
         print(f"{folder}: {n_known} photo(s) that are in DATA too are left out", flush=True)
     if not kept:
         raise UserError(f"{folder}: no photo is left that can be read and isn't in DATA")
-    return replace(split, **{name: [getattr(split, name)[i] for i in kept]
-                             for name in PHOTO_LISTS if getattr(split, name)})
+    # which are left out, DATA decides too
+    whole = join_fingerprints(split.fingerprint, train.fingerprint, test.fingerprint)
+    return replace(split, fingerprint=whole, **{name: [getattr(split, name)[i] for i in kept]
+                                                for name in PHOTO_LISTS if getattr(split, name)})
 
 
 def join_photos(test, unlabelled):
@@ -278,9 +282,9 @@ def join_photos(test, unlabelled):
     return replace(test, **lists, fingerprint=both)
 
 
-def join_fingerprints(test, unlabelled):
-    """Return the fingerprint of join_photos from those of its two Splits."""
-    return f"{test} and {unlabelled}"
+def join_fingerprints(*fingerprints):
+    """Return one fingerprint of what several Splits decide together."""
+    return " and ".join(fingerprints)
 
 
 def open_or_build(folder, root, hashes, build, decoded=False):
@@ -970,26 +974,31 @@ def load_folds(exp, train, n_folds, renew=False):
                                 "make it anew")
             copy = copy_aside(path)
             print(f"{path} {wrong}: made anew, the old one is {copy}")
-        folds = new_folds(path, train.pixels, train.groups, n_folds)
+        folds = new_folds(path, train.ids, train.pixels, train.groups, n_folds)
         columns = zip(train.ids, train.groups, folds.tolist(), strict=True)
         write_csv(path, [{"image_id": image_id, "group": group, "fold": fold}
                          for image_id, group, fold in columns])
     return folds
 
 
-def new_folds(path, pixels, groups, n_folds):
+def new_folds(path, ids, pixels, groups, n_folds):
     """Return what make_folds makes of images, int [N], where those of the folds.csv `path` stay.
 
-    pixels [N, C] and groups [N]: as of a Split. A group that the file has whole keeps its fold
-    unless the file has another number of folds: what is added to the data moves nothing.
+    ids [N], pixels [N, C], groups [N]: as of a Split. A group that the file has whole keeps its
+    fold unless the file has another number of folds: what is added to the data moves nothing. A row
+    without a group that is known counts for that of its image. TRAIN_ONLY stays in any case.
     """
+    group_of_image = dict(zip(map(str, ids), groups, strict=True))
     folds_of_group = defaultdict(set)
     if path.exists():
-        for _, row in read_rows(path, ("fold",)):
-            folds_of_group[row.get("group", "")].add(int(row["fold"]))
+        for _, row in read_rows(path, ("image_id", "fold")):
+            group = row.get("group", "")
+            if group not in groups:
+                group = group_of_image.get(row["image_id"], group)
+            folds_of_group[group].add(int(row["fold"]))
     kept = {group: min(folds) for group, folds in folds_of_group.items() if len(folds) == 1}
     if {*kept.values()} - {TRAIN_ONLY} != {*range(n_folds)}:
-        kept = {}
+        kept = {group: fold for group, fold in kept.items() if fold == TRAIN_ONLY}
     return make_folds(np.array(pixels)[:, 1:] > 0, groups, n_folds, kept)
 
 
@@ -3300,8 +3309,9 @@ STEPS = {
     "store": [("common", "load_data"), ("common", "EvalPhotos"), ("infer", "load_models"),
               ("infer", "predict_split")],
     "labels": [("pseudo_label", "make_labels"), ("pseudo_label", "open_out_of_fold"),
-               ("pseudo_label", "Makers")],
-    "photos": [("common", "load_model"), ("infer", "FolderPhotos"), ("infer", "predict_batch")],
+               ("pseudo_label", "open_makers")],
+    "photos": [("common", "load_model"), ("infer", "FolderPhotos"), ("infer", "predict_batch"),
+               ("infer", "Voter"), ("infer", "write_photo")],
     "submission": [("ensemble", "soft")],
     "voted": [("ensemble", "hard")]}
 

@@ -1415,6 +1415,11 @@ def show_test(args, oof, truths, used):
     """
     if truths is None:
         return
+    infos = [read_json(path) for run in args.runs if (path := run / "test.json").exists()]
+    if any(info["data"] != oof.test.fingerprint for info in infos):
+        print("the runs have predicted other test photos, or a test.json before it had labels: "
+              "make submit predicts them again, then they are scored on them")
+        return
     plain = {"weights": np.ones(len(oof.names)), "least share": 0}
     votes = {}
     for name, params in (("soft vote, equal weights", plain), (TAKEN, used)):
@@ -2561,7 +2566,7 @@ def read_arguments(args, answers):
     forbid("PSEUDO_ARGS", pseudo, **paths, exp=str(args.exp), round=1, fold=0, stores=["x"],
            out_of_fold=[], unlabelled=as_path(args.unlabelled))
     learns = args.rounds or args.round or "pseudo" in args.goals
-    if learns and pseudo.confident == "auto" and len(args.folds) < 2:
+    if learns and pseudo.confident == "auto" and len(numbered(args.folds)) < 2:
         raise UserError("pseudo labels learn from other folds how sure is sure enough: give two "
                         "or more FOLDS, or a number, PSEUDO_ARGS='--confident 0.8'")
     out = args.exp / "submission.csv"
@@ -2960,13 +2965,15 @@ class Plan:
             if index and digests != checked[split]:
                 index = None
         classes = index["train"]["classes"] if index else []
-        extra = [self.extra_fingerprint(folder, settings, classes) for folder in self.args.extra]
+        extra = [join_fingerprints(self.extra_fingerprint(folder, settings, classes), data["test"])
+                 for folder in self.args.extra]
         data |= {"index": index, "extra": extra, "photos": data["test"]}
         if folder := self.args.unlabelled:
             names, _ = find_photos(folder)
             digests = self.hashes.of_all([f"{folder}/{name}" for name in names])
             settings = {"orientation": self.args.orientation}
-            data["unlabelled"] = fingerprint(short_hash(names), settings, digests)
+            own = fingerprint(short_hash(names), settings, digests)
+            data["unlabelled"] = join_fingerprints(own, data["train"], data["test"])
             data["photos"] = join_fingerprints(data["test"], data["unlabelled"])
         return data
 
@@ -2996,7 +3003,7 @@ class Plan:
         if not index:
             return None
         pixels, groups = index["train"]["pixels"], index["train"]["groups"]
-        folds = new_folds(path, pixels, groups, self.args.nfolds)
+        folds = new_folds(path, self.data["ids"], pixels, groups, self.args.nfolds)
         return folds_hash(self.data["ids"], folds.tolist())
 
     def own_or_shared(self, kind, path, read, recipe, code, more=()):

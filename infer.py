@@ -389,9 +389,10 @@ def load_voters(args, hashes):
 
 
 VOTE_KINDS = {
-    "runs": [{"folder": str, "weight": float, "settings": {"tta": str, "tta_scales": [float]},
+    "runs": [{"folder": str, "weight": (int, float),
+              "settings": {"tta": str, "tta_scales": [(int, float)], "scale": (int, type(None))},
               "checkpoints": [{"file": str, "hash": str}]}],
-    "least share": float, "steps": dict}  # see has_kinds
+    "least share": (int, float), "steps": {str: [(int, float)]}}  # see has_kinds
 
 
 def read_vote(path, hashes):
@@ -400,7 +401,8 @@ def read_vote(path, hashes):
     Raises UserError if it is none, or if a checkpoint has changed since it voted.
     """
     said = read_json(path)
-    if not has_kinds(said, VOTE_KINDS) or not said["runs"]:
+    if not has_kinds(said, VOTE_KINDS) or not said["runs"] or not all(
+            run["checkpoints"] and run["settings"]["tta_scales"] for run in said["runs"]):
         raise UserError(f"{path}: not a .vote.json of ensemble.py, or damaged: run ensemble.py "
                         "soft, or make submit, again")
     if unknown := said["steps"].keys() - {name for name, *_ in STEPS_AFTER_VOTE}:
@@ -758,8 +760,8 @@ def check_options(args):
     if args.vote and not args.vote.is_file():
         raise UserError(f"{args.vote}: no such file; ensemble.py soft, or make submit, writes it "
                         "when the submission is done")
-    if args.vote and (args.tta, args.tta_scales) != ("flip", [1]):
-        raise UserError("--tta, --tta-scales: the runs of a --vote have their own")
+    if args.vote and (args.tta, args.tta_scales, args.scale) != ("flip", [1], None):
+        raise UserError("--tta, --tta-scales, --scale: the runs of a --vote have their own")
     if ranks()[1] > 1:
         raise UserError("--photos: one process predicts them; start it without torchrun")
 
@@ -772,9 +774,11 @@ def main(args):
     folder = args.out or args.checkpoint[0].parent
     if args.photos:
         written = (folder / name for name in ("", "masks", "overlays"))
-        check_output(args.photos, *written, name="--photos")
+        check_output(args.photos, *written, args.cache, name="--photos")
     else:
         check_output(args.data, folder)
+        if args.unlabelled:
+            check_output(args.unlabelled, folder, name="UNLABELLED")
     with lock(folder) if ranks()[0] == 0 else nullcontext():
         (predict_photos if args.photos else predict)(args, folder)
 

@@ -40,8 +40,8 @@ ROUNDING = 1e-6  # in float32, 204 / 255 is 0.8000001 and not 0.8
 LEAST_PHOTOS = 3  # with sure pixels of a class: fewer would open a class by chance
 # what decides no result; see BESIDE in common.py
 BESIDE = {
-    "count_expected", "count_labelled", "count_reasons", "describe_labels", "draw_sheet",
-    "move_labels_aside", "report_labels", "share_right", "write_manifest"}
+    "check_makers", "count_expected", "count_labelled", "count_reasons", "describe_labels",
+    "draw_sheet", "move_labels_aside", "report_labels", "share_right", "write_manifest"}
 
 # ---- rules ---------------------------------------------------------------------------------------
 # A rule is a function (probs float32 [C, H, W], args) -> (label, sure, reason):

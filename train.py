@@ -283,6 +283,8 @@ def check_args(args, n_ranks):
     for fold in args.of_folds if args.fold == ALL else [args.fold]:
         if fold >= args.folds:
             raise UserError(f"--fold {fold}: there are the folds 0 to {args.folds - 1}")
+    if args.of_folds and args.fold != ALL:
+        raise UserError(f"--of-folds goes with --fold {ALL} alone")
     if args.fold == ALL and (args.sweep or args.overfit):
         raise UserError(f"--fold {ALL} has no photo to judge by: give --sweep and --overfit a fold")
     weights_file(args.weights, args.model)  # raises if there is none
@@ -1228,6 +1230,8 @@ def load_splits(args):
     and of --unlabelled; extras: (Split, indices) of each of --extra, see load_extra.
     """
     options = data_options(vars(args))
+    for folder in filter(None, (*args.extra, args.unlabelled)):
+        check_output(folder, args.exp, name="EXTRA or UNLABELLED")
     train, test = load_data(args.data, args.cache, decoded=args.cache_images, **options)
     extras = [load_extra(folder, train, test, args.cache, **options) for folder in args.extra]
     if args.unlabelled and args.round:
@@ -1586,6 +1590,8 @@ def check(args):
 def check_more_photos(args, train, test):
     """Print what --extra and --unlabelled add to DATA, or stop with its faults."""
     options = data_options(vars(args))
+    for folder in filter(None, (*args.extra, args.unlabelled)):
+        check_output(folder, args.exp, name="EXTRA or UNLABELLED")
     for folder in args.extra:
         split, indices = load_extra(folder, train, test, args.cache, **options)
         present = (np.array(split.pixels)[indices] > 0).sum(0)

@@ -63,7 +63,6 @@ def test_the_cache_of_extra_photos_is_of_their_json_and_of_the_data_s_classes(da
     swapped = coco(tmp_path / "swapped", [(0, "Metal"), (1, "Paper")], [(1, 0, SQUARE), (2, 1, SQUARE)])
     second, _ = common.load_extra(more, *common.load_data(swapped, cache), cache)
     assert np.unique(second.mask(0)).tolist() == [0, 1] and np.unique(first.mask(0)).tolist() == [0, 2]
-    assert first.fingerprint == second.fingerprint  # what the masks mean is in that of the data
 
 
 @pytest.mark.parametrize(("categories", "message"), [
@@ -280,3 +279,23 @@ def test_an_image_with_the_fold_minus_one_is_learnt_from_and_never_held_out(line
     assert ids and not set(ids) & set(valid_ids)
     learn, held = train.split_by_fold(args, splits[0], common.load_folds(args.exp, splits[0], 3))
     assert set(ids) <= {splits[0].ids[i] for i in learn} and len(learn) + len(held) == len(splits[0].ids)
+
+
+def test_which_extra_photos_are_left_out_is_part_of_what_names_them(data, more, tmp_path):
+    cache = tmp_path / "cache"
+    first, indices = common.load_extra(more, *common.load_data(data, cache), cache)
+    test = json.loads((data / "test.json").read_text())
+    shutil.copy(more / "batch_01/0001.png", data / "batch_01/9000.png")  # now a test photo
+    (data / "test.json").write_text(json.dumps(test))
+    coco(more, [(5, "metal")], [(1, 5, SQUARE)], photos=False)
+    write_photo(more / "batch_01/0002.png", 8, 8, 72)
+    second, left = common.load_extra(more, *common.load_data(data, cache), cache)
+    assert indices == [0] and left == [1] and first.fingerprint != second.fingerprint
+
+
+def test_a_folds_csv_without_groups_keeps_its_folds_too(tmp_path):
+    pixels, groups = [[1, 1]] * 6, list("abcdef")
+    (tmp_path / "folds.csv").write_text("image_id,fold\n1,0\n2,1\n3,0\n4,1\n5,-1\n")
+    folds = common.new_folds(tmp_path / "folds.csv", [*range(1, 7)], pixels, groups, 2)
+    assert folds[:5].tolist() == [0, 1, 0, 1, -1] and folds[5] in (0, 1)
+    assert common.new_folds(tmp_path / "folds.csv", [*range(1, 7)], pixels, groups, 3)[4] == -1
