@@ -1034,7 +1034,7 @@ def test_added_images_move_no_other_to_another_fold(tmp_path, capsys):
     assert after[:30].tolist() == [-1, -1, *before[2:]]
     assert {0, 1, 2} == set(after[30:].tolist())
     assert common.load_folds(tmp_path, grown, 3).tolist() == after.tolist()
-    assert set(common.load_folds(tmp_path, grown, 2, renew=True).tolist()) == {0, 1}  # all of them anew
+    assert set(common.load_folds(tmp_path, grown, 2, renew=True).tolist()) == {-1, 0, 1}  # but for -1 all anew
 
 
 def test_more_folds_than_groups_are_refused():
