@@ -2962,8 +2962,11 @@ def top_class(values):
 
 def fit_score(counts, metric="v3", batch=8):
     """Return `guarded` of pixel counts [N, C, C]; batch: images in a batch of v1."""
-    units = batch_counts(counts, batch) if metric == "v1" else counts
-    return guarded({"v2": image_miou(counts.sum(0)), metric: image_miou(units).mean()}, metric)
+    v = {"v2": image_miou(counts.sum(0))}
+    if metric != "v2":
+        units = batch_counts(counts, batch) if metric == "v1" else counts
+        v[metric] = image_miou(units).mean()
+    return guarded(v, metric)
 
 
 def fit_min_area(preds, truths, n_classes, measure=fit_score):
