@@ -232,12 +232,9 @@ def load_extra(folder, train, test, cache, paint="area", orientation="shown", un
     place = cache_folder(cache, [path], settings, hashes, train.classes)
     build = partial(build_extra, place, path, train.classes, settings, hashes)
     split = open_or_build(place, folder, hashes, build)["train"]
-    known = {*train.contents, *test.contents}
-    indices = [i for i, content in enumerate(split.contents) if content not in known]
+    indices = not_in_data(split, train, test)
     if not indices:
         raise UserError(f"{folder}: all of its labelled photos are in DATA already")
-    if left_out := len(split.ids) - len(indices):
-        print(f"{folder}: {left_out} photo(s) that are in DATA too are left out", flush=True)
     # which they are, the test photos decide too
     both = join_fingerprints(split.fingerprint, test.fingerprint)
     return replace(split, fingerprint=both), indices
@@ -258,19 +255,28 @@ def load_unlabelled(folder, train, test, cache, orientation="shown"):
     place = cache_folder(cache, [], settings, hashes, names, train.classes)
     build = partial(build_unlabelled, place, folder, names, train.classes, settings, hashes)
     split = open_or_build(place, folder, hashes, build)["test"]
-    known = {*train.contents, *test.contents}
-    readable = [i for i, fault in enumerate(split.faults) if not fault]
-    kept = [i for i in readable if split.contents[i] not in known]
     for fault in filter(None, split.faults):
         print(f"warning: {folder}: {fault}: left out", flush=True)
-    if n_known := len(readable) - len(kept):
-        print(f"{folder}: {n_known} photo(s) that are in DATA too are left out", flush=True)
+    kept = not_in_data(split, train, test)
     if not kept:
         raise UserError(f"{folder}: no photo is left that can be read and isn't in DATA")
     # which are left out, DATA decides too
     whole = join_fingerprints(split.fingerprint, train.fingerprint, test.fingerprint)
     return replace(split, fingerprint=whole, **{name: [getattr(split, name)[i] for i in kept]
                                                 for name in PHOTO_LISTS if getattr(split, name)})
+
+
+def not_in_data(split, train, test):
+    """Return the positions of a Split's readable photos that DATA's `train` and `test` don't have.
+
+    A line tells how many they have: a fold may hold these out.
+    """
+    known = {*train.contents, *test.contents}
+    readable = [i for i, fault in enumerate(split.faults) if not fault]
+    kept = [i for i in readable if split.contents[i] not in known]
+    if n_known := len(readable) - len(kept):
+        print(f"{split.root}: {n_known} photo(s) that are in DATA too are left out", flush=True)
+    return kept
 
 
 def join_photos(test, unlabelled):
@@ -989,11 +995,11 @@ def new_folds(path, ids, pixels, groups, n_folds):
     without a group that is known counts for that of its image. TRAIN_ONLY stays in any case.
     """
     group_of_image = dict(zip(map(str, ids), groups, strict=True))
-    folds_of_group = defaultdict(set)
+    known, folds_of_group = set(groups), defaultdict(set)
     if path.exists():
         for _, row in read_rows(path, ("image_id", "fold")):
             group = row.get("group", "")
-            if group not in groups:
+            if group not in known:
                 group = group_of_image.get(row["image_id"], group)
             folds_of_group[group].add(int(row["fold"]))
     kept = {group: min(folds) for group, folds in folds_of_group.items() if len(folds) == 1}
@@ -2109,6 +2115,19 @@ def try_sides(model, name, sides, asked=""):
             raise UserError(f"{name} makes {list(logits.shape[2:])} of {side} x {side}: "
                             "`upsampling` must be the stride of the decoder's map")
     return copy
+
+
+def try_asked_sides(model, name, trained_scale, asked, where=""):
+    """Raise UserError if a model can't work at the sides that infer.py's options ask for.
+
+    asked: the options' values, with "scale" and "tta_scales"; where: words before their names. At
+    its own scale alone training has tried it.
+    """
+    if not asked["scale"] and asked["tta_scales"] == [1]:
+        return
+    side = asked["scale"] or trained_scale
+    option = f"--tta-scales times {side}" if asked["tta_scales"] != [1] else "--scale"
+    try_sides(model, name, tta_sides(side, asked["tta_scales"]), f" ({where}{option})")
 
 
 def encoder_mean_std(name):

@@ -61,8 +61,8 @@ from common import (
     new_folds, number, open_store, overlay, paint_truth, provenance, pseudo_folder, read_coco,
     read_description, read_folds, read_index_json, read_json, read_own_json, read_probs, read_rows,
     recipe_changes, run_code, run_folder, run_recipe, run_script, scores, settings_of, short_hash,
-    store_code, store_id, store_recipe, tile_url, top_class, truth_file, try_sides, tta_name,
-    tta_sides, tta_views, used_categories, version_changes, vote, weights_file, whole_manifest,
+    store_code, store_id, store_recipe, tile_url, top_class, truth_file, try_asked_sides, try_sides,
+    tta_name, tta_views, used_categories, version_changes, vote, weights_file, whole_manifest,
     whole_numbers, write_coco, write_description, write_json, write_page, write_sheet)
 
 HEADER = ["image_id", "PredictionString"]
@@ -208,16 +208,7 @@ def shared_options():
                       "not for hard")
     mixed.add_argument("--mixed", action="store_true",
                        help="let folds of different recipes or code be one member")
-    scored.add_argument("--report", type=Path,
-                        help="a web page with the tables, figures and the worst images to write")
-    scored.add_argument("--batch", type=number(int, 1), default=8, help="images in a batch of v1")
-    scored.add_argument("--metric", choices=METRICS, default="v3",
-                        help="the score in which what is fitted must gain; v2 must not lose, or v3 "
-                        "if that is it")
-    scored.add_argument("--post", type=checked(post_names), default="fit",
-                        metavar="fit|none|NAME,NAME",
-                        help="what may follow the vote, if it gains: least-share and the steps "
-                        f"{', '.join(name.replace(' ', '-') for name, *_ in STEPS_AFTER_VOTE)}")
+    add_scored(scored)
     tables.add_argument("--tables", type=Path, help="folder for the printed tables as CSV")
     out.add_argument("--out", type=Path, required=True, help="the submission to write")
     out.add_argument("--image-id", choices=("id", "file_name"), default="id",
@@ -242,6 +233,20 @@ def shared_options():
     add_grid(grid)
     add_budget(spend)
     return groups
+
+
+def add_scored(scored):
+    """Add the options by which a vote is fitted and scored."""
+    scored.add_argument("--report", type=Path,
+                        help="a web page with the tables, figures and the worst images to write")
+    scored.add_argument("--batch", type=number(int, 1), default=8, help="images in a batch of v1")
+    scored.add_argument("--metric", choices=METRICS, default="v3",
+                        help="the score in which what is fitted must gain; v2 must not lose, or v3 "
+                        "if that is it")
+    scored.add_argument("--post", type=checked(post_names), default="fit",
+                        metavar="fit|none|NAME,NAME",
+                        help="what may follow the vote, if it gains: least-share and the steps "
+                        f"{', '.join(name.replace(' ', '-') for name, *_ in STEPS_AFTER_VOTE)}")
 
 
 def post_names(text):
@@ -467,19 +472,21 @@ def majority(preds, weights):
 class OutOfFold:
     """The validation images of all members, in train's order, with their truth and predictions.
 
-    names, infos: of the M members; store_infos: of each run, None of one on all images, which has
-    no part in this; ids, indices (in the Split train) and
+    runs: those given that hold images out; store_infos: of each of them; info_of_run: of each run
+    given, None of one on all images; names, infos: of the M members; ids, indices (in the Split
+    train) and
     truths uint8 [N, H, W] of the N images; parts [N], from 0: the images with one number are held
     out together when something is fitted; tables, used: what was shown, for the report.
     """
 
     def __init__(self, args, runs):
-        of_folds = [run for run in runs if not is_of_all(run)]
-        if not of_folds:
+        self.runs = [run for run in runs if not is_of_all(run)]
+        if not self.runs:
             raise UserError(f"{runs[0]} has learnt from all images, so nothing of it is out of "
                             "fold: give the runs of the folds too")
-        members, infos, shared = open_members(args, of_folds, "valid", Hashes(args.cache))
-        self.store_infos, of_run = infos, dict(zip(of_folds, infos, strict=True))
+        members, self.store_infos, shared = open_members(args, self.runs, "valid",
+                                                         Hashes(args.cache))
+        of_run = dict(zip(self.runs, self.store_infos, strict=True))
         self.info_of_run = [of_run.get(run) for run in runs]
         self.names, self.cache = list(members), args.cache
         self.infos = [next(iter(folds.values()))[1] for folds in members.values()]
@@ -502,8 +509,8 @@ class OutOfFold:
         self.parts, self.part_names = split_parts(self.train, self.indices, folds)
         self.title = (f"out of fold: {len(self.ids)} of {len(self.train.ids)} training images, "
                       f"runs in {shared}")
-        if len(of_folds) < len(runs):
-            self.title += (f"; {len(runs) - len(of_folds)} run(s) on all images vote on test "
+        if len(self.runs) < len(runs):
+            self.title += (f"; {len(runs) - len(self.runs)} run(s) on all images vote on test "
                            "photos as one fold more of their member, whose score is the folds'")
         self.tables, self.used = [], {}
 
@@ -1421,10 +1428,9 @@ def show_test(args, oof, truths, used):
               "make submit predicts them again, then they are scored on them")
         return
     plain = {"weights": np.ones(len(oof.names)), "least share": 0}
-    votes = {}
-    for name, params in (("soft vote, equal weights", plain), (TAKEN, used)):
-        votes[name] = count_test(args, oof, args.runs, truths, params)
-    if votes[TAKEN] is not None:
+    counts = count_test(args, oof, args.runs, truths, [plain, used])
+    if counts is not None:
+        votes = dict(zip(("soft vote, equal weights", TAKEN), counts, strict=True))
         show_truth(args, oof, votes, args.truth or "test.json")
 
 
@@ -1434,7 +1440,6 @@ def show_truth(args, shown, votes, truth):
     The IoUs by class are those of the last one. shown: has classes, and tables and contaminated as
     of OutOfFold.
     """
-    n_images = len(next(iter(votes.values())))
     rows = []
     for name, counts in votes.items():
         result = scores(counts, args.batch)
@@ -1443,13 +1448,14 @@ def show_truth(args, shown, votes, truth):
             low, high = score_interval(counts, metric, args.batch)
             row |= {metric: result[metric], f"{metric} low": low, f"{metric} high": high}
         rows.append(row)
-    show(args, shown, "test", f"on the truth of {n_images} test photos: {truth}; v1 of batches of "
-         f"{args.batch}; low and high: 95% interval over images, for {FEW_IMAGES} or more; nothing "
-         "is fitted on them", rows)
+    last, counts = list(votes.items())[-1]
+    show(args, shown, "test", f"on the truth of {len(counts)} test photos: {truth}; v1 of batches "
+         f"of {args.batch}; low and high: 95% interval over images, for {FEW_IMAGES} or more; "
+         "nothing is fitted on them", rows)
     low, high = iou_intervals(counts)
-    columns = {"class": shown.classes, "images": (counts.sum(2) > 0).sum(0), "IoU": result["iou"],
-               "low": low, "high": high}
-    show(args, shown, "test-iou", f"IoU of each class on the test photos: {name}; images: that "
+    columns = {"class": shown.classes, "images": (counts.sum(2) > 0).sum(0),
+               "IoU": class_iou(counts.sum(0)), "low": low, "high": high}
+    show(args, shown, "test-iou", f"IoU of each class on the test photos: {last}; images: that "
          "have the class", columns)
 
 
@@ -1486,7 +1492,8 @@ def evaluate(args):
         raise UserError("\n".join(faults))
     classes = [BACKGROUND, *categories.values()]
     by_name = {str(photo[args.image_id]): photo for photo in photos}
-    names = submission_names(args.submissions[0])
+    names_in = {path: submission_names(path) for path in args.submissions}
+    names = names_in[args.submissions[0]]
     if unknown := [name for name in names if name not in by_name]:
         raise UserError(f"{args.submissions[0]}: image {clean(unknown[0])} is not in {args.truth}: "
                         "is --image-id right?")
@@ -1496,7 +1503,7 @@ def evaluate(args):
     truths = {name: paint_truth(by_name[name], args.paint, len(classes)) for name in names}
     votes = {}
     for path in args.submissions:
-        counts, own_names = {}, submission_names(path)  # each may have an order of its own
+        counts, own_names = {}, names_in[path]  # each may have an order of its own
         if text := difference(own_names, names):
             raise UserError(f"{path} is of other images than {args.submissions[0]}: it {text}")
         rows = read_submission(path, own_names, len(classes))
@@ -1678,8 +1685,7 @@ def soft(args):
             yield pred
         # before the submission gets its name
         check_unchanged([run / "test.json" for run in args.runs], infos)
-        of_folds = [run for run in args.runs if not is_of_all(run)]
-        check_unchanged([run / "valid.json" for run in of_folds], oof.store_infos)
+        check_unchanged([run / "valid.json" for run in oof.runs], oof.store_infos)
     write_masks(args, test, sample_pictures(preds(), test, pictures), pictures)
     write_oof_counts(oof_file(args.out), oof, counts[TAKEN])
     write_vote(vote_file(args.out), members, used)
@@ -1790,16 +1796,16 @@ class Comparison:
             oof = OutOfFold(args, runs)
             if not by_image:
                 self.classes, self.options = oof.classes, data_options(oof.infos[0])
-                path = truth_file(args.data, args.truth)
-                self.is_labelled = path is not None
-                truths = load_truths(path, oof.test, self.options["paint"]) if path else None
+                truths = read_test_truths(args, oof)
+                self.is_labelled = truths is not None
             self.check_options(exp, data_options(oof.infos[0]))
             equal = {"weights": np.ones(len(oof.names)), "least share": 0}
             counts, = equal_vote_counts(oof, [equal["weights"]])
             by_image.append(dict(zip(oof.ids, counts, strict=True)))
             print(f"{runs[0].parents[3]}: {len(runs)} run(s) of {len(oof.names)} member(s), "
                   f"{len(oof.ids)} images")
-            self.test.append(count_test(args, oof, runs, truths, equal) if path else None)
+            tested = count_test(args, oof, runs, truths, [equal]) if self.is_labelled else None
+            self.test.append(None if tested is None else tested[0])
             self.contaminated |= oof.contaminated
         shared = [i for i in by_image[0] if all(i in counts for counts in by_image)]
         if not shared:
@@ -1829,10 +1835,11 @@ def last_round(exp):
     return runs + sorted({run for run in on_all if (run / "test.json").exists()})
 
 
-def count_test(args, oof, runs, truths, used):
-    """Return the pixel counts [N, C, C] of a vote on test photos, None if a run has no test store.
+def count_test(args, oof, runs, truths, votes):
+    """Return the pixel counts [K, N, C, C] of K votes on test photos.
 
-    truths: uint8 [N, H, W]; used: as vote_test_image takes it.
+    Return None if a run has no test store. truths: uint8 [N, H, W]; votes: what each uses, as
+    vote_test_image takes it.
     """
     absent = [run for run in runs if not (run / "test.json").exists()]
     if absent:
@@ -1842,8 +1849,12 @@ def count_test(args, oof, runs, truths, used):
     members, infos, _ = open_members(args, runs, "test", Hashes(args.cache))
     stores = place_test_images(argparse.Namespace(**vars(args) | {"runs": runs}), oof, members,
                                infos)
-    return np.stack([confusion(vote_test_image(n, stores, used), truth, len(oof.classes))
-                     for n, truth in enumerate(tqdm(truths, "test", disable=None))])
+    n_classes = len(oof.classes)
+    counts = np.zeros((len(votes), len(truths), n_classes, n_classes), int)
+    for n, truth in enumerate(tqdm(truths, "test", disable=None)):
+        for k, used in enumerate(votes):
+            counts[k, n] = confusion(vote_test_image(n, stores, used), truth, n_classes)
+    return counts
 
 
 def compare(args):
@@ -2647,7 +2658,7 @@ def check_models(current, runs):
     A model must work at its scale, at --scale and --tta-scales of infer.py, with its file of
     weights if it has one, and with what TRAIN_ARGS asks of its encoder.
     """
-    train, infer_args = current.train_args, current.infer_args
+    train = current.train_args
     check_encoders(sorted({model for model, _, _ in runs}))
     for model, fold in sorted({(model, fold) for model, _, fold in runs}, key=str):
         if path := weights_file(train.weights, model):
@@ -2657,11 +2668,7 @@ def check_models(current, runs):
         built = build_model(model, 1, scale=scale, drop_path=train.drop_path)
         layer_factors(built, model, train.layer_decay)
         tried = try_sides(built, model, [scale])
-        side = infer_args.scale or scale
-        asked = f"--tta-scales times {side}" if infer_args.tta_scales != [1] else "--scale"
-        if infer_args.scale or infer_args.tta_scales != [1]:
-            try_sides(tried, model, tta_sides(side, infer_args.tta_scales),
-                      f" (INFER_ARGS: {asked})")
+        try_asked_sides(tried, model, scale, vars(current.infer_args), "INFER_ARGS: ")
         if path := weights_file(train.weights, model):
             load_weights(built, model, path)
         if train.grad_checkpoint:
@@ -3365,8 +3372,7 @@ def main(args):
     check_outputs(args)
     commands = {"soft": soft, "hard": hard, "score": score, "compare": compare, "rungs": rungs,
                 "evaluate": evaluate, "holdout": holdout, "ladder": ladder, "budget": budget,
-                "plan": plan,
-                "status": status}
+                "plan": plan, "status": status}
     lock_out = nullcontext()
     if writes_csv:
         lock_out = lock(args.out.parent, name=f".{args.out.name}.lock")

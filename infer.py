@@ -11,7 +11,7 @@ averaged.
 
 The same line again carries on where it was interrupted, and does nothing when all is done. What it
 replaces is kept in the folder replaced/ until the next time. Photos other than those of the
-competition need --out FOLDER. Under torchrun all processes share the work.
+competition, in another DATA, need --out FOLDER. Under torchrun all processes share the work.
 
     python infer.py --photos FOLDER --out FOLDER --checkpoint A/model.pt B/model.pt
     python infer.py --photos FOLDER --out FOLDER --vote out/main/submission.vote.json
@@ -22,6 +22,7 @@ each photo. The probabilities of the checkpoints are averaged and brought to the
 may be of different models and scales with the same classes. --vote takes the runs, weights and
 steps of a submission: as those were fitted to masks of 256 x 256, a mask is made at that size, and
 then brought to the photo's by repeating its pixels. The exit code is 3 if a photo can't be read.
+One process does so, without torchrun.
 """
 import json
 import math
@@ -44,8 +45,8 @@ from common import (
     load_model, load_unlabelled, loader_options, loader_workers, lock, move_aside, normalise,
     number, open_store, overlay, predict_probs, predict_windows, provenance, ranks,
     read_description, read_json, read_photo, resize_image, resize_probs, run_script, settings_of,
-    short_hash, signals_later, store_code, store_recipe, try_sides, tta_name, tta_sides, tta_views,
-    vote, write_csv, write_description, write_npy_header)
+    short_hash, signals_later, store_code, store_recipe, try_asked_sides, tta_name, tta_views, vote,
+    write_csv, write_description, write_npy_header)
 
 # what decides no result; see BESIDE in common.py
 BESIDE = {"parts_folder", "write_store"}
@@ -813,11 +814,8 @@ def check_sides(trained, settings):
 
     settings: with "scale" and "tta_scales". Training has tried its own scale.
     """
-    scale, sides = settings["scale"], settings["tta_scales"]
-    if scale or sides != [1]:
-        side, _ = seen_by(trained, scale)
-        asked = f" (--tta-scales times {side})" if sides != [1] else " (--scale)"
-        try_sides(trained.model, trained.recipe["model"], tta_sides(side, sides), asked)
+    recipe = trained.recipe
+    try_asked_sides(trained.model, recipe["model"], recipe["scale"], settings)
 
 
 def experiment_folder(folder):

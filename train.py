@@ -1230,14 +1230,19 @@ def load_splits(args):
     and of --unlabelled; extras: (Split, indices) of each of --extra, see load_extra.
     """
     options = data_options(vars(args))
-    for folder in filter(None, (*args.extra, args.unlabelled)):
-        check_output(folder, args.exp, name="EXTRA or UNLABELLED")
+    check_added_folders(args)
     train, test = load_data(args.data, args.cache, decoded=args.cache_images, **options)
     extras = [load_extra(folder, train, test, args.cache, **options) for folder in args.extra]
     if args.unlabelled and args.round:
         more = load_unlabelled(args.unlabelled, train, test, args.cache, args.orientation)
         test = join_photos(test, more)
     return train, test, extras
+
+
+def check_added_folders(args):
+    """Raise UserError if the experiment lies in a folder of --extra or --unlabelled."""
+    for folder in filter(None, (*args.extra, args.unlabelled)):
+        check_output(folder, args.exp, name="EXTRA or UNLABELLED")
 
 
 def split_by_fold(args, train, folds):
@@ -1590,8 +1595,7 @@ def check(args):
 def check_more_photos(args, train, test):
     """Print what --extra and --unlabelled add to DATA, or stop with its faults."""
     options = data_options(vars(args))
-    for folder in filter(None, (*args.extra, args.unlabelled)):
-        check_output(folder, args.exp, name="EXTRA or UNLABELLED")
+    check_added_folders(args)
     for folder in args.extra:
         split, indices = load_extra(folder, train, test, args.cache, **options)
         present = (np.array(split.pixels)[indices] > 0).sum(0)
