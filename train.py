@@ -1497,7 +1497,10 @@ def write_config(out, info, epochs, hashes):
 
 
 def draw_curves(path, log):
-    """Draw the columns of log.csv over the epochs; waiting: share of the time without a batch."""
+    """Draw the columns of log.csv over the epochs; waiting: share of the time without a batch.
+
+    A run on all images has no scores, and nothing is in their places.
+    """
     from matplotlib.figure import Figure
     ious = [name for name in log[0] if name.startswith("iou ")]
     v = [name for name in ("v1", "v2", "v3") if name in log[0]]
@@ -1505,6 +1508,7 @@ def draw_curves(path, log):
     epochs = [row["epoch"] for row in log]
     figure = Figure((13, 6), layout="constrained")
     for axes, names in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        axes.set_visible(bool(names))
         for name in names:
             colour = COLOURS[ious.index(name)] / 255 if name in ious else None
             label = name.removeprefix("iou ").replace("$", r"\$")
