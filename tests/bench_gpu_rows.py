@@ -309,10 +309,10 @@ def epoch_rows(name, ends, parts, waiting):
 
 def infer_once(data, checkpoint, out, device, *names):
     """Let infer.py predict the test photos; return {name: seconds} of functions of it and of its "loader"."""
-    spent = defaultdict(float)
+    spent, load_batches = defaultdict(float), infer.load_batches
 
-    def timed_loader(loader, *_, **__):  # in the place of tqdm
-        batches = iter(loader)
+    def timed_batches(*args, **kwargs):
+        batches = load_batches(*args, **kwargs)
         while True:
             started = time.perf_counter()
             batch = next(batches, None)
@@ -322,7 +322,8 @@ def infer_once(data, checkpoint, out, device, *names):
             yield batch
     words = ["--data", data, "--checkpoint", checkpoint, "--split", "test", "--out", out, "--device", device,
              "--cache", bench_rows.OUT / "cache-gpu"]
-    with redirect_stdout(StringIO()), timers(infer, names, spent, device), patch.object(infer, "tqdm", timed_loader):
+    loading = patch.object(infer, "load_batches", timed_batches)
+    with redirect_stdout(StringIO()), timers(infer, names, spent, device), loading:
         infer.main(infer.parse_args(list(map(str, words))))
     return spent
 

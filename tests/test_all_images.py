@@ -137,8 +137,8 @@ def test_a_run_on_all_images_that_was_killed_ends_in_the_same_bytes(line, tmp_pa
 
 
 def test_with_snapshots_it_trains_to_the_end_and_keeps_the_same_epochs(line, tmp_path):
-    for fold in (0, "all"):
-        train.main(line(tmp_path, "--fold", fold, "--of-folds", 0, "--epochs", 4, "--snapshots", 2))
+    for fold in ([0], ["all", "--of-folds", 0]):
+        train.main(line(tmp_path, "--fold", *fold, "--epochs", 4, "--snapshots", 2))
     names = [sorted(path.name for path in run_folder(tmp_path, 0, MODEL, SCALE, fold).glob("epoch-*.pt"))
              for fold in (0, "all")]
     assert names[0] == names[1] == ["epoch-003.pt", "epoch-004.pt"]

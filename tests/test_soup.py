@@ -102,8 +102,8 @@ def test_a_run_killed_while_it_makes_the_soup_ends_in_the_same_bytes(line, tmp_p
 
 
 def test_a_run_on_all_images_takes_none_as_nothing_can_judge_it(line, tmp_path):
-    for fold in (0, "all"):
-        train.main(line(tmp_path, "--fold", fold, "--of-folds", 0, "--soup", 2))
+    for fold in ([0], ["all", "--of-folds", 0]):
+        train.main(line(tmp_path, "--fold", *fold, "--soup", 2))
     args = line(tmp_path, "--fold", "all", "--soup", 2)
     assert "soup" not in torch.load(run_of(args) / "model.pt") and train.soup_epochs(args) == []
 

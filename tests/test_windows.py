@@ -277,8 +277,8 @@ def windowed_by(trained, image, size, tta="none", scales=(1.0,), **changes):
 
 
 def test_each_photo_comes_as_often_as_repeat_says_with_other_crops(native, big_data, cache):
-    labelled, test = common.load_data(big_data, cache)
-    loader, _ = train.make_loaders(native, labelled, test, np.arange(5), np.arange(5, 10), cuda=False)
+    splits = *common.load_data(big_data, cache), []
+    loader, _ = train.make_loaders(native, splits, np.arange(5), np.arange(5, 10), cuda=False)
     keys = [key for batch in loader.batch_sampler for key in batch]
     assert sorted(index for _, index in keys) == list(range(20)) and len(loader.dataset.entries) == 20
     assert [loader.dataset.entries[n][1] for n in range(20)] == 4 * list(range(5))
