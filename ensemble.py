@@ -112,7 +112,7 @@ LIST_KNOBS = ("MODELS", "SCALES", "EPOCHS", "FOLDS", "ROUNDS")
 RECIPE_KNOBS = ("EPOCHS", "BATCH", "LR", "SEED", "WEIGHTS", "METRIC", "TRAIN_ARGS")  # of every run
 RUNG_KNOBS = (*LIST_KNOBS, "BATCH", "LR", "SEED", "WEIGHTS", "TTA", "VOTE", "METRIC", "POST",
               "SNAPSHOTS", "TRAIN_ARGS", "INFER_ARGS", "PSEUDO_ARGS", "SUBMIT_ARGS")
-# options that a knob of make stands for: as one of *_ARGS they would silently undo what rungs set
+# options that a knob of make stands for: as one of *_ARGS they would silently undo it
 HAVE_A_KNOB = {
     "TRAIN_ARGS": {"--epochs": "EPOCHS", "--batch": "BATCH", "--lr": "LR", "--seed": "SEED",
                    "--weights": "WEIGHTS", "--snapshots": "SNAPSHOTS", "--metric": "METRIC"},
@@ -2564,6 +2564,12 @@ def read_arguments(args, answers):
 
     Raises UserError for what a script refuses or what make sets itself.
     """
+    for knob, text in (("TRAIN_ARGS", args.train_args), ("INFER_ARGS", args.infer_args),
+                       ("SUBMIT_ARGS", args.submit_args)):
+        names = [word.partition("=")[0] for word in text.split()]  # those that make sets come first
+        for option, own in HAVE_A_KNOB[knob].items():
+            if names.count(option) > 1:
+                raise UserError(f"{knob} sets {option}: write {own}= instead")
     train, infer, pseudo = answers.ask(script_lines(args)).values()
     paths = {"data": str(args.data), "cache": str(args.cache)}
     model = [*args.models, *args.pick_models][-1]
