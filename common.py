@@ -2461,25 +2461,24 @@ def check_normalisation(name, path, recipe):
                         "tu-NAME.TAG")
 
 
-def check_unseen(path, recipe, valid_ids=()):
-    """Raise UserError if weights are a model.pt that has trained on photos held out by a run.
+def check_unseen(path, held_out, fold):
+    """Raise UserError if weights have learnt from photos that a run holds out; return what from.
 
-    recipe: of the run that is to begin with them, its "fold", "data" and "folds_csv"; valid_ids: of
-    the photos that it holds out, where they are known. Its scores would flatter it.
+    path: the file. held_out: set, Split.contents of the photos of `fold`. Returns the set that a
+    model.pt of train.py has learnt from, itself or by its own weights; of other files it's empty.
     """
     checkpoint = read_weights(path)
-    if recipe["fold"] == ALL or not has_kinds(checkpoint, OWN_KINDS):
-        return
-    theirs = checkpoint["recipe"]
-    has_folds = theirs.get("folds_csv") == recipe["folds_csv"]
-    if not has_folds and theirs.get("data") != recipe["data"]:
-        return  # of other photos
-    has_seen = {*valid_ids} - {*checkpoint["valid_ids"]}
-    is_other_fold = has_folds and theirs.get("fold") != recipe["fold"]
-    if has_seen or is_other_fold or theirs.get("overfit") or theirs.get("contaminated"):
-        raise UserError(f"{path}: trained on photos that fold {recipe['fold']} holds out, so every "
-                        "score would flatter: take the model.pt of the same fold, or weights made "
-                        "from other photos")
+    if not has_kinds(checkpoint, OWN_KINDS):
+        return set()
+    if "learnt_from" not in checkpoint:
+        raise UserError(f"{path}: an older train.py didn't note which photos it has learnt from: "
+                        "if none of these, save its weights alone, torch.load(...)[\"model\"]")
+    learnt_from = {*checkpoint["learnt_from"]}
+    if n_seen := len(learnt_from & held_out):
+        raise UserError(f"{path}: trained on {n_seen} of the {len(held_out)} photos that fold "
+                        f"{fold} holds out, so every score would flatter: take the model.pt of "
+                        "the same fold, or weights made from other photos")
+    return learnt_from
 
 
 def load_decoder(model, parts, their_classes, classes):

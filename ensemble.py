@@ -2668,8 +2668,7 @@ def check_models(current, runs):
     check_encoders(sorted({model for model, _, _ in runs}))
     for model, fold in sorted({(model, fold) for model, _, fold in runs}, key=str):
         if path := weights_file(train.weights, model):
-            check_unseen(path, {"fold": fold, "data": current.data["train"],
-                                "folds_csv": current.folds})
+            check_unseen(path, current.held_out(fold), fold)
     for model, scale in sorted({(model, scale) for model, scale, _ in runs}):
         built = build_model(model, 1, scale=scale, drop_path=train.drop_path)
         layer_factors(built, model, train.layer_decay)
@@ -2944,7 +2943,10 @@ class Plan:
         self.labelled_splits = ("test", "unlabelled") if args.unlabelled else ("test",)
         self.tta = tta_name(self.infer_args)
         self.data = self.current_data()
-        self.folds = self.current_folds()
+        self.fold_numbers = self.current_folds()  # of the training images, None if unknown yet
+        self.folds = None
+        if self.fold_numbers is not None:
+            self.folds = folds_hash(self.data["ids"], self.fold_numbers)
 
     def save(self):
         """Write the hashes and answers that are new, for the next time."""
@@ -3005,19 +3007,26 @@ class Plan:
         return fingerprint(self.hashes(path), settings, digests)
 
     def current_folds(self):
-        """Return folds_hash of folds.csv, or of what will be written there; None if unknown yet."""
+        """Return folds.csv's list of fold numbers, or what will be there; None if unknown yet."""
         path = self.args.exp / "folds.csv"
         index = self.data["index"]
         if path.exists():
             folds, fault = read_folds(path, self.data["ids"], self.args.nfolds)
             if not fault:
-                return folds_hash(self.data["ids"], folds.tolist())
+                return folds.tolist()
         self.to_make[path] = [f"it {fault}" if path.exists() else "it is missing"]
         if not index:
             return None
         pixels, groups = index["train"]["pixels"], index["train"]["groups"]
-        folds = new_folds(path, self.data["ids"], pixels, groups, self.args.nfolds)
-        return folds_hash(self.data["ids"], folds.tolist())
+        return new_folds(path, self.data["ids"], pixels, groups, self.args.nfolds).tolist()
+
+    def held_out(self, fold):
+        """Return the set of contents of the photos that a fold holds out, as far as known yet."""
+        if self.fold_numbers is None or not self.data["index"]:
+            return set()
+        contents = self.data["index"]["train"]["contents"]
+        return {content for content, number in zip(contents, self.fold_numbers, strict=True)
+                if number == fold}
 
     def own_or_shared(self, kind, path, read, recipe, code, more=()):
         """Return the JSON from which an artefact is to be read: `path`, or that of a sibling.

@@ -1170,12 +1170,12 @@ def train_run(args, root, report=None, wait=False):
         fold_runs = read_fold_runs(args, hashes)
         info = describe_run(args, splits, folds, hashes, [run["epoch"] for run in fold_runs])
         check_fold_runs(fold_runs, info["recipe"])
-        info |= {"classes": train.classes, "valid_ids": [train.ids[i] for i in valid_indices]}
+        info |= {"classes": train.classes, "valid_ids": [train.ids[i] for i in valid_indices],
+                 "learnt_from": learnt_from(args, splits, train_indices, valid_indices,
+                                            info["recipe"]["contaminated"])}
         if finished := find_finished(args, test, info, out, epochs, hashes):
             return finished["v3"]
         resume = choose_resume(out, info, args, hashes)
-        if not (resume or args.overfit) and (path := weights_file(args.weights, args.model)):
-            check_unseen(path, info["recipe"], info["valid_ids"])
         device = claim_device(args.device, args.per_gpu)
         if first:  # other ranks have read what is moved here, as claim_device waits for them
             begin(out, info, args, resume)
@@ -1243,6 +1243,24 @@ def check_added_folders(args):
     """Raise UserError if the experiment lies in a folder of --extra or --unlabelled."""
     for folder in filter(None, (*args.extra, args.unlabelled)):
         check_output(folder, args.exp, name="EXTRA or UNLABELLED")
+
+
+def learnt_from(args, splits, train_indices, valid_indices, contaminated):
+    """Return the sorted contents of all photos that a run learns from, also those of its weights.
+
+    splits: of load_splits; indices: of split_by_fold. Labels that are contaminated were made by
+    models that had seen what the fold holds out. Raises UserError if the weights had.
+    """
+    train, _, extras = splits
+    held_out = {train.contents[i] for i in valid_indices}
+    contents = {train.contents[i] for i in train_indices}
+    for split, indices in extras:
+        contents |= {split.contents[i] for i in indices}
+    if contaminated:
+        contents |= held_out
+    if path := weights_file(args.weights, args.model):
+        contents |= check_unseen(path, set() if args.overfit else held_out, args.fold)
+    return sorted(contents - {""})  # "" is that of photos with a fault
 
 
 def split_by_fold(args, train, folds):

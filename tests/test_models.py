@@ -642,8 +642,9 @@ WHOLE = "fpn-narrow/tu-test_efficientnet"
 def own_checkpoint(net, classes, **recipe):
     """Return what a model.pt of train.py holds, of a model with random tensors everywhere."""
     return dict.fromkeys(common.DESCRIBED, {}) | {
-        "model": random_state(net), "classes": classes, "valid_ids": [7, 8], "epoch": 1, "v3": 0.5, "state": "",
-        "commit": "", "kept_under": [], "recipe": {"model": WHOLE, "scale": 64} | recipe}
+        "model": random_state(net), "classes": classes, "valid_ids": [7, 8], "learnt_from": ["a", "b"],
+        "epoch": 1, "v3": 0.5, "state": "", "commit": "", "kept_under": [],
+        "recipe": {"model": WHOLE, "scale": 64} | recipe}
 
 
 def test_a_model_pt_of_other_classes_gives_encoder_decoder_and_the_rows_of_classes_by_name(tmp_path):
@@ -723,36 +724,36 @@ def test_a_timm_file_of_another_tag_is_refused_if_that_has_another_mean():
     common.check_normalisation("fpn/tu-mobilenetv3_large_100", "x/my_own.pth", {})
 
 
-@pytest.mark.parametrize(("theirs", "ids", "is_refused"), [
-    ({"fold": 1}, [7, 8], False), ({"fold": 0}, [7, 8], True), ({"fold": 0}, [], True),
-    ({"fold": 1, "contaminated": True}, [7], True), ({"fold": 1, "overfit": 4}, [7], True),
-    ({"fold": 0, "folds_csv": "other"}, [7], False), ({"fold": 0, "folds_csv": "other"}, [7, 9], True),
-    ({"fold": 0, "folds_csv": "other", "data": "other"}, [7, 9], False)])
-def test_weights_that_have_seen_photos_of_the_fold_are_refused(tmp_path, theirs, ids, is_refused):
-    theirs = {"folds_csv": "f", "data": "d", "contaminated": False, "overfit": 0} | theirs
-    torch.save(own_checkpoint(common.build_model(WHOLE, 1), ["Background"], **theirs), tmp_path / "model.pt")
-    run = {"fold": 1, "folds_csv": "f", "data": "d"}
-    if is_refused:
-        with pytest.raises(UserError, match="model.pt: trained on photos that fold 1 holds out, so every score would "):
-            common.check_unseen(tmp_path / "model.pt", run, ids)
-    else:
-        common.check_unseen(tmp_path / "model.pt", run, ids)
+def test_weights_that_have_learnt_from_photos_of_the_fold_are_refused(tmp_path):
+    torch.save(own_checkpoint(common.build_model(WHOLE, 1), ["Background"]), tmp_path / "model.pt")
+    assert common.check_unseen(tmp_path / "model.pt", {"c", "d"}, 1) == {"a", "b"}
+    assert common.check_unseen(tmp_path / "model.pt", set(), "all") == {"a", "b"}
+    with pytest.raises(UserError, match="model.pt: trained on 1 of the 2 photos that fold 1 holds out, so every "):
+        common.check_unseen(tmp_path / "model.pt", {"b", "c"}, 1)
+
+
+def test_weights_of_an_older_train_py_are_refused_as_it_didnt_note_its_photos(tmp_path):
+    older = own_checkpoint(common.build_model(WHOLE, 1), ["Background"])
+    del older["learnt_from"]
+    torch.save(older, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"model.pt: an older train.py didn't note which photos .* save its weights al"):
+        common.check_unseen(tmp_path / "model.pt", {"c"}, 1)
 
 
 def test_last_pt_is_weights_of_its_run_too_and_its_average_is_taken(tmp_path):
-    whole = own_checkpoint(common.build_model(WHOLE, 2), ["Background", "a"], fold=0, folds_csv="f", data="d")
+    whole = own_checkpoint(common.build_model(WHOLE, 2), ["Background", "a"])
     average = {f"module.{key}": value for key, value in whole["model"].items()}
-    last = {key: whole[key] for key in ("recipe", "classes", "valid_ids")} | {
+    last = {key: whole[key] for key in ("recipe", "classes", "valid_ids", "learnt_from")} | {
         "model": random_state(common.build_model(WHOLE, 2)), "ema": average, "optimizer": {"state": {}}}
     model, line = load(WHOLE, tmp_path / "last.pt", last, 2, classes=["Background", "a"])
     assert all_equal(model.state_dict(), whole["model"]) and "head's rows of 2 of 2" in line
-    with pytest.raises(UserError, match="last.pt: trained on photos that fold 1 holds out"):
-        common.check_unseen(tmp_path / "last.pt", {"fold": 1, "folds_csv": "f", "data": "d"})
+    with pytest.raises(UserError, match="last.pt: trained on 1 of the 1 photos that fold 1 holds out"):
+        common.check_unseen(tmp_path / "last.pt", {"a"}, 1)
 
 
 def test_weights_of_no_run_have_seen_nothing(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
-    common.check_unseen(tmp_path / "w.pth", {"fold": 0, "folds_csv": "f", "data": "d"})
+    assert common.check_unseen(tmp_path / "w.pth", {"a"}, 0) == set()
 
 
 # ---- which file -----------------------------------------------------------------------------------------------------
