@@ -479,9 +479,7 @@ def predict_batch(voters, recipe, photos, batch, device):
     recipe: of load_voters; batch: the number of photos, or windows, that a batch is filled up to.
     """
     if "runs" not in recipe:
-        sizes = [probs_size(photo.size) for photo in photos]
-        return mean_masks([voter_probs(voter, photos, sizes, batch, device) for voter in voters],
-                          photos)
+        return mean_masks(voters, photos, batch, device)
     sizes = [(SUBMIT_SIZE, SUBMIT_SIZE)] * len(photos)
     weights, masks = [voter.weight for voter in voters], []
     stores = [[stored_values(probs[None])[0].cpu().numpy()
@@ -508,7 +506,7 @@ def probs_size(size):
 
 
 def voter_probs(voter, photos, sizes, batch, device):
-    """Return [probs float32 [C, height, width]] of LoadedPhotos by a Voter.
+    """Return an iterator of probs float32 [C, height, width] of LoadedPhotos by a Voter.
 
     From windows they have the (height, width) in `sizes`, else they are of its scale.
     """
@@ -520,22 +518,30 @@ def voter_probs(voter, photos, sizes, batch, device):
     if kind == "native":
         pairs = zip(images, sizes, strict=True)
         probs_of = partial(predict_probs, networks, views=views, scales=scales)
-        return list(predict_windows(probs_of, recipe, pairs, batch, device))
+        return predict_windows(probs_of, recipe, pairs, batch, device)
     images = torch.from_numpy(np.stack(full_batch(images, batch)))
     images = normalise(images.to(device), recipe["mean"], recipe["std"])
-    return list(predict_probs(networks, images, views, scales)[:len(photos)])
+    return iter(predict_probs(networks, images, views, scales)[:len(photos)])
 
 
-def mean_masks(probs, photos):
-    """Return the masks of photos by the mean of [M][B] probs [C, h, w] in sizes of their own."""
+def mean_masks(voters, photos, batch, device):
+    """Return the masks of LoadedPhotos by the mean of the Voters' probabilities.
+
+    They are added up in the largest size that a voter has, one voter after another: those of five
+    voters' windows in a batch of eight large photos would take 6 GB.
+    """
     from torch.nn.functional import interpolate
-    masks = []
-    for n, photo in enumerate(photos):
-        own = [of_voter[n] for of_voter in probs]
-        size = [max(each.shape[axis] for each in own) for axis in (1, 2)]
-        total = sum(interpolate(each[None], size, mode="bilinear")[0] for each in own)
-        masks.append(likeliest_classes(total.cpu().numpy(), photo.size))
-    return masks
+    windows = [probs_size(photo.size) for photo in photos]
+    kinds = {kind_of(voter) for voter in voters}
+    sizes = [np.max([size if kind == "native" else (kind, kind) for kind in kinds], axis=0)
+             for size in windows]
+    totals = [0] * len(photos)
+    for voter in voters:
+        for n, probs in enumerate(voter_probs(voter, photos, windows, batch, device)):
+            size = sizes[n].tolist()
+            totals[n] = totals[n] + interpolate(probs[None], size, mode="bilinear")[0]
+    return [likeliest_classes(total.cpu().numpy(), photo.size)
+            for total, photo in zip(totals, photos, strict=True)]
 
 
 def likeliest_classes(probs, size):
