@@ -971,8 +971,8 @@ def load_folds(exp, train, n_folds, renew=False):
     with lock(exp, wait=True):
         if path.exists():
             folds, wrong = read_folds(path, train.ids, n_folds)
-            if not wrong and is_group_split(train.groups, folds):
-                wrong = "has a group of images in two folds"
+            if not wrong:
+                wrong = split_group(train.ids, train.groups, folds)
             if not wrong:
                 return folds
             if not renew:
@@ -1043,10 +1043,15 @@ def read_folds(path, ids, n_folds):
     return np.array([fold_of_image[str(image_id)] for image_id in ids]), None
 
 
-def is_group_split(groups, folds):
-    """Return whether a group of images lies in more than one fold."""
-    pairs = set(zip(groups, folds.tolist(), strict=True))
-    return len(pairs) > len(set(groups))
+def split_group(ids, groups, folds):
+    """Return a line on two images of one group that lie in different folds; None if none do."""
+    first_of_group = {}
+    for image_id, group, fold in zip(ids, groups, folds.tolist(), strict=True):
+        first_id, first_fold = first_of_group.setdefault(group, (image_id, fold))
+        if fold != first_fold:
+            return (f"has a group of images in two folds, such as image {first_id} in "
+                    f"{first_fold} and {image_id} in {fold}")
+    return None
 
 
 def copy_aside(path):

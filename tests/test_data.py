@@ -1114,6 +1114,13 @@ def test_a_slip_in_edited_folds_is_named_by_line_and_never_overwritten(tmp_path,
     assert (tmp_path / "folds.csv").read_text() == "image_id,group,fold\n" + rows
 
 
+def test_images_of_one_group_in_two_folds_are_named(tmp_path):
+    train = SimpleNamespace(ids=[1, 2, 3, 4], groups=["a", "b", "c", "b"], pixels=4 * [[3, 1]])
+    (tmp_path / "folds.csv").write_text("image_id,fold\n1,0\n2,0\n3,1\n4,-1\n")
+    with pytest.raises(UserError, match="has a group of images in two folds, such as image 2 in 0 and 4 in -1: "):
+        common.load_folds(tmp_path, train, 2)
+
+
 @pytest.mark.parametrize("spelt", ["9999", "3.0", "'3"])
 def test_a_changed_id_in_edited_folds_is_named_and_never_overwritten(tmp_path, spelt):
     train = SimpleNamespace(ids=[1, 2, 3], groups=["a", "b", "c"], pixels=[[3, 1], [4, 0], [5, 0]])
