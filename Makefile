@@ -176,8 +176,8 @@ how_read := --paint $(PAINT) --orientation $(ORIENTATION) --unused $(UNUSED)
 unlabelled := $(UNLABELLED:%=--unlabelled %)
 more   := $(if $(EXTRA),--extra $(EXTRA)) $(unlabelled)
 split  := --exp $(OUT) --folds $(NFOLDS) $(how_read) $(more)
-recipe := --batch $(BATCH) --lr $(LR) --seed $(SEED) --weights $(WEIGHTS) --metric $(METRIC) \
-    $(TRAIN_ARGS)
+train  = --epochs $(EPOCHS) --snapshots $(SNAPSHOTS) --batch $(BATCH) --lr $(LR) --seed $(SEED) \
+    --weights $(WEIGHTS) --metric $(METRIC) $(TRAIN_ARGS)
 infer  := --tta $(TTA) $(INFER_ARGS)
 fitted := --weights $(VOTE) --metric $(METRIC) --post $(POST) --batch $(BATCH)
 submit := $(fitted) --image-id $(IMAGE_ID) $(SUBMIT_ARGS)
@@ -207,7 +207,7 @@ both := $(and $(BUDGET),$(filter EPOCHS,$(set_by_user)))
 $(if $(both),$(error BUDGET chooses EPOCHS: give one of the two))
 spend := $(and $(BUDGET),$(if $(first),,$(goals) $(filter why status,$(wanted))))
 afford = $(shell $(PY) ensemble.py budget $(grid) --folds '$(FOLDS)' --pick-folds '$(FOLD)' \
-    --train-args='--snapshots $(SNAPSHOTS) $(recipe)' --infer-args='$(infer)' --budget $(BUDGET) \
+    --train-args='$(train)' --infer-args='$(infer)' --budget $(BUDGET) \
     $(if $(filter why status,$(wanted)),--dry,$(dry)) \
     --device $(DEVICE) $(if $(filter FOLDS,$(set_by_user)),--keep-folds) || echo stop)
 ifneq ($(strip $(spend)),)
@@ -216,7 +216,6 @@ $(if $(filter stop,$(chosen)),$(error nothing was started))
 EPOCHS := $(firstword $(chosen))
 FOLDS  := $(wordlist 2,11,$(chosen))
 endif
-train := --epochs $(EPOCHS) --snapshots $(SNAPSHOTS) $(recipe)
 
 # ---- the plan: a quick process compares what made each file with what would make it now ----------
 # TODO is what it names; that is made and nothing else, and times play no part. A file waits for

@@ -972,7 +972,7 @@ def load_folds(exp, train, n_folds, renew=False):
         if path.exists():
             folds, wrong = read_folds(path, train.ids, n_folds)
             if not wrong:
-                wrong = split_group(train.ids, train.groups, folds)
+                wrong = group_in_two_folds(train.ids, train.groups, folds)
             if not wrong:
                 return folds
             if not renew:
@@ -1043,14 +1043,14 @@ def read_folds(path, ids, n_folds):
     return np.array([fold_of_image[str(image_id)] for image_id in ids]), None
 
 
-def split_group(ids, groups, folds):
-    """Return a line on two images of one group that lie in different folds; None if none do."""
+def group_in_two_folds(ids, groups, folds):
+    """Return a line that names two images of one group in different folds; None if none are."""
     first_of_group = {}
     for image_id, group, fold in zip(ids, groups, folds.tolist(), strict=True):
         first_id, first_fold = first_of_group.setdefault(group, (image_id, fold))
         if fold != first_fold:
-            return (f"has a group of images in two folds, such as image {first_id} in "
-                    f"{first_fold} and {image_id} in {fold}")
+            return (f"has a group of images in two folds, such as image {first_id} in fold "
+                    f"{first_fold} and image {image_id} in fold {fold}")
     return None
 
 
@@ -2466,24 +2466,31 @@ def check_normalisation(name, path, recipe):
                         "tu-NAME.TAG")
 
 
-def check_unseen(path, held_out, fold):
-    """Raise UserError if weights have learnt from photos that a run holds out; return what from.
+def weights_learnt_from(path):
+    """Return the set of hashes of the photo files that weights have learnt from.
 
-    path: the file. held_out: set, Split.contents of the photos of `fold`. Returns the set that a
-    model.pt of train.py has learnt from, itself or by its own weights; of other files it's empty.
+    A model.pt of train.py notes those that it and its own weights have learnt from; of any other
+    file the set is empty. Raises UserError for one of an older train.py, which noted none.
     """
     checkpoint = read_weights(path)
     if not has_kinds(checkpoint, OWN_KINDS):
         return set()
-    if "learnt_from" not in checkpoint:
-        raise UserError(f"{path}: an older train.py didn't note which photos it has learnt from: "
-                        "if none of these, save its weights alone, torch.load(...)[\"model\"]")
-    learnt_from = {*checkpoint["learnt_from"]}
-    if n_seen := len(learnt_from & held_out):
-        raise UserError(f"{path}: trained on {n_seen} of the {len(held_out)} photos that fold "
+    if not has_kinds(checkpoint, {"learnt_from": [str]}):
+        raise UserError(f"{path} doesn't say which photos it has learnt from, as it is of an older "
+                        "train.py: if it knows none of DATA, save its weights alone, "
+                        "torch.load(...)[\"model\"], and give that file")
+    return {*checkpoint["learnt_from"]}
+
+
+def check_unseen(path, held_out, fold):
+    """Raise UserError if weights have learnt from photos that a run holds out.
+
+    held_out: set, the hashes of the files of the photos of `fold`. Scores would flatter the run.
+    """
+    if n_seen := len(weights_learnt_from(path) & held_out):
+        raise UserError(f"{path}: has learnt from {n_seen} of the {len(held_out)} photos that fold "
                         f"{fold} holds out, so every score would flatter: take the model.pt of "
                         "the same fold, or weights made from other photos")
-    return learnt_from
 
 
 def load_decoder(model, parts, their_classes, classes):
@@ -3069,6 +3076,9 @@ def apply_steps(pred, used):
 # A store is NAME.npy, uint8 [N, C, SUBMIT_SIZE, SUBMIT_SIZE], probs x 255, with NAME.json, written
 # last, which says what made it.
 
+# options of train.py that have a knob of make
+TRAIN_KNOBS = {"--epochs": "EPOCHS", "--batch": "BATCH", "--lr": "LR", "--seed": "SEED",
+               "--weights": "WEIGHTS", "--snapshots": "SNAPSHOTS", "--metric": "METRIC"}
 # where a run and its stores lie: EXP, round, model, scale, fold
 RUN_PLACE = re.compile(rf"(.*)/r(\d)/([^/]+/[^/]+)/s(\d+)/f(\d+|{ALL})")
 # what a store's JSON says of its run's recipe, and what it says besides DESCRIBED; see has_kinds

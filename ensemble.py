@@ -49,8 +49,8 @@ from tqdm import tqdm
 
 from common import (
     ALL, BACKGROUND, DERIVED, DESCRIPTION_KINDS, MANIFEST_KINDS, METRICS, RUN_PLACE,
-    STEPS_AFTER_VOTE, STORE_KINDS, SUBMIT_SIZE, TORCHRUN, Hashes, Help, Parser, UserError,
-    accepted_code, add_data_options, apply_steps, as_number, atomic_write, batch_counts,
+    STEPS_AFTER_VOTE, STORE_KINDS, SUBMIT_SIZE, TORCHRUN, TRAIN_KNOBS, Hashes, Help, Parser,
+    UserError, accepted_code, add_data_options, apply_steps, as_number, atomic_write, batch_counts,
     begun_files, build_model, cache_folder, changes, check_output, check_space, check_unchanged,
     check_unseen, checked, checkpoint_gradients, class_iou, clean, code_hashes, code_of,
     code_question, code_state, confusion, data_files, data_options, decide, different_keys,
@@ -112,10 +112,9 @@ LIST_KNOBS = ("MODELS", "SCALES", "EPOCHS", "FOLDS", "ROUNDS")
 RECIPE_KNOBS = ("EPOCHS", "BATCH", "LR", "SEED", "WEIGHTS", "METRIC", "TRAIN_ARGS")  # of every run
 RUNG_KNOBS = (*LIST_KNOBS, "BATCH", "LR", "SEED", "WEIGHTS", "TTA", "VOTE", "METRIC", "POST",
               "SNAPSHOTS", "TRAIN_ARGS", "INFER_ARGS", "PSEUDO_ARGS", "SUBMIT_ARGS")
-# options that a knob of make stands for: as one of *_ARGS they would silently undo it
+# options that have a knob of make: as one of *_ARGS they would silently override it
 HAVE_A_KNOB = {
-    "TRAIN_ARGS": {"--epochs": "EPOCHS", "--batch": "BATCH", "--lr": "LR", "--seed": "SEED",
-                   "--weights": "WEIGHTS", "--snapshots": "SNAPSHOTS", "--metric": "METRIC"},
+    "TRAIN_ARGS": TRAIN_KNOBS,
     "INFER_ARGS": {"--tta": "TTA"},
     "SUBMIT_ARGS": {"--weights": "VOTE", "--metric": "METRIC", "--post": "POST",
                     "--batch": "BATCH", "--image-id": "IMAGE_ID"}}
@@ -2049,7 +2048,7 @@ def climb(preset, given):
     """
     check_ladder()
     for name, text in given.items():
-        check_has_no_knob(name, text, "")
+        check_has_no_knob(name, text)
     n_folds = int(given.get("NFOLDS", 5))
     folds = " ".join(map(str, range(n_folds)))
     asked = {"MODELS": LADDER_MODELS, "FOLDS": folds, "ROUNDS": "0"} | LADDER_KNOBS[preset] | given
@@ -2106,12 +2105,15 @@ def option_names(text):
     return {word.partition("=")[0] for word in text.split() if word.startswith("--")}
 
 
-def check_has_no_knob(name, text, where):
-    """Raise UserError if the text of one of *_ARGS has an option that is a knob of its own."""
-    options = HAVE_A_KNOB.get(name)
-    if options and (given := option_names(text) & options.keys()):
-        option = min(given)
-        raise UserError(f"{where}{name}={text}: write {options[option]}= instead of {option}")
+def check_has_no_knob(name, text, where="", n_own=0):
+    """Raise UserError if the text of one of *_ARGS has an option that is a knob of its own.
+
+    where: words before its name; n_own: how often make itself has put each of them into the text.
+    """
+    names = [word.partition("=")[0] for word in text.split()]
+    for option, knob in HAVE_A_KNOB.get(name, {}).items():
+        if names.count(option) > n_own:
+            raise UserError(f"{where}{name}: write {knob}= instead of {option}")
 
 
 def check_sizes(asked):
@@ -2564,12 +2566,9 @@ def read_arguments(args, answers):
 
     Raises UserError for what a script refuses or what make sets itself.
     """
-    for knob, text in (("TRAIN_ARGS", args.train_args), ("INFER_ARGS", args.infer_args),
+    for name, text in (("TRAIN_ARGS", args.train_args), ("INFER_ARGS", args.infer_args),
                        ("SUBMIT_ARGS", args.submit_args)):
-        names = [word.partition("=")[0] for word in text.split()]  # those that make sets come first
-        for option, own in HAVE_A_KNOB[knob].items():
-            if names.count(option) > 1:
-                raise UserError(f"{knob} sets {option}: write {own}= instead")
+        check_has_no_knob(name, text, n_own=1)
     train, infer, pseudo = answers.ask(script_lines(args)).values()
     paths = {"data": str(args.data), "cache": str(args.cache)}
     model = [*args.models, *args.pick_models][-1]
@@ -3021,11 +3020,11 @@ class Plan:
         return new_folds(path, self.data["ids"], pixels, groups, self.args.nfolds).tolist()
 
     def held_out(self, fold):
-        """Return the set of contents of the photos that a fold holds out, as far as known yet."""
+        """Return the set of hashes of the photo files that a fold holds out, if known yet."""
         if self.fold_numbers is None or not self.data["index"]:
             return set()
-        contents = self.data["index"]["train"]["contents"]
-        return {content for content, number in zip(contents, self.fold_numbers, strict=True)
+        digests = self.data["index"]["train"]["digests"]
+        return {digest for digest, number in zip(digests, self.fold_numbers, strict=True)
                 if number == fold}
 
     def own_or_shared(self, kind, path, read, recipe, code, more=()):

@@ -527,21 +527,31 @@ def voter_probs(voter, photos, sizes, batch, device):
 def mean_masks(voters, photos, batch, device):
     """Return the masks of LoadedPhotos by the mean of the Voters' probabilities.
 
-    They are added up in the largest size that a voter has, one voter after another: those of five
-    voters' windows in a batch of eight large photos would take 6 GB.
+    They are added up voter by voter, in the largest size that any of them has: those of five
+    voters' windows of eight large photos would take 6 GB at once.
     """
     from torch.nn.functional import interpolate
-    windows = [probs_size(photo.size) for photo in photos]
-    kinds = {kind_of(voter) for voter in voters}
-    sizes = [np.max([size if kind == "native" else (kind, kind) for kind in kinds], axis=0)
-             for size in windows]
+    window_sizes = [probs_size(photo.size) for photo in photos]
+    sizes = [largest_size(voters, size) for size in window_sizes]
     totals = [0] * len(photos)
     for voter in voters:
-        for n, probs in enumerate(voter_probs(voter, photos, windows, batch, device)):
-            size = sizes[n].tolist()
-            totals[n] = totals[n] + interpolate(probs[None], size, mode="bilinear")[0]
+        for n, probs in enumerate(voter_probs(voter, photos, window_sizes, batch, device)):
+            totals[n] = totals[n] + interpolate(probs[None], sizes[n], mode="bilinear")[0]
     return [likeliest_classes(total.cpu().numpy(), photo.size)
             for total, photo in zip(totals, photos, strict=True)]
+
+
+def largest_size(voters, window_size):
+    """Return the largest height and the largest width of a photo's probabilities by the voters.
+
+    window_size: the (height, width) of those from windows; others have the voter's scale.
+    """
+    height = width = 0
+    for voter in voters:
+        kind = kind_of(voter)
+        size = window_size if kind == "native" else (kind, kind)
+        height, width = max(height, size[0]), max(width, size[1])
+    return height, width
 
 
 def likeliest_classes(probs, size):

@@ -34,18 +34,19 @@ from tqdm import tqdm
 from common import (
     ALL, AUGMENTATIONS, COLOURS, CROPS, DATA_OPTIONS, DECODERS, DERIVED, DESCRIBED,
     GPU_MEMORY_WORDS, HOOK, IGNORE_INDEX, LOSSES, METRICS, MODEL_KINDS, STEP, STRIDE, SUBMIT_SIZE,
-    TRAIN_ONLY, EpochBatches, EvalPhotos, Hashes, Parser, TrainSamples, UserError, add_data_options,
-    amp, as_number, atomic_write, batch_bytes, begun_files, build_model, check_labels, check_output,
-    check_shared_memory, check_space, check_unseen, checked, checkpoint_gradients, claim_device,
-    code_of, confusion, data_options, decide, different_keys, draw_bars, draw_heat,
-    encoder_mean_std, figure_urls, fold_name, folds_hash, foreground_ids, full_batch, guarded,
-    has_kinds, image_miou, join_photos, keep_code, last_convolution, layer_factors, load_checkpoint,
-    load_data, load_extra, load_folds, load_labels, load_unlabelled, load_weights, loader_options,
-    loader_workers, lock, make_augmentation, make_loss, move_aside, named, normalise, number,
-    overlay, pixel_weights, predict_windows, provenance, ranks, rare_odds, read_description,
-    read_image, read_rows, recipe_changes, resize_probs, run_code, run_folder, run_recipe,
-    run_script, save_checkpoint, scores, signals_later, split_model, this_process, tile_url,
-    try_sides, weights_file, write_csv, write_description, write_page, write_sheet)
+    TRAIN_KNOBS, TRAIN_ONLY, EpochBatches, EvalPhotos, Hashes, Parser, TrainSamples, UserError,
+    add_data_options, amp, as_number, atomic_write, batch_bytes, begun_files, build_model,
+    check_labels, check_output, check_shared_memory, check_space, check_unseen, checked,
+    checkpoint_gradients, claim_device, code_of, confusion, data_options, decide, different_keys,
+    draw_bars, draw_heat, encoder_mean_std, figure_urls, fold_name, folds_hash, foreground_ids,
+    full_batch, guarded, has_kinds, image_miou, join_photos, keep_code, last_convolution,
+    layer_factors, load_checkpoint, load_data, load_extra, load_folds, load_labels, load_unlabelled,
+    load_weights, loader_options, loader_workers, lock, make_augmentation, make_loss, move_aside,
+    named, normalise, number, overlay, pixel_weights, predict_windows, provenance, ranks, rare_odds,
+    read_description, read_image, read_rows, recipe_changes, resize_probs, run_code, run_folder,
+    run_recipe, run_script, save_checkpoint, scores, signals_later, split_model, this_process,
+    tile_url, try_sides, weights_file, weights_learnt_from, write_csv, write_description,
+    write_page, write_sheet)
 
 OVERFIT_V3 = 0.9  # what --overfit must reach on its own training images
 MAX_SKIPPED = 10  # steps in a row without a finite gradient that end a run
@@ -55,9 +56,9 @@ CONFIG_KINDS = {"classes": [str], "epoch": int, "v3": float}  # see has_kinds; b
 BESIDE = {
     "CONFIG_KINDS", "begin", "check_args", "check_folder", "check_run_space", "choose_resume",
     "describe_run", "draw_batch", "draw_curves", "draw_some_curves", "draw_valid", "find_done",
-    "find_finished", "find_last", "images_of", "in_shared_memory", "keeps_done", "log_row",
-    "model_files", "run_that_stands", "show_progress", "start_logger", "warn_of_absent_classes",
-    "write_config"}
+    "find_finished", "find_last", "hashes_learnt_from", "images_of", "in_shared_memory",
+    "keeps_done", "log_row", "model_files", "run_that_stands", "show_progress", "start_logger",
+    "warn_of_absent_classes", "write_config"}
 
 # ---- what to try: schedules, optimizers, batch hooks ---------------------------------------------
 
@@ -1170,12 +1171,15 @@ def train_run(args, root, report=None, wait=False):
         fold_runs = read_fold_runs(args, hashes)
         info = describe_run(args, splits, folds, hashes, [run["epoch"] for run in fold_runs])
         check_fold_runs(fold_runs, info["recipe"])
+        learnt = hashes_learnt_from(args, splits, train_indices, valid_indices,
+                                    info["recipe"]["contaminated"])
         info |= {"classes": train.classes, "valid_ids": [train.ids[i] for i in valid_indices],
-                 "learnt_from": learnt_from(args, splits, train_indices, valid_indices,
-                                            info["recipe"]["contaminated"])}
+                 "learnt_from": learnt}
         if finished := find_finished(args, test, info, out, epochs, hashes):
             return finished["v3"]
         resume = choose_resume(out, info, args, hashes)
+        if not (resume or args.overfit) and (path := weights_file(args.weights, args.model)):
+            check_unseen(path, {train.digests[i] for i in valid_indices}, args.fold)
         device = claim_device(args.device, args.per_gpu)
         if first:  # other ranks have read what is moved here, as claim_device waits for them
             begin(out, info, args, resume)
@@ -1245,22 +1249,23 @@ def check_added_folders(args):
         check_output(folder, args.exp, name="EXTRA or UNLABELLED")
 
 
-def learnt_from(args, splits, train_indices, valid_indices, contaminated):
-    """Return the sorted contents of all photos that a run learns from, also those of its weights.
+def hashes_learnt_from(args, splits, train_indices, valid_indices, contaminated):
+    """Return the sorted hashes of all photo files that a run learns from, also by its weights.
 
-    splits: of load_splits; indices: of split_by_fold. Labels that are contaminated were made by
-    models that had seen what the fold holds out. Raises UserError if the weights had.
+    splits: of load_splits; indices: of split_by_fold. Photos that may have pseudo labels count,
+    and if these are contaminated so does what the fold holds out: their makers had seen it.
     """
-    train, _, extras = splits
-    held_out = {train.contents[i] for i in valid_indices}
-    contents = {train.contents[i] for i in train_indices}
+    train, photos, extras = splits
+    learnt = {train.digests[i] for i in train_indices}
     for split, indices in extras:
-        contents |= {split.contents[i] for i in indices}
+        learnt |= {split.digests[i] for i in indices}
+    if args.round and not args.overfit:
+        learnt |= {*photos.digests}
     if contaminated:
-        contents |= held_out
+        learnt |= {train.digests[i] for i in valid_indices}
     if path := weights_file(args.weights, args.model):
-        contents |= check_unseen(path, set() if args.overfit else held_out, args.fold)
-    return sorted(contents - {""})  # "" is that of photos with a fault
+        learnt |= weights_learnt_from(path)
+    return sorted(learnt - {""})  # "" is that of a test photo that can't be read
 
 
 def split_by_fold(args, train, folds):
@@ -1985,12 +1990,15 @@ def fixed_values(args, space):
 
 def as_knobs(run):
     """Return a recipe without its seed as it is pasted behind `make train`."""
-    options = []
+    knobs, options = [f"MODEL={run.model}"], []
     for name, (_, default, _) in RECIPE.items():
-        value = getattr(run, name)
-        if name not in ("batch", "lr", "seed") and value != default:
-            options.append(f"--{name.replace('_', '-')} {value}")
-    return f"MODEL={run.model} BATCH={run.batch} LR={run.lr} TRAIN_ARGS='{' '.join(options)}'"
+        option, value = f"--{name.replace('_', '-')}", getattr(run, name)
+        if option in TRAIN_KNOBS:  # make has defaults of its own
+            knobs.append(f"{TRAIN_KNOBS[option]}={value}")
+        elif value != default:
+            options.append(f"{option} {value}")
+    knobs.remove(f"SEED={run.seed}")
+    return f"{' '.join(knobs)} TRAIN_ARGS='{' '.join(options)}'"
 
 
 def run_sweep(args):

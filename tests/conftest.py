@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks the network on import
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's waiting threads else slow each other down
 for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
-    os.environ.pop(name, None)  # by these a make that runs the tests makes its options those of theirs
+    os.environ.pop(name, None)  # else a make of a test has the options of the make that runs the tests
 if "PYTEST_XDIST_WORKER" in os.environ:  # a file of tests runs on each core
     os.environ["OMP_NUM_THREADS"] = "1"
 

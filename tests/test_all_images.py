@@ -74,7 +74,7 @@ def test_the_second_make_does_nothing_and_the_score_says_whose_it_is(folder):
     assert make(folder, "why", **KNOBS).stdout.strip() == "out/main is up to date"
     text = make(folder, "score", **KNOBS).stdout
     assert "out of fold: 12 of 12 training images" in text
-    report = make(folder, "submit", **KNOBS, SUBMIT_ARGS="--image-id file_name").stdout
+    report = make(folder, "submit", **KNOBS, IMAGE_ID="file_name").stdout
     assert "1 run(s) on all images vote on test photos as one fold more of their member, whose score is the" in report
     assert " fall " in make(folder, "status", **KNOBS).stdout.splitlines()[0] + " "
 

@@ -726,17 +726,18 @@ def test_a_timm_file_of_another_tag_is_refused_if_that_has_another_mean():
 
 def test_weights_that_have_learnt_from_photos_of_the_fold_are_refused(tmp_path):
     torch.save(own_checkpoint(common.build_model(WHOLE, 1), ["Background"]), tmp_path / "model.pt")
-    assert common.check_unseen(tmp_path / "model.pt", {"c", "d"}, 1) == {"a", "b"}
-    assert common.check_unseen(tmp_path / "model.pt", set(), "all") == {"a", "b"}
-    with pytest.raises(UserError, match="model.pt: trained on 1 of the 2 photos that fold 1 holds out, so every "):
+    assert common.weights_learnt_from(tmp_path / "model.pt") == {"a", "b"}
+    common.check_unseen(tmp_path / "model.pt", {"c", "d"}, 1)
+    with pytest.raises(UserError, match="model.pt: has learnt from 1 of the 2 photos that fold 1 holds out, so every "):
         common.check_unseen(tmp_path / "model.pt", {"b", "c"}, 1)
 
 
-def test_weights_of_an_older_train_py_are_refused_as_it_didnt_note_its_photos(tmp_path):
+@pytest.mark.parametrize("noted", [{}, {"learnt_from": None}, {"learnt_from": "ab"}, {"learnt_from": [1]}])
+def test_weights_of_train_py_that_dont_say_what_they_have_learnt_from_are_refused(tmp_path, noted):
     older = own_checkpoint(common.build_model(WHOLE, 1), ["Background"])
     del older["learnt_from"]
-    torch.save(older, tmp_path / "model.pt")
-    with pytest.raises(UserError, match=r"model.pt: an older train.py didn't note which photos .* save its weights al"):
+    torch.save(older | noted, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"model.pt doesn't say which photos it has learnt from, .* save its weig"):
         common.check_unseen(tmp_path / "model.pt", {"c"}, 1)
 
 
@@ -747,13 +748,13 @@ def test_last_pt_is_weights_of_its_run_too_and_its_average_is_taken(tmp_path):
         "model": random_state(common.build_model(WHOLE, 2)), "ema": average, "optimizer": {"state": {}}}
     model, line = load(WHOLE, tmp_path / "last.pt", last, 2, classes=["Background", "a"])
     assert all_equal(model.state_dict(), whole["model"]) and "head's rows of 2 of 2" in line
-    with pytest.raises(UserError, match="last.pt: trained on 1 of the 1 photos that fold 1 holds out"):
+    with pytest.raises(UserError, match="last.pt: has learnt from 1 of the 1 photos that fold 1 holds out"):
         common.check_unseen(tmp_path / "last.pt", {"a"}, 1)
 
 
 def test_weights_of_no_run_have_seen_nothing(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
-    assert common.check_unseen(tmp_path / "w.pth", {"a"}, 0) == set()
+    assert common.weights_learnt_from(tmp_path / "w.pth") == set()
 
 
 # ---- which file -----------------------------------------------------------------------------------------------------

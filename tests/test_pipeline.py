@@ -120,7 +120,7 @@ def test_weights_that_have_seen_a_fold_are_refused_before_anything_trains(repo):
     weights, = repo.glob("out/main/r0/unet/*/s64/f0/model.pt")
     done = make(repo, "submit", "EXP=next", knobs=[*KNOBS, f"WEIGHTS={weights}"], check=False)
     assert done.returncode == 2 and "holds out, so every score would flatter" in done.stderr
-    assert re.search(r"model.pt: trained on 4 of the 4 photos that fold 1 holds out", done.stderr)
+    assert "model.pt: has learnt from 4 of the 4 photos that fold 1 holds out" in done.stderr
     assert not (repo / "out/next/r0").exists()
 
 

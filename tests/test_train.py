@@ -280,7 +280,7 @@ def test_a_run_goes_on_from_a_model_pt_of_its_fold_at_another_scale_and_no_other
     recipe = common.load_checkpoint(run_of(args) / "model.pt")["recipe"]
     assert recipe["weights"] == common.file_hash(path)
     for i, other in enumerate((["--fold", 0], ["--folds", 4])):
-        with pytest.raises(UserError, match=r"model.pt: trained on \d+ of the \d+ photos that fold . holds out"):
+        with pytest.raises(UserError, match=r"model.pt: has learnt from \d+ of the \d+ photos that fold . holds out"):
             train.main(line(tmp_path / f"other{i}", "--weights", path, *other))
 
 
@@ -289,25 +289,25 @@ def test_weights_remember_the_photos_they_come_from_in_every_run_that_goes_on_fr
     draw_data(other, train=6, test=2, size=64, seed=77)
     shutil.copytree(tiny_data, more)
     coco = json.loads((tiny_data / "train.json").read_text())
-    gone = coco["images"][0]["id"]
+    removed_id = coco["images"][0]["id"]
     for part, key in (("images", "id"), ("annotations", "image_id")):  # the other photos, by other ids
-        coco[part] = [each | {key: each[key] + 500} for each in coco[part] if each[key] != gone]
+        coco[part] = [each | {key: each[key] + 500} for each in coco[part] if each[key] != removed_id]
     (more / "train.json").write_text(json.dumps(coco))
     weights = []
     for name, data in (("first", tiny_data), ("second", other)):
         args = line(tmp_path / name, "--data", data, "--fold", 0, "--epochs", 1, *weights)
         train.main(args)
         weights = ["--weights", run_of(args) / "model.pt"]
-    with pytest.raises(UserError, match=r"model.pt: trained on \d+ of the \d+ photos that fold 1 holds out"):
+    with pytest.raises(UserError, match=r"model.pt: has learnt from \d+ of the \d+ photos that fold 1 holds out"):
         train.main(line(tmp_path / "exp", "--data", more, "--fold", 1, *weights))
 
 
-@pytest.mark.parametrize("contaminated", [False, True])
-def test_labels_that_are_contaminated_pass_on_what_their_makers_had_seen(line, splits, tmp_path, contaminated):
-    train_split, args = splits[0], line(tmp_path)
-    indices = np.arange(3), np.arange(3, 5)
-    found = train.learnt_from(args, (*splits, []), *indices, contaminated)
-    assert found == sorted(train_split.contents[:5 if contaminated else 3])
+@pytest.mark.parametrize(("round_", "contaminated"), [(0, False), (1, False), (1, True)])
+def test_photos_with_pseudo_labels_are_learnt_from_and_what_their_makers_had_seen(line, splits, round_, contaminated):
+    args, (labelled, test) = line("unused", "--round", round_), splits
+    digests = train.hashes_learnt_from(args, (labelled, test, []), np.arange(3), np.arange(3, 5), contaminated)
+    of_labels = test.digests if round_ else []
+    assert digests == sorted([*labelled.digests[:5 if contaminated else 3], *of_labels])
 
 
 def test_classes_that_a_model_pt_lacks_begin_at_their_frequency(line, finished_exp, tmp_path):

@@ -338,6 +338,19 @@ def test_predict_photo_and_a_folder_of_photos_take_a_native_model_too(big_data, 
         assert mask.shape == SIZES[n] and (mask != probs.argmax(0)).mean() < 1e-3
 
 
+def test_a_native_model_and_one_of_whole_photos_are_averaged_over_probabilities(big_data, cache, native, tmp_path):
+    other = train_line(big_data, cache, tmp_path / "exp")
+    train.main(other)
+    paths = [str(run_of(args) / "model.pt") for args in (native, other)]
+    infer.main(infer.parse_args(["--photos", str(big_data), "--out", str(tmp_path / "out"), "--cache", str(cache),
+                                 "--device", "cpu", "--tta", "none", "--checkpoint", *paths]))
+    for n, size in enumerate(SIZES):
+        image = cv2.imread(str(big_data / f"{n}.png"))[..., ::-1]
+        probs = [common.predict_photo(common.load_model(path), image, "none") for path in paths]
+        mask = np.array(Image.open(tmp_path / f"out/masks/{n}.png"))
+        assert mask.shape == size and (mask != np.mean(probs, 0).argmax(0)).mean() < 0.01
+
+
 def test_a_vote_of_a_native_model_is_that_of_its_store(big_data, cache, native_run, tmp_path):
     infer.main(infer_line(big_data, cache, native_run, "--split", "test", "--tta", "flip"))
     store, info = common.open_store(native_run / "test.json", common.Hashes(cache))
