@@ -218,7 +218,7 @@ SHELLS = ("$$(touch pwned)", "`touch pwned`", "; touch pwned", "x & touch pwned"
     ({"PSEUDO_ARGS": "--rule best"}, "--rule"), ({"SUBMIT_ARGS": "--cocoo"}, "--cocoo"),
     ({"TRAIN_ARGS": "--epochs 3"}, "TRAIN_ARGS: write EPOCHS= instead of --epochs"),
     ({"TRAIN_ARGS": "--loss ce --lr=1e-3"}, "write LR="), ({"TRAIN_ARGS": "--snapshots 2"}, "write SNAPSHOTS="),
-    ({"BUDGET": "2h", "TRAIN_ARGS": "--epochs 3"}, "TRAIN_ARGS: write EPOCHS= instead of --epochs"),
+    ({"BUDGET": "2h", "EPOCHS": None, "TRAIN_ARGS": "--epochs 3"}, "TRAIN_ARGS: write EPOCHS= instead of --epochs"),
     ({"INFER_ARGS": "--tta none"}, "INFER_ARGS: write TTA="), ({"SUBMIT_ARGS": "--post none"}, "write POST="),
     ({"TRAIN_ARGS": "--fold 1"}, "TRAIN_ARGS sets --fold"), ({"TRAIN_ARGS": "--overfit 2"}, "--overfit"),
     ({"INFER_ARGS": "--out x"}, "INFER_ARGS sets --out"), ({"SUBMIT_ARGS": "--out x.csv"}, "SUBMIT_ARGS sets --out"),
