@@ -2163,7 +2163,7 @@ def check_ladder():
             if isinstance(value, int) and (value < -1 or value == 0):
                 raise UserError(f"LADDER: {rung.name}: {knob}: {value}: 2 takes the first two, -1 "
                                 "the last one")
-            check_has_no_knob(knob, value, f"LADDER: {rung.name}: ")
+            check_has_no_knob(knob, str(value), f"LADDER: {rung.name}: ")
 
 
 def make_words(knobs):

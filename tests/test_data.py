@@ -1117,7 +1117,7 @@ def test_a_slip_in_edited_folds_is_named_by_line_and_never_overwritten(tmp_path,
 def test_images_of_one_group_in_two_folds_are_named(tmp_path):
     train = SimpleNamespace(ids=[1, 2, 3, 4], groups=["a", "b", "c", "b"], pixels=4 * [[3, 1]])
     (tmp_path / "folds.csv").write_text("image_id,fold\n1,0\n2,0\n3,1\n4,-1\n")
-    with pytest.raises(UserError, match="has a group of images in two folds, such as image 2 in 0 and 4 in -1: "):
+    with pytest.raises(UserError, match="a group of images in two folds, such as image 2 in fold 0 and image 4 in f"):
         common.load_folds(tmp_path, train, 2)
 
 

@@ -142,7 +142,7 @@ def test_a_rung_waits_for_the_one_below_with_its_recipe():
     ([Rung("a", {}, "", "fast")], "a: aside_in is a tuple"),
     ([Rung("a", {}, ""), Rung("b", {"FOLDS": -1}, ""), Rung("c", {"FOLDS": "0"}, "")],
      "c has FOLDS=0, b below it FOLDS=1: no photo is out of fold in both"),
-    ([Rung("a", {"TRAIN_ARGS": "--loss ce --lr=1"}, "")], "LADDER: a: TRAIN_ARGS: write LR= instead of --lr"),
+    ([Rung("a", {"TRAIN_ARGS": "--loss ce --lr=1"}, "")], "a: TRAIN_ARGS: write LR= instead of --lr"),
     ([Rung(1, {}, "")], "write Rung"), ([Rung("a", {"MODELS": True}, "")], "a: MODELS: True is neither"),
     ([Rung("a", {"PAINT": "id"}, "")], "a: PAINT is no knob of a rung; there are MODELS,"),
     ([Rung("a", {"EXP": "b"}, "")], "a: EXP is no knob"), ([Rung("a", {"TTA": None}, "")], "a: TTA: None is neither"),
