@@ -12,7 +12,7 @@ import common
 
 torch.set_num_threads(1)
 FPN, RESNET, VIT = "fpn-narrow/tu-test_efficientnet", "fpn-narrow/tu-test_resnet", "dpt/tu-test_vit"
-KNOBS = {"ROUNDS": 0, "EPOCHS": 2}
+KNOBS = {"ROUNDS": 0, "EPOCHS": 2, "FOLDS": "0"}
 
 
 @pytest.fixture

@@ -111,16 +111,17 @@ def test_a_truth_of_other_photos_is_refused_before_the_vote(tiny_data, cache, vo
 
 def test_make_score_and_submit_take_a_labelled_test_json_or_truth(tmp_path):
     folder = new_folder(tmp_path / "built", draw_data_into(tmp_path / "drawn"))
-    plain = make(folder, "submit", ROUNDS=0, EPOCHS=1)
+    knobs = {"ROUNDS": 0, "EPOCHS": 1, "FOLDS": "0"}
+    plain = make(folder, "submit", **knobs)
     assert "on the truth of" not in plain.stdout
     labels = json.dumps(annotate(folder / "data/test.json", folder / "data/train.json"))
     (folder / "labels.json").write_text(labels)
-    assert "on the truth of 4 test photos: labels.json" in make(
-        folder, "score", ROUNDS=0, EPOCHS=1, TRUTH="labels.json").stdout
+    text = make(folder, "score", **knobs, TRUTH="labels.json").stdout
+    assert "on the truth of 4 test photos: labels.json" in text
     assert "test-iou" in "".join(path.name for path in (folder / "out/main/report").iterdir())
-    assert make(folder, "why", ROUNDS=0, EPOCHS=1, TRUTH="labels.json").stdout == "out/main is up to date\n"
+    assert make(folder, "why", **knobs, TRUTH="labels.json").stdout == "out/main is up to date\n"
     (folder / "data/test.json").write_text(labels)
-    text = make(folder, "submit", ROUNDS=0, EPOCHS=1, EXP="labelled").stdout
+    text = make(folder, "submit", **knobs, EXP="labelled").stdout
     assert "on the truth of 4 test photos: test.json" in text
 
 
