@@ -303,11 +303,12 @@ def test_weights_remember_the_photos_they_come_from_in_every_run_that_goes_on_fr
 
 
 @pytest.mark.parametrize(("round_", "contaminated"), [(0, False), (1, False), (1, True)])
-def test_photos_with_pseudo_labels_are_learnt_from_and_what_their_makers_had_seen(line, splits, round_, contaminated):
+def test_extra_photos_and_those_of_labels_are_learnt_from_and_what_these_had_seen(line, splits, round_, contaminated):
     args, (labelled, test) = line("unused", "--round", round_), splits
-    digests = train.hashes_learnt_from(args, (labelled, test, []), np.arange(3), np.arange(3, 5), contaminated)
+    extras = [(labelled, [6])]
+    digests = train.hashes_learnt_from(args, (labelled, test, extras), np.arange(3), np.arange(3, 5), contaminated)
     of_labels = test.digests if round_ else []
-    assert digests == sorted([*labelled.digests[:5 if contaminated else 3], *of_labels])
+    assert digests == sorted([*labelled.digests[:5 if contaminated else 3], labelled.digests[6], *of_labels])
 
 
 def test_classes_that_a_model_pt_lacks_begin_at_their_frequency(line, finished_exp, tmp_path):
