@@ -4375,6 +4375,8 @@ def run_script(main, args):
             with suppress(OSError):  # its reader may be gone
                 print(line, file=sys.stderr)
         raise SystemExit(code) from None
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    kill_children()  # by the SIGTERM that Python sends at exit none would end; see signals_later
 
 
 def reopen_closed_streams():

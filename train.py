@@ -692,6 +692,12 @@ def loader_class():
                 self.begin()
             begun, self.begun = self.begun, None
             return begun
+
+        def end(self):
+            """End the workers: else they live until the garbage collector finds the loader."""
+            if self._iterator:  # of persistent workers
+                self._iterator._shutdown_workers()
+            self.begun = self._iterator = None
     return EarlyLoader
 
 
@@ -1194,6 +1200,8 @@ def train_run(args, root, report=None, wait=False):
                                     f"{run.kept}") from None
         if soup_epochs(args):
             make_soup(run, loaders[1], args, train.classes, out)
+        for loader in loaders:
+            loader.end()
         if first:
             draw_curves(out / "curves.png", run.log)
         if args.overfit and run.best["v3"] < OVERFIT_V3:

@@ -1323,7 +1323,8 @@ def run_python(code, cwd=ROOT):
     Its environment has nothing that importing common here may have set.
     """
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-B", "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-B", "-c", code], cwd=cwd, env=env, capture_output=True, text=True,
+                          timeout=300)  # what hangs must not hang the tests
 
 
 SCRIPT = """
@@ -1435,6 +1436,21 @@ run_script(main, None)
 """
     done = run_python(code)
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "interrupted; the same command carries on\n")
+
+
+def test_a_process_that_is_left_at_the_end_is_ended():
+    code = """
+import multiprocessing, time
+from common import run_script, signals_later
+def main(args):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
+    with signals_later():
+        child.start()  # what Python ends it by, SIGTERM, never reaches it
+    print("done", flush=True)
+run_script(main, None)
+"""
+    done = run_python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
 def test_a_signal_that_is_ignored_from_the_start_stays_so():

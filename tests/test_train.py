@@ -13,7 +13,7 @@ from collections import Counter, OrderedDict
 from copy import deepcopy
 from fractions import Fraction
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -267,6 +267,17 @@ def test_pretrained_weights_are_read_at_the_start_but_not_on_resuming(line, tmp_
     assert loaded == [tmp_path / "encoder.pth"]
     lines = [text for text in capsys.readouterr().out.splitlines() if text.startswith("weights ")]
     assert len(lines) == 1 and f"weights {tmp_path}/encoder.pth: " in lines[0] and "100.0% of the encoder's" in lines[0]
+
+
+def test_a_finished_run_leaves_no_loader_process_also_if_something_holds_its_frames(line, tmp_path, monkeypatch):
+    frames, draw_some_curves = [], train.draw_some_curves
+
+    def hold_frames(*args):  # as the traceback of an import that fails does until the garbage is collected
+        frames.append(sys._getframe())
+        draw_some_curves(*args)
+    monkeypatch.setattr(train, "draw_some_curves", hold_frames)
+    train.main(line(tmp_path, "--workers", 1, "--epochs", 2, "--soup", 1))
+    assert len(frames) == 2 and active_children() == []
 
 
 def test_a_run_goes_on_from_a_model_pt_of_its_fold_at_another_scale_and_no_other_fold(line, finished_exp, tmp_path):
