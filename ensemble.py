@@ -2101,8 +2101,8 @@ def change_knobs(rung, knobs, asked, given):
 
 
 def option_names(text):
-    """Return the set of options such as --loss in a text of arguments."""
-    return {word.partition("=")[0] for word in text.split() if word.startswith("--")}
+    """Return a Counter of the options such as --loss in a text of arguments."""
+    return Counter(word.partition("=")[0] for word in text.split() if word.startswith("--"))
 
 
 def check_has_no_knob(name, text, where="", n_own=0):
@@ -2110,9 +2110,9 @@ def check_has_no_knob(name, text, where="", n_own=0):
 
     where: words before its name; n_own: how often make itself has put each of them into the text.
     """
-    names = [word.partition("=")[0] for word in text.split()]
+    given = option_names(text)
     for option, knob in HAVE_A_KNOB.get(name, {}).items():
-        if names.count(option) > n_own:
+        if given[option] > n_own:
             raise UserError(f"{where}{name}: write {knob}= instead of {option}")
 
 

@@ -55,8 +55,8 @@ CONFIG_KINDS = {"classes": [str], "epoch": int, "v3": float}  # see has_kinds; b
 # what decides no result; see BESIDE in common.py
 BESIDE = {
     "CONFIG_KINDS", "begin", "check_args", "check_folder", "check_run_space", "choose_resume",
-    "describe_run", "draw_batch", "draw_curves", "draw_some_curves", "draw_valid", "find_done",
-    "find_finished", "find_last", "hashes_learnt_from", "images_of", "in_shared_memory",
+    "describe_photos", "describe_run", "draw_batch", "draw_curves", "draw_some_curves",
+    "draw_valid", "find_done", "find_finished", "find_last", "images_of", "in_shared_memory",
     "keeps_done", "log_row", "model_files", "run_that_stands", "show_progress", "start_logger",
     "warn_of_absent_classes", "write_config"}
 
@@ -1169,7 +1169,7 @@ def train_run(args, root, report=None, wait=False):
     check_output(args.data, args.exp)
     train, test, _ = splits = load_splits(args)
     folds = load_folds(args.exp, train, args.folds)
-    train_indices, valid_indices = split_by_fold(args, train, folds)
+    train_indices, valid_indices = indices = split_by_fold(args, train, folds)
     out = run_folder(root, args.round, args.model, args.scale, args.fold)
     first = ranks()[0] == 0
     hashes, epochs = Hashes(args.cache), snapshot_epochs(args)
@@ -1177,10 +1177,7 @@ def train_run(args, root, report=None, wait=False):
         fold_runs = read_fold_runs(args, hashes)
         info = describe_run(args, splits, folds, hashes, [run["epoch"] for run in fold_runs])
         check_fold_runs(fold_runs, info["recipe"])
-        learnt = hashes_learnt_from(args, splits, train_indices, valid_indices,
-                                    info["recipe"]["contaminated"])
-        info |= {"classes": train.classes, "valid_ids": [train.ids[i] for i in valid_indices],
-                 "learnt_from": learnt}
+        info |= describe_photos(args, splits, *indices, info["recipe"]["contaminated"])
         if finished := find_finished(args, test, info, out, epochs, hashes):
             return finished["v3"]
         resume = choose_resume(out, info, args, hashes)
@@ -1189,7 +1186,6 @@ def train_run(args, root, report=None, wait=False):
         device = claim_device(args.device, args.per_gpu)
         if first:  # other ranks have read what is moved here, as claim_device waits for them
             begin(out, info, args, resume)
-        indices = train_indices, valid_indices
         run, loaders = set_up(args, splits, indices, fold_runs, info, resume, device)
         if first:
             check_run_space(run, args, out)
@@ -1338,6 +1334,17 @@ def describe_run(args, splits, folds, hashes, best_epochs=()):
                         best_epochs=best_epochs)
     recipe["mean"], recipe["std"] = map(list, encoder_mean_std(args.model))
     return provenance(recipe, run_code(recipe))
+
+
+def describe_photos(args, splits, train_indices, valid_indices, contaminated):
+    """Return what the files of a run say of its photos: those held out and those learnt from.
+
+    The arguments are those of hashes_learnt_from.
+    """
+    train = splits[0]
+    return {"classes": train.classes, "valid_ids": [train.ids[i] for i in valid_indices],
+            "learnt_from": hashes_learnt_from(args, splits, train_indices, valid_indices,
+                                              contaminated)}
 
 
 def warn_of_absent_classes(args, classes, name, pixels):
